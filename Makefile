@@ -1,0 +1,67 @@
+# The words that CI, the documentation and a person at the keyboard share. `make` alone lists them.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+QUESTION ?= src/duologue/pocket/question.wav
+ANSWER ?= answer.wav
+
+# Two threads that spin for each other run up to 20 times slower on a busy machine; passive waiting costs nothing.
+export OMP_WAIT_POLICY = PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+# Debian packages of the tests that listen to free synthesizers. Without them those tests skip and say why.
+SYNTHESIZERS := flite festival festvox-us-slt-hts festvox-kallpc16k espeak-ng
+
+.PHONY: help demo test check bench pocket clean
+
+help:
+	@echo "make demo    answer a recorded spoken question aloud with the bundled model (sets up $(VENV) first)"
+	@echo "make test    everything CI runs: ruff, mypy, pytest"
+	@echo "make check   ruff and mypy only"
+	@echo "make bench   time to first audio and real-time factor, stage by stage"
+	@echo "make pocket  regenerate the corpus and train the bundled model from nothing (hours; stop and resume as you like)"
+	@echo "make clean   remove $(VENV) and caches"
+
+demo: $(VENV)/.core
+	$(BIN)/duologue chat $(QUESTION) -o $(ANSWER)
+
+test: $(VENV)/.dev $(VENV)/.synthesizers check
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.core
+	$(BIN)/duologue bench latency
+
+pocket: $(VENV)/.dev
+	$(BIN)/python -m recipes.pocket.run
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it or name it with make PYTHON=/path/to/python3"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is older: name another with make PYTHON=/path/to/python3"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make the second call quick: an installation is repeated only when its lists change.
+$(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,eval,dev]"
+	@touch $(VENV)/.core $@
+
+$(VENV)/.synthesizers: | $(BIN)/python
+	@if dpkg -s $(SYNTHESIZERS) >/dev/null 2>&1; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SYNTHESIZERS) >/dev/null || \
+			echo "the synthesizers could not be installed: the tests that need them will skip"; \
+	else echo "no synthesizers (sudo apt-get install $(SYNTHESIZERS)): the tests that need them will skip"; fi
+	@touch $@
