@@ -1,0 +1,210 @@
+"""Configuration as data: JSON and YAML read strictly into frozen dataclasses.
+
+A dataclass is the list of what a file may say. An unknown key, a missing key and a value of the wrong type are errors
+that name the key with its path and the choices; nothing is guessed and nothing is executed.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import types
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+Config = TypeVar("Config")
+
+
+def parse_config(cls: type[Config], mapping: Mapping[str, Any], where: str = "") -> Config:
+    """Build the dataclass `cls`, and the dataclasses inside it, from a mapping of plain values.
+
+    Args:
+        cls: a dataclass of int, float, bool, str, Path, enums, literals, other dataclasses, unions with None, and
+            tuples, lists and dicts of these.
+        mapping: what a JSON or YAML file holds.
+        where: the file, for the messages.
+
+    Raises:
+        ValueError: one sentence with the path of the key, the value and what is possible.
+    """
+    value = _parse_dataclass(cls, mapping, "", f" in {where}" if where else "")
+    assert isinstance(value, cls)
+    return value
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """The plain values of a dataclass, such that `parse_config(type(config), to_mapping(config)) == config`."""
+    plain = _plain(config)
+    if not isinstance(plain, dict):
+        raise ValueError(f"expected a dataclass, got {config!r}")
+    return plain
+
+
+def load_config(path: str | Path, cls: type[Config]) -> Config:
+    """Read a .json, .yaml or .yml file into the dataclass `cls`.
+
+    Raises:
+        ValueError: no such file, not JSON or YAML, or not what `cls` describes.
+    """
+    path = Path(path)
+    if path.suffix == ".json":
+        return parse_config(cls, read_json(path), str(path))
+    if path.suffix in (".yaml", ".yml"):
+        return parse_config(cls, read_yaml(path), str(path))
+    raise ValueError(f"{path} is no configuration file: its name must end in .json, .yaml or .yml")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError with one sentence when there is none."""
+    try:
+        data = json.loads(_read_text(Path(path)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from None
+    return _object(path, data)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The YAML mapping in a file: plain data, no tags. Raises ValueError with one sentence when there is none."""
+    try:
+        data = yaml.load(_read_text(Path(path)), Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
+    return _object(path, data)
+
+
+def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON object such that the file is the old one or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.new")
+    scratch.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number (YAML 1.1 wants 1.0e-4), a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path} is a folder, not a file") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _object(path: str | Path, data: object) -> dict[str, Any]:
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise ValueError(f"{path} must hold keys with values, not {type(data).__name__}")
+    return data
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _parse_dataclass(cls: type, mapping: object, path: str, where: str) -> Any:
+    named = f"{path or 'the configuration'}{where}"
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"{named} must hold keys with values, got {mapping!r}")
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for key in mapping:
+        if key not in fields:
+            full = f"{path}.{key}" if path else str(key)
+            raise ValueError(f"unknown key {full!r}{where}; the keys are {', '.join(fields)}")
+    values = {}
+    for name, field in fields.items():
+        full = f"{path}.{name}" if path else name
+        if name in mapping:
+            values[name] = _parse(hints[name], mapping[name], full, where)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"key {full!r}{where} is missing")
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{named}: {error}") from None
+
+
+def _parse(hint: Any, value: Any, path: str, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _parse_union(args, value, path, where)
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{path}{where} is {value!r}; the choices are {', '.join(map(repr, args))}")
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _parse_dataclass(hint, value, path, where)
+    if origin in (tuple, list) and isinstance(value, list | tuple):
+        if origin is list or args[-1] is Ellipsis:
+            items = [_parse(args[0], item, f"{path}[{i}]", where) for i, item in enumerate(value)]
+        elif len(args) == len(value):
+            items = [_parse(args[i], item, f"{path}[{i}]", where) for i, item in enumerate(value)]
+        else:
+            raise ValueError(f"{path}{where} needs {len(args)} values, got {value!r}")
+        return origin(items)
+    if origin in (dict, Mapping) and isinstance(value, Mapping):
+        return {_parse(args[0], k, path, where): _parse(args[1], v, f"{path}.{k}", where) for k, v in value.items()}
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        try:
+            return hint(value)
+        except ValueError:
+            choices = ", ".join(repr(member.value) for member in hint)
+            raise ValueError(f"{path}{where} is {value!r}; the choices are {choices}") from None
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    name = getattr(hint, "__name__", str(hint)) if origin is None else str(hint)
+    raise ValueError(f"{path}{where} must be {name}, got {value!r}")
+
+
+def _parse_union(args: tuple[Any, ...], value: Any, path: str, where: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    choices = [arg for arg in args if arg is not type(None)]
+    if len(choices) == 1:
+        return _parse(choices[0], value, path, where)
+    for choice in choices:
+        try:
+            return _parse(choice, value, path, where)
+        except ValueError:
+            continue
+    names = ", ".join(getattr(arg, "__name__", str(arg)) for arg in args)
+    raise ValueError(f"{path}{where} is {value!r}, which is none of {names}")

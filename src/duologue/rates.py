@@ -1,0 +1,81 @@
+"""Every rate, hop and count of the chain, derived once.
+
+    16 kHz samples -160-> log-mel 100/s -2-> encoder frames 50/s -4-> speech tokens 12.5/s
+    speech tokens 12.5/s -441/64-> mel frames 86.13/s -256-> 22.05 kHz samples
+
+One speech token is 1280 samples heard and 6.890625 = 441/64 mel frames spoken. All arithmetic is on integers:
+the same sums in floating point are off by one at some lengths (2240 tokens in double precision, for one).
+"""
+
+from fractions import Fraction
+
+# Listening.
+LISTEN_SAMPLE_RATE = 16_000
+LISTEN_HOP = 160
+ENCODER_STRIDE = 2  # the second convolution
+POOL = 4  # average pooling before the quantizer
+
+MEL_FRAMES_PER_TOKEN = ENCODER_STRIDE * POOL
+SAMPLES_PER_TOKEN = LISTEN_HOP * MEL_FRAMES_PER_TOKEN
+LISTEN_FRAME_RATE = LISTEN_SAMPLE_RATE / LISTEN_HOP
+ENCODER_FRAME_RATE = LISTEN_FRAME_RATE / ENCODER_STRIDE
+TOKEN_RATE = ENCODER_FRAME_RATE / POOL
+
+# Speaking.
+SPEAK_SAMPLE_RATE = 22_050
+SPEAK_HOP = 256
+SPEAK_FRAME_RATE = SPEAK_SAMPLE_RATE / SPEAK_HOP
+FRAMES_PER_TOKEN = Fraction(SPEAK_SAMPLE_RATE * SAMPLES_PER_TOKEN, SPEAK_HOP * LISTEN_SAMPLE_RATE)
+BLOCK_TOKENS = 10  # the grid of the decoder: nothing smaller is spoken, larger steps are whole multiples
+BLOCK_S = BLOCK_TOKENS / TOKEN_RATE
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _not_negative(name: str, value: int) -> int:
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return value
+
+
+def tokens_for_samples(num_samples: int) -> int:
+    """Speech tokens that `num_samples` at 16 kHz become: the last token may be partly padding."""
+    return _ceil_div(_not_negative("num_samples", num_samples), SAMPLES_PER_TOKEN)
+
+
+def samples_for_tokens(num_tokens: int) -> int:
+    """Samples at 16 kHz that `num_tokens` full speech tokens stand for."""
+    return _not_negative("num_tokens", num_tokens) * SAMPLES_PER_TOKEN
+
+
+def frames_for_tokens(num_tokens: int) -> int:
+    """Mel frames at 22.05 kHz that are known once `num_tokens` tokens are: floor(441 n / 64), as the released decoder.
+
+    The frame after them belongs partly to the next token and waits for it. A block of 10 tokens gives 68 or 69 frames.
+    """
+    return _not_negative("num_tokens", num_tokens) * FRAMES_PER_TOKEN.numerator // FRAMES_PER_TOKEN.denominator
+
+
+def token_of_frame(frame: int) -> int:
+    """The token that the mel frame with this absolute index belongs to: 64 i // 441."""
+    return _not_negative("frame", frame) * FRAMES_PER_TOKEN.denominator // FRAMES_PER_TOKEN.numerator
+
+
+def first_frame_of_token(token: int) -> int:
+    """The first mel frame with `token_of_frame(frame) == token`: ceil(441 k / 64)."""
+    return _ceil_div(_not_negative("token", token) * FRAMES_PER_TOKEN.numerator, FRAMES_PER_TOKEN.denominator)
+
+
+def speak_samples_for_tokens(num_tokens: int) -> int:
+    """Samples at 22.05 kHz of the frames that are known once `num_tokens` tokens are."""
+    return frames_for_tokens(num_tokens) * SPEAK_HOP
+
+
+def tokens_heard(num_samples: int, sample_rate: int = SPEAK_SAMPLE_RATE) -> int:
+    """Speech tokens of which at least half had sounded after `num_samples` of a reply were played."""
+    if sample_rate <= 0:
+        raise ValueError(f"sample_rate must be positive, got {sample_rate}")
+    listened = _not_negative("num_samples", num_samples) * LISTEN_SAMPLE_RATE
+    return (2 * listened + SAMPLES_PER_TOKEN * sample_rate) // (2 * SAMPLES_PER_TOKEN * sample_rate)
