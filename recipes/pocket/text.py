@@ -1,0 +1,75 @@
+"""The text tokenizer of pocket: a byte-level BPE trained on the curriculum.
+
+    python -m recipes.pocket.text --texts FILE... --out tokenizer.json [--vocab-size N]
+
+Small, since every row costs weights, and coarse, since text has to stay ahead of speech: a full run of text tokens must
+take at least a full run of speech tokens to say. So whole words with the blank before them become one token, runs of
+Han characters may join, and punctuation stays at the word it follows.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+VOCAB_SIZE = 2560
+MAX_TOKEN_BYTES = 24
+
+_MARKS = r"[.,!?;:…。，！？；：、]*"
+WORDS = "|".join(
+    (
+        rf"\p{{Han}}+{_MARKS}",
+        rf" ?[\p{{L}}\p{{M}}&&[^\p{{Han}}]][\p{{L}}\p{{M}}'’\-&&[^\p{{Han}}]]*{_MARKS}",
+        rf" ?\p{{N}}{{1,3}}{_MARKS}",
+        r" ?[^\s\p{L}\p{N}]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    )
+)
+
+
+def train_text_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` ids, 256 of them the bytes: every text can be written, and comes back
+    exactly. The result depends on how often each word occurs, not on the order of the texts.
+
+    Raises:
+        ValueError: fewer ids than bytes.
+    """
+    if vocab_size < 256:
+        raise ValueError(f"vocab_size must be at least 256, one id for every byte, got {vocab_size}")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(WORDS), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=MAX_TOKEN_BYTES,
+        special_tokens=[],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train on files with one text a line."""
+    parser = argparse.ArgumentParser(prog="python -m recipes.pocket.text", description=__doc__)
+    parser.add_argument("--texts", type=Path, nargs="+", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
+    options = parser.parse_args(argv)
+    lines = (line.rstrip("\n") for path in options.texts for line in path.open(encoding="utf-8"))
+    tokenizer = train_text_tokenizer(lines, options.vocab_size)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(options.out))
+    print(f"{options.out}: {tokenizer.get_vocab_size()} ids")
+
+
+if __name__ == "__main__":
+    main()

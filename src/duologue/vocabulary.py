@@ -1,0 +1,444 @@
+"""The joint vocabulary: text ids, control ids and speech ids in one table, and the chat template made of them.
+
+    rows of the text tokenizer | controls it lacks | speech ids, one contiguous block | rows of padding, if any
+
+Nobody else subtracts an offset or writes a control token. The prompt is built from ids, never from a string: text of a
+user is encoded with every special token off, so no text can become a control or a speech token. On disk it is a folder
+with `tokenizer.json` (the tokenizers library's own format, untouched) and `vocabulary.json`.
+
+A prompt, with the literal texts of `ChatTemplate` in braces (checkpoints.md 2.1):
+
+    [gMASK]<sop> <|system|>{role_break}{instruction} <|user|>{role_break}<|begin_of_audio|>...<|end_of_audio|>
+    <|assistant|>{reply_marker} reply, whose end is the next <|user|>
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from .config import parse_config, read_json, to_mapping, write_json
+from .interleave import INTERLEAVED, Allowed, Kind
+from .turns import Conversation, Modality, Role, Turn
+
+VOCABULARY_VERSION = 1
+
+END_OF_TEXT = "<|endoftext|>"
+BEGIN_OF_AUDIO = "<|begin_of_audio|>"
+END_OF_AUDIO = "<|end_of_audio|>"
+WRITE = "<|write|>"  # before a reply in text alone, where the vocabulary has it
+ROLE_TOKENS = {role: f"<|{role}|>" for role in Role}
+
+
+class Task(StrEnum):
+    """Jobs of pre-training that are no conversation; the value is the control token that asks for them."""
+
+    TRANSCRIBE = "<|transcribe|>"  # speech in, its text out
+    READ = "<|read|>"  # text in, its speech out
+
+
+CHAT_CONTROLS = (END_OF_TEXT, "[gMASK]", "<sop>", *ROLE_TOKENS.values(), BEGIN_OF_AUDIO, END_OF_AUDIO)
+ALL_CONTROLS = (*CHAT_CONTROLS, *Task, WRITE)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The literal texts of a prompt. All empty by default: a small model has no context to spare for them.
+
+    Attributes:
+        prefix: control tokens that begin every sequence.
+        role_break: after the marker of system, user and observation.
+        speech_instruction, text_instruction: the system's text when the conversation begins with a spoken or written
+            turn and has no system turn of its own; none where empty.
+        reply_marker: after the marker of the assistant.
+    """
+
+    prefix: tuple[str, ...] = ("[gMASK]", "<sop>")
+    role_break: str = ""
+    speech_instruction: str = ""
+    text_instruction: str = ""
+    reply_marker: str = ""
+
+
+def _released_instruction(modality: str, ending: str) -> str:
+    return (
+        f"User will provide you with a {modality} instruction. Do it step by step. First, think about the instruction "
+        f"and respond in a interleaved manner, with {INTERLEAVED.text_run} text token followed by "
+        f"{INTERLEAVED.speech_run} audio tokens.{ending}"
+    )
+
+
+# As web_demo.py of the release has them: the first ends with a blank, the second does not.
+RELEASED_TEMPLATE = ChatTemplate(
+    role_break="\n",
+    speech_instruction=_released_instruction("speech", " "),
+    text_instruction=_released_instruction("text", ""),
+    reply_marker="streaming_transcription\n",
+)
+
+
+@dataclass(frozen=True)
+class VocabularyConfig:
+    """Where everything lies in the table.
+
+    Attributes:
+        codebook_size: number of speech ids.
+        speech_offset: joint id of speech code 0.
+        size: rows of the table, padding included.
+        controls: control tokens by name. Special tokens of the text tokenizer are controls without being named here.
+        ends: names of the controls that end a reply; the first is the one that training writes.
+    """
+
+    codebook_size: int
+    speech_offset: int
+    size: int
+    controls: dict[str, int]
+    ends: tuple[str, ...] = ("<|user|>",)
+    template: ChatTemplate = field(default_factory=ChatTemplate)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A training sequence: `loss[i]` tells whether predicting `ids[i]` is trained."""
+
+    ids: list[int]
+    loss: list[bool]
+
+
+class Vocabulary:
+    """Owner of all token ids.
+
+    Args:
+        tokenizer: the text tokenizer; byte-level or with a fall-back to bytes, since text ids of any text are wanted.
+        config: where controls and speech ids lie.
+
+    Raises:
+        ValueError: ids overlap or lie outside of the table, or a control that the template needs is missing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: VocabularyConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.codebook_size = config.codebook_size
+        self.speech_offset = config.speech_offset
+        self.size = config.size
+        self.template = config.template
+        self.kinds = _kinds(tokenizer, config)
+        if not config.ends:
+            raise ValueError("a vocabulary needs at least one control that ends a reply")
+        self.end_ids = tuple(self.control_id(name) for name in config.ends)
+        self.end_id = self.end_ids[0]
+        # The same tokenizer without its added tokens: it cannot produce one, whatever the text says.
+        self._text_only = Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"added_tokens": []}))
+        self._prefix = [self.control_id(name) for name in config.template.prefix]
+        self._role_break = self.encode_text(config.template.role_break)
+        self._reply_marker = self.encode_text(config.template.reply_marker)
+        for name in (*ROLE_TOKENS.values(), BEGIN_OF_AUDIO, END_OF_AUDIO):
+            self.control_id(name)
+
+    @classmethod
+    def extend(
+        cls,
+        tokenizer: Tokenizer | str | Path,
+        codebook_size: int,
+        *,
+        num_rows: int | None = None,
+        template: ChatTemplate | None = None,
+        multiple_of: int = 1,
+    ) -> "Vocabulary":
+        """Add what a text tokenizer lacks: controls and speech ids after its rows.
+
+        Args:
+            tokenizer: a text tokenizer or its tokenizer.json; a bare one for pocket, or that of any causal LM.
+            num_rows: rows of the LM's embedding, where it has more than the tokenizer knows. New ids come after them.
+            multiple_of: rows of padding make the whole size a multiple of this.
+        """
+        if not isinstance(tokenizer, Tokenizer):
+            tokenizer = _read_tokenizer(Path(tokenizer))
+        if codebook_size <= 0 or multiple_of <= 0:
+            raise ValueError(f"codebook_size and multiple_of must be positive, got {codebook_size} and {multiple_of}")
+        known = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if num_rows is not None and num_rows < known:
+            raise ValueError(f"num_rows is {num_rows}, but the tokenizer has ids up to {known - 1}")
+        row = known if num_rows is None else num_rows
+        controls = {}
+        for name in ALL_CONTROLS:
+            token = tokenizer.token_to_id(name)
+            controls[name] = row if token is None else token
+            row += token is None
+        config = VocabularyConfig(
+            codebook_size=codebook_size,
+            speech_offset=row,
+            size=-(-(row + codebook_size) // multiple_of) * multiple_of,
+            controls=controls,
+            template=template or ChatTemplate(),
+        )
+        return cls(tokenizer, config)
+
+    def save(self, folder: str | Path) -> None:
+        """Write `tokenizer.json` and `vocabulary.json`."""
+        folder = Path(folder)
+        write_json(folder / "tokenizer.json", json.loads(self.tokenizer.to_str()))
+        head = {"kind": "Vocabulary", "version": VOCABULARY_VERSION}
+        write_json(folder / "vocabulary.json", {**head, **to_mapping(self.config)})
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Vocabulary":
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: a file is missing or not what it should be, of an unknown version, or has an unknown key.
+        """
+        path = Path(folder) / "vocabulary.json"
+        data = read_json(path)
+        if data.pop("kind", None) != "Vocabulary":
+            raise ValueError(f"{path} is not a vocabulary")
+        version = data.pop("version", None)
+        if version != VOCABULARY_VERSION:
+            raise ValueError(f"{path} is of version {version!r}; this program reads version {VOCABULARY_VERSION}")
+        config = parse_config(VocabularyConfig, data, str(path))
+        return cls(_read_tokenizer(Path(folder) / "tokenizer.json"), config)
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 (hex) of what the ids mean: tokenizer and table. Saved conversations and token corpora carry it."""
+        whole = json.dumps([json.loads(self.tokenizer.to_str()), to_mapping(self.config)], sort_keys=True)
+        return hashlib.sha256(whole.encode()).hexdigest()
+
+    def kind(self, token: int) -> Kind:
+        """What an id is. Raises ValueError outside of the table."""
+        if not 0 <= token < self.size:
+            raise ValueError(f"token id {token} is outside of the vocabulary of {self.size}")
+        return Kind(int(self.kinds[token]))
+
+    def allowed_mask(self, allowed: Allowed) -> npt.NDArray[np.bool_]:
+        """bool (size,): the ids that may be sampled. Controls and padding never are."""
+        wanted = [kind for kind in Kind if kind in allowed]
+        return np.isin(self.kinds, wanted)
+
+    def control_id(self, name: str) -> int:
+        """The id of a control token. Raises ValueError naming those that there are."""
+        if name not in self.config.controls:
+            names = ", ".join(self.config.controls)
+            raise ValueError(f"this vocabulary has no control token '{name}'; it has {names}")
+        return self.config.controls[name]
+
+    # Text and speech.
+
+    def encode_text(self, text: str) -> list[int]:
+        """Text ids of a text. Markers in it, `<|user|>` and the like, are plain characters."""
+        return list(self._text_only.encode(text, add_special_tokens=False).ids)
+
+    def decode_text(self, ids: Iterable[int]) -> str:
+        """The text of text ids; bytes that are no whole character become U+FFFD. Raises ValueError for another kind."""
+        ids = list(ids)
+        for token in ids:
+            if self.kind(token) is not Kind.TEXT:
+                raise ValueError(f"token id {token} is {self.kind(token).name.lower()}, not text")
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def speech_id(self, code: int) -> int:
+        """Joint id of a speech token. Raises ValueError outside of the codebook."""
+        if not 0 <= code < self.codebook_size:
+            raise ValueError(f"speech token {code} is outside of the codebook of {self.codebook_size}")
+        return self.speech_offset + code
+
+    def speech_code(self, token: int) -> int:
+        """Speech token in [0, codebook_size) of a joint id. Raises ValueError for another kind of id."""
+        if self.kind(token) is not Kind.SPEECH:
+            raise ValueError(f"token id {token} is {self.kind(token).name.lower()}, not speech")
+        return token - self.speech_offset
+
+    def speech_ids(self, codes: Iterable[int]) -> list[int]:
+        """`speech_id` of each."""
+        return [self.speech_id(int(code)) for code in codes]
+
+    def speech_codes(self, ids: Iterable[int]) -> list[int]:
+        """`speech_code` of each."""
+        return [self.speech_code(int(token)) for token in ids]
+
+    def render(self, ids: Iterable[int]) -> str:
+        """Any ids as a readable string: text as it is, controls by name, speech as `<|audio_7|>`. For logs."""
+        names = {token: name for name, token in self.config.controls.items()}
+        parts = []
+        for kind, group in groupby(ids, self.kind):
+            if kind is Kind.TEXT:
+                parts.append(self.decode_text(group))
+            elif kind is Kind.SPEECH:
+                parts += [f"<|audio_{self.speech_code(token)}|>" for token in group]
+            else:
+                parts += [names.get(token) or self.tokenizer.id_to_token(token) or f"<{token}>" for token in group]
+        return "".join(parts)
+
+    # The chat template.
+
+    def prompt_ids(self, conversation: Conversation, reply: Modality = Modality.INTERLEAVED) -> list[int]:
+        """The ids after which the model writes its reply.
+
+        The prompt of the next turn begins with this prompt and the reply's ids, so that caches continue.
+
+        Args:
+            conversation: ends with a turn of the user or a tool.
+            reply: `Modality.TEXT` asks for text alone, where the vocabulary has a control for that; the turn that the
+                reply becomes has this modality.
+
+        Raises:
+            ValueError: nobody spoke last, a turn holds an id that its modality does not allow, or the conversation
+                belongs to another vocabulary.
+        """
+        if not conversation.turns or conversation.turns[-1].role in (Role.ASSISTANT, Role.SYSTEM):
+            raise ValueError("a prompt needs a conversation whose last turn is one of the user or a tool")
+        return [*self._history(conversation).ids, *self._reply_opening(reply)]
+
+    def chat_sample(self, conversation: Conversation) -> Sample:
+        """A whole conversation for training: the replies are trained, and the control that ends each of them, unless it
+        was interrupted. Raises ValueError as `prompt_ids`."""
+        sample = self._history(conversation)
+        last = conversation.turns[-1] if conversation.turns else None
+        if last is None or last.role is not Role.ASSISTANT or last.interrupted:
+            return sample
+        return Sample([*sample.ids, self.end_id], [*sample.loss, True])
+
+    def task_prompt(self, task: Task, ids: Sequence[int]) -> list[int]:
+        """The ids after which the model does a job of pre-training on speech ids (TRANSCRIBE) or text ids (READ)."""
+        modality = Modality.SPEECH if task is Task.TRANSCRIBE else Modality.TEXT
+        turn = Turn(Role.USER, modality, tuple(ids))
+        return [
+            *self._prefix,
+            *self._opening(Role.USER),
+            self.control_id(task),
+            *self._wrapped(turn),
+            *self._opening(Role.ASSISTANT),
+        ]
+
+    def task_sample(self, task: Task, ids: Sequence[int], result: Sequence[int]) -> Sample:
+        """A job and its result, joint ids: the result and its end are trained."""
+        prompt = self.task_prompt(task, ids)
+        return Sample([*prompt, *result, self.end_id], [False] * len(prompt) + [True] * (len(result) + 1))
+
+    def document_sample(self, ids: Sequence[int]) -> Sample:
+        """Plain text ids, speech ids, or both as they stand; everything behind the prefix is trained."""
+        whole = [*self._prefix, *ids, self.control_id(END_OF_TEXT)]
+        return Sample(whole, [False] * len(self._prefix) + [True] * (len(ids) + 1))
+
+    def _history(self, conversation: Conversation) -> Sample:
+        if conversation.vocabulary and conversation.vocabulary != self.hash:
+            raise ValueError("the conversation was held in another vocabulary, its ids mean nothing in this one")
+        ids = list(self._prefix)
+        if not any(turn.role is Role.SYSTEM for turn in conversation) and conversation.turns:
+            written = conversation.turns[0].modality is Modality.TEXT
+            text = self.template.text_instruction if written else self.template.speech_instruction
+            if text:
+                ids += [*self._opening(Role.SYSTEM), *self.encode_text(text)]
+        loss = [False] * len(ids)
+        ends_reply = False
+        for turn in conversation:
+            if turn.role is Role.ASSISTANT:
+                opening, body = self._reply_opening(turn.modality), list(self._checked(turn))
+            else:
+                opening, body = self._opening(turn.role), self._wrapped(turn)
+            ids += [*opening, *body]
+            loss += [ends_reply and opening[0] in self.end_ids] + [False] * (len(opening) - 1)
+            loss += [turn.role is Role.ASSISTANT] * len(body)
+            ends_reply = turn.role is Role.ASSISTANT and not turn.interrupted
+        return Sample(ids, loss)
+
+    def _opening(self, role: Role) -> list[int]:
+        behind = self._reply_marker if role is Role.ASSISTANT else self._role_break
+        return [self.control_id(ROLE_TOKENS[role]), *behind]
+
+    def _reply_opening(self, reply: Modality) -> list[int]:
+        write = [self.control_id(WRITE)] if reply is Modality.TEXT and WRITE in self.config.controls else []
+        return [*self._opening(Role.ASSISTANT), *write]
+
+    def _wrapped(self, turn: Turn) -> list[int]:
+        """The ids of a turn that is no reply, with each stretch of speech between its two controls."""
+        begin, end = self.control_id(BEGIN_OF_AUDIO), self.control_id(END_OF_AUDIO)
+        if turn.modality is Modality.SPEECH:
+            return [begin, *self._checked(turn), end]
+        wrapped: list[int] = []
+        for kind, group in groupby(self._checked(turn), self.kind):
+            stretch = list(group)
+            wrapped += [begin, *stretch, end] if kind is Kind.SPEECH else stretch
+        return wrapped
+
+    def _checked(self, turn: Turn) -> tuple[int, ...]:
+        """The turn's ids, which may come from a file that somebody wrote: no control can come in by them."""
+        legal = {Modality.TEXT: (Kind.TEXT,), Modality.SPEECH: (Kind.SPEECH,)}.get(
+            turn.modality, (Kind.TEXT, Kind.SPEECH)
+        )
+        for token in turn.ids:
+            if self.kind(token) not in legal:
+                kind = self.kind(token).name.lower()
+                raise ValueError(f"a turn of the {turn.role} in {turn.modality} cannot hold the {kind} id {token}")
+        return turn.ids
+
+
+class TextStream:
+    """Text of ids that arrive one by one: a character whose bytes are not all there yet waits. Belongs to a session."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+        self._before: list[int] = []  # the ids last decoded: some decoders write the first id of a text differently
+        self._waiting: list[int] = []
+
+    def push(self, ids: Iterable[int]) -> str:
+        """Take text ids, return the characters that are certain now."""
+        self._waiting += ids
+        text = self._text()
+        return "" if text.endswith("\ufffd") else self._accept(text)
+
+    def flush(self) -> str:
+        """The rest at the end of a reply; bytes that never became a character are U+FFFD."""
+        return self._accept(self._text())
+
+    def _text(self) -> str:
+        if not self._waiting:
+            return ""
+        decode = self._vocabulary.decode_text
+        return decode(self._before + self._waiting)[len(decode(self._before)) :]
+
+    def _accept(self, text: str) -> str:
+        if self._waiting:
+            self._before, self._waiting = self._waiting, []
+        return text
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    read_json(path)  # says in one sentence what is wrong with the file itself
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library ({error})") from None
+
+
+def _kinds(tokenizer: Tokenizer, config: VocabularyConfig) -> npt.NDArray[np.uint8]:
+    """uint8 (size,): the Kind of every row."""
+    text = tokenizer.get_vocab(with_added_tokens=False).values()
+    added = {token: entry.content for token, entry in tokenizer.get_added_tokens_decoder().items()}
+    top = max([*text, *added, *config.controls.values(), config.speech_offset + config.codebook_size - 1])
+    if top >= config.size:
+        raise ValueError(f"the vocabulary has {config.size} rows, but its ids reach {top}")
+    kinds = np.full(config.size, Kind.PADDING, dtype=np.uint8)
+    kinds[list(text)] = Kind.TEXT
+    kinds[list(added)] = Kind.CONTROL
+    kinds[list(config.controls.values())] = Kind.CONTROL
+    block = range(config.speech_offset, config.speech_offset + config.codebook_size)
+    for code, token in enumerate(block):
+        # The released tokenizer lists its speech ids as added tokens; any other meaning of a row is an overlap.
+        if kinds[token] != Kind.PADDING and added.get(token) != f"<|audio_{code}|>":
+            kind = Kind(int(kinds[token])).name.lower()
+            raise ValueError(f"speech token {code} would be id {token}, which is a {kind} token already")
+    kinds[block.start : block.stop] = Kind.SPEECH
+    for name in config.ends:
+        if name in config.controls:
+            kinds[config.controls[name]] = Kind.END
+    return kinds
