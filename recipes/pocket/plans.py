@@ -1,0 +1,127 @@
+"""What is rendered: the sentences of free speech, the dialogues of the training and the questions of the test.
+
+Everything here is text and choice of voices, drawn from a seed; `corpus.py` makes audio and files of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from recipes.pocket.curriculum import Asked, Conversing, Dialogue, sentence
+from recipes.pocket.everything import KINDS, any_dialogue, dialogue
+from recipes.pocket.repeating import free_text
+from recipes.pocket.synthesis import STYLES, UNSEEN_VOICES, USER_VOICES, Request, Voice, reply_request
+
+VALID_ONE_IN = 50
+
+
+@dataclass(frozen=True)
+class PlannedClip:
+    """One clip before it is rendered. `role` is user, reply or free."""
+
+    request: Request
+    role: str
+    split: str
+    intent: str
+    style: str = "plain"
+
+
+@dataclass(frozen=True)
+class PlannedDialogue:
+    """One dialogue before it is rendered: a user clip for each exchange, all by one voice."""
+
+    dialogue: Dialogue
+    split: str
+    users: tuple[PlannedClip, ...]
+    replies: tuple[PlannedClip, ...]
+
+
+def draw_manner(voices: tuple[Voice, ...], rng: Random) -> tuple[str, float, float]:
+    """A voice by weight (held-out voices evenly), with the speed and the pitch in semitones it keeps."""
+    weights = [voice.weight if not voice.held_out else 1.0 for voice in voices]
+    voice = rng.choices(voices, weights)[0]
+    return voice.id, round(rng.uniform(0.8, 1.25), 3), round(min(4.0, max(-4.0, rng.gauss(0.0, 1.7))), 2)
+
+
+def plan_free(seed: int, shard: int) -> Iterator[PlannedClip]:
+    """Endless single sentences of one shard: 45 % questions, 35 % free words, 20 % the reply voice."""
+    rng = Random(f"free|{seed}|{shard}")
+    while True:
+        split = "valid" if rng.randrange(VALID_ONE_IN) == 0 else "train"
+        chance = rng.random()
+        if chance < 0.45:
+            drawn = any_dialogue("train", rng)
+            text = rng.choice(drawn.exchanges).user
+            if text:  # a sound is not free speech
+                yield PlannedClip(Request(text, *draw_manner(USER_VOICES, rng)), "user", split, drawn.intent)
+        elif chance < 0.80:
+            text = sentence(free_text(rng)) + ("?" if rng.random() < 0.1 else ".")
+            yield PlannedClip(Request(text, *draw_manner(USER_VOICES, rng)), "free", split, "free")
+        else:
+            style = "plain" if rng.random() < 0.75 else rng.choice(list(STYLES))
+            name, text = "free", sentence(free_text(rng)) + "."
+            if rng.random() < 0.5:
+                drawn = any_dialogue("train", rng)
+                sentences = re.findall(r"[^.?!]+[.?!]", rng.choice(drawn.exchanges).reply)
+                name, text = drawn.intent, rng.choice(sentences).strip()
+            yield PlannedClip(reply_request(text, style), "reply", split, name, style)
+
+
+def plan_dialogues(seed: int, shard: int, num_exchanges: int) -> list[PlannedDialogue]:
+    """The dialogues of one shard, until they have `num_exchanges` questions or a few more."""
+    rng = Random(f"dialogues|{seed}|{shard}")
+    planned: list[PlannedDialogue] = []
+    made = 0
+    while made < num_exchanges:
+        split = "valid" if rng.randrange(VALID_ONE_IN) == 0 else "train"
+        drawn = any_dialogue("train", rng)
+        planned.append(_spoken(drawn, split, draw_manner(USER_VOICES, rng), 0.0, rng))
+        made += len(drawn.exchanges)
+    return planned
+
+
+def plan_test(seed: int, num_exchanges: int) -> list[PlannedDialogue]:
+    """Questions over all kinds of dialogue, each once; every second dialogue is asked by a voice of the test alone."""
+    rng = Random(f"test|{seed}")
+    # kinds of dialogue gather several intents each
+    weights = [(4.0 + kind.weight) * (2 if isinstance(kind, Conversing) else 1) for kind in KINDS]
+    total = sum(weights)
+    planned: list[PlannedDialogue] = []
+    asked: set[tuple[str, ...]] = set()
+    for kind, weight in zip(KINDS, weights, strict=True):
+        wanted, made, tries = num_exchanges * weight / total, 0, 0
+        while made < wanted and tries < 200:
+            tries += 1
+            drawn = dialogue(kind, "test", rng)
+            questions = tuple(turn.user or f"{turn.sound} {tries}" for turn in drawn.exchanges)
+            if questions in asked:
+                continue
+            asked.add(questions)
+            unseen = len(planned) % 2 == 1
+            manner = draw_manner(UNSEEN_VOICES if unseen else USER_VOICES, rng)
+            level = round(rng.uniform(-4.0, 3.0), 1)
+            planned.append(_spoken(drawn, "test_unseen" if unseen else "test", manner, level, rng))
+            made += len(drawn.exchanges)
+    return planned
+
+
+def used_pairs(planned: list[PlannedDialogue]) -> set[Asked]:
+    """The (intent, item, phrasing) triples that the dialogues speak about an item."""
+    return {asked for one in planned for turn in one.dialogue.exchanges for asked in turn.asked if asked.key}
+
+
+def _spoken(
+    drawn: Dialogue, split: str, manner: tuple[str, float, float], level: float, rng: Random
+) -> PlannedDialogue:
+    users, replies = [], []
+    for turn in drawn.exchanges:
+        if turn.sound:
+            request = Request("", f"sound-{turn.sound}", seed=rng.randrange(2**31))
+        else:
+            request = Request(turn.user, *manner, level)
+        users.append(PlannedClip(request, "user", split, drawn.intent))
+        replies.append(PlannedClip(reply_request(turn.reply, turn.style), "reply", split, drawn.intent, turn.style))
+    return PlannedDialogue(drawn, split, tuple(users), tuple(replies))
