@@ -1,0 +1,131 @@
+"""Is the answer right: normalisation of spoken-style text and the search for accepted answers in a reply.
+
+Used on the text of a reply (S->T) and on what a recogniser hears in its audio (S->S) alike.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+_SMALL = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
+    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+)
+_TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_LARGEST = 999_999
+_UNITS = {word: value for value, word in enumerate(_SMALL)}
+_ROUND = {word: value * 10 for value, word in enumerate(_TENS) if word}
+# Spellings that recognisers choose between freely.
+_SPELLINGS = {"colour": "color", "grey": "gray", "ok": "okay", "favourite": "favorite", "mum": "mom"}
+
+
+def normalize(text: str) -> str:
+    """Lower-case words with single spaces: punctuation and accents gone, numbers in words, one spelling of each word.
+
+    "It's 3,021 km!" -> "it's three thousand twenty one km"; "one hundred and five" -> "one hundred five". Apostrophes
+    inside words stay. Characters of other scripts stay as they are.
+    """
+    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
+    text = "".join(char for char in unicodedata.normalize("NFD", text) if not unicodedata.combining(char))
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
+    text = re.sub(r"(?<!\w)[-−](?=\d)", " minus ", text)
+    text = re.sub(r"\d+", lambda digits: f" {_in_words(digits.group())} ", text)
+    text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
+    words = [_SPELLINGS.get(word, word) for word in re.findall(r"[\w']+", text.replace("_", " "))]
+    kept = [
+        word
+        for index, word in enumerate(words)
+        if not (word == "and" and 0 < index < len(words) - 1 and _inside_number(words[index - 1], words[index + 1]))
+    ]
+    return " ".join(kept)
+
+
+def is_correct(reply_text: str, answers: Sequence[str]) -> bool:
+    """Whether one of the accepted answers stands in the reply: all its words next to each other, in order.
+
+    A number answers only as a whole: "seven" is not in "thirty seven", nor "twenty" in "twenty one". Raises
+    `ValueError` when there is no answer to look for.
+    """
+    wanted = [_units(normalize(answer).split()) for answer in answers]
+    if not wanted or not all(wanted):
+        raise ValueError(f"answers must be non-empty texts, not {list(answers)!r}")
+    reply = _units(normalize(reply_text).split())
+    return any(
+        reply[start : start + len(answer)] == answer
+        for answer in wanted
+        for start in range(len(reply) - len(answer) + 1)
+    )
+
+
+def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
+    """(edits, reference words) between two normalised texts: substitutions, deletions and insertions of words."""
+    expected, heard = normalize(reference).split(), normalize(hypothesis).split()
+    row = list(range(len(heard) + 1))
+    for index, word in enumerate(expected, start=1):
+        diagonal, row[0] = row[0], index
+        for column, other in enumerate(heard, start=1):
+            diagonal, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, diagonal + (word != other))
+    return row[-1], len(expected)
+
+
+def _in_words(digits: str) -> str:
+    number = int(digits)
+    if number > _LARGEST or (len(digits) > 1 and digits[0] == "0"):
+        return " ".join(_SMALL[int(digit)] for digit in digits)
+    return _spell(number)
+
+
+def _spell(number: int) -> str:
+    if number < 20:
+        return _SMALL[number]
+    if number < 100:
+        rest = f" {_SMALL[number % 10]}" if number % 10 else ""
+        return _TENS[number // 10] + rest
+    for size, word in ((1000, "thousand"), (100, "hundred")):
+        if number >= size:
+            rest = f" {_spell(number % size)}" if number % size else ""
+            return f"{_spell(number // size)} {word}{rest}"
+    raise ValueError(f"{number} cannot be spelled; numbers from 0 to {_LARGEST} are known")
+
+
+def _inside_number(before: str, after: str) -> bool:
+    return before in ("hundred", "thousand") and (after in _UNITS or after in _ROUND)
+
+
+def _units(words: list[str]) -> list[str | int]:
+    """The words with every run that is one number replaced by its value, so that numbers compare as wholes."""
+    units: list[str | int] = []
+    index = 0
+    while index < len(words):
+        value, used = _number(words[index:])
+        units.append(value if used else words[index])
+        index += max(1, used)
+    return units
+
+
+def _number(words: list[str]) -> tuple[int, int]:
+    """(value, number of words) of the longest number the words begin with; (0, 0) when there is none."""
+    value, used = _below_hundred(words)
+    if used and value and value < 10 and words[used : used + 1] == ["hundred"]:
+        rest, more = _below_hundred(words[used + 1 :])
+        rest, more = (rest, more) if rest else (0, 0)
+        value, used = value * 100 + rest, used + 1 + more
+    if used and value and words[used : used + 1] == ["thousand"]:
+        rest, more = _number(words[used + 1 :])
+        rest, more = (rest, more) if 0 < rest < 1000 else (0, 0)
+        value, used = value * 1000 + rest, used + 1 + more
+    return value, used
+
+
+def _below_hundred(words: list[str]) -> tuple[int, int]:
+    if not words:
+        return 0, 0
+    if words[0] in _ROUND:
+        tens = _ROUND[words[0]]
+        unit = _UNITS.get(words[1], 0) if len(words) > 1 else 0
+        return (tens + unit, 2) if 0 < unit < 10 else (tens, 1)
+    if words[0] in _UNITS:
+        return _UNITS[words[0]], 1
+    return 0, 0
