@@ -394,14 +394,7 @@ def test_a_table_cannot_be_smaller_than_its_tokenizer() -> None:
 def test_words_are_tokens_and_the_order_of_texts_does_not_matter() -> None:
     tokenizer = train_text_tokenizer(TEXTS, 400)
     assert train_text_tokenizer(TEXTS[::-1], 400).to_str() == tokenizer.to_str()
-    assert tokenizer.encode("The capital of France is Paris.").tokens == [
-        "The",
-        "Ġcapital",
-        "Ġof",
-        "ĠFrance",
-        "Ġis",
-        "ĠParis.",
-    ]
+    assert tokenizer.encode("The capital of Paris.").tokens == ["The", "Ġcapital", "Ġof", "ĠParis", "."]
     assert len(tokenizer.encode("法国的首都是巴黎。").ids) < 5
     with pytest.raises(ValueError, match="at least 256"):
         train_text_tokenizer(TEXTS, 100)

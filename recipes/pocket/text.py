@@ -3,8 +3,10 @@
     python -m recipes.pocket.text --texts FILE... --out tokenizer.json [--vocab-size N]
 
 Small, since every row costs weights, and coarse, since text has to stay ahead of speech: a full run of text tokens must
-take at least a full run of speech tokens to say. So whole words with the blank before them become one token, runs of
-Han characters may join, and punctuation stays at the word it follows.
+take at least a full run of speech tokens to say. So a word with the blank before it is one token wherever the size allows,
+and runs of Han characters may join. Measured on 4 h of free speech, fast renditions included: with 2560 ids 5 % of the
+clips with more text than one run break the rule, with 4096 three of 771, with 5120 none of 280. Keeping punctuation at
+its word costs ids and is worse at each of these sizes.
 """
 
 import argparse
@@ -13,15 +15,14 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-VOCAB_SIZE = 2560
+VOCAB_SIZE = 5120
 MAX_TOKEN_BYTES = 24
 
-_MARKS = r"[.,!?;:…。，！？；：、]*"
 WORDS = "|".join(
     (
-        rf"\p{{Han}}+{_MARKS}",
-        rf" ?[\p{{L}}\p{{M}}&&[^\p{{Han}}]][\p{{L}}\p{{M}}'’\-&&[^\p{{Han}}]]*{_MARKS}",
-        rf" ?\p{{N}}{{1,3}}{_MARKS}",
+        r"\p{Han}+",
+        r" ?[\p{L}\p{M}&&[^\p{Han}]][\p{L}\p{M}'’\-&&[^\p{Han}]]*",
+        r" ?\p{N}{1,3}",
         r" ?[^\s\p{L}\p{N}]+",
         r"\s+(?!\S)",
         r"\s+",
