@@ -1,0 +1,265 @@
+"""Sound on disk, resampling, and the two log-mels: what the tokenizer hears and what the decoder makes.
+
+Shapes: B batch, S samples, T frames, M mels. Waveforms are float32 in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.audio_utils import mel_filter_bank
+
+from duologue import rates
+from duologue.layers import Padded, reset_rows, split_at, take
+
+MAX_FILE_S = 3600.0
+
+
+def load_audio(path: str | Path) -> tuple[NDArray[np.float32], int]:
+    """Reads a sound file (anything libsndfile knows) as one channel.
+
+    Returns:
+        wav (S,) float32, the first channel, as the released code takes it; and its sample rate.
+    Raises:
+        ValueError: one sentence, when there is no such file, or it holds no usable sound.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give one sound file (WAV, FLAC, OGG or MP3)")
+    try:
+        with soundfile.SoundFile(path) as file:
+            if file.frames > MAX_FILE_S * file.samplerate:
+                raise ValueError(
+                    f"{path} lasts {file.frames / file.samplerate / 60:.0f} minutes; at most "
+                    f"{MAX_FILE_S / 60:.0f} are taken, cut it first"
+                )
+            wav = file.read(dtype="float32", always_2d=True)[:, 0]
+            sample_rate = int(file.samplerate)
+    except soundfile.LibsndfileError as error:
+        raise ValueError(f"{path} is not a sound file that can be read ({error.error_string})") from None
+    return check_wav(wav, sample_rate, str(path)), sample_rate
+
+
+def check_wav(wav: NDArray[np.float32], sample_rate: int, name: str = "the audio") -> NDArray[np.float32]:
+    """Returns wav (S,) as float32 in [-1, 1], or says in a ValueError why it cannot be used."""
+    if not 4000 <= sample_rate <= 384000:
+        raise ValueError(f"{name} has a sample rate of {sample_rate} Hz; rates from 4000 to 384000 are taken")
+    if wav.ndim != 1:
+        raise ValueError(f"{name} must have one dimension (samples,), not shape {wav.shape}")
+    if not wav.size:
+        raise ValueError(f"{name} is empty: it holds no samples")
+    if not np.isfinite(wav).all():
+        raise ValueError(f"{name} holds NaN or infinite samples")
+    return np.clip(wav.astype(np.float32), -1.0, 1.0)
+
+
+def save_audio(path: str | Path, wav: NDArray[np.float32], sample_rate: int) -> None:
+    """Writes wav (S,) float32 as 16-bit; the suffix names the format."""
+    try:
+        soundfile.write(path, np.clip(wav, -1.0, 1.0), sample_rate, subtype=None)
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} cannot be written: {error}") from None
+
+
+def resample(wav: NDArray[np.float32], from_rate: int, to_rate: int) -> NDArray[np.float32]:
+    """Resamples a whole wav (S,) float32."""
+    if from_rate == to_rate:
+        return wav
+    return cast(NDArray[np.float32], soxr.resample(wav, from_rate, to_rate).astype(np.float32))
+
+
+class StreamingResampler:
+    """Resamples chunk by chunk; holds back up to 40 ms until the last chunk. One object is one stream's state."""
+
+    def __init__(self, from_rate: int, to_rate: int) -> None:
+        self._stream = None if from_rate == to_rate else soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32")
+
+    def step(self, wav: NDArray[np.float32], last: bool = False) -> NDArray[np.float32]:
+        """(S,) float32 at the first rate -> what has become final at the second."""
+        return wav if self._stream is None else self._stream.resample_chunk(wav, last=last)
+
+
+@dataclass(frozen=True)
+class LogMelConfig:
+    """Whisper's log-mel. `floor` says what quiet is: "utterance" clips at the clip's maximum minus 8 (the released
+    models; a stream only knows the maximum so far), "fixed" clips at `log_floor` (a stream is exact)."""
+
+    num_mels: int = 80
+    floor: Literal["fixed", "utterance"] = "fixed"
+    log_floor: float = -5.0
+
+
+@dataclass
+class LogMelState:
+    """Samples not yet covered by a frame, whether a row has got its left edge, counts and the loudest value so far."""
+
+    buffer: Padded
+    started: Tensor
+    num_samples: Tensor
+    peak: Tensor
+
+
+class LogMel(nn.Module):
+    """16 kHz wav (B, S) -> log-mel (B, T, M) at 100 frames/s, a streaming stage.
+
+    A row is padded with zeros to a whole number of speech tokens (1280 samples), then reflected at both edges, as the
+    released feature extractor does for a clip alone (checkpoints.md 1.4).
+    """
+
+    window: Tensor
+    filters: Tensor
+    n_fft = 400
+    edge = 200
+
+    def __init__(self, config: LogMelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
+        filters = mel_filter_bank(
+            1 + self.n_fft // 2,
+            config.num_mels,
+            0.0,
+            8000.0,
+            rates.LISTEN_SAMPLE_RATE,
+            norm="slaney",
+            mel_scale="slaney",
+        )
+        self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
+
+    def init_state(self, batch_size: int) -> LogMelState:
+        zeros = torch.zeros(batch_size, dtype=torch.int64, device=self.window.device)
+        buffer = Padded(self.window.new_zeros(batch_size, 0), zeros)
+        return LogMelState(buffer, zeros.bool(), zeros, self.window.new_full((batch_size,), -torch.inf))
+
+    def step(self, x: Padded, state: LogMelState) -> Padded:
+        return self._normalise(self._take_in(x, state), state)
+
+    def flush(self, state: LogMelState, rows: Tensor | None = None) -> Padded:
+        rows = torch.ones_like(state.started) if rows is None else rows
+        mel = self._normalise(self._finish(state, rows), state)
+        reset_rows(state, self.init_state(len(rows)), rows)
+        return mel
+
+    def forward(self, x: Padded) -> Padded:
+        state = self.init_state(len(x.lengths))
+        raw = [self._take_in(x, state), self._finish(state, torch.ones_like(state.started))]
+        mel = Padded.concat(raw)
+        return self._normalise(mel, state)
+
+    def _take_in(self, x: Padded, state: LogMelState) -> Padded:
+        state.num_samples = state.num_samples + x.lengths
+        return self._frames(self._reflect_left(Padded.concat([state.buffer, x]), state), state)
+
+    def _reflect_left(self, wav: Padded, state: LogMelState) -> Padded:
+        """Mirrors the first 200 samples of each row that now has them; held back until then."""
+        starting = ~state.started & (wav.lengths > self.edge)
+        if not bool(starting.any()):
+            return wav
+        state.started = state.started | starting
+        index = torch.arange(wav.values.shape[1] + self.edge, device=starting.device)
+        index = torch.where(starting[:, None], (index - self.edge).abs(), index)
+        return Padded(take(wav.values, index.clamp(max=wav.values.shape[1] - 1)), wav.lengths + self.edge * starting)
+
+    def _finish(self, state: LogMelState, rows: Tensor) -> Padded:
+        """The frames that a row's end brings: zeros to a whole token, then the mirrored right edge."""
+        token = rates.SAMPLES_PER_TOKEN
+        missing = torch.where(rows, -state.num_samples % token, 0)
+        zeros = Padded(self.window.new_zeros(len(rows), int(missing.max())), missing)
+        wav = self._reflect_left(Padded.concat([state.buffer, zeros]), state)
+        ending = rows & (state.num_samples > 0)
+        length = wav.lengths[:, None]
+        index = torch.arange(wav.values.shape[1] + self.edge, device=rows.device).expand(len(rows), -1)
+        index = torch.where(index < length, index, 2 * (length - 1) - index).clamp(0, max(wav.values.shape[1] - 1, 0))
+        # The released code drops the last frame, which a reflection one sample short of 200 leaves out by itself.
+        padded = Padded(take(wav.values, index), (wav.lengths + self.edge - 1) * ending + wav.lengths * ~ending)
+        return self._frames(padded, state, ending)
+
+    def _frames(self, wav: Padded, state: LogMelState, ready: Tensor | None = None) -> Padded:
+        """Whole frames of a buffer that begins where the next frame begins; keeps the rest in the state."""
+        hop = rates.LISTEN_HOP
+        ready = state.started if ready is None else ready
+        num_frames = ((wav.lengths - self.n_fft) // hop + 1).clamp(min=0) * ready
+        _, state.buffer = split_at(wav, num_frames * hop)
+        longest = int(num_frames.max())
+        if not longest:
+            return Padded(self.window.new_zeros(len(wav.lengths), 0, self.config.num_mels), num_frames)
+        span = wav.values[:, : (longest - 1) * hop + self.n_fft]
+        spectrum = torch.stft(span, self.n_fft, hop, window=self.window, center=False, return_complex=True)
+        power = spectrum.abs().square().transpose(1, 2)  # (B, T, n_fft / 2 + 1)
+        return Padded((power @ self.filters).clamp(min=1e-10).log10(), num_frames)
+
+    def _normalise(self, mel: Padded, state: LogMelState) -> Padded:
+        values = mel.values
+        if self.config.floor == "fixed":
+            return Padded((values.clamp(min=self.config.log_floor) + 4.0) / 4.0, mel.lengths)
+        if values.shape[1]:
+            loudest = values.masked_fill(~mel.mask[:, :, None], -torch.inf).amax((1, 2))
+            state.peak = torch.maximum(state.peak, loudest)
+        return Padded((values.maximum(state.peak[:, None, None] - 8.0) + 4.0) / 4.0, mel.lengths)
+
+
+class SpeakMel(nn.Module):
+    """22.05 kHz wav (B, S) -> natural-log mel (B, S // 256, 80), the decoder's target (checkpoints.md 3.5)."""
+
+    window: Tensor
+    filters: Tensor
+    n_fft = 1024
+    num_mels = 80
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
+        filters = mel_filter_bank(
+            1 + self.n_fft // 2, self.num_mels, 0.0, 8000.0, rates.SPEAK_SAMPLE_RATE, norm="slaney", mel_scale="slaney"
+        )
+        self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
+
+    def forward(self, wav: Tensor) -> Tensor:
+        edge = (self.n_fft - rates.SPEAK_HOP) // 2
+        padded = functional.pad(wav[:, None], (edge, edge), mode="reflect")[:, 0]
+        spectrum = torch.stft(
+            padded, self.n_fft, rates.SPEAK_HOP, window=self.window, center=False, return_complex=True
+        )
+        magnitude = (spectrum.real.square() + spectrum.imag.square() + 1e-9).sqrt().transpose(1, 2)
+        return (magnitude @ self.filters).clamp(min=1e-5).log()
+
+
+def pitch(wav: Tensor, sample_rate: int, hop_length: int, f0_min: float = 60.0, f0_max: float = 400.0) -> Tensor:
+    """Fundamental frequency by normalised autocorrelation: wav (B, S) -> (B, S // hop_length) Hz, 0 where unvoiced.
+
+    Frame i is centred on sample (i + 0.5) * hop_length and 64 ms long.
+    """
+    size = int(0.064 * sample_rate)
+    num_frames = wav.shape[1] // hop_length
+    left = (size - hop_length) // 2
+    padded = functional.pad(wav, (max(left, 0), size))[:, max(-left, 0) :]
+    frames = padded.unfold(1, size, hop_length)[:, :num_frames]
+    frames = frames - frames.mean(-1, keepdim=True)
+    spectrum = torch.fft.rfft(frames, 2 * size)
+    correlation = torch.fft.irfft(spectrum.abs().square())[..., :size]
+    # A shorter overlap lowers the correlation of long lags: divide by what a constant would give.
+    overlap = 1.0 - torch.arange(size, device=wav.device) / size
+    correlation = correlation / (correlation[..., :1] * overlap + 1e-9)
+    shortest, longest = int(sample_rate / f0_max), int(sample_rate / f0_min)
+    lags = correlation[..., shortest:longest]
+    peak, at = lags.max(-1)
+    # The first lag that comes close to the best one: multiples of the period correlate as well as the period.
+    first = (lags > 0.9 * peak[..., None]).to(torch.int8)
+    rising = torch.diff(lags, dim=-1, prepend=lags[..., :1]) >= 0
+    falling = torch.diff(lags, dim=-1, append=lags[..., -1:]) <= 0
+    candidates = first * (rising & falling)
+    at = torch.where(candidates.any(-1), candidates.argmax(-1), at)
+    energy = frames.square().mean(-1)
+    voiced = (peak > 0.5) & (energy > 1e-5)
+    return torch.where(voiced, sample_rate / (at + shortest), 0.0)

@@ -1,0 +1,250 @@
+"""Ragged batches, caches and the two causal operators that every streaming stage is built of.
+
+Shapes: B batch (one row is one session), T frames or tokens, D width, H heads, W cached past frames.
+
+The contract of a streaming stage, of which `StreamingStage` is the type:
+
+- ``init_state(batch_size)`` makes a state: a dataclass of tensors with a leading batch dimension, and of child states;
+- ``step(x, state)`` takes a ragged batch (rows of any length, zero included) and returns what has become final;
+- ``flush(state, rows)`` ends the given rows, returns what was held back and makes those rows fresh again;
+- ``forward(x)`` equals the concatenated steps plus the flush, for every chunking of the input.
+
+A step replaces the tensors of a state and never writes into them, so ``copy.deepcopy`` (or a shallow copy of every
+dataclass) forks a session.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+StateT = TypeVar("StateT")
+
+
+@dataclass(frozen=True)
+class Padded:
+    """A ragged batch: row b holds ``values[b, :lengths[b]]``, what lies behind is arbitrary.
+
+    Attributes:
+        values: (B, T, ...) any dtype.
+        lengths: (B,) int64, each in 0..T.
+    """
+
+    values: Tensor
+    lengths: Tensor
+
+    @staticmethod
+    def full(values: Tensor) -> Padded:
+        """All rows as long as the tensor."""
+        return Padded(values, torch.full((values.shape[0],), values.shape[1], device=values.device))
+
+    @staticmethod
+    def stack(rows: Sequence[Tensor]) -> Padded:
+        """Pads rows (T_b, ...) of unequal lengths with zeros into one batch."""
+        lengths = torch.tensor([row.shape[0] for row in rows], device=rows[0].device)
+        return Padded(nn.utils.rnn.pad_sequence(list(rows), batch_first=True), lengths)
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T) bool, true where a value counts."""
+        return torch.arange(self.values.shape[1], device=self.lengths.device) < self.lengths[:, None]
+
+    def rows(self) -> list[Tensor]:
+        """The rows at their own lengths, each (T_b, ...)."""
+        return [row[:length] for row, length in zip(self.values, self.lengths.tolist(), strict=True)]
+
+    def zeroed(self) -> Padded:
+        """The same batch with zeros behind each row's end."""
+        mask = self.mask.reshape(*self.mask.shape, *([1] * (self.values.dim() - 2)))
+        return Padded(self.values * mask.to(self.values.dtype), self.lengths)
+
+    @staticmethod
+    def concat(parts: Sequence[Padded]) -> Padded:
+        """Joins batches row by row along time."""
+        parts = [part for part in parts if part.values.shape[1]] or list(parts[:1])
+        if len(parts) == 1:
+            return parts[0]
+        lengths = torch.stack([part.lengths for part in parts]).sum(0)
+        if all(bool((part.lengths == part.values.shape[1]).all()) for part in parts[:-1]):
+            return Padded(torch.cat([part.values for part in parts], 1), lengths)
+        first = parts[0].values
+        out = first.new_zeros(first.shape[0], int(lengths.max()), *first.shape[2:])
+        start = torch.zeros_like(lengths)
+        for part in parts:
+            row, time = part.mask.nonzero(as_tuple=True)
+            out = out.index_put((row, start[row] + time), part.values[row, time])
+            start = start + part.lengths
+        return Padded(out, lengths)
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """Picks ``values[b, index[b, t]]``: (B, T, ...), (B, N) int64 -> (B, N, ...)."""
+    index = index.reshape(*index.shape, *([1] * (values.dim() - 2))).expand(-1, -1, *values.shape[2:])
+    return values.gather(1, index)
+
+
+def split_at(x: Padded, lengths: Tensor) -> tuple[Padded, Padded]:
+    """Cuts each row after ``lengths[b]`` values; both parts are left-aligned."""
+    head = Padded(x.values[:, : int(lengths.max())], lengths)
+    rest = x.lengths - lengths
+    index = lengths[:, None] + torch.arange(int(rest.max()), device=lengths.device)
+    return head, Padded(take(x.values, index.clamp(max=max(x.values.shape[1] - 1, 0))), rest)
+
+
+def roll_in(cache: Tensor, x: Padded, width: int) -> tuple[Tensor, Tensor]:
+    """Appends a ragged batch to right-aligned caches.
+
+    Args:
+        cache: (B, W, ...) the last W values of each row, the newest at the right.
+        x: (B, T, ...) what is new.
+        width: size of the cache to keep.
+    Returns:
+        (B, W + T, ...) cache and new values side by side, and the new cache (B, width, ...).
+    """
+    joined = torch.cat([cache, x.values], 1)
+    index = cache.shape[1] - width + x.lengths[:, None] + torch.arange(width, device=cache.device)
+    return joined, take(joined, index.clamp(min=0))
+
+
+def reset_rows(state: StateT, fresh: StateT, rows: Tensor) -> None:
+    """Makes the given rows (B,) bool of a state equal to those of a fresh one, whatever the state is made of."""
+    for field in dataclasses.fields(state):  # type: ignore[arg-type]
+        setattr(state, field.name, _reset(getattr(state, field.name), getattr(fresh, field.name), rows))
+
+
+def _reset(old: object, new: object, rows: Tensor) -> object:
+    if isinstance(old, Tensor) and isinstance(new, Tensor):
+        if old.dim() > 1 and old.shape[1] != new.shape[1]:  # a cache that grew: its rows are told apart by their counts
+            new = torch.zeros_like(old)
+        return torch.where(rows.reshape(-1, *([1] * (old.dim() - 1))), new, old)
+    if isinstance(old, Padded) and isinstance(new, Padded):
+        return Padded(old.values, torch.where(rows, new.lengths, old.lengths))
+    if isinstance(old, list) and isinstance(new, list):
+        return [_reset(a, b, rows) for a, b in zip(old, new, strict=True)]
+    if dataclasses.is_dataclass(old):
+        reset_rows(old, new, rows)
+        return old
+    if old == new:
+        return old
+    raise TypeError(f"a state may hold tensors, Padded, lists and dataclasses, not {type(old).__name__}")
+
+
+class StreamingStage(Protocol[StateT]):
+    """What every streaming stage offers; see the module's text for the contract."""
+
+    def init_state(self, batch_size: int) -> StateT: ...
+    def step(self, x: Padded, state: StateT) -> Padded: ...
+    def flush(self, state: StateT, rows: Tensor | None = None) -> Padded: ...
+    def __call__(self, x: Padded) -> Padded: ...
+
+
+class CausalConv1d(nn.Conv1d):
+    """A convolution over time that sees only the past: (B, T, C_in) -> (B, T / stride, C_out).
+
+    The cache is (B, dilation * (kernel_size - 1), C_in), zeros at the start, as left padding. With a stride, every
+    chunk must be a multiple of it.
+    """
+
+    def __init__(
+        self, channels_in: int, channels_out: int, kernel_size: int, stride: int = 1, dilation: int = 1, groups: int = 1
+    ) -> None:
+        super().__init__(channels_in, channels_out, kernel_size, stride, dilation=dilation, groups=groups)
+        self.context = dilation * (kernel_size - 1)
+
+    def init_cache(self, batch_size: int) -> Tensor:
+        return self.weight.new_zeros(batch_size, self.context, self.in_channels)
+
+    def step(self, x: Padded, cache: Tensor) -> tuple[Padded, Tensor]:
+        """Returns the output of the new frames and the new cache."""
+        joined, cache = roll_in(cache.to(x.values.dtype), x, self.context)
+        y = super().forward(joined.transpose(1, 2)).transpose(1, 2)  # (B, T / stride, C_out)
+        return Padded(y, x.lengths // self.stride[0]), cache
+
+
+@dataclass
+class AttentionCache:
+    """Keys and values of the past, right-aligned, (B, W, H, D)."""
+
+    keys: Tensor
+    values: Tensor
+
+
+def attention_mask(
+    start: Tensor,
+    x: Padded,
+    num_cached: int,
+    block_of: Callable[[Tensor], Tensor],
+    past_blocks: int | None = None,
+    num_valid: Tensor | None = None,
+) -> Tensor:
+    """Which keys each query sees: its own block whole, and the past blocks.
+
+    Args:
+        start: (B,) absolute position of the first new frame of each row.
+        x: the new frames, for their lengths.
+        num_cached: W, width of the caches.
+        block_of: maps absolute positions to block numbers.
+        past_blocks: how many blocks of the past are seen besides the own one; None for all.
+        num_valid: (B,) absolute positions from here on are padding and hidden as keys.
+    Returns:
+        (B, 1, T, W + T) bool. Every query sees at least itself, so that rows of padding stay finite.
+    """
+    time = x.values.shape[1]
+    offsets = torch.arange(-num_cached, time, device=start.device)
+    key = start[:, None] + offsets  # (B, W + T)
+    query = key[:, num_cached:]
+    key_block, query_block = block_of(key)[:, None, :], block_of(query)[:, :, None]
+    seen = key_block <= query_block
+    if past_blocks is not None:
+        seen = seen & (key_block >= query_block - past_blocks)
+    real = (key >= 0) & (offsets < x.lengths[:, None])
+    if num_valid is not None:
+        real = real & (key < num_valid[:, None])
+    return ((seen & real[:, None, :]) | (key[:, None, :] == query[:, :, None]))[:, None]
+
+
+def attend(query: Tensor, key: Padded, value: Tensor, cache: AttentionCache, mask: Tensor, width: int | None) -> Tensor:
+    """Attention of new frames over cached and new ones; replaces what the cache holds.
+
+    Args:
+        query: (B, T, H, D); key, value: the same shape, key with the rows' lengths.
+        cache: keys and values of the past; replaced by the last `width` ones (None: all).
+        mask: from `attention_mask`.
+    Returns:
+        (B, T, H * D).
+    """
+    grown = cache.keys.shape[1] + query.shape[1]
+    width = grown if width is None else min(width, grown)
+    keys, cache.keys = roll_in(cache.keys.to(query.dtype), key, width)
+    values, cache.values = roll_in(cache.values.to(query.dtype), Padded(value, key.lengths), width)
+    query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
+    if torch.is_grad_enabled() and query.device.type == "cpu":
+        # The gradient of the fused attention is three times slower on a CPU than that of these three products.
+        scores = (query @ keys.transpose(2, 3)) * query.shape[-1] ** -0.5
+        out: Tensor = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values
+    else:
+        out = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)
+
+
+def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotary position embedding over all of D, halves paired: x (B, T, H, D), positions (B, T) int64."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = positions[:, :, None, None].float() * frequency  # (B, T, 1, D / 2)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    left, right = x[..., :half], x[..., half:]
+    return torch.cat([left * cos - right * sin, right * cos + left * sin], -1)
+
+
+def sinusoids(num_positions: int, width: int, max_timescale: float = 10000.0) -> Tensor:
+    """Whisper's position table: (num_positions, width), sines in the first half, cosines in the second."""
+    scales = torch.exp(-torch.arange(width // 2) * (torch.log(torch.tensor(max_timescale)) / (width // 2 - 1)))
+    angle = torch.arange(num_positions)[:, None] * scales
+    return torch.cat([angle.sin(), angle.cos()], 1)

@@ -1,0 +1,95 @@
+"""Vector quantizer with an EMA codebook: one vector per token -> one of `codebook_size` codes (paper section 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional
+
+from duologue.layers import Padded
+
+
+@dataclass(frozen=True)
+class QuantizerConfig:
+    """Attributes:
+    ema_decay: of the codebook's counts and sums (released: 0.99).
+    restart_threshold: a code used less than this often per step (EMA) is replaced by a vector of the batch.
+    """
+
+    codebook_size: int = 2048
+    ema_decay: float = 0.99
+    restart_threshold: float = 0.05
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Attributes:
+    codes: (B, T) int64 and their row lengths.
+    values: (B, T, D) the codes' vectors; in training the gradient goes straight through to the input.
+    commitment_loss: scalar, mean squared distance of valid inputs to their codes.
+    margin: (B, T) by how much the second-best squared distance exceeds the best.
+    """
+
+    codes: Padded
+    values: Tensor
+    commitment_loss: Tensor
+    margin: Tensor
+
+
+class Quantizer(nn.Module):
+    """Nearest code by L2, no projection and no scaling, the lowest index on ties (checkpoints.md 1.2, step 6)."""
+
+    ema_count: Tensor
+    ema_weight: Tensor
+
+    def __init__(self, config: QuantizerConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.codebook = nn.Embedding(config.codebook_size, width)
+        self.codebook.weight.requires_grad_(False)
+        self.register_buffer("ema_count", torch.zeros(config.codebook_size))
+        self.register_buffer("ema_weight", self.codebook.weight.detach().clone())
+
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def forward(self, x: Padded) -> Quantized:
+        """(B, T, D) -> codes, vectors and loss; always computed in float32."""
+        values = x.values.float()
+        table = self.codebook.weight.float()
+        # |x|^2 does not change the order of the codes, only the scale of the margin's rounding.
+        scores = torch.addmm(table.square().sum(1), values.flatten(0, 1), table.T, alpha=-2.0)
+        best = scores.topk(2, largest=False)
+        codes = scores.argmin(1).unflatten(0, values.shape[:2])
+        margin = (best.values[:, 1] - best.values[:, 0]).unflatten(0, values.shape[:2])
+        quantized = functional.embedding(codes, table)
+        mask = x.mask[:, :, None]
+        distance = (values - quantized).square() * mask
+        loss = distance.sum() / (mask.sum().clamp(min=1) * values.shape[-1])
+        return Quantized(Padded(codes, x.lengths), values + (quantized - values).detach(), loss, margin)
+
+    @torch.no_grad()
+    def update(self, x: Padded, codes: Padded) -> None:
+        """One EMA step of the codebook towards the valid vectors of a batch, and restart of dead codes.
+
+        Under torch.distributed the sums of all ranks are joined, so that every rank keeps the same codebook.
+        """
+        vectors, used = x.values[x.mask].float(), codes.values[codes.mask]
+        size, decay = self.config.codebook_size, self.config.ema_decay
+        count = torch.bincount(used, minlength=size).to(vectors.dtype)
+        total = torch.zeros_like(self.ema_weight).index_add_(0, used, vectors)
+        fresh = vectors[torch.randint(len(vectors), (size,), device=vectors.device)]
+        if distributed.is_initialized():
+            distributed.all_reduce(count)
+            distributed.all_reduce(total)
+            distributed.broadcast(fresh, 0)
+        if not self.ema_count.any():  # the first batch is the codebook
+            self.ema_weight.copy_(fresh)
+            self.ema_count.fill_(1.0)
+        self.ema_count.mul_(decay).add_(count, alpha=1 - decay)
+        self.ema_weight.mul_(decay).add_(total, alpha=1 - decay)
+        dead = self.ema_count < self.config.restart_threshold
+        self.ema_weight[dead] = fresh[dead]
+        self.ema_count[dead] = 1.0
+        self.codebook.weight.copy_(self.ema_weight / self.ema_count[:, None])

@@ -1,0 +1,147 @@
+"""The training side of the tokenizer: what must be readable from the codes, so that the codes keep it.
+
+Layers after the quantizer, a speech-recognition decoder (paper section 1), a CTC head that speeds its training up,
+and a linear probe for loudness and pitch, which recognition alone would throw away. None of it takes part in a
+conversation.
+
+Shapes: B batch, T speech tokens, N characters, D width, V characters of the alphabet plus one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from duologue.layers import Padded, attention_mask, sinusoids
+from duologue.tokenizer.encoder import EncoderLayer
+
+ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class RecognizerConfig:
+    """Attributes:
+    num_layers: layers after the quantizer (released: 16), over the whole utterance.
+    num_decoder_layers: layers of the autoregressive decoder.
+    chars_per_token: CTC frames made of one speech token, so that 12.5 tokens/s can spell fast speech.
+    alphabet: its characters; index 0 is CTC's blank and the decoder's start and end.
+    """
+
+    width: int = 256
+    num_heads: int = 4
+    ffn_dim: int = 1024
+    num_layers: int = 2
+    num_decoder_layers: int = 2
+    chars_per_token: int = 3
+    max_tokens: int = 375
+    max_chars: int = 512
+    alphabet: str = ALPHABET
+
+
+@dataclass(frozen=True)
+class RecognizerLosses:
+    asr: Tensor
+    ctc: Tensor
+    prosody: Tensor
+
+
+class Recognizer(nn.Module):
+    def __init__(self, config: RecognizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, num_symbols = config.width, len(config.alphabet) + 1
+        self.embed_positions2 = nn.Embedding(config.max_tokens, width)
+        self.embed_positions2.weight.requires_grad_(False).copy_(sinusoids(config.max_tokens, width))
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, config.num_heads, config.ffn_dim) for _ in range(config.num_layers)
+        )
+        self.layer_norm = nn.LayerNorm(width)
+        self.ctc = nn.Linear(width, config.chars_per_token * num_symbols)
+        self.embed_chars = nn.Embedding(num_symbols, width)
+        self.embed_char_positions = nn.Embedding(config.max_chars, width)
+        self.embed_char_positions.weight.requires_grad_(False).copy_(sinusoids(config.max_chars, width))
+        decoder_layer = nn.TransformerDecoderLayer(
+            width, config.num_heads, config.ffn_dim, 0.0, functional.gelu, batch_first=True, norm_first=True
+        )
+        self.decoder = nn.TransformerDecoder(decoder_layer, config.num_decoder_layers, nn.LayerNorm(width))
+        self.characters = nn.Linear(width, num_symbols)
+        self.prosody = nn.Linear(width, 3)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Characters of the alphabet as numbers from 1 on; everything else is left out."""
+        return [self.config.alphabet.index(char) + 1 for char in text.lower() if char in self.config.alphabet]
+
+    def decode_text(self, symbols: list[int]) -> str:
+        return " ".join("".join(self.config.alphabet[symbol - 1] for symbol in symbols if symbol).split())
+
+    def memory(self, values: Padded) -> Padded:
+        """Quantized vectors (B, T, D), T at most 375 -> what the heads read (B, T, D)."""
+        positions = self.embed_positions2.weight[: values.values.shape[1]]
+        x = Padded(values.values + positions, values.lengths)
+        mask = attention_mask(torch.zeros_like(x.lengths), x, 0, torch.zeros_like)
+        for layer in self.layers:
+            x = layer.step(x, layer.init_cache(len(x.lengths)), mask)  # type: ignore[operator]
+        return Padded(self.layer_norm(x.values), x.lengths)
+
+    def losses(self, values: Padded, text: Padded, prosody: Tensor) -> RecognizerLosses:
+        """Args:
+        values: quantized vectors (B, T, D).
+        text: (B, N) characters from `encode_text`.
+        prosody: (B, T, 3) level in bels, log2 of F0 over 100 Hz, and voicing (0 or 1; F0 counts where it is 1).
+        """
+        memory = self.memory(values)
+        log_probs = self._ctc_log_probs(memory)
+        ctc = functional.ctc_loss(
+            log_probs.transpose(0, 1),
+            text.values,
+            memory.lengths * self.config.chars_per_token,
+            text.lengths,
+            zero_infinity=True,
+        )
+        start = text.values.new_zeros(len(text.lengths), 1)
+        logits = self._decode(torch.cat([start, text.values], 1), memory)
+        target = torch.cat([text.zeroed().values, start], 1)
+        valid = torch.arange(target.shape[1], device=target.device) <= text.lengths[:, None]
+        asr = functional.cross_entropy(logits[valid], target[valid])
+        predicted, mask = self.prosody(values.values).float(), values.mask
+        error = (predicted - prosody).square()
+        error = torch.stack([error[..., 0], error[..., 1] * prosody[..., 2], error[..., 2]], -1)
+        return RecognizerLosses(asr, ctc, error[mask].mean())
+
+    @torch.inference_mode()
+    def transcribe(self, values: Padded) -> list[str]:
+        """Greedy text of quantized vectors (B, T, D) by the attention decoder."""
+        memory = self.memory(values)
+        symbols = torch.zeros(len(values.lengths), 1, dtype=torch.int64, device=values.values.device)
+        done = values.lengths == 0
+        limit = min(self.config.max_chars - 1, 4 + 4 * int(values.lengths.max()))
+        while symbols.shape[1] <= limit and not bool(done.all()):
+            best = self._decode(symbols, memory)[:, -1].argmax(-1) * ~done
+            done = done | (best == 0)
+            symbols = torch.cat([symbols, best[:, None]], 1)
+        return [self.decode_text(row) for row in symbols.tolist()]
+
+    @torch.inference_mode()
+    def transcribe_ctc(self, values: Padded) -> list[str]:
+        """Greedy text by the CTC head: one pass, a little worse."""
+        memory = self.memory(values)
+        best = self._ctc_log_probs(memory).argmax(-1)
+        lengths = (memory.lengths * self.config.chars_per_token).tolist()
+        rows = [row[:length].unique_consecutive().tolist() for row, length in zip(best, lengths, strict=True)]
+        return [self.decode_text(row) for row in rows]
+
+    def _ctc_log_probs(self, memory: Padded) -> Tensor:
+        logits: Tensor = self.ctc(memory.values).float().unflatten(-1, (self.config.chars_per_token, -1))
+        return logits.flatten(1, 2).log_softmax(-1)  # (B, T * chars_per_token, V)
+
+    def _decode(self, symbols: Tensor, memory: Padded) -> Tensor:
+        """Teacher-forced logits (B, N, V) of the next character after each of symbols (B, N)."""
+        x = self.embed_chars(symbols) + self.embed_char_positions.weight[: symbols.shape[1]]
+        future = torch.ones(symbols.shape[1], symbols.shape[1], dtype=torch.bool, device=x.device).triu(1)
+        # A row without sound sees its first, empty position, so that no softmax is taken over nothing.
+        hidden = ~(memory.mask | (torch.arange(memory.values.shape[1], device=x.device) == 0))
+        x = self.decoder(x, memory.values, tgt_mask=future, memory_key_padding_mask=hidden)
+        return self.characters(x).float()  # type: ignore[no-any-return]

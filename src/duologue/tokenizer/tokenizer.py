@@ -1,0 +1,124 @@
+"""SpeechTokenizer: 16 kHz waveform -> speech tokens, 12.5 a second, while the user talks.
+
+Shapes: B batch, S samples, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from duologue import rates
+from duologue.audio import LogMel, LogMelConfig, LogMelState
+from duologue.layers import Padded, reset_rows, split_at
+from duologue.tokenizer.encoder import Encoder, EncoderConfig, EncoderState
+from duologue.tokenizer.quantizer import Quantized, Quantizer, QuantizerConfig
+
+
+@dataclass(frozen=True)
+class SpeechTokenizerConfig:
+    features: LogMelConfig = field(default_factory=LogMelConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+
+    def __post_init__(self) -> None:
+        if self.features.num_mels != self.encoder.num_mels:
+            raise ValueError(
+                f"features.num_mels is {self.features.num_mels} but encoder.num_mels is {self.encoder.num_mels}; "
+                "they must be equal"
+            )
+        if self.encoder.block_frames % rates.POOL:
+            raise ValueError(
+                f"encoder.block_frames is {self.encoder.block_frames}; it must be a multiple of {rates.POOL} (pooling)"
+            )
+
+
+@dataclass
+class SpeechTokenizerState:
+    features: LogMelState
+    encoder: EncoderState
+
+
+class SpeechTokenizer(nn.Module):
+    """wav (B, S) float32 at 16 kHz -> codes (B, T) int64, T = ceil(S / 1280), a streaming stage.
+
+    Sound is cut into pieces of 30 s that know nothing of each other, as the released model has it (checkpoints.md
+    1.5). Within a piece the codes of closed attention blocks come out of `step`, those of the open block of `flush`.
+    """
+
+    def __init__(self, config: SpeechTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.features = LogMel(config.features)
+        self.encoder = Encoder(config.encoder)
+        self.quantizer = Quantizer(config.quantizer, config.encoder.width)
+
+    @property
+    def piece_samples(self) -> int:
+        """Samples in one piece: 480000."""
+        return self.config.encoder.max_positions * rates.ENCODER_STRIDE * rates.LISTEN_HOP
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens in one attention block."""
+        return self.config.encoder.block_frames // rates.POOL
+
+    def init_state(self, batch_size: int) -> SpeechTokenizerState:
+        return SpeechTokenizerState(self.features.init_state(batch_size), self.encoder.init_state(batch_size))
+
+    def step(self, x: Padded, state: SpeechTokenizerState) -> Padded:
+        """wav (B, S) -> codes that have become final."""
+        codes = []
+        while True:
+            room = self.piece_samples - state.features.num_samples
+            now, x = split_at(x, torch.minimum(x.lengths, room))
+            codes.append(self._quantize(self._encode_closed(self.features.step(now, state.features), state.encoder)))
+            full = state.features.num_samples == self.piece_samples
+            if bool(full.any()):
+                codes.append(self.flush(state, full))
+            if not bool(x.lengths.any()):
+                return Padded.concat(codes)
+
+    def flush(self, state: SpeechTokenizerState, rows: Tensor | None = None) -> Padded:
+        """End of speech: codes of the open block, the last token padded with silence."""
+        rows = torch.ones_like(state.features.started) if rows is None else rows
+        num_valid = -(-state.features.num_samples // rates.LISTEN_HOP)
+        mel = Padded.concat([state.encoder.pending, self.features.flush(state.features, rows)])
+        ending = Padded(mel.values, mel.lengths * rows)
+        codes = self._quantize(self.encoder.encode(ending, state.encoder, num_valid))
+        state.encoder.pending = mel
+        reset_rows(state.encoder, self.encoder.init_state(len(rows)), rows)
+        return codes
+
+    def forward(self, x: Padded) -> Padded:
+        """wav (B, S) -> codes (B, T); what a stream gives, at once."""
+        return Padded.concat([self.quantize_piece(piece).codes for piece in self._pieces(x)])
+
+    def quantize_piece(self, x: Padded) -> Quantized:
+        """wav (B, S) of at most 30 s a row -> codes, vectors and commitment loss."""
+        return self.quantizer(self.encode_piece(x, self.encoder.init_state(len(x.lengths))))  # type: ignore[no-any-return]
+
+    def encode_piece(self, x: Padded, state: EncoderState) -> Padded:
+        """wav (B, S) of at most 30 s a row -> vectors before quantization (B, T, D)."""
+        return self.encoder.encode(self.features(x), state, -(-x.lengths // rates.LISTEN_HOP))
+
+    def _pieces(self, x: Padded) -> list[Padded]:
+        pieces = []
+        while True:
+            now, x = split_at(x, x.lengths.clamp(max=self.piece_samples))
+            pieces.append(now)
+            if not bool(x.lengths.any()):
+                return pieces
+
+    def _encode_closed(self, mel: Padded, state: EncoderState) -> Padded:
+        """Adds mel frames to the open block and encodes the blocks that this closes."""
+        block = self.config.encoder.block_frames * rates.ENCODER_STRIDE
+        mel = Padded.concat([state.pending, mel])
+        closed, state.pending = split_at(mel, mel.lengths // block * block)
+        return self.encoder.encode(closed, state)
+
+    def _quantize(self, x: Padded) -> Padded:
+        quantized: Quantized = self.quantizer(x)
+        return quantized.codes

@@ -1,0 +1,1 @@
+"""Training of every part: one small loop, one readable file per stage."""

@@ -1,0 +1,162 @@
+"""Audio corpora: clips on disk, batches of like lengths, and what a microphone and a room do to a clean voice.
+
+A corpus folder holds shards `clips*.jsonl` (one clip a line) beside `clips*.pcm` (flat int16, little endian).
+Shapes: S samples.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Wav = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One line of a shard; keys that are not here are left out.
+
+    Attributes:
+        role: "user", "reply" (the reply voice) or "free" (no part of a dialogue).
+        split: "train", "valid", "test" or "test_unseen".
+        offset, num_samples: place in the shard's samples.
+    """
+
+    id: str
+    text: str
+    role: str
+    voice: str
+    language: str
+    style: str
+    split: str
+    intent: str
+    sample_rate: int
+    offset: int
+    num_samples: int
+
+
+class Clips:
+    """All clips of a corpus folder, or of some splits, roles and voices; samples stay on disk until asked for."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        splits: Collection[str] | None = None,
+        roles: Collection[str] | None = None,
+        voices: Collection[str] | None = None,
+    ) -> None:
+        self.records: list[Clip] = []
+        self._samples: list[NDArray[np.int16]] = []
+        names = [field.name for field in fields(Clip)]
+        for shard in sorted(Path(folder).glob("clips*.jsonl")):
+            samples = np.memmap(shard.with_suffix(".pcm"), np.int16, "r")
+            for line in shard.read_text().splitlines():
+                row = json.loads(line)
+                clip = Clip(**{name: row[name] for name in names})
+                if (
+                    (splits is None or clip.split in splits)
+                    and (roles is None or clip.role in roles)
+                    and (voices is None or clip.voice in voices)
+                ):
+                    self.records.append(clip)
+                    self._samples.append(samples[clip.offset : clip.offset + clip.num_samples])
+        if not self.records:
+            raise ValueError(f"{folder} holds no clips of splits {splits}, roles {roles}, voices {voices}")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def wav(self, index: int) -> Wav:
+        """(S,) float32 in [-1, 1]."""
+        return self._samples[index].astype(np.float32) / 32768.0
+
+
+class LengthBatches:
+    """Random batches of clips of like lengths, each a pure function of its index.
+
+    A batch begins at a random place of the clips sorted by length and draws from the stretch that follows, so that
+    little is padding. Its size is what fills `batch_s` seconds.
+    """
+
+    def __init__(self, lengths_s: NDArray[np.float64], batch_s: float, seed: int) -> None:
+        self._order = np.argsort(lengths_s, kind="stable")
+        self._lengths = lengths_s[self._order]
+        self._batch_s, self._seed = batch_s, seed
+
+    def __call__(self, index: int) -> tuple[list[int], np.random.Generator]:
+        """Indices of the clips of one batch, and the generator for all other choices about it."""
+        rng = np.random.default_rng((self._seed, index))
+        at = int(rng.integers(len(self._order)))
+        size = max(int(self._batch_s / self._lengths[at]), 1)
+        stretch = self._order[max(at - 2 * size, 0) : at + 2 * size]
+        return [int(i) for i in rng.permutation(stretch)[:size]], rng
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to a clip before it is heard; a probability of 0 leaves a part out.
+
+    Attributes:
+        gain_db: range of the level, relative to the clip.
+        snr_db: range of the noise's level under the voice; noise is white, coloured, or another clip.
+        speed: range of the playing speed, which moves pitch and formants too.
+        edge_s: up to this much room tone before and after the voice.
+    """
+
+    gain_db: tuple[float, float] = (-14.0, 8.0)
+    noise_probability: float = 0.5
+    snr_db: tuple[float, float] = (8.0, 40.0)
+    room_probability: float = 0.3
+    speed_probability: float = 0.5
+    speed: tuple[float, float] = (0.92, 1.08)
+    edge_s: float = 0.4
+
+
+def augment(
+    wav: Wav, sample_rate: int, config: AugmentConfig, rng: np.random.Generator, babble: Callable[[], Wav]
+) -> Wav:
+    """One clip (S,) in a room, with noise, at another level and speed: (S',)."""
+    if rng.random() < config.speed_probability:
+        speed = rng.uniform(*config.speed)
+        wav = np.interp(np.arange(0, len(wav) - 1, speed), np.arange(len(wav)), wav).astype(np.float32)
+    edges = (rng.uniform(0, config.edge_s, 2) * sample_rate).astype(int)
+    wav = np.pad(wav, (int(edges[0]), int(edges[1])))
+    if rng.random() < config.room_probability:
+        wav = _in_room(wav, sample_rate, rng)
+    level = float(np.sqrt(np.mean(wav**2))) + 1e-6
+    if rng.random() < config.noise_probability:
+        noise = _noise(len(wav), rng, babble)
+        noise_level = float(np.sqrt(np.mean(noise**2))) + 1e-6
+        wav = wav + noise * (level / noise_level * 10 ** (-rng.uniform(*config.snr_db) / 20))
+    wav = wav * 10 ** (rng.uniform(*config.gain_db) / 20)
+    return np.clip(wav, -1.0, 1.0).astype(np.float32)
+
+
+def _in_room(wav: Wav, sample_rate: int, rng: np.random.Generator) -> Wav:
+    """Convolves with a decaying tail of noise behind the direct sound."""
+    decay_s = rng.uniform(0.05, 0.35)
+    time = np.arange(int(decay_s * sample_rate)) / sample_rate
+    tail = rng.standard_normal(len(time)) * np.exp(-6.9 * time / decay_s)
+    tail *= 10 ** (-rng.uniform(3.0, 15.0) / 20) / (np.sqrt(np.sum(tail**2)) + 1e-9)
+    tail[0] = 1.0
+    size = 1 << (len(wav) + len(tail)).bit_length()
+    wet = np.fft.irfft(np.fft.rfft(wav, size) * np.fft.rfft(tail, size), size)
+    return wet[: len(wav)].astype(np.float32)
+
+
+def _noise(num_samples: int, rng: np.random.Generator, babble: Callable[[], Wav]) -> Wav:
+    """White, coloured (falling by 3 to 6 dB an octave) or other voices."""
+    kind = rng.integers(3)
+    if kind == 2:
+        return np.resize(babble() + np.float32(1e-4), num_samples)
+    white = rng.standard_normal(num_samples).astype(np.float32)
+    if kind == 0:
+        return white
+    spectrum = np.fft.rfft(white)
+    spectrum *= np.maximum(np.arange(len(spectrum)), 1.0) ** -rng.uniform(0.5, 1.0)
+    return np.fft.irfft(spectrum, num_samples).astype(np.float32)

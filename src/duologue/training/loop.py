@@ -1,0 +1,297 @@
+"""The loop under every training stage: step, log, evaluate, sample, save, resume.
+
+A batch is a pure function of its index, and the random generator is set from the index before each use, so a resumed
+run needs only weights, optimizer and step to equal an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed, nn
+from tqdm import tqdm
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How to train, whatever is trained.
+
+    Attributes:
+        num_steps: optimizer steps in all; the schedule ends there.
+        schedule: fall of the learning rate after the warm-up, down to `learning_rate * min_lr_ratio`.
+        accumulate: batches per optimizer step and process.
+        checkpoint_every_s: seconds between checkpoints.
+    """
+
+    num_steps: int
+    learning_rate: float
+    seed: int = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.05
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip_norm: float = 1.0
+    accumulate: int = 1
+    precision: Literal["bf16", "fp32"] = "bf16"
+    log_every: int = 10
+    evaluate_every: int = 500
+    sample_every: int = 1000
+    checkpoint_every_s: float = 600.0
+    max_shard_bytes: int = 2**31
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimizer step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = min((step - self.warmup_steps) / max(self.num_steps - self.warmup_steps, 1), 1.0)
+        fall = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.schedule]
+        return self.learning_rate * (self.min_lr_ratio + (1 - self.min_lr_ratio) * fall)
+
+
+class Stage(Protocol):
+    """What one training stage tells the loop.
+
+    Attributes:
+        phases: what is optimized, one optimizer each, in order (a GAN has two).
+        weights: of the losses, by the same names.
+    """
+
+    phases: Mapping[str, nn.Module]
+    weights: Mapping[str, float]
+
+    def batch(self, index: int) -> Batch:
+        """The batch of that number, on the CPU: a pure function of the index."""
+        ...
+
+    def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+        """Named scalar losses of one phase; none when it is idle in this step."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Measures on held-out data."""
+        ...
+
+    def sample(self, folder: Path) -> None:
+        """Writes something to listen to or look at."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the finished component."""
+        ...
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training stopped before an optimizer step, because a loss is not a number."""
+
+
+def run(stage: Stage, config: LoopConfig, out: Path, device: str = "cpu") -> dict[str, float]:
+    """Trains until `config.num_steps`, resuming from the newest checkpoint under `out`; returns the last evaluation."""
+    rank, world = _start_distributed()
+    out.mkdir(parents=True, exist_ok=True)
+    for module in stage.phases.values():
+        module.to(device).train()
+    optimizers = {name: _optimizer(module, config) for name, module in stage.phases.items()}
+    step = _resume(stage, optimizers, out / "checkpoints")
+    log = _Log(out, step) if rank == 0 else None
+    saved_at = time.monotonic()
+    metrics: dict[str, float] = {}
+    bar = tqdm(total=config.num_steps, initial=step, desc=out.name, disable=rank > 0, mininterval=5.0, smoothing=0.05)
+    batches = _prefetch(stage, config, step, rank, world)
+    while step < config.num_steps:
+        values: dict[str, float] = {}
+        micro = [next(batches) for _ in range(config.accumulate)]
+        for phase, module in stage.phases.items():
+            values |= _optimize(stage, phase, module, optimizers[phase], micro, step, config, device)
+        step += 1
+        bar.update()
+        if log and (step % config.log_every == 0 or step == 1):
+            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+            log.write(step, values)
+        if log and (step % config.evaluate_every == 0 or step == config.num_steps):
+            metrics = _quiet(stage, stage.evaluate)
+            tqdm.write(f"{out.name} step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+            log.write(step, {f"valid/{name}": value for name, value in metrics.items()})
+        if log and (step % config.sample_every == 0 or step == config.num_steps):
+            folder = out / "samples" / f"step-{step:07d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            _quiet(stage, lambda folder=folder: stage.sample(folder))
+        if log and (time.monotonic() - saved_at > config.checkpoint_every_s or step == config.num_steps):
+            _checkpoint(stage, optimizers, step, out / "checkpoints")
+            saved_at = time.monotonic()
+        if distributed.is_initialized():
+            distributed.barrier()
+    bar.close()
+    if log:
+        stage.save(out / "final")
+        log.close()
+    return metrics
+
+
+def _optimize(
+    stage: Stage,
+    phase: str,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    micro: list[tuple[int, Batch]],
+    step: int,
+    config: LoopConfig,
+    device: str,
+) -> dict[str, float]:
+    """One optimizer step of one phase; returns the losses, averaged over its batches."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr_at(step)
+    optimizer.zero_grad(set_to_none=True)
+    values: dict[str, float] = {}
+    for index, batch in micro:
+        torch.manual_seed(hash((config.seed, index)) % 2**63)
+        batch = {name: value.to(device) for name, value in batch.items()}
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bf16"):
+            losses = stage.losses(phase, batch, step)
+        if not losses:  # an idle phase
+            return {}
+        total = torch.stack([loss.float() * stage.weights[name] for name, loss in losses.items()]).sum()
+        for name, loss in losses.items():
+            values[name] = values.get(name, 0.0) + float(loss.detach()) / len(micro)
+        if not math.isfinite(float(total.detach())):
+            raise NonFiniteLoss(
+                f"step {step + 1}, batch {index}: "
+                + ", ".join(f"{name} = {float(loss)}" for name, loss in losses.items())
+                + "; no weight was changed by this step. Lower learning_rate or look at the batch, then run again"
+            )
+        (total / len(micro)).backward()
+    if distributed.is_initialized():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                distributed.all_reduce(parameter.grad)
+                parameter.grad /= distributed.get_world_size()
+    values["grad_norm" if len(stage.phases) == 1 else f"grad_norm/{phase}"] = float(
+        nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+    )
+    optimizer.step()
+    return values
+
+
+def _quiet(stage: Stage, work: Any) -> Any:
+    """Runs work in evaluation mode without gradients, and puts the stage back."""
+    for module in stage.phases.values():
+        module.eval()
+    with torch.no_grad():
+        result = work()
+    for module in stage.phases.values():
+        module.train()
+    return result
+
+
+def _prefetch(stage: Stage, config: LoopConfig, step: int, rank: int, world: int) -> Iterator[tuple[int, Batch]]:
+    """Batches with their indices, the next one made while one is used."""
+    first = step * config.accumulate * world + rank
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(stage.batch, first)
+        for index in range(first, config.num_steps * config.accumulate * world, world):
+            batch = coming.result()
+            coming = pool.submit(stage.batch, index + world)
+            yield index, batch
+
+
+def _optimizer(module: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
+
+
+def _start_distributed() -> tuple[int, int]:
+    """Joins the process group when started by torchrun."""
+    if "WORLD_SIZE" in os.environ and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _checkpoint(stage: Stage, optimizers: Mapping[str, torch.optim.Optimizer], step: int, folder: Path) -> None:
+    """Writes weights and optimizers beside the older checkpoint, then removes the older one."""
+    unfinished = folder / f"step-{step:07d}.part"
+    unfinished.mkdir(parents=True, exist_ok=True)
+    for name, module in stage.phases.items():
+        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, unfinished / f"{name}.safetensors")
+        state = optimizers[name].state_dict()["state"]
+        moments = {f"{i}.{key}": value.contiguous() for i, entry in state.items() for key, value in entry.items()}
+        save_file(moments, unfinished / f"{name}.optimizer.safetensors")
+    (unfinished / "state.json").write_text(json.dumps({"version": 1, "step": step}))
+    finished = unfinished.with_suffix("")
+    shutil.rmtree(finished, ignore_errors=True)
+    unfinished.rename(finished)
+    for old in sorted(folder.glob("step-???????"))[:-1]:
+        shutil.rmtree(old)
+
+
+def _resume(stage: Stage, optimizers: Mapping[str, torch.optim.Optimizer], folder: Path) -> int:
+    """Loads the newest checkpoint; returns its step, or 0 when there is none."""
+    found = sorted(folder.glob("step-???????"))
+    if not found:
+        return 0
+    for name, module in stage.phases.items():
+        module.load_state_dict(load_file(found[-1] / f"{name}.safetensors"))
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in load_file(found[-1] / f"{name}.optimizer.safetensors").items():
+            index, field = key.split(".")
+            state.setdefault(int(index), {})[field] = value
+        optimizers[name].load_state_dict({**optimizers[name].state_dict(), "state": state})
+    return int(json.loads((found[-1] / "state.json").read_text())["step"])
+
+
+class _Log:
+    """`log.csv` with a row per step and name, and TensorBoard events where that is installed."""
+
+    def __init__(self, out: Path, step: int) -> None:
+        path = out / "log.csv"
+        kept = [row for row in _read_log(path) if int(row["step"]) <= step]
+        self._file = path.open("w", newline="")
+        self._writer = csv.DictWriter(self._file, ["step", "name", "value", "time"])
+        self._writer.writeheader()
+        self._writer.writerows(kept)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._board = None
+        else:
+            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        now = round(time.time(), 1)
+        for name, value in values.items():
+            self._writer.writerow({"step": step, "name": name, "value": f"{value:.6g}", "time": now})
+            if self._board:
+                self._board.add_scalar(name, value, step)
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def _read_log(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

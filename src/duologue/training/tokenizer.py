@@ -1,0 +1,191 @@
+"""Stage `tokenizer`: the codes are learned by recognising speech through them (paper section 1)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jiwer
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from duologue import rates
+from duologue.audio import pitch
+from duologue.checkpoint import load_component, save_component
+from duologue.layers import Padded
+from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
+from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
+from duologue.training.data import AugmentConfig, Clips, LengthBatches, Wav, augment
+from duologue.training.loop import Batch, LoopConfig
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """Attributes:
+    corpora: folders of clips.
+    start_from: a folder of an earlier run of this stage (`final`) to start from; empty for random weights.
+    batch_s: seconds of sound in a batch.
+    commitment_weight: the paper says 10.0, the released config multiplies 0.25 by 10.
+    quantize_from_step: before this step the vectors pass unquantized, while the codebook learns to follow them.
+    """
+
+    corpora: tuple[str, ...]
+    loop: LoopConfig
+    start_from: str = ""
+    tokenizer: SpeechTokenizerConfig = field(default_factory=SpeechTokenizerConfig)
+    recognizer: RecognizerConfig = field(default_factory=RecognizerConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    batch_s: float = 100.0
+    max_clip_s: float = 12.0
+    asr_weight: float = 0.7
+    ctc_weight: float = 0.3
+    commitment_weight: float = 2.5
+    prosody_weight: float = 0.1
+    quantize_from_step: int = 300
+    num_valid_clips: int = 200
+
+
+class _Model(nn.Module):
+    """The tokenizer with the heads that train it, as one set of weights."""
+
+    def __init__(self, tokenizer: SpeechTokenizer, recognizer: Recognizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.recognizer = recognizer
+
+
+class TokenizerStage:
+    """Training of `SpeechTokenizer` and `Recognizer`."""
+
+    phases: Mapping[str, nn.Module]
+    weights: Mapping[str, float]
+
+    def __init__(self, recipe: TokenizerRecipe) -> None:
+        torch.manual_seed(recipe.loop.seed)
+        self.recipe = recipe
+        if recipe.start_from:
+            start = Path(recipe.start_from)
+            self.tokenizer = load_component(start / "tokenizer", SpeechTokenizer, SpeechTokenizerConfig)
+            self.recognizer = load_component(start / "recognizer", Recognizer, RecognizerConfig)
+        else:
+            self.tokenizer = SpeechTokenizer(recipe.tokenizer)
+            self.recognizer = Recognizer(recipe.recognizer)
+        self.phases = {"model": _Model(self.tokenizer, self.recognizer)}
+        self.weights = {
+            "asr": recipe.asr_weight,
+            "ctc": recipe.ctc_weight,
+            "commitment": recipe.commitment_weight,
+            "prosody": recipe.prosody_weight,
+        }
+        self.clips = [Clips(folder, splits=("train",)) for folder in recipe.corpora]
+        self.index = [
+            (corpus, i)
+            for corpus, clips in enumerate(self.clips)
+            for i, clip in enumerate(clips.records)
+            if clip.num_samples <= recipe.max_clip_s * clip.sample_rate
+        ]
+        lengths = np.array([self.clips[c].records[i].num_samples / rates.LISTEN_SAMPLE_RATE for c, i in self.index])
+        self.batches = LengthBatches(lengths, recipe.batch_s, recipe.loop.seed)
+        self.valid = Clips(recipe.corpora[0], splits=("valid",))
+
+    def batch(self, index: int) -> Batch:
+        chosen, rng = self.batches(index)
+        wavs, texts, prosody = [], [], []
+        for number in chosen:
+            corpus, i = self.index[number]
+            clip = self.clips[corpus].records[i]
+            sound = self.clips[corpus].wav(i)
+            if clip.role != "reply" or rng.random() < 0.5:  # the reply voice must be clean as often as not
+                sound = augment(sound, clip.sample_rate, self.recipe.augment, rng, lambda: self._other(rng))
+            wavs.append(torch.from_numpy(sound))
+            texts.append(torch.tensor(self.recognizer.encode_text(clip.text)))
+            prosody.append(_prosody(wavs[-1]))
+        wav, text = Padded.stack(wavs), Padded.stack(texts)
+        return {
+            "wav": wav.values,
+            "wav_lengths": wav.lengths,
+            "text": text.values,
+            "text_lengths": text.lengths,
+            "prosody": Padded.stack(prosody).values,
+            "start": torch.from_numpy(rng.integers(0, self._max_start(wav), len(chosen))),
+        }
+
+    def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+        wav = Padded(batch["wav"], batch["wav_lengths"])
+        text = Padded(batch["text"], batch["text_lengths"])
+        state = self.tokenizer.encoder.init_state(len(wav.lengths))
+        # Clips begin anywhere in a 30 s piece, so that every position of it is learned.
+        block = self.tokenizer.config.encoder.block_frames
+        state.start = batch["start"] * block
+        num_valid = -(-wav.lengths // rates.LISTEN_HOP) + state.start * rates.ENCODER_STRIDE
+        hidden = self.tokenizer.encoder.encode(self.tokenizer.features(wav), state, num_valid)
+        quantized = self.tokenizer.quantizer(hidden)
+        if self.tokenizer.training:
+            self.tokenizer.quantizer.update(hidden, quantized.codes)
+        through = step >= self.recipe.quantize_from_step or not self.tokenizer.training
+        values = Padded(quantized.values if through else hidden.values, hidden.lengths)
+        heads = self.recognizer.losses(values, text, batch["prosody"])
+        commitment = quantized.commitment_loss
+        return {"asr": heads.asr, "ctc": heads.ctc, "commitment": commitment, "prosody": heads.prosody}
+
+    def evaluate(self) -> dict[str, float]:
+        """Word error rates of both heads on validation clips, as they are, and the use of the codebook."""
+        texts, decoded, spelled = [], [], []
+        used = torch.zeros(self.tokenizer.config.quantizer.codebook_size, dtype=torch.int64)
+        num = min(self.recipe.num_valid_clips, len(self.valid))
+        order = sorted(range(num), key=lambda i: self.valid.records[i].num_samples)
+        for at in range(0, num, 25):
+            chosen = order[at : at + 25]
+            wav = Padded.stack([torch.from_numpy(self.valid.wav(i)) for i in chosen])
+            quantized = self.tokenizer.quantize_piece(wav)
+            values = Padded(quantized.values, quantized.codes.lengths)
+            texts += [self._spoken(self.valid.records[i].text) for i in chosen]
+            decoded += self.recognizer.transcribe(values)
+            spelled += self.recognizer.transcribe_ctc(values)
+            used += torch.bincount(quantized.codes.values[quantized.codes.mask], minlength=len(used))
+        share = used / used.sum()
+        recent = self.tokenizer.quantizer.ema_count
+        return {
+            "wer": jiwer.wer(texts, decoded),
+            "wer_ctc": jiwer.wer(texts, spelled),
+            "codebook_usage": float((used > 0).float().mean()),
+            "codebook_usage_ema": float((recent > 0.1 * recent.mean()).float().mean()),
+            "perplexity": float(torch.exp(-(share * (share + 1e-12).log()).sum())),
+        }
+
+    def sample(self, folder: Path) -> None:
+        """Writes what is heard in a few validation clips beside what was said."""
+        lines = []
+        for i in range(min(20, len(self.valid))):
+            quantized = self.tokenizer.quantize_piece(Padded.full(torch.from_numpy(self.valid.wav(i))[None]))
+            heard = self.recognizer.transcribe(Padded(quantized.values, quantized.codes.lengths))[0]
+            lines.append({"said": self._spoken(self.valid.records[i].text), "heard": heard})
+        (folder / "transcripts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def save(self, folder: Path) -> None:
+        save_component(folder / "tokenizer", self.tokenizer, self.tokenizer.config)
+        save_component(folder / "recognizer", self.recognizer, self.recognizer.config)
+
+    def _spoken(self, text: str) -> str:
+        return self.recognizer.decode_text(self.recognizer.encode_text(text))
+
+    def _other(self, rng: np.random.Generator) -> Wav:
+        corpus, i = self.index[int(rng.integers(len(self.index)))]
+        return self.clips[corpus].wav(i)
+
+    def _max_start(self, wav: Padded) -> int:
+        config = self.tokenizer.config.encoder
+        longest = -(-wav.values.shape[1] // (rates.LISTEN_HOP * rates.ENCODER_STRIDE))
+        return max((config.max_positions - longest) // config.block_frames, 1)
+
+
+def _prosody(wav: Tensor) -> Tensor:
+    """wav (S,) -> per token (T, 3): level in bels, log2 of F0 over 100 Hz, voicing."""
+    padded = nn.functional.pad(wav, (0, -len(wav) % rates.SAMPLES_PER_TOKEN))[None]
+    level = padded.unflatten(1, (-1, rates.SAMPLES_PER_TOKEN)).square().mean(-1).clamp(min=1e-6).log10()
+    f0 = pitch(padded, rates.LISTEN_SAMPLE_RATE, rates.SAMPLES_PER_TOKEN)
+    voiced = f0 > 0
+    return torch.stack([level, torch.where(voiced, (f0 / 100).clamp(min=0.1).log2(), 0.0), voiced.float()], -1)[0]
