@@ -3,7 +3,7 @@
     python -m recipes.pocket.text --texts FILE... --out tokenizer.json [--vocab-size N]
 
 Small, since every row costs weights, and coarse, since text has to stay ahead of speech: a full run of text tokens must
-take at least a full run of speech tokens to say. So a word with the blank before it is one token wherever the size allows,
+take at least a full run of speech tokens to say. So a word with its blank is one token wherever the size allows,
 and runs of Han characters may join. Measured on 4 h of free speech, fast renditions included: with 2560 ids 5 % of the
 clips with more text than one run break the rule, with 4096 three of 771, with 5120 none of 280. Keeping punctuation at
 its word costs ids and is worse at each of these sizes.
