@@ -85,6 +85,8 @@ class Padded:
 
 def take(values: Tensor, index: Tensor) -> Tensor:
     """Picks ``values[b, index[b, t]]``: (B, T, ...), (B, N) int64 -> (B, N, ...)."""
+    if not values.shape[1]:  # rows without values: whatever is picked lies behind their ends
+        values = values.new_zeros(values.shape[0], 1, *values.shape[2:])
     index = index.reshape(*index.shape, *([1] * (values.dim() - 2))).expand(-1, -1, *values.shape[2:])
     return values.gather(1, index)
 

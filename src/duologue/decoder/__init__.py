@@ -1,0 +1,1 @@
+"""Speech tokens -> log-mel -> wave."""
