@@ -15,6 +15,7 @@ from recipes.pocket import corpus
 from recipes.pocket.curriculum import Dialogue, Exchange
 from recipes.pocket.plans import PlannedClip, PlannedDialogue
 from recipes.pocket.sounds import SOUNDS, sound
+from recipes.pocket.stories import LONG_ANSWERS
 from recipes.pocket.synthesis import (
     LEVEL_DBFS,
     SAMPLE_RATE,
@@ -123,6 +124,12 @@ def test_reply_styles_move_the_asked_way() -> None:
     assert f0(clips["lower2"]) < f0(clips["lower"]) < 0.93 * f0(plain)
     assert level(clips["louder"]) > level(plain) + 3
     assert level(clips["softer"]) < level(plain) - 6
+
+
+@needs_programs
+def test_long_answers_last_ten_to_thirty_seconds() -> None:
+    for clip in render_chunk([reply_request(text) for _, _, text, _ in LONG_ANSWERS]):
+        assert 10 <= clip.size / SAMPLE_RATE <= 30
 
 
 @needs_programs
