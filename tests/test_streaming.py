@@ -15,6 +15,10 @@ from torch import Tensor, nn
 
 from duologue import rates
 from duologue.audio import LogMel, LogMelConfig
+from duologue.decoder.decoder import SpeechDecoder
+from duologue.decoder.encoder import TokenEncoderConfig
+from duologue.decoder.estimators import EstimatorConfig
+from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded
 from duologue.tokenizer.encoder import EncoderConfig
@@ -72,6 +76,22 @@ def _vocoder(lookahead_frames: int) -> nn.Module:
     return _randomize(Vocoder(VocoderConfig(width=16, ffn_dim=32, num_layers=3, lookahead_frames=lookahead_frames)))
 
 
+def _codes(length: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 40, (length,), generator=generator)
+
+
+def _flow(past_blocks: int | None) -> nn.Module:
+    sizes = {"width": 16, "num_heads": 2, "ffn_dim": 24, "num_layers": 2, "past_blocks": past_blocks}
+    encoder = TokenEncoderConfig(codebook_size=40, **sizes)  # type: ignore[arg-type]
+    estimator = EstimatorConfig(kernel_size=3, time_dim=8, **sizes)  # type: ignore[arg-type]
+    config = FlowConfig(encoder, estimator, condition_dim=80, speaker_dim=4, num_steps=2)
+    return _randomize(Flow(config))
+
+
+def _spoken_frames(num_tokens: int) -> int:
+    return rates.frames_for_tokens(num_tokens // rates.BLOCK_TOKENS * rates.BLOCK_TOKENS)
+
+
 @cache
 def _tokenizer() -> nn.Module:
     """Pieces of 2.4 s, so that a test crosses their border, and blocks of 0.4 s."""
@@ -121,6 +141,27 @@ CASES: dict[str, Case] = {
         lengths=(21, 0, 1, 6),
         chunks=(1, 4),
         num_final=lambda n: max(256 * n - 384, 0),
+    ),
+    "flow": Case(
+        build=lambda: _flow(1),
+        make=_codes,
+        lengths=(57, 0, 3, 30, 12),
+        chunks=(1, 7, 20),
+        num_final=_spoken_frames,
+    ),
+    "flow without bound": Case(
+        build=lambda: _flow(None),
+        make=_codes,
+        lengths=(41, 0, 9, 10),
+        chunks=(10, 13),
+        num_final=_spoken_frames,
+    ),
+    "speech decoder": Case(
+        build=lambda: SpeechDecoder(_flow(1), _vocoder(2)),  # type: ignore[arg-type]
+        make=_codes,
+        lengths=(34, 0, 5, 20),
+        chunks=(10, 11),
+        num_final=lambda n: max(256 * _spoken_frames(n) - 896, 0),
     ),
 }
 every_stage = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())

@@ -1,0 +1,62 @@
+"""SpeechDecoder: speech tokens -> wave at 22.05 kHz, while the reply is being written.
+
+Shapes: B batch, T tokens, S samples, M mels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from duologue.decoder.flow import Flow, FlowState
+from duologue.decoder.vocoder import Vocoder, VocoderState
+from duologue.layers import Padded
+
+
+@dataclass
+class SpeechDecoderState:
+    flow: FlowState
+    vocoder: VocoderState
+
+
+class SpeechDecoder(nn.Module):
+    """Speech tokens (B, T) int64 -> wav (B, 256 (441 T // 64)) float32 at 22.05 kHz, a streaming stage."""
+
+    def __init__(self, flow: Flow, vocoder: Vocoder) -> None:
+        super().__init__()
+        self.flow = flow
+        self.vocoder = vocoder
+
+    def init_state(
+        self,
+        batch_size: int,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        speaker: Tensor | None = None,
+    ) -> SpeechDecoderState:
+        """A fresh state; the settings are those of `Flow.init_state`."""
+        flow = self.flow.init_state(batch_size, num_steps, guidance_scale, seed, speaker)
+        return SpeechDecoderState(flow, self.vocoder.init_state(batch_size))
+
+    def give_prompt(self, tokens: Padded, mel: Padded, state: SpeechDecoderState) -> None:
+        """Sets how fresh rows begin, see `Flow.give_prompt`; the wave begins after the prompt."""
+        self.flow.give_prompt(tokens, mel, state.flow)
+
+    def step(self, x: Padded, state: SpeechDecoderState) -> Padded:
+        """Tokens (B, T) -> samples that have become final."""
+        wav: Padded = self.vocoder.step(self.flow.step(x, state.flow), state.vocoder)
+        return wav
+
+    def flush(self, state: SpeechDecoderState, rows: Tensor | None = None) -> Padded:
+        """End of the utterance: the samples of the open block and what the vocoder held back."""
+        rows = torch.ones_like(state.flow.pending.lengths, dtype=torch.bool) if rows is None else rows
+        wav = self.vocoder.step(self.flow.flush(state.flow, rows), state.vocoder)
+        return Padded.concat([wav, self.vocoder.flush(state.vocoder, rows)])
+
+    def forward(self, x: Padded, state: SpeechDecoderState | None = None) -> Padded:
+        """Tokens (B, T) -> wav; what a stream gives, at once. A fresh state may carry settings."""
+        state = self.init_state(len(x.lengths)) if state is None else state
+        return Padded.concat([self.step(x, state), self.flush(state)])

@@ -1,0 +1,322 @@
+"""Flow decoder: speech tokens -> log-mel, by conditional flow matching that streams exactly.
+
+The estimator keeps its caches for every solver step apart, so block b at solver step k sees the past blocks as they
+were at step k, streaming or not. Noise is a function of seed and absolute frame index.
+
+Shapes: B batch, T tokens or frames, G guidance branches, M mels, C condition channels, S speaker channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from duologue import rates
+from duologue.decoder.encoder import (
+    TokenEncoder,
+    TokenEncoderConfig,
+    TokenEncoderState,
+    check_tokens,
+    frames_for_tokens,
+)
+from duologue.decoder.estimators import BLOCK_FRAMES, CausalTransformer, EstimatorCache, EstimatorConfig
+from duologue.layers import Padded, reset_rows, split_at, take
+
+_CALL_BLOCKS = 8  # at most this many blocks of 10 tokens in one call: bounds the attention of a long utterance
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Sizes and solver of the flow; the defaults are pocket's.
+
+    Attributes:
+        mel_mean, mel_std: of the corpus's natural-log mels; the flow works on (mel - mean) / std.
+        condition_dim: channels between encoder and estimator; the first num_mels of them are a first guess of the mel.
+        speaker_dim: size of the speaker vector; zeros are the reply voice.
+        num_steps, guidance_scale: of the solver, unless `init_state` is told otherwise.
+    """
+
+    encoder: TokenEncoderConfig = field(default_factory=TokenEncoderConfig)
+    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
+    num_mels: int = 80
+    mel_mean: float = -6.0
+    mel_std: float = 2.5
+    condition_dim: int = 160
+    speaker_dim: int = 32
+    num_steps: int = 6
+    guidance_scale: float = 0.7
+
+    def __post_init__(self) -> None:
+        if self.condition_dim < self.num_mels:
+            raise ValueError(f"condition_dim is {self.condition_dim}; it must be at least num_mels, {self.num_mels}")
+        if not self.mel_std > 0:
+            raise ValueError(f"mel_std is {self.mel_std}; it must be positive")
+
+
+def cosine_times(num_steps: int) -> list[float]:
+    """t_k = 1 - cos(pi k / 2 n), k = 0..n: small steps near the noise (checkpoints.md 3.2, step 9)."""
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    return [1 - math.cos(math.pi / 2 * k / num_steps) for k in range(num_steps)] + [1.0]
+
+
+def solve_euler(velocity: Callable[[int, float, Tensor], Tensor], x0: Tensor, times: Sequence[float]) -> Tensor:
+    """Integrates dx/dt = velocity(k, t, x) from x0 at times[0] to times[-1]."""
+    x = x0
+    for k, (t, t_next) in enumerate(pairwise(times)):
+        x = x + (t_next - t) * velocity(k, t, x)
+    return x
+
+
+def guide(velocity: Tensor, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: (B, T, G, M) -> (B, T, M), (1 + g) conditional - g unconditional."""
+    if velocity.shape[2] == 1:
+        return velocity[:, :, 0]
+    return (1 + guidance_scale) * velocity[:, :, 0] - guidance_scale * velocity[:, :, 1]
+
+
+def noise_at(seed: Tensor, frame: Tensor, num_mels: int) -> Tensor:
+    """Standard normal noise that depends on nothing but its place: seed (B,) and frame (B, T) int64 -> (B, T, M).
+
+    A counter-based generator: a 32-bit integer hash in int64 arithmetic, which every device does alike, then
+    Box-Muller. No generator of the process is touched.
+    """
+    key = _hash(seed & _MASK)[:, None, None]
+    count = (frame[:, :, None] * num_mels + torch.arange(num_mels, device=frame.device)) & _MASK
+    first = _hash(_hash(count) ^ key)
+    second = _hash(first ^ 0x3C6EF372)
+    radius = (-2.0 * (((first >> 8).float() + 0.5) / 2**24).log()).sqrt()
+    return radius * ((second >> 8).float() * (2 * math.pi / 2**24)).cos()
+
+
+_MASK = 0xFFFFFFFF
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A bijective mix of 32-bit integers held in int64 (multiply and xor-shift, Wellons' lowbias32)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = x ^ (x >> shift)
+        # In two halves, so that no product passes 63 bits.
+        x = ((((x * (factor >> 16)) & 0xFFFF) << 16) + x * (factor & 0xFFFF)) & _MASK
+    return x ^ (x >> 16)
+
+
+@dataclass
+class FlowState:
+    """Attributes:
+    pending: (B, T < 10) tokens of the open block.
+    encoder: state of the token encoder; `encoder.start` counts the tokens whose frames are out.
+    solver: one estimator cache per solver step.
+    prompt: (B, P, M) normalised mel that is given for the first frames; they are seen, and left out of the output.
+    seed: (B,) int64 of the noise.
+    speaker: (B, S).
+    """
+
+    pending: Padded
+    encoder: TokenEncoderState
+    solver: list[EstimatorCache]
+    prompt: Padded
+    seed: Tensor
+    speaker: Tensor
+    guidance_scale: float
+
+
+class Flow(nn.Module):
+    """Speech tokens (B, T) int64 -> natural-log mel (B, 441 T // 64, M) as of `SpeakMel`, a streaming stage.
+
+    Whole blocks of 10 tokens come out of `step`, the rest of an utterance out of `flush`. A row that is flushed keeps
+    its seed and speaker, and loses its prompt.
+    """
+
+    def __init__(self, config: FlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = TokenEncoder(config.encoder, config.speaker_dim, config.condition_dim)
+        self.estimator = CausalTransformer(config.estimator, config.num_mels, config.condition_dim, config.speaker_dim)
+
+    def init_state(
+        self,
+        batch_size: int,
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int = 0,
+        speaker: Tensor | None = None,
+    ) -> FlowState:
+        """A fresh state.
+
+        Args:
+            num_steps, guidance_scale: the config's where None; a scale of 0 leaves the unconditional branch out.
+            seed: of the noise, the same for all rows; give rows their own through `state.seed`.
+            speaker: (B, S), zeros where None.
+        """
+        config, weight = self.config, self.encoder.norm.weight
+        num_steps = config.num_steps if num_steps is None else num_steps
+        guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        if num_steps < 1 or guidance_scale < 0:
+            raise ValueError(
+                f"num_steps must be at least 1 and guidance_scale not negative, got {num_steps} and {guidance_scale}"
+            )
+        zeros = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        branches = 1 if guidance_scale == 0 else 2
+        return FlowState(
+            pending=Padded(zeros[:, None][:, :0], zeros),
+            encoder=self.encoder.init_state(batch_size),
+            solver=[self.estimator.init_cache(batch_size, branches) for _ in range(num_steps)],
+            prompt=Padded(weight.new_zeros(batch_size, 0, config.num_mels), zeros),
+            seed=zeros + seed,
+            speaker=weight.new_zeros(batch_size, config.speaker_dim) if speaker is None else speaker,
+            guidance_scale=float(guidance_scale),
+        )
+
+    def give_prompt(self, tokens: Padded, mel: Padded, state: FlowState) -> None:
+        """Sets how fresh rows begin: tokens (B, T) and their natural-log mel (B, P, M), whose voice goes on.
+
+        The output begins after the prompt: after min(P, 441 T // 64) frames. Rows without a prompt have no tokens.
+        """
+        if bool(((state.encoder.start + state.pending.lengths > 0) & (tokens.lengths > 0)).any()):
+            raise ValueError("a prompt can only be given before the first token")
+        check_tokens(tokens, self.config.encoder.codebook_size)
+        lengths = torch.minimum(mel.lengths, frames_for_tokens(tokens.lengths))
+        state.prompt = Padded(self.normalise(mel.values[:, : int(lengths.max())]), lengths)
+        state.pending = Padded.concat([state.pending, tokens])
+
+    def step(self, x: Padded, state: FlowState) -> Padded:
+        """Tokens (B, T) -> mel frames of the blocks that they close."""
+        check_tokens(x, self.config.encoder.codebook_size)
+        tokens = Padded.concat([state.pending, x])
+        closed, state.pending = split_at(tokens, tokens.lengths // rates.BLOCK_TOKENS * rates.BLOCK_TOKENS)
+        return self._run(closed, state)
+
+    def flush(self, state: FlowState, rows: Tensor | None = None) -> Padded:
+        """End of the utterance: mel frames of the open block."""
+        rows = torch.ones_like(state.pending.lengths, dtype=torch.bool) if rows is None else rows
+        pending = state.pending
+        closing = self.step(Padded(pending.values[:, :0], torch.zeros_like(pending.lengths)), state)  # of a prompt
+        mel = self._run(Padded(state.pending.values, state.pending.lengths * rows), state)
+        fresh = self.init_state(len(rows), len(state.solver), state.guidance_scale)
+        fresh.seed, fresh.speaker = state.seed, state.speaker
+        reset_rows(state, fresh, rows)
+        return Padded.concat([closing, mel])
+
+    def forward(self, x: Padded, state: FlowState | None = None) -> Padded:
+        """Tokens (B, T) -> mel (B, 441 T // 64, M); what a stream gives, at once. A fresh state may carry settings."""
+        state = self.init_state(len(x.lengths)) if state is None else state
+        return Padded.concat([self.step(x, state), self.flush(state)])
+
+    def normalise(self, mel: Tensor) -> Tensor:
+        """Natural-log mel -> what the flow works on."""
+        return (mel - self.config.mel_mean) / self.config.mel_std
+
+    def _run(self, tokens: Padded, state: FlowState) -> Padded:
+        """Whole blocks, or the end of an utterance."""
+        parts: list[Padded] = []
+        while bool(tokens.lengths.any()) or not parts:
+            now, tokens = split_at(tokens, tokens.lengths.clamp(max=_CALL_BLOCKS * rates.BLOCK_TOKENS))
+            parts.append(self._run_part(now, state))
+        return Padded.concat(parts)
+
+    def _run_part(self, tokens: Padded, state: FlowState) -> Padded:
+        if not tokens.values.shape[1]:
+            empty = state.prompt.values.new_zeros(len(tokens.lengths), 0, self.config.num_mels)
+            return Padded(empty, tokens.lengths)
+        start = state.encoder.start
+        condition = self.encoder.step(tokens, state.speaker, state.encoder)
+        first, num_frames = frames_for_tokens(start), condition.lengths
+        frame = first[:, None] + torch.arange(condition.values.shape[1], device=first.device)
+        x0 = noise_at(state.seed, frame, self.config.num_mels)
+        given = self._prompt_at(state.prompt, frame)
+        context = self.estimator.embed_context(condition.values, state.speaker, given)[:, :, None]
+        if state.guidance_scale != 0:
+            context = torch.cat([context, torch.zeros_like(context)], 2)  # (B, T, G, D)
+        span = self.estimator.span(condition, start, state.solver[0])
+
+        def velocity(k: int, t: float, x: Tensor) -> Tensor:
+            time = x.new_full((len(x),), t)
+            return guide(self.estimator.step(x, time, context, span, state.solver[k]), state.guidance_scale)
+
+        x1 = solve_euler(velocity, x0, cosine_times(len(state.solver)))
+        mel = Padded(x1 * self.config.mel_std + self.config.mel_mean, num_frames)
+        dropped = (state.prompt.lengths - first).clamp(min=0).minimum(num_frames)
+        return split_at(mel, dropped)[1]
+
+    def _prompt_at(self, prompt: Padded, frame: Tensor) -> Tensor:
+        """The prompt's mel at absolute frames (B, T), zeros behind it: (B, T, M)."""
+        if not prompt.values.shape[1]:
+            return prompt.values.new_zeros(*frame.shape, self.config.num_mels)
+        given = take(prompt.values, frame.clamp(max=prompt.values.shape[1] - 1))
+        return given * (frame < prompt.lengths[:, None])[:, :, None]
+
+
+def state_bytes(state: object) -> int:
+    """Memory of the tensors of a state, whatever it is made of, in bytes."""
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, list | tuple):
+        return sum(state_bytes(item) for item in state)
+    if dataclasses.is_dataclass(state):
+        return sum(state_bytes(getattr(state, item.name)) for item in dataclasses.fields(state))
+    return 0
+
+
+def max_state_bytes(config: FlowConfig, bytes_per_value: int = 4) -> int | None:
+    """The most that one row of a state takes with the config's solver and no prompt; None where the past is unbounded.
+
+    Pocket: 6 solver steps x 2 branches x 5 layers x (2 x 138 cached frames + 4 of the convolution) x 160 = 10.8 MB.
+    """
+    encoder, estimator = config.encoder, config.estimator
+    if encoder.past_blocks is None or estimator.past_blocks is None:
+        return None
+    cached = 2 * estimator.past_blocks * BLOCK_FRAMES + estimator.kernel_size - 1
+    branches = 1 if config.guidance_scale == 0 else 2
+    values = config.num_steps * branches * estimator.num_layers * cached * estimator.width
+    values += 2 * encoder.num_layers * encoder.past_blocks * rates.BLOCK_TOKENS * encoder.width
+    values += encoder.width + config.speaker_dim
+    whole_numbers = rates.BLOCK_TOKENS - 1 + 4  # pending tokens; its length, the prompt's, start and seed
+    return values * bytes_per_value + 8 * whole_numbers
+
+
+@dataclass(frozen=True)
+class FlowBudget:
+    """Parameters, and multiply-adds per second of speech, part by part."""
+
+    encoder_parameters: int
+    estimator_parameters: int
+    encoder_macs_per_s: float
+    estimator_macs_per_s: float
+
+
+def budget(flow: Flow) -> FlowBudget:
+    """What the flow costs with the config's solver; attention is counted over full windows.
+
+    Pocket (6 steps, guided): 2.5 M parameters; see the figures that `budget` returns for the operations.
+    """
+    config = flow.config
+    frame_rate = rates.SPEAK_FRAME_RATE
+
+    def weights(module: nn.Module) -> int:
+        return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv1d))
+
+    spread = [flow.encoder.regulate1, flow.encoder.regulate2]
+    at_frames = sum(layer.weight.numel() for layer in spread)
+    past = 0 if config.encoder.past_blocks is None else config.encoder.past_blocks
+    seen = (past + 1) * rates.BLOCK_TOKENS
+    at_tokens = weights(flow.encoder) - at_frames + 2 * seen * config.encoder.width * config.encoder.num_layers
+    estimator = config.estimator
+    past = 0 if estimator.past_blocks is None else estimator.past_blocks
+    seen = (past + 1) * BLOCK_FRAMES
+    once = flow.estimator.context.weight.numel()
+    timed = flow.estimator.time1.weight.numel() + flow.estimator.time2.weight.numel()
+    each = weights(flow.estimator) - once - timed + 2 * seen * estimator.width * estimator.num_layers
+    calls = config.num_steps * (1 if config.guidance_scale == 0 else 2)
+    return FlowBudget(
+        encoder_parameters=sum(parameter.numel() for parameter in flow.encoder.parameters()),
+        estimator_parameters=sum(parameter.numel() for parameter in flow.estimator.parameters()),
+        encoder_macs_per_s=at_tokens * rates.TOKEN_RATE + at_frames * frame_rate,
+        estimator_macs_per_s=(each * calls + once) * frame_rate + timed * config.num_steps / rates.BLOCK_S,
+    )
