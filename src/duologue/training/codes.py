@@ -1,0 +1,189 @@
+"""Speech codes and mels of a corpus, computed once for a frozen tokenizer and kept on disk.
+
+    python -m duologue.training.codes --corpus FOLDER --tokenizer FOLDER --out FOLDER
+
+A store is a folder of parts, each for `PART_CLIPS` clips in the order of the corpus: `part-00000.json` (the clips' ids
+and lengths), `part-00000.codes.npy` uint16 (T,) and, where wanted, `part-00000.mels.npy` float16 (F, M), all clips one
+after another. `store.json` names the tokenizer by its hash: a store of another tokenizer is refused. Parts that exist
+are kept, so a stopped run goes on, and a corpus that has grown costs only what is new.
+
+Shapes: S samples, T tokens, F mel frames, M mels.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from duologue import rates
+from duologue.audio import SpeakMel, resample
+from duologue.checkpoint import file_hash, load_component
+from duologue.config import read_json, write_json
+from duologue.layers import Padded
+from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
+from duologue.training.data import Clips, Wav
+
+PART_CLIPS = 1000
+_BATCH_S = 60.0
+
+
+class CodeStore:
+    """The codes and mels of the first clips of a corpus; memory maps, read where asked for."""
+
+    def __init__(self, folder: str | Path, tokenizer_hash: str) -> None:
+        self.folder = Path(folder)
+        _check_hash(self.folder, tokenizer_hash)
+        self.ids: list[str] = []
+        self._codes: list[NDArray[np.uint16]] = []
+        self._mels: list[NDArray[np.float16]] = []
+        for part in sorted(self.folder.glob("part-?????.json")):
+            index = read_json(part)
+            self.ids += index["ids"]
+            ends = np.cumsum(index["num_tokens"])
+            codes = np.load(part.with_suffix(".codes.npy"), mmap_mode="r")
+            self._codes += np.split(codes, ends[:-1])
+            if part.with_suffix(".mels.npy").exists():
+                frames = np.cumsum([rates.frames_for_tokens(n) for n in index["num_tokens"]])
+                self._mels += np.split(np.load(part.with_suffix(".mels.npy"), mmap_mode="r"), frames[:-1])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def num_tokens(self, index: int) -> int:
+        return len(self._codes[index])
+
+    def codes(self, index: int) -> NDArray[np.int64]:
+        """(T,) int64 of one clip, T = ceil(S / 1280)."""
+        return self._codes[index].astype(np.int64)
+
+    def mel(self, index: int) -> NDArray[np.float32]:
+        """(F, M) natural-log mel of one clip, F = 441 T // 64."""
+        if len(self._mels) != len(self.ids):
+            raise ValueError(f"{self.folder} was made without mels: make it again with them")
+        return self._mels[index].astype(np.float32)
+
+
+def build_store(
+    corpus: str | Path,
+    tokenizer: str | Path,
+    folder: str | Path,
+    *,
+    roles: Collection[str] | None = None,
+    mels: bool = True,
+    max_hours: float | None = None,
+) -> CodeStore:
+    """Computes what is missing of the store of a corpus, and opens it.
+
+    Args:
+        corpus: a folder of clips, see `duologue.training.data`.
+        tokenizer: folder of a frozen `SpeechTokenizer`.
+        roles: only clips of these; a folder is for one choice of roles.
+        max_hours: only the first clips, which last so long at most.
+    Raises:
+        ValueError: the store was made with another tokenizer.
+    """
+    folder, wanted = Path(folder), file_hash(tokenizer)
+    clips = Clips(corpus, roles=roles)
+    if (folder / "store.json").exists():
+        _check_hash(folder, wanted)
+    else:
+        write_json(folder / "store.json", {"version": 1, "tokenizer": wanted})
+    num_clips = _first_clips(clips, max_hours)
+    model: SpeechTokenizer | None = None
+    for first in tqdm(range(0, num_clips, PART_CLIPS), desc=f"codes of {Path(corpus).name}", mininterval=5.0):
+        chosen = list(range(first, min(first + PART_CLIPS, num_clips)))
+        name = folder / f"part-{first // PART_CLIPS:05d}.json"
+        if _is_complete(name, [clips.records[i].id for i in chosen], mels):
+            continue
+        model = model or load_component(tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
+        _write_part(name, clips, chosen, model, mels)
+    return CodeStore(folder, wanted)
+
+
+def speak_mel(wav: Wav, mel: SpeakMel) -> torch.Tensor:
+    """A clip (S,) at 16 kHz -> (F, M) natural-log mel, F = 441 T // 64 for its T = ceil(S / 1280) tokens."""
+    padded = np.pad(wav, (0, -len(wav) % rates.SAMPLES_PER_TOKEN))
+    spoken = resample(padded, rates.LISTEN_SAMPLE_RATE, rates.SPEAK_SAMPLE_RATE)
+    frames: torch.Tensor = mel(torch.from_numpy(spoken)[None])[0]
+    return frames[: rates.frames_for_tokens(rates.tokens_for_samples(len(wav)))]
+
+
+def _first_clips(clips: Clips, max_hours: float | None) -> int:
+    if max_hours is None:
+        return len(clips)
+    ends = np.cumsum([clip.num_samples / clip.sample_rate for clip in clips.records])
+    return max(int(np.searchsorted(ends, max_hours * 3600)), 1)
+
+
+def _check_hash(folder: Path, tokenizer_hash: str) -> None:
+    found = read_json(folder / "store.json").get("tokenizer")
+    if found != tokenizer_hash:
+        raise ValueError(
+            f"{folder} holds the codes of another tokenizer ({str(found)[:12]}, not {tokenizer_hash[:12]}): "
+            "name another folder or remove this one"
+        )
+
+
+def _is_complete(part: Path, ids: list[str], mels: bool) -> bool:
+    if not part.exists() or (mels and not part.with_suffix(".mels.npy").exists()):
+        return False
+    return bool(read_json(part)["ids"] == ids)
+
+
+@torch.no_grad()
+def _write_part(part: Path, clips: Clips, chosen: list[int], tokenizer: SpeechTokenizer, mels: bool) -> None:
+    """The json is written last: it says that the part is complete."""
+    part.unlink(missing_ok=True)
+    codes: dict[int, NDArray[np.uint16]] = {}
+    batch: list[int] = []
+    for i in sorted(chosen, key=lambda i: clips.records[i].num_samples):
+        batch.append(i)
+        if len(batch) * clips.records[i].num_samples > _BATCH_S * rates.LISTEN_SAMPLE_RATE:
+            codes |= _tokenize(clips, batch, tokenizer)
+            batch = []
+    codes |= _tokenize(clips, batch, tokenizer)
+    np.save(part.with_suffix(".codes.npy"), np.concatenate([codes[i] for i in chosen]))
+    if mels:
+        mel = SpeakMel()
+        rows = [speak_mel(clips.wav(i), mel).numpy().astype(np.float16) for i in chosen]
+        np.save(part.with_suffix(".mels.npy"), np.concatenate(rows))
+    ids = [clips.records[i].id for i in chosen]
+    write_json(part, {"ids": ids, "num_tokens": [len(codes[i]) for i in chosen]})
+
+
+def _tokenize(clips: Clips, batch: list[int], tokenizer: SpeechTokenizer) -> dict[int, NDArray[np.uint16]]:
+    if not batch:
+        return {}
+    codes: Padded = tokenizer(Padded.stack([torch.from_numpy(clips.wav(i)) for i in batch]))
+    return {i: row.numpy().astype(np.uint16) for i, row in zip(batch, codes.rows(), strict=True)}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of the store."""
+    parser = argparse.ArgumentParser(prog="python -m duologue.training.codes", description=__doc__)
+    parser.add_argument("--corpus", required=True)
+    parser.add_argument("--tokenizer", required=True)
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--roles", nargs="+")
+    parser.add_argument("--max-hours", type=float)
+    parser.add_argument("--no-mels", action="store_true")
+    args = parser.parse_args(argv)
+    store = build_store(
+        args.corpus,
+        args.tokenizer,
+        args.out,
+        roles=args.roles,
+        mels=not args.no_mels,
+        max_hours=args.max_hours,
+    )
+    print(f"{len(store)} clips in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

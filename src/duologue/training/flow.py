@@ -1,0 +1,316 @@
+"""Stage `flow`: the flow decoder learns to turn speech tokens into mels (paper section 2).
+
+First many voices with a learned speaker vector each, the reply voice being the zero vector; then, started from that,
+the reply voice alone with truncated utterances (the first n blocks of 10 tokens).
+
+Shapes: B batch, T tokens, F mel frames, M mels, S speaker channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from duologue import rates
+from duologue.audio import save_audio
+from duologue.checkpoint import file_hash, load_component, read_extra, save_component, save_tensors
+from duologue.decoder.encoder import frames_for_tokens, token_of_frame
+from duologue.decoder.flow import Flow, FlowConfig
+from duologue.decoder.vocoder import Vocoder, VocoderConfig
+from duologue.layers import Padded
+from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
+from duologue.training.codes import CodeStore, build_store
+from duologue.training.data import Clip, Clips, LengthBatches
+from duologue.training.loop import Batch, LoopConfig
+
+REPLY = -1  # in place of a voice's number: the zero speaker
+_STATISTICS_CLIPS = 500
+
+
+@dataclass(frozen=True)
+class FlowRecipe:
+    """Attributes:
+    corpora: folders of clips.
+    tokenizer: folder of the frozen tokenizer.
+    store: folder for its codes and the mels of the corpora, made where it is missing.
+    start_from: a folder of an earlier run of this stage (`final`) to start from; empty for random weights.
+    vocoder: folder of a vocoder for the written samples; empty for pictures only.
+    flow: sizes; codebook size, mean and deviation of the mel are filled in from tokenizer and corpus.
+    roles: which clips; empty for all.
+    max_hours: of each corpus and these roles; None for all of it.
+    batch_s: seconds of speech in a batch.
+    max_tokens: longer clips are cut to this, from a random block on.
+    prefix_probability: of a batch being cut to the first n blocks, n uniform.
+    prompt_probability: of the mel's beginning being given, of uniform length up to `max_prompt` of the clip.
+    guidance_dropout: of the whole condition being hidden.
+    speaker_dropout: of the zero speaker in place of a voice's own.
+    coarse_weight: of the encoder's first guess of the mel.
+    """
+
+    corpora: tuple[str, ...]
+    tokenizer: str
+    store: str
+    loop: LoopConfig
+    start_from: str = ""
+    vocoder: str = ""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    roles: tuple[str, ...] = ()
+    max_hours: float | None = None
+    batch_s: float = 120.0
+    max_tokens: int = 50
+    prefix_probability: float = 0.0
+    prompt_probability: float = 0.5
+    max_prompt: float = 0.8
+    guidance_dropout: float = 0.2
+    speaker_dropout: float = 0.3
+    time_sampling: Literal["cosine", "uniform"] = "cosine"
+    coarse_weight: float = 0.3
+    num_valid_clips: int = 64
+    num_generated: int = 8
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < rates.BLOCK_TOKENS or self.max_tokens % rates.BLOCK_TOKENS:
+            raise ValueError(f"max_tokens is {self.max_tokens}; it must be a multiple of {rates.BLOCK_TOKENS}")
+        if not self.corpora:
+            raise ValueError("corpora is empty: name at least one folder of clips")
+        names = [Path(corpus).name for corpus in self.corpora]
+        if len(set(names)) < len(names):
+            raise ValueError(f"corpora must have names of their own, got {', '.join(names)}")
+
+
+class FlowModel(nn.Module):
+    """The flow and the speaker vectors of the corpus's voices, as one set of weights."""
+
+    def __init__(self, flow: Flow, num_voices: int) -> None:
+        super().__init__()
+        self.flow = flow
+        self.speakers = nn.Embedding(max(num_voices, 1), flow.config.speaker_dim)
+
+    def speaker(self, voice: Tensor) -> Tensor:
+        """Voice numbers (B,), or REPLY -> (B, S)."""
+        return self.speakers(voice.clamp(min=0)) * (voice != REPLY)[:, None]  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """One clip: the number of its corpus and its place there, and what is known of it."""
+
+    store: int
+    index: int
+    clip: Clip
+    num_tokens: int
+
+
+class FlowStage:
+    """Training of `Flow`."""
+
+    phases: Mapping[str, nn.Module]
+    weights: Mapping[str, float]
+
+    def __init__(self, recipe: FlowRecipe) -> None:
+        self.recipe = recipe
+        self.tokenizer_hash = file_hash(recipe.tokenizer)
+        self.stores, utterances = self._open_corpora()
+        self.train = [one for one in utterances if one.clip.split == "train"]
+        valid = [one for one in utterances if one.clip.split == "valid"]
+        if not self.train or not valid:
+            raise ValueError(f"corpora {', '.join(recipe.corpora)} lack clips of split 'train' or 'valid'")
+        # The reply voice first: it is what pictures and generated mels are about.
+        self.valid = sorted(valid, key=lambda one: one.clip.role != "reply")[: recipe.num_valid_clips]
+        reply_voices = {one.clip.voice for one in utterances if one.clip.role == "reply"}
+        self.voices = sorted({one.clip.voice for one in self.train} - reply_voices)
+        self.flow = self._make_flow()
+        torch.manual_seed(recipe.loop.seed)
+        self.model = FlowModel(self.flow, len(self.voices))
+        self.phases = {"flow": self.model}
+        self.weights = {"velocity": 1.0, "coarse": recipe.coarse_weight}
+        lengths = [min(one.num_tokens, recipe.max_tokens) / rates.TOKEN_RATE for one in self.train]
+        self.batches = LengthBatches(np.array(lengths), recipe.batch_s, recipe.loop.seed)
+
+    def batch(self, index: int) -> Batch:
+        chosen, rng = self.batches(index)
+        utterances = [self.train[i] for i in chosen]
+        num_tokens = self.recipe.max_tokens
+        prefix = rng.random() < self.recipe.prefix_probability
+        if prefix:
+            longest = min(max(one.num_tokens for one in utterances), num_tokens)
+            num_tokens = rates.BLOCK_TOKENS * int(rng.integers(1, -(-longest // rates.BLOCK_TOKENS) + 1))
+        starts = []
+        for one in utterances:
+            room = -(-max(one.num_tokens - num_tokens, 0) // rates.BLOCK_TOKENS)
+            starts.append(0 if prefix else rates.BLOCK_TOKENS * int(rng.integers(room + 1)))
+        batch = self._collate(utterances, starts, num_tokens)
+        size, num_frames = len(utterances), batch["num_frames"]
+        prompts = torch.from_numpy(rng.uniform(0, self.recipe.max_prompt, size)) * num_frames
+        given = torch.from_numpy(rng.random(size) < self.recipe.prompt_probability)
+        batch["prompt"] = prompts.long() * given
+        batch["keep"] = torch.from_numpy(rng.random(size) >= self.recipe.guidance_dropout)
+        unnamed = torch.from_numpy(rng.random(size) < self.recipe.speaker_dropout)
+        batch["voice"] = torch.where(unnamed, REPLY, batch["voice"])
+        return batch
+
+    def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+        flow, start = self.flow, batch["start"]
+        mel = flow.normalise(batch["mel"].float())  # (B, F, M)
+        mask = torch.arange(mel.shape[1], device=mel.device) < batch["num_frames"][:, None]
+        frame = torch.arange(mel.shape[1], device=mel.device)
+        prompted = frame < batch["prompt"][:, None]
+        # Where a clip is cut, the first frame may belong to the token before the cut, which is not there.
+        mask = mask & (token_of_frame(frames_for_tokens(start)[:, None] + frame) >= start[:, None])
+        speaker = self.model.speaker(batch["voice"])
+        encoder_state = flow.encoder.init_state(len(start))
+        encoder_state.start = start
+        condition = flow.encoder.step(Padded(batch["tokens"], batch["num_tokens"]), speaker, encoder_state)
+        coarse = condition.values[..., : flow.config.num_mels].float()
+        context = flow.estimator.embed_context(condition.values, speaker, mel * prompted[:, :, None])
+        context = context * batch["keep"][:, None, None]
+        x0 = torch.randn_like(mel)
+        time = torch.rand(len(start), device=mel.device)
+        if self.recipe.time_sampling == "cosine":
+            time = 1 - torch.cos(time * (math.pi / 2))
+        x_t = torch.lerp(x0, mel, time[:, None, None])
+        cache = flow.estimator.init_cache(len(start), 1)
+        span = flow.estimator.span(condition, start, cache)
+        velocity = flow.estimator.step(x_t, time, context[:, :, None], span, cache)[:, :, 0]
+        return {
+            "velocity": _mean_square(velocity - (mel - x0), mask & ~prompted),
+            "coarse": _mean_square(coarse - mel, mask),
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        """Losses on validation clips with fixed noise and times, and L1 of generated natural-log mels."""
+        sums = dict.fromkeys(self.weights, 0.0)
+        ordered = sorted(self.valid, key=lambda one: one.num_tokens)
+        parts = [ordered[at : at + 16] for at in range(0, len(ordered), 16)]
+        device = self.flow.encoder.norm.weight.device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            for part in parts:
+                batch = self._collate(part, [0] * len(part), self.recipe.max_tokens)
+                batch["prompt"] = torch.zeros(len(part), dtype=torch.int64)
+                batch["keep"] = torch.ones(len(part), dtype=torch.bool)
+                losses = self.losses("flow", {name: value.to(device) for name, value in batch.items()}, 0)
+                for name, loss in losses.items():
+                    sums[name] += float(loss) * len(part) / len(ordered)
+        chosen = self.valid[: self.recipe.num_generated]
+        for name, scale in (("mel_l1", None), ("mel_l1_unguided", 0.0)):
+            made = self._generate(chosen, scale)
+            wanted = [self._mel(one) for one in chosen]
+            error = torch.cat([(a - b).abs().mean(1) for a, b in zip(made, wanted, strict=True)])
+            sums[name] = float(error.mean())
+        return sums
+
+    def sample(self, folder: Path) -> None:
+        """Pictures of wanted and generated mels, and both as sound where the recipe names a vocoder."""
+        chosen = self.valid[:3]
+        made, wanted = self._generate(chosen, None), [self._mel(one) for one in chosen]
+        _draw(folder / "mels.png", made, wanted, [one.clip.text for one in chosen])
+        if not self.recipe.vocoder:
+            return
+        vocoder = load_component(self.recipe.vocoder, Vocoder, VocoderConfig)
+        for number, pair in enumerate(zip(made, wanted, strict=True)):
+            for name, mel in zip(("generated", "from-reference-mel"), pair, strict=True):
+                wav = vocoder(Padded.full(mel[None].cpu())).values[0]
+                save_audio(folder / f"{number}-{name}.wav", wav.numpy(), rates.SPEAK_SAMPLE_RATE)
+
+    def save(self, folder: Path) -> None:
+        """`flow` is the component; `speakers` holds one vector (S,) per voice of the corpus."""
+        save_component(folder / "flow", self.flow, self.flow.config, extra={"tokenizer": self.tokenizer_hash})
+        if self.voices:
+            table = self.model.speakers.weight.detach()
+            save_tensors(folder / "speakers", {name: table[i].clone() for i, name in enumerate(self.voices)})
+
+    def _open_corpora(self) -> tuple[list[CodeStore], list[Utterance]]:
+        recipe = self.recipe
+        stores, utterances = [], []
+        for number, corpus in enumerate(recipe.corpora):
+            roles = recipe.roles or None
+            clips = Clips(corpus, roles=roles)
+            folder = Path(recipe.store) / "-".join([Path(corpus).name, *sorted(recipe.roles)])
+            store = build_store(corpus, recipe.tokenizer, folder, roles=roles, max_hours=recipe.max_hours)
+            stores.append(store)
+            for i, name in enumerate(store.ids):
+                clip = clips.records[i]
+                if clip.id != name:
+                    raise ValueError(f"{folder} does not belong to {corpus}: clip {i} is {name}, not {clip.id}")
+                if store.num_tokens(i):
+                    utterances.append(Utterance(number, i, clip, store.num_tokens(i)))
+        return stores, utterances
+
+    def _make_flow(self) -> Flow:
+        recipe = self.recipe
+        tokenizer = load_component(recipe.tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
+        if recipe.start_from:
+            start = Path(recipe.start_from) / "flow"
+            if read_extra(start).get("tokenizer") != self.tokenizer_hash:
+                raise ValueError(f"{start} was trained with another tokenizer than {recipe.tokenizer}")
+            return load_component(start, Flow, FlowConfig)
+        mels = np.concatenate([self._mel(one).numpy() for one in self.train[:_STATISTICS_CLIPS]])
+        size = tokenizer.config.quantizer.codebook_size
+        torch.manual_seed(recipe.loop.seed)
+        return Flow(
+            dataclasses.replace(
+                recipe.flow,
+                encoder=dataclasses.replace(recipe.flow.encoder, codebook_size=size),
+                mel_mean=round(float(mels.mean()), 4),
+                mel_std=round(float(mels.std()), 4),
+            )
+        )
+
+    def _collate(self, utterances: Sequence[Utterance], starts: Sequence[int], num_tokens: int) -> Batch:
+        """Tokens [start, start + num_tokens) of each clip and the frames that are theirs."""
+        tokens, mels, voices = [], [], []
+        for one, start in zip(utterances, starts, strict=True):
+            end = min(start + num_tokens, one.num_tokens)
+            tokens.append(torch.from_numpy(self.stores[one.store].codes(one.index)[start:end]))
+            first, last = rates.frames_for_tokens(start), rates.frames_for_tokens(end)
+            mels.append(torch.from_numpy(self.stores[one.store].mel(one.index)[first:last]))
+            known = one.clip.voice in self.voices
+            voices.append(self.voices.index(one.clip.voice) if known else REPLY)
+        padded, mel = Padded.stack(tokens), Padded.stack(mels)
+        return {
+            "tokens": padded.values,
+            "num_tokens": padded.lengths,
+            "mel": mel.values,
+            "num_frames": mel.lengths,
+            "start": torch.tensor(starts),
+            "voice": torch.tensor(voices),
+        }
+
+    def _generate(self, utterances: Sequence[Utterance], guidance_scale: float | None) -> list[Tensor]:
+        """Whole clips from their tokens: natural-log mels (F, M)."""
+        longest = max(one.num_tokens for one in utterances)
+        batch = self._collate(utterances, [0] * len(utterances), longest)
+        device = self.flow.encoder.norm.weight.device
+        speaker = self.model.speaker(batch["voice"].to(device))
+        state = self.flow.init_state(len(utterances), guidance_scale=guidance_scale, speaker=speaker)
+        tokens = Padded(batch["tokens"].to(device), batch["num_tokens"].to(device))
+        return [mel.cpu() for mel in self.flow(tokens, state).rows()]
+
+    def _mel(self, one: Utterance) -> Tensor:
+        return torch.from_numpy(self.stores[one.store].mel(one.index))
+
+
+def _mean_square(error: Tensor, mask: Tensor) -> Tensor:
+    """Mean of (B, F, M) squared over the frames of the mask (B, F)."""
+    return (error.square().mean(-1) * mask).sum() / mask.sum().clamp(min=1)
+
+
+def _draw(path: Path, made: Sequence[Tensor], wanted: Sequence[Tensor], titles: Sequence[str]) -> None:
+    from matplotlib.figure import Figure  # of the train extra; only pictures need it
+
+    figure = Figure(figsize=(12, 3 * len(made)), layout="constrained")
+    axes = figure.subplots(len(made), 2, squeeze=False)
+    for row, title in enumerate(titles):
+        for axis, mel, kind in zip(axes[row], (wanted[row], made[row]), ("wanted", "generated"), strict=True):
+            axis.imshow(mel.T.numpy(), origin="lower", aspect="auto", vmin=-11.5, vmax=2.0)
+            axis.set_title(f"{kind}: {title}"[:90], fontsize=8)
+    figure.savefig(path, dpi=80)
