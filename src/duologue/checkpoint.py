@@ -56,8 +56,7 @@ def save_component(
     for key in _OWN_KEYS:
         if key in fields:
             raise ValueError(f"{type(config).__name__} has a field {key!r}, which the checkpoint format needs itself")
-    aliases = _aliases(module)
-    tensors = {key: tensor for key, tensor in module.state_dict().items() if key not in aliases}
+    tensors = module_tensors(module)
     if dtype is not None:
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
     save_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
@@ -102,6 +101,12 @@ def read_kind(folder: str | Path) -> str:
 def read_extra(folder: str | Path) -> dict[str, Any]:
     """What `save_component` was given as `extra`."""
     return dict(_component_json(Path(folder)).get("extra", {}))
+
+
+def module_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a module with tensors that share memory (tied weights) once, as `load_weights` takes it."""
+    aliases = _aliases(module)
+    return {key: tensor for key, tensor in module.state_dict().items() if key not in aliases}
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:

@@ -41,7 +41,8 @@ class Clip:
 
 
 class Clips:
-    """All clips of a corpus folder, or of some splits, roles and voices; samples stay on disk until asked for."""
+    """All clips of a corpus folder, or of some splits, roles, voices and shards (a name or pattern without ending);
+    samples stay on disk until asked for."""
 
     def __init__(
         self,
@@ -49,11 +50,12 @@ class Clips:
         splits: Collection[str] | None = None,
         roles: Collection[str] | None = None,
         voices: Collection[str] | None = None,
+        shards: str = "clips*",
     ) -> None:
         self.records: list[Clip] = []
         self._samples: list[NDArray[np.int16]] = []
         names = [field.name for field in fields(Clip)]
-        for shard in sorted(Path(folder).glob("clips*.jsonl")):
+        for shard in sorted(Path(folder).glob(f"{shards}.jsonl")):
             samples = np.memmap(shard.with_suffix(".pcm"), np.int16, "r")
             for line in shard.read_text().splitlines():
                 row = json.loads(line)

@@ -23,6 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
+from duologue.checkpoint import load_tensors, load_weights, module_tensors, save_tensors
+
 Batch = dict[str, Tensor]
 
 
@@ -131,7 +133,7 @@ def run(stage: Stage, config: LoopConfig, out: Path, device: str = "cpu") -> dic
             folder.mkdir(parents=True, exist_ok=True)
             _quiet(stage, lambda folder=folder: stage.sample(folder))
         if log and (time.monotonic() - saved_at > config.checkpoint_every_s or step == config.num_steps):
-            _checkpoint(stage, optimizers, step, out / "checkpoints")
+            _checkpoint(stage, optimizers, step, out / "checkpoints", config.max_shard_bytes)
             saved_at = time.monotonic()
         if distributed.is_initialized():
             distributed.barrier()
@@ -227,12 +229,14 @@ def _start_distributed() -> tuple[int, int]:
     return 0, 1
 
 
-def _checkpoint(stage: Stage, optimizers: Mapping[str, torch.optim.Optimizer], step: int, folder: Path) -> None:
+def _checkpoint(
+    stage: Stage, optimizers: Mapping[str, torch.optim.Optimizer], step: int, folder: Path, max_shard_bytes: int
+) -> None:
     """Writes weights and optimizers beside the older checkpoint, then removes the older one."""
     unfinished = folder / f"step-{step:07d}.part"
     unfinished.mkdir(parents=True, exist_ok=True)
     for name, module in stage.phases.items():
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, unfinished / f"{name}.safetensors")
+        save_tensors(unfinished, module_tensors(module), name, max_shard_bytes=max_shard_bytes)
         state = optimizers[name].state_dict()["state"]
         moments = {f"{i}.{key}": value.contiguous() for i, entry in state.items() for key, value in entry.items()}
         save_file(moments, unfinished / f"{name}.optimizer.safetensors")
@@ -250,7 +254,7 @@ def _resume(stage: Stage, optimizers: Mapping[str, torch.optim.Optimizer], folde
     if not found:
         return 0
     for name, module in stage.phases.items():
-        module.load_state_dict(load_file(found[-1] / f"{name}.safetensors"))
+        load_weights(module, load_tensors(found[-1], name), str(found[-1]))
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in load_file(found[-1] / f"{name}.optimizer.safetensors").items():
             index, field = key.split(".")

@@ -1,0 +1,111 @@
+"""Choosing the next token: which kinds may come, and which id of them is taken. Plain functions over scores (V,).
+
+Shapes: V ids of the joint vocabulary, or of the model's output where that is wider.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duologue.interleave import Allowed, InterleaveState
+from duologue.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one reply is sampled; the defaults are those of the released demo (checkpoints.md 2.3).
+
+    Attributes:
+        temperature: 0 takes the most likely id.
+        speech_temperature: where no text can come; None takes `temperature`. Words want certainty, a voice less so.
+        top_p: ids are drawn from the most likely ones that hold this share of the probability.
+        top_k: ids are drawn from this many of the most likely ones; None for no such bound.
+        max_tokens: ids of the reply at most, the end id included; a reply that reaches it stops where a reply may stop.
+        seed: of the request's own random generator.
+    """
+
+    temperature: float = 0.2
+    speech_temperature: float | None = None
+    top_p: float = 0.8
+    top_k: int | None = None
+    max_tokens: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "speech_temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be 0 or more, got {value}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie above 0 and be at most 1, got {self.top_p}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None, got {self.top_k}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
+
+    def temperature_for(self, allowed: Allowed) -> float:
+        """The temperature at a position; where text could come it is text's, since there the text may be finished."""
+        if self.speech_temperature is None or allowed.text:
+            return self.temperature
+        return self.speech_temperature
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+def within_budget(state: InterleaveState, remaining: int) -> Allowed:
+    """What may come next when only `remaining` ids are left, this one included.
+
+    The last id leaves the reply where the end may stand: text is not begun when no room is left to say it.
+    """
+    allowed = state.allowed
+    if remaining == 1 and state.schedule.speech_run > 0:
+        return Allowed(text=False, speech=allowed.speech, end=allowed.end)
+    return allowed
+
+
+class KindMasks:
+    """Additive masks over the model's scores, one for every set of allowed kinds, made when first needed.
+
+    Args:
+        width: V, scores of the model; those behind the vocabulary are padding of the model and never allowed.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, width: int, device: torch.device) -> None:
+        if width < vocabulary.size:
+            raise ValueError(f"the model gives scores for {width} ids, but the vocabulary has {vocabulary.size}")
+        self._vocabulary, self._width, self._device = vocabulary, width, device
+        self._masks: dict[Allowed, Tensor] = {}
+
+    def __getitem__(self, allowed: Allowed) -> Tensor:
+        """(V,) float32, 0 for ids of the allowed kinds and -inf for all others, control and padding ids always."""
+        if allowed not in self._masks:
+            open_ids = torch.from_numpy(self._vocabulary.allowed_mask(allowed).nonzero()[0])
+            if not len(open_ids):
+                raise ValueError(f"only {allowed} can come next, and the vocabulary has no such id")
+            mask = torch.full((self._width,), float("-inf"))
+            mask[open_ids] = 0.0
+            self._masks[allowed] = mask.to(self._device)
+        return self._masks[allowed]
+
+
+def choose(
+    scores: Tensor, temperature: float, top_p: float, top_k: int | None, generator: torch.Generator | None
+) -> int:
+    """One id drawn from scores (V,) float32; ids of score -inf are never drawn."""
+    if temperature == 0.0:
+        return int(scores.argmax())
+    ids = None
+    if top_k is not None and top_k < scores.numel():
+        scores, ids = scores.topk(top_k)
+    elif top_p < 1.0:
+        scores, ids = scores.sort(descending=True)
+    probabilities = torch.softmax(scores / temperature, 0)
+    if top_p < 1.0:
+        before = probabilities.cumsum(0) - probabilities  # the share of what is more likely: the first id always stays
+        probabilities = probabilities * (before < top_p)
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return int(drawn if ids is None else ids[drawn])
