@@ -294,7 +294,7 @@ class FlowBudget:
 def budget(flow: Flow) -> FlowBudget:
     """What the flow costs with the config's solver; attention is counted over full windows.
 
-    Pocket (6 steps, guided): 2.5 M parameters; see the figures that `budget` returns for the operations.
+    Pocket: 1.16 M + 1.59 M parameters; 15 M + 1.70 G multiply-adds a second with 6 guided steps, 0.85 G unguided.
     """
     config = flow.config
     frame_rate = rates.SPEAK_FRAME_RATE

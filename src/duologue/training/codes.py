@@ -13,6 +13,7 @@ Shapes: S samples, T tokens, F mel frames, M mels.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -148,13 +149,20 @@ def _write_part(part: Path, clips: Clips, chosen: list[int], tokenizer: SpeechTo
             codes |= _tokenize(clips, batch, tokenizer)
             batch = []
     codes |= _tokenize(clips, batch, tokenizer)
-    np.save(part.with_suffix(".codes.npy"), np.concatenate([codes[i] for i in chosen]))
+    _save(part.with_suffix(".codes.npy"), np.concatenate([codes[i] for i in chosen]))
     if mels:
         mel = SpeakMel()
         rows = [speak_mel(clips.wav(i), mel).numpy().astype(np.float16) for i in chosen]
-        np.save(part.with_suffix(".mels.npy"), np.concatenate(rows))
+        _save(part.with_suffix(".mels.npy"), np.concatenate(rows))
     ids = [clips.records[i].id for i in chosen]
     write_json(part, {"ids": ids, "num_tokens": [len(codes[i]) for i in chosen]})
+
+
+def _save(path: Path, values: NDArray[np.uint16] | NDArray[np.float16]) -> None:
+    """Whole or not at all: the processes of one training may all be writing the same."""
+    scratch = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+    np.save(scratch, values)
+    scratch.replace(path)
 
 
 def _tokenize(clips: Clips, batch: list[int], tokenizer: SpeechTokenizer) -> dict[int, NDArray[np.uint16]]:

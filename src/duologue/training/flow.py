@@ -53,6 +53,7 @@ class FlowRecipe:
     guidance_dropout: of the whole condition being hidden.
     speaker_dropout: of the zero speaker in place of a voice's own.
     coarse_weight: of the encoder's first guess of the mel.
+    compare_guidance: the evaluation generates with this guidance and with none.
     """
 
     corpora: tuple[str, ...]
@@ -73,6 +74,7 @@ class FlowRecipe:
     speaker_dropout: float = 0.3
     time_sampling: Literal["cosine", "uniform"] = "cosine"
     coarse_weight: float = 0.3
+    compare_guidance: float = 0.7
     num_valid_clips: int = 64
     num_generated: int = 8
 
@@ -201,7 +203,7 @@ class FlowStage:
                 for name, loss in losses.items():
                     sums[name] += float(loss) * len(part) / len(ordered)
         chosen = self.valid[: self.recipe.num_generated]
-        for name, scale in (("mel_l1", None), ("mel_l1_unguided", 0.0)):
+        for name, scale in (("mel_l1_unguided", 0.0), ("mel_l1_guided", self.recipe.compare_guidance)):
             made = self._generate(chosen, scale)
             wanted = [self._mel(one) for one in chosen]
             error = torch.cat([(a - b).abs().mean(1) for a, b in zip(made, wanted, strict=True)])
