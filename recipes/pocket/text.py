@@ -1,6 +1,6 @@
 """The text tokenizer of pocket: a byte-level BPE trained on the curriculum.
 
-    python -m recipes.pocket.text --texts FILE... --out tokenizer.json [--vocab-size N]
+    python -m recipes.pocket.text --texts FILE... --out FOLDER [--vocab-size N]
 
 Small, since every row costs weights, and coarse, since text has to stay ahead of speech: a full run of text tokens must
 take at least a full run of speech tokens to say. So a word with its blank is one token wherever the size allows,
@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from duologue.vocabulary import Vocabulary
 
 VOCAB_SIZE = 5120
 MAX_TOKEN_BYTES = 24
@@ -59,17 +61,18 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train on files with one text a line."""
+    """Train on files with one text a line, and write the whole vocabulary."""
     parser = argparse.ArgumentParser(prog="python -m recipes.pocket.text", description=__doc__)
     parser.add_argument("--texts", type=Path, nargs="+", required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the vocabulary")
+    parser.add_argument("--codebook-size", type=int, default=2048, help="speech tokens of the tokenizer beside it")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     options = parser.parse_args(argv)
     lines = (line.rstrip("\n") for path in options.texts for line in path.open(encoding="utf-8"))
     tokenizer = train_text_tokenizer(lines, options.vocab_size)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(options.out))
-    print(f"{options.out}: {tokenizer.get_vocab_size()} ids")
+    vocabulary = Vocabulary.extend(tokenizer, options.codebook_size, multiple_of=64)
+    vocabulary.save(options.out)
+    print(f"{options.out}: {tokenizer.get_vocab_size()} text ids, {vocabulary.size} in all")
 
 
 if __name__ == "__main__":

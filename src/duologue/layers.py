@@ -195,7 +195,7 @@ def attention_mask(
         past_blocks: how many blocks of the past are seen besides the own one; None for all.
         num_valid: (B,) absolute positions from here on are padding and hidden as keys.
     Returns:
-        (B, 1, T, W + T) bool. Every query sees at least itself, so that rows of padding stay finite.
+        (B, 1, T, W + T) bool. Queries behind a row's end see themselves, so that they stay finite.
     """
     time = x.values.shape[1]
     offsets = torch.arange(-num_cached, time, device=start.device)
@@ -208,7 +208,8 @@ def attention_mask(
     real = (key >= 0) & (offsets < x.lengths[:, None])
     if num_valid is not None:
         real = real & (key < num_valid[:, None])
-    return ((seen & real[:, None, :]) | (key[:, None, :] == query[:, :, None]))[:, None]
+    behind = (offsets[num_cached:] >= x.lengths[:, None])[:, :, None]
+    return ((seen & real[:, None, :]) | (behind & (key[:, None, :] == query[:, :, None])))[:, None]
 
 
 def attend(query: Tensor, key: Padded, value: Tensor, cache: AttentionCache, mask: Tensor, width: int | None) -> Tensor:

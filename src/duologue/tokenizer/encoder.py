@@ -93,7 +93,9 @@ class Encoder(nn.Module):
         self.conv1 = CausalConv1d(config.num_mels, config.width, 3)
         self.conv2 = CausalConv1d(config.width, config.width, 3, stride=rates.ENCODER_STRIDE)
         self.embed_positions = nn.Embedding(config.max_positions, config.width)
-        self.embed_positions.weight.requires_grad_(False).copy_(sinusoids(config.max_positions, config.width))
+        # Small, so that a code tells what is said and not when; a loaded checkpoint brings its own table.
+        table = 0.1 * sinusoids(config.max_positions, config.width)
+        self.embed_positions.weight.requires_grad_(False).copy_(table)
         self.layers = nn.ModuleList(
             EncoderLayer(config.width, config.num_heads, config.ffn_dim) for _ in range(config.num_layers)
         )
@@ -106,7 +108,15 @@ class Encoder(nn.Module):
         return EncoderState(pending, zeros, *caches, layers)
 
     def encode(self, mel: Padded, state: EncoderState, num_valid: Tensor | None = None) -> Padded:
-        """Runs frames whose blocks are complete, or end the piece: (B, T, M) -> (B, T / 8, D).
+        """Runs frames whose blocks are complete, or end the piece: (B, T, M) -> (B, T / 8, D) at the token rate.
+
+        The arguments are those of `encode_frames`.
+        """
+        x = self.encode_frames(mel, state, num_valid)
+        return Padded(pool(x.values), x.lengths // rates.POOL)
+
+    def encode_frames(self, mel: Padded, state: EncoderState, num_valid: Tensor | None = None) -> Padded:
+        """The same before pooling: (B, T, M) -> (B, T / 2, D) at 50 Hz.
 
         Args:
             mel: rows of multiples of 8 frames.
@@ -128,5 +138,10 @@ class Encoder(nn.Module):
         for layer, cache in zip(self.layers, state.layers, strict=True):
             x = layer.step(x, cache, mask)  # type: ignore[operator]
         state.start = state.start + x.lengths
-        pooled = functional.avg_pool1d(x.values.transpose(1, 2), rates.POOL).transpose(1, 2)
-        return Padded(pooled, x.lengths // rates.POOL)
+        return x
+
+
+def pool(frames: Tensor) -> Tensor:
+    """Mean of every 4 frames: (B, 4 T, D) -> (B, T, D)."""
+    pooled: Tensor = frames.unflatten(1, (-1, rates.POOL)).mean(2)
+    return pooled

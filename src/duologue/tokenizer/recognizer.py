@@ -1,8 +1,8 @@
 """The training side of the tokenizer: what must be readable from the codes, so that the codes keep it.
 
-Layers after the quantizer, a speech-recognition decoder (paper section 1), a CTC head that speeds its training up,
-and a linear probe for loudness and pitch, which recognition alone would throw away. None of it takes part in a
-conversation.
+Layers after the quantizer, a speech-recognition decoder (paper section 1), two CTC heads that speed its training up
+(one on the codes, one on the frames before pooling), and a linear probe for loudness and pitch, which recognition alone
+would throw away. None of it takes part in a conversation.
 
 Shapes: B batch, T speech tokens, N characters, D width, V characters of the alphabet plus one.
 """
@@ -45,6 +45,7 @@ class RecognizerConfig:
 class RecognizerLosses:
     asr: Tensor
     ctc: Tensor
+    frame_ctc: Tensor
     prosody: Tensor
 
 
@@ -60,6 +61,7 @@ class Recognizer(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(width)
         self.ctc = nn.Linear(width, config.chars_per_token * num_symbols)
+        self.frame_ctc = nn.Linear(width, num_symbols)
         self.embed_chars = nn.Embedding(num_symbols, width)
         self.embed_char_positions = nn.Embedding(config.max_chars, width)
         self.embed_char_positions.weight.requires_grad_(False).copy_(sinusoids(config.max_chars, width))
@@ -86,21 +88,16 @@ class Recognizer(nn.Module):
             x = layer.step(x, layer.init_cache(len(x.lengths)), mask)  # type: ignore[operator]
         return Padded(self.layer_norm(x.values), x.lengths)
 
-    def losses(self, values: Padded, text: Padded, prosody: Tensor) -> RecognizerLosses:
+    def losses(self, values: Padded, frames: Padded, text: Padded, prosody: Tensor) -> RecognizerLosses:
         """Args:
         values: quantized vectors (B, T, D).
+        frames: vectors before pooling and quantization (B, 4 T, D).
         text: (B, N) characters from `encode_text`.
         prosody: (B, T, 3) level in bels, log2 of F0 over 100 Hz, and voicing (0 or 1; F0 counts where it is 1).
         """
         memory = self.memory(values)
-        log_probs = self._ctc_log_probs(memory)
-        ctc = functional.ctc_loss(
-            log_probs.transpose(0, 1),
-            text.values,
-            memory.lengths * self.config.chars_per_token,
-            text.lengths,
-            zero_infinity=True,
-        )
+        ctc = _ctc_loss(self._ctc_log_probs(memory), memory.lengths * self.config.chars_per_token, text)
+        frame_ctc = _ctc_loss(self.frame_ctc(frames.values).float().log_softmax(-1), frames.lengths, text)
         start = text.values.new_zeros(len(text.lengths), 1)
         logits = self._decode(torch.cat([start, text.values], 1), memory)
         target = torch.cat([text.zeroed().values, start], 1)
@@ -109,7 +106,7 @@ class Recognizer(nn.Module):
         predicted, mask = self.prosody(values.values).float(), values.mask
         error = (predicted - prosody).square()
         error = torch.stack([error[..., 0], error[..., 1] * prosody[..., 2], error[..., 2]], -1)
-        return RecognizerLosses(asr, ctc, error[mask].mean())
+        return RecognizerLosses(asr, ctc, frame_ctc, error[mask].mean())
 
     @torch.inference_mode()
     def transcribe(self, values: Padded) -> list[str]:
@@ -145,3 +142,8 @@ class Recognizer(nn.Module):
         hidden = ~(memory.mask | (torch.arange(memory.values.shape[1], device=x.device) == 0))
         x = self.decoder(x, memory.values, tgt_mask=future, memory_key_padding_mask=hidden)
         return self.characters(x).float()  # type: ignore[no-any-return]
+
+
+def _ctc_loss(log_probs: Tensor, lengths: Tensor, text: Padded) -> Tensor:
+    """log_probs (B, T, V) -> scalar; a clip too short for its text counts nothing."""
+    return functional.ctc_loss(log_probs.transpose(0, 1), text.values, lengths, text.lengths, zero_infinity=True)

@@ -16,6 +16,7 @@ from duologue import rates
 from duologue.audio import pitch
 from duologue.checkpoint import load_component, save_component
 from duologue.layers import Padded
+from duologue.tokenizer.encoder import pool
 from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.training.data import AugmentConfig, Clips, LengthBatches, Wav, augment
@@ -29,7 +30,7 @@ class TokenizerRecipe:
     start_from: a folder of an earlier run of this stage (`final`) to start from; empty for random weights.
     batch_s: seconds of sound in a batch.
     commitment_weight: the paper says 10.0, the released config multiplies 0.25 by 10.
-    quantize_from_step: before this step the vectors pass unquantized, while the codebook learns to follow them.
+    quantize_from_step: before this step the vectors pass unquantized, so that there is something to quantize.
     """
 
     corpora: tuple[str, ...]
@@ -42,9 +43,10 @@ class TokenizerRecipe:
     max_clip_s: float = 12.0
     asr_weight: float = 0.7
     ctc_weight: float = 0.3
-    commitment_weight: float = 2.5
+    frame_ctc_weight: float = 0.3
+    commitment_weight: float = 1.0
     prosody_weight: float = 0.1
-    quantize_from_step: int = 300
+    quantize_from_step: int = 600
     num_valid_clips: int = 200
 
 
@@ -77,6 +79,7 @@ class TokenizerStage:
         self.weights = {
             "asr": recipe.asr_weight,
             "ctc": recipe.ctc_weight,
+            "frame_ctc": recipe.frame_ctc_weight,
             "commitment": recipe.commitment_weight,
             "prosody": recipe.prosody_weight,
         }
@@ -121,15 +124,16 @@ class TokenizerStage:
         block = self.tokenizer.config.encoder.block_frames
         state.start = batch["start"] * block
         num_valid = -(-wav.lengths // rates.LISTEN_HOP) + state.start * rates.ENCODER_STRIDE
-        hidden = self.tokenizer.encoder.encode(self.tokenizer.features(wav), state, num_valid)
+        frames = self.tokenizer.encoder.encode_frames(self.tokenizer.features(wav), state, num_valid)
+        hidden = Padded(pool(frames.values), frames.lengths // rates.POOL)
         quantized = self.tokenizer.quantizer(hidden)
-        if self.tokenizer.training:
+        through = step >= self.recipe.quantize_from_step
+        if through:
             self.tokenizer.quantizer.update(hidden, quantized.codes)
-        through = step >= self.recipe.quantize_from_step or not self.tokenizer.training
         values = Padded(quantized.values if through else hidden.values, hidden.lengths)
-        heads = self.recognizer.losses(values, text, batch["prosody"])
-        commitment = quantized.commitment_loss
-        return {"asr": heads.asr, "ctc": heads.ctc, "commitment": commitment, "prosody": heads.prosody}
+        heads = self.recognizer.losses(values, frames, text, batch["prosody"])
+        commitment = {"commitment": quantized.commitment_loss} if through else {}
+        return vars(heads) | commitment
 
     def evaluate(self) -> dict[str, float]:
         """Word error rates of both heads on validation clips, as they are, and the use of the codebook."""

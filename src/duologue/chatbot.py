@@ -1,0 +1,102 @@
+"""Chatbot: the door of the package. It owns weights and no conversation.
+
+bot = duologue.load("pocket")
+reply = bot.chat("question.wav")          # stateless
+session = bot.session()                   # many turns
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from duologue import rates
+from duologue.audio import check_wav, load_audio
+from duologue.events import Event
+from duologue.language.sampling import Sampling
+from duologue.models import Models
+from duologue.session import Reply, Session
+from duologue.worker import Worker
+
+__all__ = ["Chatbot", "Reply", "Session", "load"]
+
+PRESETS = ("pocket",)  # folders of the package
+
+
+class Chatbot:
+    """One spoken chatbot on one device. Any number of sessions can use it at once."""
+
+    def __init__(self, models: Models) -> None:
+        self.models = models
+        self.worker = Worker()
+
+    @property
+    def sample_rate(self) -> int:
+        """Of the replies' sound."""
+        return rates.SPEAK_SAMPLE_RATE
+
+    def session(self, *, language: str = "", voice: str = "", sampling: Sampling | None = None) -> Session:
+        """A new conversation."""
+        return Session(self.models, self.worker, language=language, voice=voice, sampling=sampling)
+
+    def load_session(self, path: str | Path) -> Session:
+        """Goes on with a conversation that `Session.save` wrote."""
+        return Session.load(self.models, self.worker, path)
+
+    def chat(
+        self,
+        audio: str | Path | NDArray[np.float32] | None = None,
+        sample_rate: int | None = None,
+        *,
+        text: str | None = None,
+        text_only: bool = False,
+        voice: str = "",
+        sampling: Sampling | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> Reply:
+        """Answers one question and forgets it.
+
+        Args:
+            audio: a sound file, or a wav (S,) float32 together with its `sample_rate`.
+            text: the question in writing, instead of audio.
+            text_only: answer in writing.
+            on_event: called with every event as it comes.
+        Raises:
+            ValueError: one sentence: no question, both kinds at once, unreadable or unusable audio, unknown voice.
+        """
+        if (audio is None) == (text is None):
+            raise ValueError("give a question either as audio or as text")
+        session = self.session(voice=voice, sampling=sampling)
+        if text is not None:
+            session.write(text)
+        else:
+            wav, rate = load_audio(audio) if isinstance(audio, str | Path) else (audio, sample_rate)
+            if rate is None or wav is None:
+                raise ValueError("an array of samples needs its sample_rate")
+            session.feed(check_wav(wav, rate), rate)
+        return session.reply_now(text_only=text_only, on_event=on_event)
+
+
+def model_folder(name: str | Path = "pocket") -> Path:
+    """Where a model lies: a preset's folder in the package, or the folder itself.
+
+    Raises:
+        ValueError: one sentence naming what was asked for and what there is.
+    """
+    folder = Path(__file__).parent / str(name) if name in PRESETS else Path(name)
+    if not folder.is_dir():
+        presets = ", ".join(PRESETS)
+        raise ValueError(f"there is no model {str(name)!r}: give one of the presets ({presets}) or a model folder")
+    return folder
+
+
+def load(name: str | Path = "pocket", device: str = "cpu") -> Chatbot:
+    """Loads a chatbot: a preset shipped in the package ("pocket"), or a model folder.
+
+    Raises:
+        ValueError: one sentence naming what was asked for and what there is, or what is wrong with it.
+    """
+    return Chatbot(Models.load(model_folder(name), device))
