@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from duologue.checkpoint import load_component, save_component
+from duologue.checkpoint import load_component, read_extra, save_component
 from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.language.backbone import load_language, load_siblings, save_language
@@ -32,8 +32,9 @@ def assemble(runs: Path, out: Path) -> int:
         shutil.rmtree(out / part, ignore_errors=True)
         shutil.copytree(runs / "frozen" / part, out / part)
     Vocabulary.load(runs / "vocabulary").save(out / "vocabulary")
-    flow = load_component(runs / "flow-voice" / "final" / "flow", Flow, FlowConfig)
-    save_component(out / "decoder" / "flow", flow, flow.config, dtype=torch.float16)
+    trained = runs / "flow-voice" / "final" / "flow"
+    flow = load_component(trained, Flow, FlowConfig)
+    save_component(out / "decoder" / "flow", flow, flow.config, extra=read_extra(trained), dtype=torch.float16)
     vocoder = load_component(runs / "vocoder" / "final" / "vocoder", Vocoder, VocoderConfig)
     save_component(out / "decoder" / "vocoder", vocoder, vocoder.config, dtype=torch.float16)
     language = runs / "chat" / "final" / "language"

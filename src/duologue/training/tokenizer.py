@@ -104,7 +104,7 @@ class TokenizerStage:
             if clip.role != "reply" or rng.random() < 0.5:  # the reply voice must be clean as often as not
                 sound = augment(sound, clip.sample_rate, self.recipe.augment, rng, lambda: self._other(rng))
             wavs.append(torch.from_numpy(sound))
-            texts.append(torch.tensor(self.recognizer.encode_text(clip.text)))
+            texts.append(torch.tensor(self.recognizer.encode_text(clip.text), dtype=torch.int64))
             prosody.append(_prosody(wavs[-1]))
         wav, text = Padded.stack(wavs), Padded.stack(texts)
         return {
