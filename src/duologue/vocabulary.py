@@ -136,8 +136,7 @@ class Vocabulary:
             raise ValueError("a vocabulary needs at least one control that ends a reply")
         self.end_ids = tuple(self.control_id(name) for name in config.ends)
         self.end_id = self.end_ids[0]
-        # The same tokenizer without its added tokens: it cannot produce one, whatever the text says.
-        self._text_only = Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"added_tokens": []}))
+        self._text_only = _without_added(tokenizer)
         self._prefix = [self.control_id(name) for name in config.template.prefix]
         self._role_break = self.encode_text(config.template.role_break)
         self._reply_marker = self.encode_text(config.template.reply_marker)
@@ -418,6 +417,16 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise ValueError(f"{path} is not a tokenizer.json of the tokenizers library ({error})") from None
+
+
+def _without_added(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer without its added tokens: it cannot produce one, whatever the text says."""
+    data = json.loads(tokenizer.to_str())
+    added = {entry["content"] for entry in data["added_tokens"]}
+    model = data["model"]
+    if model.get("ignore_merges"):  # a piece that is a word of the table is that token, without any merge
+        model["vocab"] = {word: token for word, token in model["vocab"].items() if word not in added}
+    return Tokenizer.from_str(json.dumps(data | {"added_tokens": []}))
 
 
 def _kinds(tokenizer: Tokenizer, config: VocabularyConfig) -> npt.NDArray[np.uint8]:
