@@ -1,0 +1,278 @@
+"""Stage `chat`: the model answers spoken questions aloud (paper section 3, stage 2).
+
+Every reply comes in two copies: one trains its text, with the loss on speech masked, the other its speech, with the
+loss on text masked. Who speaks how is drawn anew each time: users speak or write, replies are spoken or only written,
+some replies of the history were interrupted. A share of stage 1 stays in the mixture, so that the model does not forget
+to listen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor, nn
+
+from duologue.evaluation.scoring import is_correct
+from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Kind, legal_prefix
+from duologue.language.backbone import load_language, save_language
+from duologue.language.engine import PlainEngine
+from duologue.language.sampling import GREEDY, Sampling
+from duologue.training.corpus import CorpusSample, TokenCorpus, Uttered
+from duologue.training.loop import Batch, LoopConfig
+from duologue.training.packing import SPEECH, TEXT, UNTRAINED, Example, decisions, fill, losses, mean_losses, pack
+from duologue.training.pretrain import NUM_SAMPLES, Jobs, Mixture, both, open_corpora, write_lines
+from duologue.turns import Conversation, Modality, Role, Turn
+from duologue.vocabulary import END_OF_TEXT, Vocabulary
+
+SCHEDULES = {Modality.INTERLEAVED: INTERLEAVED, Modality.TEXT: TEXT_ONLY, Modality.SPEECH: SPEECH_ONLY}
+WHOLE = TEXT | SPEECH
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How often a reply is trained in each way, as shares; the defaults are the paper's epochs. `whole` trains text and
+    speech in one copy, which costs one pass where the two others cost two."""
+
+    text: float = 4.0
+    speech: float = 20.0
+    whole: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.text, self.speech, self.whole) < 0 or self.text + self.speech + self.whole <= 0:
+            raise ValueError(f"copies must be 0 or more and not all 0, got {self}")
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """TEXT, SPEECH or WHOLE."""
+        shares = np.array([self.text, self.speech, self.whole])
+        return (TEXT, SPEECH, WHOLE)[int(rng.choice(3, p=shares / shares.sum()))]
+
+
+@dataclass(frozen=True)
+class Manners:
+    """How often a dialogue is changed, as probabilities.
+
+    Attributes:
+        written_question: a turn of the user is text.
+        written_reply: all replies of a dialogue are text alone.
+        interrupted: a reply of the history was interrupted; a dialogue without one gets another before it.
+        joined: another dialogue stands before this one.
+    """
+
+    written_question: float = 0.15
+    written_reply: float = 0.08
+    interrupted: float = 0.1
+    joined: float = 0.1
+
+
+@dataclass(frozen=True)
+class ChatRecipe:
+    """Attributes:
+    corpus, vocabulary: folders of the token corpus and of the vocabulary it was made with.
+    start_from: folder of the language model that stage 1 made.
+    pretrain_share: of the examples that are jobs of stage 1, drawn from `mixture`.
+    length, num_rows: ids in a row, rows in a batch.
+    text_weight, speech_weight: of the loss on every text id and every speech id.
+    num_questions: of the validation that are answered for the accuracy.
+    """
+
+    corpus: str
+    vocabulary: str
+    start_from: str
+    loop: LoopConfig
+    copies: Copies = field(default_factory=Copies)
+    manners: Manners = field(default_factory=Manners)
+    mixture: Mixture = field(default_factory=Mixture)
+    pretrain_share: float = 0.15
+    length: int = 512
+    num_rows: int = 12
+    text_weight: float = 1.0
+    speech_weight: float = 1.0
+    num_valid_batches: int = 4
+    num_questions: int = 100
+
+
+def as_text(uttered: Uttered, vocabulary: Vocabulary) -> Uttered:
+    """The turn in writing; one that has no words, as noise has none, stays as it is."""
+    text, _ = both(uttered, vocabulary)
+    if not text:
+        return uttered
+    return replace(uttered, turn=replace(uttered.turn, modality=Modality.TEXT, ids=tuple(text), voice=""))
+
+
+class Chats:
+    """Random training examples of dialogues. Histories that do not fit are shortened, dialogues that do not are left
+    out."""
+
+    def __init__(
+        self, corpus: TokenCorpus, vocabulary: Vocabulary, copies: Copies, manners: Manners, length: int
+    ) -> None:
+        self._corpus, self._vocabulary = corpus, vocabulary
+        self._copies, self._manners, self._length = copies, manners, length
+        self._dialogues = corpus.where("task", "chat")
+        if not len(self._dialogues):
+            raise ValueError("the corpus holds no dialogues to train on")
+
+    def __call__(self, rng: np.random.Generator) -> Example:
+        """An example of a dialogue drawn evenly."""
+        while True:
+            turns = self.dialogue(self._any(rng), rng)
+            for start in range(0, len(turns), 2):
+                example = self.example(turns[start:], rng)
+                if len(example.ids) <= self._length:
+                    return example
+
+    def dialogue(self, sample: CorpusSample, rng: np.random.Generator) -> list[Uttered]:
+        """The turns of a sample in the manners drawn for it."""
+        manners = self._manners
+        turns = list(sample.turns)
+        interrupted = rng.random() < manners.interrupted
+        if rng.random() < manners.joined or (interrupted and len(turns) <= 2):
+            turns = [*self._any(rng).turns, *turns]
+        if rng.random() < manners.written_reply:
+            turns = [as_text(turn, self._vocabulary) if turn.turn.role is Role.ASSISTANT else turn for turn in turns]
+        turns = [
+            as_text(turn, self._vocabulary)
+            if turn.turn.role is Role.USER and rng.random() < manners.written_question
+            else turn
+            for turn in turns
+        ]
+        if interrupted:
+            replies = [i for i, turn in enumerate(turns[:-1]) if turn.turn.modality is Modality.INTERLEAVED]
+            if replies:
+                cut = replies[int(rng.integers(len(replies)))]
+                turns[cut] = replace(turns[cut], turn=self._interrupted(turns[cut].turn, rng))
+        return turns
+
+    def example(self, turns: list[Uttered], rng: np.random.Generator, copy: int | None = None) -> Example:
+        """A dialogue as a sequence; each reply is trained in the given way, or in one drawn by the shares."""
+        sample = self._vocabulary.chat_sample(Conversation(tuple(turn.turn for turn in turns)))
+        trains: list[int] = []
+        for uttered in turns:
+            if uttered.turn.role is Role.ASSISTANT:
+                way = self._copies.draw(rng) if copy is None else copy
+                trains += self._reply(uttered, way)
+        spread = np.zeros(len(sample.ids), np.int64)
+        spread[np.flatnonzero(sample.loss)] = trains
+        # Nothing is learned behind the last trained id: a copy for the text ends where the text does.
+        end = int(np.flatnonzero(spread)[-1]) + 1 if spread.any() else 1
+        return Example(sample.ids[:end], spread[:end].tolist())
+
+    def _reply(self, uttered: Uttered, way: int) -> list[int]:
+        """What each id of a reply trains, and its end where the model made it."""
+        turn = uttered.turn
+        kinds = [Kind(int(kind)) for kind in self._vocabulary.kinds[list(turn.ids)]]
+        if not turn.interrupted:
+            kinds.append(Kind.END)
+        if not uttered.loss:
+            return [UNTRAINED] * len(kinds)
+        trains = decisions(kinds, SCHEDULES[turn.modality])
+        if turn.modality is not Modality.INTERLEAVED:
+            return trains
+        return [what if what & way else UNTRAINED for what in trains]
+
+    def _any(self, rng: np.random.Generator) -> CorpusSample:
+        return self._corpus[int(self._dialogues[rng.integers(len(self._dialogues))])]
+
+    def _interrupted(self, turn: Turn, rng: np.random.Generator) -> Turn:
+        kinds = [Kind(int(kind)) for kind in self._vocabulary.kinds[list(turn.ids)]]
+        heard = int(rng.integers(sum(kind is Kind.SPEECH for kind in kinds)))
+        return replace(turn, ids=turn.ids[: legal_prefix(kinds, heard)], interrupted=True)
+
+
+class ChatStage:
+    """Training of a language model of stage 1 on dialogues."""
+
+    phases: Mapping[str, nn.Module]
+    weights: Mapping[str, float]
+
+    def __init__(self, recipe: ChatRecipe) -> None:
+        self.recipe = recipe
+        self.vocabulary, self.siblings, train, self.valid = open_corpora(
+            recipe.corpus, recipe.vocabulary, recipe.start_from
+        )
+        self.model = load_language(recipe.start_from)
+        self.phases = {"language": self.model}
+        self.weights = {"text": recipe.text_weight, "speech": recipe.speech_weight, "text_nll": 0.0, "speech_nll": 0.0}
+        self._padding_id = self.vocabulary.control_id(END_OF_TEXT)
+        self._chats = Chats(train, self.vocabulary, recipe.copies, recipe.manners, recipe.length)
+        self._jobs = Jobs(train, self.vocabulary, recipe.mixture, recipe.length) if recipe.pretrain_share else None
+        answered = [i for i in self.valid.where("task", "chat") if self.valid[int(i)].answers]
+        chosen = np.random.default_rng(0).permutation(answered)[: recipe.num_questions]
+        self._questions = [self.valid[int(i)] for i in chosen]
+
+    def batch(self, index: int) -> Batch:
+        rng = np.random.default_rng((self.recipe.loop.seed, index))
+
+        def draw() -> Example:
+            if self._jobs is not None and rng.random() < self.recipe.pretrain_share:
+                return self._jobs(rng)
+            return self._chats(rng)
+
+        return pack(fill(draw, self.recipe.num_rows, self.recipe.length), self.recipe.length, self._padding_id)
+
+    def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+        return losses(self.model, batch)
+
+    def evaluate(self) -> dict[str, float]:
+        """Nats per id of validation replies, and the share of spoken and of written questions whose greedy answer in
+        text is right."""
+        plain = Manners(written_question=0.0, written_reply=0.0, interrupted=0.0, joined=0.0)
+        chats = Chats(self.valid, self.vocabulary, Copies(0.0, 0.0, 1.0), plain, self.recipe.length)
+        rows = fill(partial(chats, np.random.default_rng(0)), self.recipe.num_valid_batches, self.recipe.length)
+        metrics = mean_losses(self.model, [pack(rows, self.recipe.length, self._padding_id)])
+        if self._questions:
+            engine = PlainEngine(self.model, self.vocabulary)
+            for name, written in (("spoken", False), ("written", True)):
+                right = [
+                    is_correct(self.vocabulary.decode_text(self._answer(engine, question, written)), question.answers)
+                    for question in self._questions
+                ]
+                metrics[f"accuracy_{name}"] = float(np.mean(right))
+        return metrics
+
+    def sample(self, folder: Path) -> None:
+        """Writes spoken validation questions and the replies to them, text and speech tokens, as replies.jsonl."""
+        engine = PlainEngine(self.model, self.vocabulary)
+        lines = []
+        for question in self._questions[:NUM_SAMPLES]:
+            reply = list(engine.stream(self._prompt(question, False), Sampling(max_tokens=400)))
+            kinds = [self.vocabulary.kind(token) for token in reply]
+            text = [token for token, kind in zip(reply, kinds, strict=True) if kind is Kind.TEXT]
+            speech = [token for token, kind in zip(reply, kinds, strict=True) if kind is Kind.SPEECH]
+            lines.append(
+                {
+                    "asked": self.vocabulary.decode_text(both(question.turns[-2], self.vocabulary)[0]),
+                    "answers": list(question.answers),
+                    "reply": self.vocabulary.decode_text(text),
+                    "speech_tokens": self.vocabulary.speech_codes(speech),
+                    "ended": kinds[-1] is Kind.END,
+                }
+            )
+        write_lines(folder / "replies.jsonl", lines)
+
+    def save(self, folder: Path) -> None:
+        """Writes `folder/language`."""
+        save_language(folder / "language", self.model, self.siblings, max_shard_bytes=self.recipe.loop.max_shard_bytes)
+
+    def _prompt(self, question: CorpusSample, written: bool) -> list[int]:
+        turns = [
+            as_text(turn, self.vocabulary) if written and turn.turn.role is Role.USER else turn
+            for turn in question.turns[:-1]
+        ]
+        return self.vocabulary.prompt_ids(Conversation(tuple(turn.turn for turn in turns)))
+
+    def _answer(self, engine: PlainEngine, question: CorpusSample, written: bool) -> list[int]:
+        """Text ids of the greedy reply, up to where its text is finished."""
+        state, text = InterleaveState(), []
+        for token in engine.stream(self._prompt(question, written), replace(GREEDY, max_tokens=200)):
+            kind = self.vocabulary.kind(token)
+            state.advance(kind)
+            if kind is Kind.TEXT:
+                text.append(token)
+            if state.text_finished:
+                break
+        return text

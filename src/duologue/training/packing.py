@@ -1,0 +1,141 @@
+"""Training sequences of a language model: packed into rows of one length, and the loss over them.
+
+Several sequences share a row. Their position ids begin anew at 0, from which transformers makes a block-diagonal mask,
+so a sequence never sees its neighbours: packing equals separate runs.
+
+Shapes: B rows, L ids of a row, N trained ids of a batch, V ids of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from duologue.interleave import InterleaveState, Kind, Schedule
+from duologue.training.loop import Batch
+
+# What predicting an id trains; 0 where it is not trained.
+UNTRAINED, TEXT, SPEECH = 0, 1, 2
+LOSSES = {"text": TEXT, "speech": SPEECH}
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence.
+
+    Attributes:
+        ids: joint ids.
+        trains: as long as ids; UNTRAINED, TEXT or SPEECH for predicting that id from those before it.
+    """
+
+    ids: Sequence[int]
+    trains: Sequence[int]
+
+    def __post_init__(self) -> None:
+        assert len(self.ids) == len(self.trains)
+
+
+def decisions(kinds: Sequence[Kind], schedule: Schedule) -> list[int]:
+    """TEXT for every id of a reply that stands where a text id could stand, SPEECH for the others.
+
+    The first speech id after the text says that the text is finished, and the end after a full speech run says so too:
+    both are decisions about the text. So copies that train one and copies that train the other cover every id once.
+    """
+    state = InterleaveState(schedule)
+    trains = []
+    for kind in kinds:
+        trains.append(TEXT if state.allowed.text else SPEECH)
+        state.advance(kind)
+    return trains
+
+
+class Draw(Protocol):
+    """Makes a random example; the generator is all it depends on."""
+
+    def __call__(self, rng: np.random.Generator) -> Example: ...
+
+
+def fill(draw: Callable[[], Example], num_rows: int, length: int, patience: int = 3) -> list[list[Example]]:
+    """Draws examples into rows, each into the first row that has room, until `patience` of them found none."""
+    rows: list[list[Example]] = [[] for _ in range(num_rows)]
+    room = [length] * num_rows
+    missed = 0
+    while missed < patience:
+        example = draw()
+        fitting = next((row for row in range(num_rows) if len(example.ids) <= room[row]), None)
+        if fitting is None:
+            missed += 1
+            continue
+        rows[fitting].append(example)
+        room[fitting] -= len(example.ids)
+    return rows
+
+
+def pack(rows: Sequence[Sequence[Example]], length: int, padding_id: int) -> Batch:
+    """Rows of examples as tensors.
+
+    Returns:
+        `input_ids` (B, L) int64, with `padding_id` behind the last example of a row; `position_ids` (B, L) int64,
+        from 0 in each example and in the padding; `targets` (B, L) int64, the id that follows within the same example;
+        `trains` (B, L) int64, what predicting the target trains.
+    """
+    shape = (len(rows), length)
+    input_ids, positions = np.full(shape, padding_id), np.zeros(shape, np.int64)
+    targets, trains = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for row, examples in enumerate(rows):
+        at = 0
+        for example in examples:
+            end = at + len(example.ids)
+            if end > length:
+                raise ValueError(f"examples of {end} ids do not fit a row of {length}")
+            input_ids[row, at:end] = example.ids
+            positions[row, at:end] = np.arange(end - at)
+            targets[row, at : end - 1] = example.ids[1:]
+            trains[row, at : end - 1] = example.trains[1:]
+            at = end
+        positions[row, at:] = np.arange(length - at)
+    arrays = {"input_ids": input_ids, "position_ids": positions, "targets": targets, "trains": trains}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def losses(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """Cross-entropy of a packed batch.
+
+    Returns:
+        `text` and `speech`: the sums over the ids that train each, both over the number of all trained ids, so that
+        every id weighs the same; `text_nll` and `speech_nll` without gradient: nats per id, for the log.
+    """
+    hidden = model.base_model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+    ).last_hidden_state  # (B, L, D)
+    chosen = batch["trains"] > UNTRAINED
+    # Only ids that are trained meet the whole vocabulary.
+    scores = model.get_output_embeddings()(hidden[chosen]).float()  # (N, V)
+    nll = functional.cross_entropy(scores, batch["targets"][chosen], reduction="none")
+    values: dict[str, Tensor] = {}
+    for name, number in LOSSES.items():
+        of_kind = (batch["trains"][chosen] == number).to(nll.dtype)
+        total = (nll * of_kind).sum()
+        values[name] = total / max(len(nll), 1)
+        values[f"{name}_nll"] = (total / of_kind.sum().clamp(min=1)).detach()
+    return values
+
+
+@torch.no_grad()
+def mean_losses(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, float]:
+    """Nats per id over several batches, `text_nll` and `speech_nll`; a kind that never comes is left out."""
+    totals, counts = dict.fromkeys(LOSSES, 0.0), dict.fromkeys(LOSSES, 0)
+    for batch in batches:
+        values = losses(model, {name: value.to(model.device) for name, value in batch.items()})
+        for name, number in LOSSES.items():
+            count = int((batch["trains"] == number).sum())
+            totals[name] += float(values[f"{name}_nll"]) * count
+            counts[name] += count
+    return {f"{name}_nll": totals[name] / counts[name] for name in LOSSES if counts[name]}

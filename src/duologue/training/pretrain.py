@@ -1,0 +1,277 @@
+"""Stage `pretrain`: speech and text become one language (paper section 3, stage 1).
+
+A mixture of jobs over the token corpus, packed into rows. Reading aloud (TTS) and weaving are learned from the reply
+voice alone, because that is the voice the model answers in; listening (ASR) from every voice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from duologue.interleave import TEXT_ONLY, Kind, weave
+from duologue.language.backbone import (
+    SIBLINGS_FILE,
+    LanguageConfig,
+    Siblings,
+    extend,
+    load_language,
+    load_siblings,
+    new_glm,
+    save_language,
+)
+from duologue.language.engine import PlainEngine
+from duologue.language.sampling import Sampling
+from duologue.training.corpus import CorpusSample, TokenCorpus, Uttered
+from duologue.training.loop import Batch, LoopConfig
+from duologue.training.packing import SPEECH, TEXT, UNTRAINED, Example, fill, losses, mean_losses, pack
+from duologue.turns import Conversation, Modality, Role, Turn
+from duologue.vocabulary import END_OF_TEXT, Sample, Task, Vocabulary
+
+NUM_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Shares of the jobs, as numbers of examples; they need not add up to one.
+
+    Attributes:
+        asr: speech of any voice -> its text.
+        tts: text -> its speech in the reply voice.
+        woven: what the reply voice says, text and speech in the runs of a reply.
+        spans: the turns of a dialogue as one document, each in text or in speech.
+        speech: speech of any voice by itself.
+        text: writing by itself.
+        written: dialogues as text, in the chat template.
+    """
+
+    asr: float = 0.40
+    tts: float = 0.18
+    woven: float = 0.10
+    spans: float = 0.07
+    speech: float = 0.02
+    text: float = 0.08
+    written: float = 0.15
+
+
+@dataclass(frozen=True)
+class PretrainRecipe:
+    """Attributes:
+    corpus, vocabulary: folders of the token corpus and of the vocabulary it was made with.
+    start_from: folder of a causal LM of any architecture to start from; empty for a new Glm of the sizes in `language`.
+    length, num_rows: ids in a row, rows in a batch.
+    text_weight, speech_weight: of the loss on every text id and every speech id.
+    """
+
+    corpus: str
+    vocabulary: str
+    loop: LoopConfig
+    start_from: str = ""
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    mixture: Mixture = field(default_factory=Mixture)
+    length: int = 512
+    num_rows: int = 12
+    text_weight: float = 1.0
+    speech_weight: float = 1.0
+    num_valid_batches: int = 4
+
+
+class Jobs:
+    """Random examples of the mixture. Samples that do not fit a row of `length` ids are left out.
+
+    Raises:
+        ValueError: the mixture asks for a job that the corpus has no sample for.
+    """
+
+    def __init__(self, corpus: TokenCorpus, vocabulary: Vocabulary, mixture: Mixture, length: int) -> None:
+        self._corpus, self._vocabulary = corpus, vocabulary
+        self._length = length
+        clips, chats, texts = (corpus.where("task", task) for task in ("clip", "chat", "text"))
+        transcribed = clips[corpus.transcribed(clips)]
+        alone = corpus.num_turns(texts) == 1
+        own_voice = transcribed[corpus.first_role(transcribed) == str(Role.ASSISTANT)]
+        pools = {
+            "asr": transcribed,
+            "tts": own_voice,
+            "woven": own_voice,
+            "spans": chats,
+            "speech": clips,
+            "text": texts[alone],
+            "written": np.concatenate([chats, texts[~alone]]),
+        }
+        shares = asdict(mixture)
+        self._names = [name for name, share in shares.items() if share > 0]
+        if not self._names:
+            raise ValueError("the mixture has no job: at least one share must be above 0")
+        for name in self._names:
+            if not len(pools[name]):
+                raise ValueError(f"the mixture asks for {name!r}, but the corpus has no sample for it")
+        total = sum(shares.values())
+        self._shares = [shares[name] / total for name in self._names]
+        self._pools: dict[str, NDArray[np.int64]] = pools
+
+    def __call__(self, rng: np.random.Generator) -> Example:
+        """An example of a job drawn by its share."""
+        while True:
+            name = self._names[int(rng.choice(len(self._names), p=self._shares))]
+            pool = self._pools[name]
+            example = self.example(name, self._corpus[int(pool[rng.integers(len(pool))])], rng)
+            if example is not None and len(example.ids) <= self._length:
+                return example
+
+    def example(self, name: str, sample: CorpusSample, rng: np.random.Generator) -> Example | None:
+        """One job on one sample; None for a clip too fast to be woven."""
+        vocabulary = self._vocabulary
+        parts = [both(uttered, vocabulary) for uttered in sample.turns]
+        text, speech = parts[0]
+        match name:
+            case "asr":
+                made = vocabulary.task_sample(Task.TRANSCRIBE, speech, text)
+            case "tts":
+                made = vocabulary.task_sample(Task.READ, text, speech)
+            case "woven":
+                try:
+                    made = vocabulary.document_sample(weave(text, speech))
+                except ValueError:
+                    return None
+            case "spans":
+                made = vocabulary.document_sample(self._spans(parts, rng))
+            case "speech":
+                made = vocabulary.document_sample(speech)
+            case "text":
+                made = vocabulary.document_sample(text)
+            case "written":
+                turns = [
+                    Turn(uttered.turn.role, Modality.TEXT, tuple(written))
+                    for uttered, (written, _) in zip(sample.turns, parts, strict=True)
+                ]
+                made = vocabulary.chat_sample(Conversation(tuple(turns)))
+            case _:
+                raise ValueError(f"unknown job {name!r}; the jobs are {', '.join(self._pools)}")
+        return by_kind(made, vocabulary)
+
+    def _spans(self, parts: list[tuple[Sequence[int], Sequence[int]]], rng: np.random.Generator) -> list[int]:
+        """The turns one after another, each in one modality; neighbours differ where they can."""
+        ids: list[int] = []
+        spoken = bool(rng.integers(2))
+        for text, speech in parts:
+            ids += speech if (spoken and speech) or not text else text
+            spoken = not spoken if rng.random() < 0.8 else spoken
+        return ids
+
+
+def both(uttered: Uttered, vocabulary: Vocabulary) -> tuple[Sequence[int], Sequence[int]]:
+    """Text ids and speech ids of a turn; either may be empty."""
+    ids = uttered.turn.ids
+    if uttered.turn.modality is Modality.TEXT:
+        return ids, ()
+    if uttered.turn.modality is Modality.SPEECH:
+        return uttered.transcript, ids
+    spoken = vocabulary.kinds[list(ids)] == Kind.SPEECH
+    return (
+        [token for token, speech in zip(ids, spoken, strict=True) if not speech],
+        [token for token, speech in zip(ids, spoken, strict=True) if speech],
+    )
+
+
+def by_kind(sample: Sample, vocabulary: Vocabulary) -> Example:
+    """A sample whose text ids train text and whose speech ids train speech; its end counts as what it ends."""
+    kinds = vocabulary.kinds[sample.ids]
+    trains = np.where(kinds == Kind.SPEECH, SPEECH, TEXT)
+    ends = ~np.isin(kinds, (Kind.SPEECH, Kind.TEXT))
+    ends[0] = False
+    trains[ends] = trains[np.flatnonzero(ends) - 1]
+    trains[~np.array(sample.loss)] = UNTRAINED
+    return Example(sample.ids, trains.tolist())
+
+
+def open_corpora(
+    corpus: str, vocabulary: str, model_folder: str
+) -> tuple[Vocabulary, Siblings, TokenCorpus, TokenCorpus]:
+    """The vocabulary, what the corpus was made with, and its samples for training and for validation.
+
+    Raises:
+        ValueError: corpus, vocabulary and, where it tells, the model in `model_folder` do not belong together.
+    """
+    owner = Vocabulary.load(vocabulary)
+    train = TokenCorpus(corpus, splits=("train",))
+    siblings = train.manifest.siblings
+    siblings.check(Siblings(siblings.tokenizer, owner.hash), f"the corpus {corpus}", f"the vocabulary {vocabulary}")
+    if model_folder and (Path(model_folder) / SIBLINGS_FILE).exists():
+        siblings.check(load_siblings(model_folder), f"the corpus {corpus}", f"the model {model_folder}")
+    return owner, siblings, train, TokenCorpus(corpus, splits=("valid",))
+
+
+class PretrainStage:
+    """Training of a language model on the mixture."""
+
+    phases: Mapping[str, nn.Module]
+    weights: Mapping[str, float]
+
+    def __init__(self, recipe: PretrainRecipe) -> None:
+        self.recipe = recipe
+        self.vocabulary, self.siblings, train, self.valid = open_corpora(
+            recipe.corpus, recipe.vocabulary, recipe.start_from
+        )
+        if recipe.start_from:
+            self.model = load_language(recipe.start_from)
+            extend(self.model, self.vocabulary)
+        else:
+            self.model = new_glm(self.vocabulary, recipe.language, recipe.loop.seed)
+        self.phases = {"language": self.model}
+        self.weights = {"text": recipe.text_weight, "speech": recipe.speech_weight, "text_nll": 0.0, "speech_nll": 0.0}
+        self._padding_id = self.vocabulary.control_id(END_OF_TEXT)
+        self._jobs = Jobs(train, self.vocabulary, recipe.mixture, recipe.length)
+
+    def batch(self, index: int) -> Batch:
+        rng = np.random.default_rng((self.recipe.loop.seed, index))
+        rows = fill(lambda: self._jobs(rng), self.recipe.num_rows, self.recipe.length)
+        return pack(rows, self.recipe.length, self._padding_id)
+
+    def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+        return losses(self.model, batch)
+
+    def evaluate(self) -> dict[str, float]:
+        """Nats per id on validation samples of each job, by kind of id."""
+        metrics: dict[str, float] = {}
+        for name in (name for name, share in asdict(self.recipe.mixture).items() if share > 0):
+            try:
+                jobs = Jobs(self.valid, self.vocabulary, Mixture(**{**_NO_JOB, name: 1.0}), self.recipe.length)
+            except ValueError:  # a small validation split may hold no sample of a kind
+                continue
+            rows = fill(partial(jobs, np.random.default_rng(0)), self.recipe.num_valid_batches, self.recipe.length)
+            values = mean_losses(self.model, [pack(rows, self.recipe.length, self._padding_id)])
+            metrics.update({f"{name}/{kind}": value for kind, value in values.items()})
+        return metrics
+
+    def sample(self, folder: Path) -> None:
+        """Writes what the model hears in validation clips beside what was said, as transcripts.jsonl."""
+        engine = PlainEngine(self.model, self.vocabulary)
+        lines = []
+        clips = self.valid.where("task", "clip")
+        for index in clips[self.valid.transcribed(clips)][:NUM_SAMPLES]:
+            text, speech = both(self.valid[int(index)].turns[0], self.vocabulary)
+            prompt = self.vocabulary.task_prompt(Task.TRANSCRIBE, speech)
+            heard = list(engine.stream(prompt, Sampling(temperature=0.0, max_tokens=64), TEXT_ONLY))
+            heard = [token for token in heard if self.vocabulary.kind(token) is Kind.TEXT]
+            lines.append({"said": self.vocabulary.decode_text(text), "heard": self.vocabulary.decode_text(heard)})
+        write_lines(folder / "transcripts.jsonl", lines)
+
+    def save(self, folder: Path) -> None:
+        """Writes `folder/language`."""
+        save_language(folder / "language", self.model, self.siblings, max_shard_bytes=self.recipe.loop.max_shard_bytes)
+
+
+_NO_JOB = dict.fromkeys(asdict(Mixture()), 0.0)
+
+
+def write_lines(path: Path, lines: Sequence[Mapping[str, object]]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")

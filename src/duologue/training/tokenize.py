@@ -1,0 +1,278 @@
+"""Step `tokens`: an audio corpus becomes a token corpus, by a frozen speech tokenizer and the vocabulary.
+
+Every shard of clips becomes a shard of samples of one turn; every table of dialogues becomes a shard of chat samples
+made of those, or of writing where nothing is spoken; text files become a shard of writing. A shard that is there
+already is left as it is, so a stopped run goes on where it was. Ids are computed in float32, as in a conversation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+
+from duologue.checkpoint import file_hash, load_component
+from duologue.config import load_config
+from duologue.interleave import weave
+from duologue.language.backbone import Siblings
+from duologue.layers import Padded
+from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
+from duologue.training.corpus import CorpusSample, Manifest, Task, Uttered, read_siblings, write_manifest, write_shard
+from duologue.training.data import AugmentConfig, Clip, Clips, Wav, augment
+from duologue.turns import Modality, Role, Turn
+from duologue.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class TokensRecipe:
+    """Attributes:
+    corpora: folders of clips and, where they have them, dialogues; each folder has a name of its own.
+    texts: files with one text a line.
+    tokenizer, vocabulary: folders of the frozen speech tokenizer and of the vocabulary.
+    out: folder of the token corpus.
+    splits: clips and dialogues of other splits are left out.
+    variants: times each clip of a user is heard, each time in another room, noise and level; replies are heard once,
+        as they are.
+    clean_probability: share of the user's clips that are left as they are.
+    batch_s: seconds of sound in a batch.
+    """
+
+    corpora: tuple[str, ...]
+    tokenizer: str
+    vocabulary: str
+    out: str
+    texts: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ("train", "valid")
+    variants: int = 1
+    clean_probability: float = 0.3
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    batch_s: float = 160.0
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        names = [Path(folder).name for folder in self.corpora]
+        if len(set(names)) < len(names):
+            raise ValueError(f"corpora must be folders with names of their own, got {', '.join(names)}")
+        if self.variants < 1:
+            raise ValueError(f"variants must be at least 1, got {self.variants}")
+
+
+def run_tokens(recipe: TokensRecipe) -> Manifest:
+    """Makes or completes the token corpus of a recipe.
+
+    Raises:
+        ValueError: a folder is missing or not what it should be, the vocabulary has another codebook than the
+            tokenizer, or the corpus that is there was made with another tokenizer or vocabulary.
+    """
+    tokenizer = load_component(recipe.tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
+    vocabulary = Vocabulary.load(recipe.vocabulary)
+    if (codes := tokenizer.config.quantizer.codebook_size) != vocabulary.codebook_size:
+        raise ValueError(
+            f"{recipe.tokenizer} has {codes} speech tokens, {recipe.vocabulary} is made for {vocabulary.codebook_size}"
+        )
+    siblings = Siblings(file_hash(recipe.tokenizer), vocabulary.hash)
+    out = Path(recipe.out)
+
+    def make(name: str, samples: Callable[[], list[CorpusSample]]) -> None:
+        path = out / f"{name}.parquet"
+        if path.exists():
+            read_siblings(path).check(siblings, str(path), "this run")
+        else:
+            write_shard(out, name, samples(), siblings, vocabulary.speech_offset)
+
+    for folder in map(Path, recipe.corpora):
+        shards, tables = sorted(folder.glob("clips*.jsonl")), sorted(folder.glob("dialogues*.jsonl"))
+        if not shards and not tables:
+            raise ValueError(f"{folder} holds no clips*.jsonl and no dialogues*.jsonl, so it is no corpus")
+        for shard in shards:
+            make(f"{folder.name}-{shard.stem}", partial(_clips, shard, tokenizer, vocabulary, recipe))
+        spoken = _Spoken([out / f"{folder.name}-{shard.stem}.parquet" for shard in shards])
+        for table in tables:
+            make(f"{folder.name}-{table.stem}", partial(_dialogues, table, spoken, vocabulary, recipe))
+    for file in map(Path, recipe.texts):
+        make(f"text-{file.stem}", partial(_texts, file, vocabulary))
+    return write_manifest(out, siblings)
+
+
+def _clips(shard: Path, tokenizer: SpeechTokenizer, vocabulary: Vocabulary, recipe: TokensRecipe) -> list[CorpusSample]:
+    """The clips of one shard as samples of one turn; variants after the first have "#1", "#2" behind their id."""
+    clips = Clips(shard.parent, splits=recipe.splits, shards=shard.stem)
+    todo = [
+        (index, variant)
+        for index, clip in enumerate(clips.records)
+        for variant in range(1 if clip.role == "reply" else recipe.variants)
+    ]
+    todo.sort(key=lambda one: clips.records[one[0]].num_samples)
+    found: dict[tuple[int, int], list[int]] = {}
+    with torch.inference_mode(), tqdm(total=len(todo), desc=shard.stem, unit="clip", mininterval=5.0) as bar:
+        for batch, wav in _ahead(todo, clips, recipe):
+            rows = tokenizer(wav).rows()
+            found.update({key: row.tolist() for key, row in zip(batch, rows, strict=True)})
+            bar.update(len(batch))
+    samples = []
+    for (index, variant), codes in sorted(found.items()):
+        clip = clips.records[index]
+        role = Role.ASSISTANT if clip.role == "reply" else Role.USER
+        ids = tuple(vocabulary.speech_ids(codes))
+        turn = Turn(role, Modality.SPEECH, ids, clip.language, clip.voice, clip.style)
+        name = f"{clip.id}#{variant}" if variant else clip.id
+        uttered = Uttered(turn, tuple(vocabulary.encode_text(clip.text)))
+        samples.append(CorpusSample(name, "clip", clip.split, clip.intent, (uttered,)))
+    return samples
+
+
+def _ahead(
+    todo: list[tuple[int, int]], clips: Clips, recipe: TokensRecipe
+) -> Iterator[tuple[list[tuple[int, int]], Padded]]:
+    """Batches of like lengths that hold `batch_s` seconds with their padding, the next one made while one is used."""
+    batches: list[list[tuple[int, int]]] = [[]]
+    for one in todo:  # sorted by length: the new one is the longest
+        clip = clips.records[one[0]]
+        if batches[-1] and (len(batches[-1]) + 1) * clip.num_samples > recipe.batch_s * clip.sample_rate:
+            batches.append([])
+        batches[-1].append(one)
+
+    def load(batch: list[tuple[int, int]]) -> Padded:
+        return Padded.stack([torch.from_numpy(_heard(clips, *one, recipe)) for one in batch])
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(load, batches[0])
+        for batch, following in zip(batches, [*batches[1:], []], strict=True):
+            wav = coming.result()
+            if following:
+                coming = pool.submit(load, following)
+            yield batch, wav
+
+
+def _heard(clips: Clips, index: int, variant: int, recipe: TokensRecipe) -> Wav:
+    """One clip as the tokenizer hears it: a pure function of the clip's id, the variant and the seed."""
+    clip: Clip = clips.records[index]
+    wav = clips.wav(index)
+    if clip.role == "reply":
+        return wav
+    digest = blake2b(f"{recipe.seed}|{clip.id}|{variant}".encode(), digest_size=8).digest()
+    rng = np.random.default_rng(int.from_bytes(digest, "big"))
+    if rng.random() < recipe.clean_probability:
+        return wav
+    return augment(wav, clip.sample_rate, recipe.augment, rng, lambda: clips.wav(int(rng.integers(len(clips)))))
+
+
+class _Spoken:
+    """Clips of a corpus by their id, read from its shards when first asked for."""
+
+    def __init__(self, shards: list[Path]) -> None:
+        self._shards = shards
+        self._turns: dict[str, dict[str, Any]] = {}
+
+    def __getitem__(self, clip: str) -> dict[str, Any]:
+        """The stored turn of a clip. Raises KeyError when no shard has it."""
+        if not self._turns:
+            for path in self._shards:
+                table = pq.read_table(path, columns=["id", "turns"])
+                turns = table["turns"].to_pylist()
+                self._turns.update({name: row[0] for name, row in zip(table["id"].to_pylist(), turns, strict=True)})
+        return self._turns[clip]
+
+    def variants(self, clip: str) -> int:
+        """How often the clip was heard."""
+        self[clip]
+        count = 1
+        while f"{clip}#{count}" in self._turns:
+            count += 1
+        return count
+
+
+def _dialogues(table: Path, spoken: _Spoken, vocabulary: Vocabulary, recipe: TokensRecipe) -> list[CorpusSample]:
+    """The dialogues of one table, each as often as its clips have renditions and variants."""
+    samples, too_fast = [], 0
+    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+        row = json.loads(line)
+        if row["split"] not in recipe.splits:
+            continue
+        try:
+            clips = [_renditions(turn, spoken) for turn in row["turns"]]
+        except KeyError as error:
+            raise ValueError(f"{table}, line {number}: no shard beside it holds the clip {error}") from None
+        for rendition in range(max(1, *map(len, clips))):
+            try:
+                turns = tuple(
+                    _uttered(turn, spoken[names[rendition % len(names)]] if names else {}, row["language"], vocabulary)
+                    for turn, names in zip(row["turns"], clips, strict=True)
+                )
+            except _TooFast:
+                too_fast += 1
+                continue
+            name = f"{row['id']}#{rendition}" if rendition else row["id"]
+            answers = tuple(row["turns"][-1].get("answers", ()))
+            task: Task = "chat" if any(clips) else "text"
+            samples.append(CorpusSample(name, task, row["split"], row["intent"], turns, answers))
+    if too_fast:
+        print(f"{table.name}: left out {too_fast} dialogues whose speech is too fast for the interleave")
+    return samples
+
+
+def _renditions(turn: Mapping[str, Any], spoken: _Spoken) -> list[str]:
+    """Ids of everything that was heard of a turn; none for a turn that was only written."""
+    return [
+        f"{clip}#{variant}" if variant else clip
+        for clip in turn.get("clip", ())
+        for variant in range(spoken.variants(clip))
+    ]
+
+
+class _TooFast(ValueError):
+    """A reply whose text would not stay ahead of its speech."""
+
+
+def _uttered(turn: Mapping[str, Any], clip: Mapping[str, Any], language: str, vocabulary: Vocabulary) -> Uttered:
+    """One turn of a dialogue: a user's as speech with its transcript, a reply in runs; text where there is no clip."""
+    role, text = Role(turn["role"]), vocabulary.encode_text(turn["text"])
+    style = turn.get("style") or clip.get("style", "")
+    if not clip:
+        return Uttered(Turn(role, Modality.TEXT, tuple(text), language, style=style))
+    if role is not Role.ASSISTANT:
+        return Uttered(Turn(role, Modality.SPEECH, tuple(clip["ids"]), language, clip["voice"], style), tuple(text))
+    try:
+        woven = weave(text, clip["ids"])
+    except ValueError as error:
+        raise _TooFast(str(error)) from None
+    return Uttered(Turn(role, Modality.INTERLEAVED, tuple(woven), language, clip["voice"], style))
+
+
+def _texts(file: Path, vocabulary: Vocabulary) -> list[CorpusSample]:
+    """The lines of a text file as writing."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read as text: {error}") from None
+    turns = [Turn(Role.ASSISTANT, Modality.TEXT, tuple(vocabulary.encode_text(line))) for line in lines if line.strip()]
+    return [
+        CorpusSample(f"text-{file.stem}-{number:06d}", "text", "train", "text", (Uttered(turn),))
+        for number, turn in enumerate(turns)
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line of the step."""
+    parser = argparse.ArgumentParser(prog="python -m duologue.training.tokenize", description="Make a token corpus.")
+    parser.add_argument("--recipe", type=Path, required=True)
+    manifest = run_tokens(load_config(parser.parse_args(argv).recipe, TokensRecipe))
+    print(
+        f"{manifest.num_samples} samples, {manifest.num_speech_tokens} speech tokens, {manifest.num_text_tokens} text "
+        f"tokens, by task {manifest.tasks}, by split {manifest.splits}"
+    )
+
+
+if __name__ == "__main__":
+    main()
