@@ -76,6 +76,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return _object(path, data)
 
 
+def parse_value(text: str) -> Any:
+    """The value that `text` would be in one of our YAML files: "1e-4" is a number, "[a, b]" a list.
+
+    Raises:
+        ValueError: it is not plain YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} is not a value in plain YAML") from None
+
+
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write a JSON object such that the file is the old one or the new one, never half of it."""
     path = Path(path)

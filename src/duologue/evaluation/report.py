@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from duologue.config import write_json
+from duologue.machine import num_cores, processor_name
 
 RESULTS_VERSION = 1
 
@@ -179,13 +179,9 @@ def _bars(axis: Any, title: str, values: dict[str, float]) -> None:
 
 def machine() -> dict[str, Any]:
     """What a figure depends on: processor, cores, GPU and versions."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        cores = os.cpu_count() or 1
     found: dict[str, Any] = {
         "processor": processor_name(),
-        "cores": cores,
+        "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "system": platform.system(),
         "python": platform.python_version(),
@@ -194,14 +190,3 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
-
-
-def processor_name() -> str:
-    """Model name of the processor, as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -1,0 +1,165 @@
+"""What this machine can run, what is missing, and the command that mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from duologue import machine
+
+MIN_PYTHON = (3, 11)
+MIN_MEMORY_GB = 2.0
+MIN_DISK_GB = 1.0
+
+# extra -> (what it is for, distributions)
+EXTRAS = {
+    "train": ("training", ("tensorboard", "matplotlib", "pyarrow", "jiwer")),
+    "eval": ("evaluation", ("pocketsphinx", "speechmos", "librosa", "onnxruntime", "matplotlib")),
+    "dev": ("tests and checks", ("pytest", "hypothesis", "ruff", "mypy")),
+}
+# program -> (what it is for, Debian packages)
+PROGRAMS = {
+    "flite": ("the corpus of pocket", "flite"),
+    "text2wave": ("the corpus of pocket", "festival festvox-us-slt-hts festvox-kallpc16k"),
+    "espeak-ng": ("the corpus of pocket", "espeak-ng"),
+    "make": ("make demo, make test", "make"),
+}
+
+
+class State(StrEnum):
+    OK = "ok"
+    MISSING = "missing"  # optional: something cannot be done
+    BROKEN = "broken"  # nothing works until it is mended
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor. `mend` is the command that helps; empty where nothing needs help."""
+
+    name: str
+    state: State
+    found: str
+    mend: str = ""
+
+
+def examine(model: str | Path = "pocket") -> list[Check]:
+    """Looks at the machine, the libraries and one model; changes nothing."""
+    return [*_machine(), *_torch(), *_extras(), *_programs(), *_model(model)]
+
+
+def format_checks(checks: list[Check]) -> str:
+    """Aligned lines, the command that mends below what it mends."""
+    width = max(len(check.name) for check in checks)
+    marks = {State.OK: "ok     ", State.MISSING: "missing", State.BROKEN: "BROKEN "}
+    lines = []
+    for check in checks:
+        lines.append(f"{marks[check.state]}  {check.name:{width}}  {check.found}".rstrip())
+        if check.mend:
+            lines.append(f"{'':9}{'':{width}}  -> {check.mend}")
+    return "\n".join(lines)
+
+
+def _machine() -> Iterator[Check]:
+    version = platform.python_version()
+    new_enough = sys.version_info >= MIN_PYTHON
+    wanted = ".".join(map(str, MIN_PYTHON))
+    yield Check(
+        "Python",
+        State.OK if new_enough else State.BROKEN,
+        version,
+        "" if new_enough else f"install Python {wanted} or newer, then: make PYTHON=/path/to/python3 demo",
+    )
+    flags = machine.processor_flags()
+    fast = [
+        name for flag, name in (("amx_bf16", "AMX"), ("avx512_bf16", "AVX512-bf16"), ("avx2", "AVX2")) if flag in flags
+    ]
+    yield Check(
+        "processor",
+        State.OK,
+        f"{machine.processor_name()}, {machine.num_cores()} cores, {', '.join(fast) or 'no wide instructions found'}",
+    )
+    memory = machine.free_memory_gb()
+    if memory is not None:
+        enough = memory >= MIN_MEMORY_GB
+        note = "" if enough else f"close other programs: pocket wants {MIN_MEMORY_GB:.0f} GB of free memory"
+        yield Check("memory", State.OK if enough else State.MISSING, f"{memory:.1f} GB free", note)
+    disk = shutil.disk_usage(Path.cwd()).free / 1e9
+    enough = disk >= MIN_DISK_GB
+    note = "" if enough else f"free at least {MIN_DISK_GB:.0f} GB here; trainings need more"
+    yield Check("disk", State.OK if enough else State.MISSING, f"{disk:.1f} GB free here", note)
+
+
+def _torch() -> Iterator[Check]:
+    try:
+        import torch
+    except ImportError:
+        yield Check("torch", State.BROKEN, "not installed", "pip install -c constraints.txt -e .")
+        return
+    yield Check("torch", State.OK, f"{torch.__version__}, {torch.get_num_threads()} threads")
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 1e9
+        yield Check("GPU", State.OK, f"{torch.cuda.get_device_name(0)}, {memory:.0f} GB; use it with --device cuda")
+    else:
+        yield Check("GPU", State.OK, "none that torch can use: everything runs on the processor")
+
+
+def _extras() -> Iterator[Check]:
+    for extra, (purpose, names) in EXTRAS.items():
+        missing = [name for name in names if _version(name) is None]
+        if missing:
+            mend = f'pip install -c constraints.txt -e ".[{extra}]"'
+            yield Check(f"extra {extra}", State.MISSING, f"for {purpose}: without {', '.join(missing)}", mend)
+        else:
+            yield Check(f"extra {extra}", State.OK, f"for {purpose}: complete")
+
+
+def _programs() -> Iterator[Check]:
+    for program, (purpose, packages) in PROGRAMS.items():
+        path = shutil.which(program)
+        if path:
+            yield Check(program, State.OK, f"for {purpose}")
+        else:
+            yield Check(program, State.MISSING, f"for {purpose}", f"sudo apt-get install {packages}")
+
+
+def _model(name: str | Path) -> Iterator[Check]:
+    """Is the model there, trained, and whole? Hashes of language model and tokenizer must agree."""
+    label = f"model {name}"
+    mend = "make pocket" if str(name) == "pocket" else ""
+    try:
+        from duologue.chatbot import model_folder
+        from duologue.models import Card, Models
+
+        folder = model_folder(name)
+        card = Card.load(folder)
+        Models.load(folder)  # reads and checks every part
+    except ImportError as error:
+        yield Check(label, State.BROKEN, f"cannot be looked at: {error}", "pip install -c constraints.txt -e .")
+        return
+    except ValueError as error:
+        mend = f"git checkout -- {_shown(Path(__file__).parent / 'pocket')} or: make pocket" if mend else ""
+        yield Check(label, State.BROKEN, str(error), mend)
+        return
+    size = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
+    if card.trained:
+        yield Check(label, State.OK, f"{card.name}, trained, {size:.0f} MB of weights, its parts fit each other")
+    else:
+        yield Check(label, State.MISSING, f"{card.name}, random weights: what it says means nothing", mend)
+
+
+def _shown(path: Path) -> str:
+    """The path as seen from here, where it lies below."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

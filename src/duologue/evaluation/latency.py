@@ -1,0 +1,254 @@
+"""Benchmark `latency`: what one reply costs, stage by stage, and the time to first audio of a whole conversation.
+
+The stages are measured alone, each with the work that lies between the end of the question and the first sound: the
+last block of the tokenizer, prefill, the decode steps of one text run and one block of speech tokens, the first block
+of the flow, and its vocoder. Whole replies are measured through a session that hears its question in chunks, as from a
+microphone, so what can be computed while the user talks is not counted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from duologue import rates
+from duologue.audio import resample
+from duologue.chatbot import Chatbot
+from duologue.decoder.flow import state_bytes
+from duologue.evaluation.report import machine
+from duologue.events import AudioDelta, ReplyDone, Timings
+from duologue.interleave import INTERLEAVED, SPEECH_ONLY
+from duologue.layers import Padded
+from duologue.models import Models
+from duologue.turns import Conversation, Modality, Role, Turn
+
+CHUNK_S = 0.1  # of the question, as a microphone gives it
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one piece of work, over all repetitions."""
+
+    median_ms: float
+    p95_ms: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of whole replies."""
+
+    median: float
+    p95: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Attributes:
+    stages: by name, in the order in which they run.
+    chain_ms: sum of the medians: the least possible time to first audio.
+    first_audio_s, real_time_factor: of whole replies; None when none had any sound.
+    reply_s: median length of the replies.
+    state_mb: megabytes of the states of one session.
+    """
+
+    model: str
+    trained: bool
+    question_s: float
+    repetitions: int
+    stages: dict[str, Timing]
+    chain_ms: float
+    first_audio_s: Spread | None
+    real_time_factor: Spread | None
+    reply_s: float
+    state_mb: dict[str, float] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=machine)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"kind": "Latency", "version": 1, **asdict(self)}
+
+
+def measure_latency(
+    bot: Chatbot, question: NDArray[np.float32], sample_rate: int, repetitions: int = 10, warm_up: int = 2
+) -> Latency:
+    """Runs every stage, then whole replies, `warm_up` times uncounted and `repetitions` times counted.
+
+    Args:
+        question: wav (S,) float32.
+
+    Raises:
+        ValueError: fewer than one repetition, or a question that the chatbot cannot use.
+    """
+    if repetitions < 1 or warm_up < 0:
+        raise ValueError(f"repetitions must be at least 1 and warm_up not negative, got {repetitions} and {warm_up}")
+    wav = resample(question, sample_rate, rates.LISTEN_SAMPLE_RATE)
+    models, rounds = bot.models, warm_up + repetitions
+    with torch.inference_mode():
+        codes, listen_mb = _codes(models, wav)
+        listening = _times(rounds, warm_up, lambda _: _time_tokenizer(models, wav))
+        prefill, steps = _time_language(models, codes, rounds, warm_up)
+        flow, vocoder, speak_mb = _time_decoder(models, codes, rounds, warm_up)
+    num_steps = INTERLEAVED.text_run + rates.BLOCK_TOKENS
+    decode = [num_steps * step for step in steps]
+    stages = {
+        "features and tokenizer, last block": _timing(listening),
+        "prefill": _timing(prefill, f"{len(codes)} speech tokens"),
+        f"{num_steps} decode steps": _timing(decode, f"{statistics.median(steps) * 1000:.2f} ms each"),
+        "flow, first block": _timing(flow, f"{models.card.num_steps or models.decoder.flow.config.num_steps} steps"),
+        "vocoder, first block": _timing(vocoder),
+    }
+    replies = [_time_reply(bot, wav, index) for index in range(rounds)][warm_up:]
+    spoken = [timings for timings in replies if timings.first_audio_s is not None and timings.audio_s > 0]
+    return Latency(
+        model=models.card.name,
+        trained=models.card.trained,
+        question_s=len(wav) / rates.LISTEN_SAMPLE_RATE,
+        repetitions=repetitions,
+        stages=stages,
+        chain_ms=sum(timing.median_ms for timing in stages.values()),
+        first_audio_s=_spread([timings.first_audio_s or 0.0 for timings in spoken]),
+        real_time_factor=_spread([timings.total_s / timings.audio_s for timings in spoken]),
+        reply_s=statistics.median(timings.audio_s for timings in replies),
+        state_mb={"tokenizer": listen_mb, "decoder": speak_mb},
+    )
+
+
+def format_latency(latency: Latency) -> str:
+    """The table for a terminal."""
+    width = max(map(len, latency.stages)) + 2
+    lines = [f"{'stage':{width}}{'median':>10}{'p95':>10}"]
+    for name, timing in latency.stages.items():
+        lines.append(f"{name:{width}}{timing.median_ms:8.1f} ms{timing.p95_ms:8.1f} ms  {timing.note}".rstrip())
+    lines.append(f"{'sum':{width}}{latency.chain_ms:8.1f} ms")
+    if latency.first_audio_s is None or latency.real_time_factor is None:
+        lines.append("time to first audio and real-time factor: no reply had any sound")
+    else:
+        first, factor = latency.first_audio_s, latency.real_time_factor
+        lines.append(f"time to first audio: {first.median:.2f} s (p95 {first.p95:.2f} s) after the end of the question")
+        lines.append(
+            f"real-time factor: {factor.median:.2f} (p95 {factor.p95:.2f}), replies of {latency.reply_s:.1f} s"
+        )
+    memory = ", ".join(f"{name} {size:.1f} MB" for name, size in latency.state_mb.items())
+    lines.append(f"state of one session: {memory}")
+    where = latency.machine
+    lines.append(f"{where['processor']}, {where['cores']} cores, {where['threads']} threads, torch {where['torch']}")
+    return "\n".join(lines)
+
+
+def _codes(models: Models, wav: NDArray[np.float32]) -> tuple[list[int], float]:
+    """The question's codes, and MB of the state that hears it."""
+    state = models.tokenizer.init_state(1)
+    x = Padded.full(torch.from_numpy(wav)[None].to(_device(models)))
+    codes = models.tokenizer.step(x, state).rows()[0].tolist()
+    size = state_bytes(state) / 1e6
+    return [*codes, *models.tokenizer.flush(state).rows()[0].tolist()], size
+
+
+def _time_tokenizer(models: Models, wav: NDArray[np.float32]) -> float:
+    """Seconds from the last chunk of the question to its last codes; those before are heard while it is said."""
+    size = int(CHUNK_S * rates.LISTEN_SAMPLE_RATE)
+    state = models.tokenizer.init_state(1)
+    chunks = [torch.from_numpy(wav[at : at + size])[None].to(_device(models)) for at in range(0, len(wav), size)]
+    for chunk in chunks[:-1]:
+        models.tokenizer.step(Padded.full(chunk), state)
+    start = _now(models)
+    models.tokenizer.step(Padded.full(chunks[-1]), state)
+    models.tokenizer.flush(state)
+    return _now(models) - start
+
+
+def _time_language(models: Models, codes: list[int], rounds: int, warm_up: int) -> tuple[list[float], list[float]]:
+    """Seconds of each prefill, and of a decode step in each round (its median).
+
+    Every round begins with another code, since the engine keeps the keys and values of prompts that it has seen.
+    """
+    prefill, steps = [], []
+    size = models.vocabulary.codebook_size
+    num_steps = INTERLEAVED.text_run + rates.BLOCK_TOKENS
+    for index in range(rounds):
+        changed = [(codes[0] + 1 + index) % size, *codes[1:]]
+        turn = Turn(Role.USER, Modality.SPEECH, tuple(models.vocabulary.speech_ids(changed)))
+        prompt = models.vocabulary.prompt_ids(Conversation((turn,)))
+        sampling = replace(models.card.sampling, max_tokens=num_steps + 1, seed=index)
+        times = [_now(models)]
+        # Speech alone: a reply of any model lasts long enough, and a step costs the same whatever it says.
+        for _ in models.engine.stream(prompt, sampling, SPEECH_ONLY):
+            times.append(_now(models))
+        if len(times) < 3:
+            continue
+        if index >= warm_up:
+            prefill.append(times[1] - times[0])
+            steps.append(statistics.median(np.diff(times[1:])))
+    if not steps:
+        raise ValueError(f"{models.card.name} ended every reply at once, so no decode step could be measured")
+    return prefill, steps
+
+
+def _time_decoder(
+    models: Models, codes: list[int], rounds: int, warm_up: int
+) -> tuple[list[float], list[float], float]:
+    """Seconds of flow and of vocoder for the first block, and MB of the state that speaks after four blocks."""
+    block = (codes * rates.BLOCK_TOKENS)[: rates.BLOCK_TOKENS]
+    tokens = Padded.full(torch.tensor([block], device=_device(models)))
+    flow, vocoder = [], []
+    for _ in range(rounds):
+        state = models.decoder.init_state(1, models.card.num_steps, models.card.guidance_scale)
+        start = _now(models)
+        mel = models.decoder.flow.step(tokens, state.flow)
+        between = _now(models)
+        models.decoder.vocoder.step(mel, state.vocoder)
+        flow.append(between - start)
+        vocoder.append(_now(models) - between)
+    for _ in range(3):
+        models.decoder.step(tokens, state)
+    return flow[warm_up:], vocoder[warm_up:], state_bytes(state) / 1e6
+
+
+def _time_reply(bot: Chatbot, wav: NDArray[np.float32], index: int) -> Timings:
+    """One whole reply. The question begins with a moment of faint noise, never the same: see `_time_language`."""
+    noise = np.random.default_rng(index).standard_normal(rates.SAMPLES_PER_TOKEN).astype(np.float32) * 1e-3
+    session = bot.session(sampling=replace(bot.models.card.sampling, seed=index))
+    size = int(CHUNK_S * rates.LISTEN_SAMPLE_RATE)
+    said = np.concatenate([noise, wav])
+    for at in range(0, len(said), size):
+        session.feed(said[at : at + size])
+    timings = Timings()
+    start = time.perf_counter()
+    first_audio_s: float | None = None
+    for event in session.events():
+        if isinstance(event, AudioDelta) and first_audio_s is None and len(event.wav):
+            first_audio_s = time.perf_counter() - start
+        if isinstance(event, ReplyDone):
+            timings = event.timings
+    return replace(timings, first_audio_s=first_audio_s)
+
+
+def _times(rounds: int, warm_up: int, work: Callable[[int], float]) -> list[float]:
+    return [work(index) for index in range(rounds)][warm_up:]
+
+
+def _now(models: Models) -> float:
+    """The clock, after everything that was asked of the device is done."""
+    if _device(models).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _device(models: Models) -> torch.device:
+    return models.tokenizer.quantizer.codebook.weight.device
+
+
+def _timing(seconds: list[float], note: str = "") -> Timing:
+    return Timing(1000 * statistics.median(seconds), 1000 * float(np.percentile(seconds, 95)), note)
+
+
+def _spread(values: list[float]) -> Spread | None:
+    return Spread(statistics.median(values), float(np.percentile(values, 95))) if values else None

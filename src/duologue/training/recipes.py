@@ -1,0 +1,142 @@
+"""From a stage's name and a recipe file to a training.
+
+A recipe is YAML read as data into the frozen dataclass of its stage: an unknown key is an error, nothing is executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from duologue.config import parse_config, parse_value, read_yaml, to_mapping, write_json
+
+if TYPE_CHECKING:  # torch is not needed to name the stages
+    from duologue.training.loop import LoopConfig, Stage
+
+    _Made: TypeAlias = tuple[Stage, LoopConfig, object]
+
+STAGES = {
+    "tokenizer": "speech recognition through a vector quantizer",
+    "tokens": "an audio corpus becomes a token corpus, by the frozen tokenizer",
+    "vocoder": "mel -> wave, against discriminators",
+    "flow": "speech tokens -> mel",
+    "pretrain": "the language model, stage 1: speech and text become one language",
+    "chat": "the language model, stage 2: spoken questions are answered aloud",
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run of a stage came to.
+
+    Attributes:
+        folder: where the finished component lies, or the token corpus.
+        metrics: the last evaluation; counts for a token corpus.
+    """
+
+    stage: str
+    folder: Path
+    metrics: dict[str, float]
+
+
+def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The mapping in a recipe file, with `section.key=value` overrides put in; values are read as YAML.
+
+    Raises:
+        ValueError: the file is no plain YAML, or an override is not of that form.
+    """
+    recipe = read_yaml(path)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        names = key.split(".")
+        if not equals or not all(names):
+            raise ValueError(f"{override!r} is no setting; write it like loop.num_steps=20")
+        inner = recipe
+        for name in names[:-1]:
+            inner = inner.setdefault(name, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{override!r}: {name!r} in {path} holds {inner!r}, which has no keys")
+        inner[names[-1]] = parse_value(text)
+    return recipe
+
+
+def train(
+    stage: str, recipe: str | Path, out: str | Path | None = None, overrides: Sequence[str] = (), device: str = "cpu"
+) -> Trained:
+    """Runs a stage to its end, or on from its last checkpoint.
+
+    Args:
+        stage: one of `STAGES`.
+        recipe: the YAML file.
+        out: folder of the run; "runs/<stage>" by default. `tokens` writes where its recipe says.
+        overrides: see `read_recipe`.
+
+    Raises:
+        ValueError: unknown stage, a recipe that is not as its dataclass describes, a corpus or model that is missing or
+            made with another tokenizer.
+    """
+    if stage not in STAGES:
+        raise ValueError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
+    mapping = read_recipe(recipe, overrides)
+    if stage == "tokens":
+        if out is not None:
+            mapping["out"] = str(out)
+        return _make_tokens(mapping, str(recipe))
+    folder = Path(out) if out is not None else Path("runs") / stage
+    from duologue.training.loop import run
+
+    made, loop, parsed = _MAKERS[stage](mapping, str(recipe))
+    write_json(folder / "recipe.json", {"stage": stage, **to_mapping(parsed)})
+    return Trained(stage, folder / "final", run(made, loop, folder, device))
+
+
+# Each stage's libraries are imported only when it runs: others may need an extra that is not installed.
+
+
+def _tokenizer(mapping: dict[str, Any], where: str) -> _Made:
+    from duologue.training.tokenizer import TokenizerRecipe, TokenizerStage
+
+    recipe = parse_config(TokenizerRecipe, mapping, where)
+    return TokenizerStage(recipe), recipe.loop, recipe
+
+
+def _vocoder(mapping: dict[str, Any], where: str) -> _Made:
+    from duologue.training.vocoder import VocoderRecipe, VocoderStage
+
+    recipe = parse_config(VocoderRecipe, mapping, where)
+    return VocoderStage(recipe), recipe.loop, recipe
+
+
+def _flow(mapping: dict[str, Any], where: str) -> _Made:
+    from duologue.training.flow import FlowRecipe, FlowStage
+
+    recipe = parse_config(FlowRecipe, mapping, where)
+    return FlowStage(recipe), recipe.loop, recipe
+
+
+def _pretrain(mapping: dict[str, Any], where: str) -> _Made:
+    from duologue.training.pretrain import PretrainRecipe, PretrainStage
+
+    recipe = parse_config(PretrainRecipe, mapping, where)
+    return PretrainStage(recipe), recipe.loop, recipe
+
+
+def _chat(mapping: dict[str, Any], where: str) -> _Made:
+    from duologue.training.chat import ChatRecipe, ChatStage
+
+    recipe = parse_config(ChatRecipe, mapping, where)
+    return ChatStage(recipe), recipe.loop, recipe
+
+
+_MAKERS = {"tokenizer": _tokenizer, "vocoder": _vocoder, "flow": _flow, "pretrain": _pretrain, "chat": _chat}
+
+
+def _make_tokens(mapping: dict[str, Any], where: str) -> Trained:
+    from duologue.training.tokenize import TokensRecipe, run_tokens
+
+    recipe = parse_config(TokensRecipe, mapping, where)
+    manifest = run_tokens(recipe)
+    counts = ("num_samples", "num_text_tokens", "num_speech_tokens")
+    return Trained("tokens", Path(recipe.out), {name: float(getattr(manifest, name)) for name in counts})
