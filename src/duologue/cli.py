@@ -7,6 +7,7 @@ command that needs it, so that `--help` is there at once.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import sys
@@ -15,7 +16,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from duologue import __version__
 from duologue.training.recipes import STAGES
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def _chat(args: argparse.Namespace) -> None:
     """Asks one question after the other in one conversation and prints the answers while they come."""
     if not args.questions and not args.text:
         raise ValueError("there is no question: give a sound file, or --text")
-    from duologue import load
     from duologue.audio import load_audio, save_audio
+    from duologue.chatbot import load
 
     outputs = _numbered(args.output, len(args.questions) + len(args.text))
     heard = [
@@ -178,8 +178,7 @@ def _plot(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from duologue import load
-    from duologue.chatbot import model_folder
+    from duologue.chatbot import load, model_folder
     from duologue.checkpoint import file_hash, load_component
     from duologue.evaluation.pocket import evaluate_pocket
     from duologue.evaluation.report import format_table
@@ -200,7 +199,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         "trained": bot.models.card.trained,
         "hashes": {part: file_hash(folder / part) for part in parts},
     }
-    settings = {"num_dialogues": len(test_set.dialogues), "version": __version__}
+    settings = {"num_dialogues": len(test_set.dialogues), "version": _version()}
     report = evaluate_pocket(bot, test_set, recognizer, model=model, settings=settings)
     written = report.save(args.output, args.suite) if args.output is not None else []
     if args.json:
@@ -220,9 +219,8 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from duologue import load
     from duologue.audio import load_audio
-    from duologue.chatbot import model_folder
+    from duologue.chatbot import load, model_folder
     from duologue.evaluation.latency import format_latency, measure_latency
 
     question = args.question if args.question is not None else model_folder() / "question.wav"
@@ -245,7 +243,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> _Parser:
     parser = _Parser(prog="duologue", description="A spoken chatbot: it listens, thinks and answers aloud.")
-    parser.add_argument("--version", action="version", version=f"duologue {__version__}")
+    parser.add_argument("--version", action="version", version=f"duologue {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
 
     chat = _command(commands, "chat", _chat, "ask spoken or written questions and get spoken answers", model=True)
@@ -428,6 +426,13 @@ def _say_if_untrained(card: Card) -> None:
         print(
             f"duologue: {card.name} is untrained: its weights are random, so its answers mean nothing", file=sys.stderr
         )
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("duologue")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _fail(sentence: str, code: int) -> int:
