@@ -183,7 +183,7 @@ class PlainEngine:
                     kept = self._prefilled(prompt)
                 allowed = within_budget(state, remaining)
                 token = choose(
-                    kept.scores + self._masks[allowed],
+                    kept.scores + self._masks.get(allowed, sampling.text_language),
                     sampling.temperature_for(allowed),
                     sampling.top_p,
                     sampling.top_k,

@@ -128,7 +128,7 @@ def build_tokenizer(ranks: Mapping[bytes, int], added: Mapping[int, str]) -> Tok
     Raises:
         ValueError: an added token has the id of a rank.
     """
-    letters = _byte_letters()
+    letters = byte_letters()
     spelled = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = sorted(
         (rank, ranks[left], ranks[right], spelled[left], spelled[right])
@@ -239,7 +239,7 @@ def _num_rows(folder: Path, num_known: int) -> int:
     return rows
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The letter that stands for each byte in byte-level BPE: printable ones for themselves, others from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))

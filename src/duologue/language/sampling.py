@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from duologue.interleave import Allowed, InterleaveState
+from duologue.language.scripts import TextLanguage, check_text_language, language_mask
 from duologue.vocabulary import Vocabulary
 
 
@@ -25,6 +28,7 @@ class Sampling:
         top_k: ids are drawn from this many of the most likely ones; None for no such bound.
         max_tokens: ids of the reply at most, the end id included; a reply that reaches it stops where a reply may stop.
         seed: of the request's own random generator.
+        text_language: "en" or "zh" keeps the text to ids of that language, see `scripts.py`; None leaves all.
     """
 
     temperature: float = 0.2
@@ -33,6 +37,7 @@ class Sampling:
     top_k: int | None = None
     max_tokens: int = 2000
     seed: int = 0
+    text_language: TextLanguage | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "speech_temperature"):
@@ -43,6 +48,8 @@ class Sampling:
             raise ValueError(f"top_p must lie above 0 and be at most 1, got {self.top_p}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 or None, got {self.top_k}")
+        if self.text_language is not None:
+            check_text_language(self.text_language)
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
@@ -78,18 +85,29 @@ class KindMasks:
         if width < vocabulary.size:
             raise ValueError(f"the model gives scores for {width} ids, but the vocabulary has {vocabulary.size}")
         self._vocabulary, self._width, self._device = vocabulary, width, device
-        self._masks: dict[Allowed, Tensor] = {}
+        self._masks: dict[tuple[Allowed, str | None], Tensor] = {}
+        self._languages: dict[str, npt.NDArray[np.bool_]] = {}
 
     def __getitem__(self, allowed: Allowed) -> Tensor:
         """(V,) float32, 0 for ids of the allowed kinds and -inf for all others, control and padding ids always."""
-        if allowed not in self._masks:
-            open_ids = torch.from_numpy(self._vocabulary.allowed_mask(allowed).nonzero()[0])
+        return self.get(allowed)
+
+    def get(self, allowed: Allowed, text_language: TextLanguage | None = None) -> Tensor:
+        """The same, where text ids of other languages than the given one are -inf too."""
+        key = allowed, text_language if allowed.text else None
+        if key not in self._masks:
+            is_open = self._vocabulary.allowed_mask(allowed)
+            if key[1] is not None:
+                if key[1] not in self._languages:
+                    self._languages[key[1]] = language_mask(self._vocabulary, key[1])
+                is_open = is_open & self._languages[key[1]]
+            open_ids = torch.from_numpy(is_open.nonzero()[0])
             if not len(open_ids):
                 raise ValueError(f"only {allowed} can come next, and the vocabulary has no such id")
             mask = torch.full((self._width,), float("-inf"))
             mask[open_ids] = 0.0
-            self._masks[allowed] = mask.to(self._device)
-        return self._masks[allowed]
+            self._masks[key] = mask.to(self._device)
+        return self._masks[key]
 
 
 def choose(
