@@ -138,9 +138,9 @@ def test_rows_are_filled(vocabulary: Vocabulary) -> None:
 # The copies.
 
 
-def reply_kinds(num_text: int, num_speech: int) -> list[Kind]:
+def reply_kinds(num_text: int, num_speech: int) -> tuple[Kind, ...]:
     woven = weave([0] * num_text, [1] * num_speech)
-    return [*(Kind.SPEECH if token else Kind.TEXT for token in woven), Kind.END]
+    return (*(Kind.SPEECH if token else Kind.TEXT for token in woven), Kind.END)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_text_in_and_text_out(vocabulary: Vocabulary, corpus: TokenCorpus) -> No
     assert set(example.trains[len(prompt) :]) == {TEXT}  # also where only speech copies are asked for
     noise = Uttered(Turn(Role.USER, Modality.SPEECH, tuple(vocabulary.speech_ids(range(9)))))
     assert as_text(noise, vocabulary) == noise
-    assert decisions([Kind.TEXT] * 20 + [Kind.END], TEXT_ONLY) == [TEXT] * 21
+    assert decisions((*[Kind.TEXT] * 20, Kind.END), TEXT_ONLY) == (TEXT,) * 21
 
 
 def test_histories_that_do_not_fit_are_shortened(vocabulary: Vocabulary, corpus: TokenCorpus) -> None:

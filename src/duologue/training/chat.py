@@ -164,21 +164,21 @@ class Chats:
     def _reply(self, uttered: Uttered, way: int) -> list[int]:
         """What each id of a reply trains, and its end where the model made it."""
         turn = uttered.turn
-        kinds = [Kind(int(kind)) for kind in self._vocabulary.kinds[list(turn.ids)]]
+        kinds = self._vocabulary.kinds[list(turn.ids)].tolist()
         if not turn.interrupted:
-            kinds.append(Kind.END)
+            kinds.append(int(Kind.END))
         if not uttered.loss:
             return [UNTRAINED] * len(kinds)
-        trains = decisions(kinds, SCHEDULES[turn.modality])
+        trains = decisions(tuple(kinds), SCHEDULES[turn.modality])
         if turn.modality is not Modality.INTERLEAVED:
-            return trains
+            return list(trains)
         return [what if what & way else UNTRAINED for what in trains]
 
     def _any(self, rng: np.random.Generator) -> CorpusSample:
         return self._corpus[int(self._dialogues[rng.integers(len(self._dialogues))])]
 
     def _interrupted(self, turn: Turn, rng: np.random.Generator) -> Turn:
-        kinds = [Kind(int(kind)) for kind in self._vocabulary.kinds[list(turn.ids)]]
+        kinds = [Kind(kind) for kind in self._vocabulary.kinds[list(turn.ids)].tolist()]
         heard = int(rng.integers(sum(kind is Kind.SPEECH for kind in kinds)))
         return replace(turn, ids=turn.ids[: legal_prefix(kinds, heard)], interrupted=True)
 
@@ -268,7 +268,7 @@ class ChatStage:
     def _answer(self, engine: PlainEngine, question: CorpusSample, written: bool) -> list[int]:
         """Text ids of the greedy reply, up to where its text is finished."""
         state, text = InterleaveState(), []
-        for token in engine.stream(self._prompt(question, written), replace(GREEDY, max_tokens=200)):
+        for token in engine.stream(self._prompt(question, written), replace(GREEDY, max_tokens=120)):
             kind = self.vocabulary.kind(token)
             state.advance(kind)
             if kind is Kind.TEXT:

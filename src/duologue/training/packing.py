@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -42,8 +43,9 @@ class Example:
         assert len(self.ids) == len(self.trains)
 
 
-def decisions(kinds: Sequence[Kind], schedule: Schedule) -> list[int]:
-    """TEXT for every id of a reply that stands where a text id could stand, SPEECH for the others.
+@lru_cache(maxsize=4096)  # replies with as many ids of each kind look alike
+def decisions(kinds: tuple[int, ...], schedule: Schedule) -> tuple[int, ...]:
+    """TEXT for every id of a reply that stands where a text id could stand, SPEECH for the others; `kinds` as integers.
 
     The first speech id after the text says that the text is finished, and the end after a full speech run says so too:
     both are decisions about the text. So copies that train one and copies that train the other cover every id once.
@@ -52,8 +54,8 @@ def decisions(kinds: Sequence[Kind], schedule: Schedule) -> list[int]:
     trains = []
     for kind in kinds:
         trains.append(TEXT if state.allowed.text else SPEECH)
-        state.advance(kind)
-    return trains
+        state.advance(Kind(kind))
+    return tuple(trains)
 
 
 class Draw(Protocol):
