@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
@@ -239,7 +238,7 @@ def _checkpoint(
         save_tensors(unfinished, module_tensors(module), name, max_shard_bytes=max_shard_bytes)
         state = optimizers[name].state_dict()["state"]
         moments = {f"{i}.{key}": value.contiguous() for i, entry in state.items() for key, value in entry.items()}
-        save_file(moments, unfinished / f"{name}.optimizer.safetensors")
+        save_tensors(unfinished, moments, f"{name}.optimizer", max_shard_bytes=max_shard_bytes)
     (unfinished / "state.json").write_text(json.dumps({"version": 1, "step": step}))
     finished = unfinished.with_suffix("")
     shutil.rmtree(finished, ignore_errors=True)
@@ -256,7 +255,7 @@ def _resume(stage: Stage, optimizers: Mapping[str, torch.optim.Optimizer], folde
     for name, module in stage.phases.items():
         load_weights(module, load_tensors(found[-1], name), str(found[-1]))
         state: dict[int, dict[str, Tensor]] = {}
-        for key, value in load_file(found[-1] / f"{name}.optimizer.safetensors").items():
+        for key, value in load_tensors(found[-1], f"{name}.optimizer").items():
             index, field = key.split(".")
             state.setdefault(int(index), {})[field] = value
         optimizers[name].load_state_dict({**optimizers[name].state_dict(), "state": state})
