@@ -1,9 +1,93 @@
 """Settings that every test shares."""
 
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
+
+from tests.tiny import write_tiny_chatbot
 
 # A busy machine is not a failing test: no deadline for an example, and no complaint about a slow start.
 settings.register_profile(
     "duologue", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("duologue")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder with random weights; tests read it and never write into it."""
+    return write_tiny_chatbot(tmp_path_factory.mktemp("tiny"), max_positions=512, max_tokens=60)
+
+
+def _write_clips(folder: Path, clips: list[dict[str, object]]) -> None:
+    """One shard: each clip as a tone of its own with pauses, so that it has a pitch and a level."""
+    samples, offset, rows = [], 0, []
+    for index, clip in enumerate(clips):
+        num_samples = 16_000 + 800 * index
+        time = np.arange(num_samples) / 16_000
+        wave = 0.2 * np.sin(2 * np.pi * (120 + 10 * index) * time) * (np.sin(2 * np.pi * 3 * time) > -0.5)
+        samples.append((wave * 32767).astype("<i2"))
+        place = {"sample_rate": 16_000, "offset": offset, "num_samples": num_samples}
+        rows.append({"language": "en", "style": "plain", "intent": "plus", **clip, **place})
+        offset += num_samples
+    folder.mkdir(parents=True, exist_ok=True)
+    np.concatenate(samples).tofile(folder / "clips-00000.pcm")
+    (folder / "clips-00000.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def audio_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of clips with training and validation, of tones."""
+    folder = tmp_path_factory.mktemp("corpus")
+    _write_clips(
+        folder,
+        [
+            {"id": f"clip-{i}", "text": "one two", "role": "free", "voice": "a", "split": "valid" if i > 5 else "train"}
+            for i in range(8)
+        ],
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def test_set_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A test set of four dialogues, one of them with two turns, of tones."""
+    folder = tmp_path_factory.mktemp("test")
+    asked = [
+        ("plus", "test", [("What is one plus two?", "It is three.", "plain", ["three"])]),
+        ("repeat", "test", [("Repeat: red stool.", "Red stool.", "plain", ["red stool"])]),
+        ("plus", "test_unseen", [("What is two plus two?", "It is four.", "plain", ["four"])]),
+        (
+            "again_faster",
+            "test",
+            [
+                ("What is two plus three?", "It is five.", "plain", ["five"]),
+                ("Say it again faster.", "It is five.", "faster", ["five"]),
+            ],
+        ),
+    ]
+    clips: list[dict[str, object]] = []
+    lines = []
+    for number, (intent, split, exchanges) in enumerate(asked):
+        turns: list[dict[str, object]] = []
+        for question, reply, style, answers in exchanges:
+            ids = [f"clip-{len(clips)}", f"clip-{len(clips) + 1}"]
+            head = {"split": split, "intent": intent}
+            clips.append({"id": ids[0], "text": question, "role": "user", "voice": "a", **head})
+            clips.append({"id": ids[1], "text": reply, "role": "reply", "voice": "b", "style": style, **head})
+            turns.append({"role": "user", "text": question, "clip": [ids[0]], "sound": ""})
+            said: dict[str, object] = {
+                "role": "assistant",
+                "text": reply,
+                "clip": [ids[1]],
+                "style": style,
+                "answers": answers,
+            }
+            turns.append(said)
+        lines.append(json.dumps({"id": f"d{number}", "intent": intent, "split": split, "turns": turns}))
+    _write_clips(folder, clips)
+    (folder / "dialogues-00000.jsonl").write_text("\n".join(lines) + "\n")
+    return folder

@@ -79,9 +79,8 @@ def _chat(args: argparse.Namespace) -> None:
             session.feed(wav, sample_rate)
         else:
             session.write(str(question))
-        if not args.json:
-            print(f"you: {question}\n{bot.models.card.name}: ", end="", flush=True)
-        reply = session.reply_now(text_only=args.text_only, on_event=None if args.json else _print_text)
+        transcript = None if args.json else _Transcript(f"you: {question}\n{bot.models.card.name}: ")
+        reply = session.reply_now(text_only=args.text_only, on_event=transcript)
         written = output if output is not None and reply.audio.size else None
         if written is not None:
             save_audio(written, reply.audio, reply.sample_rate)
@@ -393,12 +392,19 @@ def _read_tokens(source: str) -> tuple[list[int], str | None]:
     return tokens, data.get("tokenizer") if isinstance(data, dict) else None
 
 
-def _print_text(event: Event) -> None:
-    from duologue.events import TextDelta
+class _Transcript:
+    """Prints the text of a reply as it comes, after a head. An error before the first event leaves nothing behind."""
 
-    if isinstance(event, TextDelta) and event.text:
+    def __init__(self, head: str) -> None:
+        self._head = head
+
+    def __call__(self, event: Event) -> None:
+        from duologue.events import TextDelta
+
+        text = event.text if isinstance(event, TextDelta) else ""
         # Random weights say anything, control sequences of the terminal too.
-        print("".join(char if char.isprintable() else " " for char in event.text), end="", flush=True)
+        print(self._head + "".join(char if char.isprintable() else " " for char in text), end="", flush=True)
+        self._head = ""
 
 
 def _times(timings: Timings) -> str:

@@ -76,6 +76,8 @@ class Recogniser:
 
     def transcribe(self, wav: NDArray[np.float32], sample_rate: int) -> str:
         """wav (S,) float32 -> lower-case words; empty where nothing was recognised."""
+        if not wav.any():  # it would hear words in digital silence
+            return ""
         wav = resample(wav, sample_rate, RECOGNISER_SAMPLE_RATE)
         edge = np.zeros(int(_EDGE_S * RECOGNISER_SAMPLE_RATE), np.float32)
         pcm = (np.clip(np.concatenate([edge, wav, edge]), -1, 1) * 32767).astype("<i2").tobytes()

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -125,7 +126,8 @@ def run(stage: Stage, config: LoopConfig, out: Path, device: str = "cpu") -> dic
             log.write(step, values)
         if log and (step % config.evaluate_every == 0 or step == config.num_steps):
             metrics = _quiet(stage, stage.evaluate)
-            tqdm.write(f"{out.name} step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+            line = f"{out.name} step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+            tqdm.write(line, file=sys.stderr)
             log.write(step, {f"valid/{name}": value for name, value in metrics.items()})
         if log and (step % config.sample_every == 0 or step == config.num_steps):
             folder = out / "samples" / f"step-{step:07d}"

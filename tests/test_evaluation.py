@@ -1,0 +1,340 @@
+"""The measures, each on something whose value is known."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from duologue.evaluation.conversations import (
+    Exchange,
+    agreement_row,
+    open_vocabulary_rows,
+    speaking_rows,
+    style_row,
+    time_rows,
+    understanding_rows,
+)
+from duologue.evaluation.intelligibility import Recogniser, Unavailable, codebook_usage, error_rate, error_row
+from duologue.evaluation.prosody import Prosody, measure_prosody, probe, style_change, style_moved, token_prosody
+from duologue.evaluation.report import Report, Row, difference_row, format_table, machine
+from duologue.evaluation.testset import load_test_set
+from duologue.training.curves import plot, read_log
+from duologue.training.recipes import read_recipe
+
+RATE = 16_000
+
+
+def sine(frequency: float, seconds: float = 1.0, level: float = 0.1) -> np.ndarray:
+    return (level * np.sin(2 * np.pi * frequency * np.arange(int(seconds * RATE)) / RATE)).astype(np.float32)
+
+
+# Intelligibility -----------------------------------------------------------------------------------------------------
+
+
+def test_error_rate_is_pooled_over_words_and_blind_to_spelling() -> None:
+    rate = error_rate([("It is 25.", "it is twenty five"), ("One, two, three, four.", "one two four")])
+    assert (rate.num_edits, rate.num_words, rate.num_texts) == (1, 8, 2)
+    assert rate.value == 1 / 8
+    assert error_rate([]).value is None
+    assert error_row("part", "WER", []).skipped
+
+
+def test_codebook_usage() -> None:
+    usage, perplexity = codebook_usage([np.array([0, 1]), np.array([2, 3])], 8)
+    assert usage == 0.5
+    assert perplexity == pytest.approx(4.0)
+
+
+def test_the_recogniser_reads_clear_speech_and_forgets_it() -> None:
+    pytest.importorskip("pocketsphinx")
+    if not shutil.which("flite"):
+        pytest.skip("flite is not installed")
+    from recipes.pocket.synthesis import SAMPLE_RATE, render_one, reply_request
+
+    recogniser = Recogniser()
+    said = "Paris is the capital of France."
+    wav = (render_one(reply_request(said, "plain")) / 32768).astype(np.float32)
+    heard = recogniser.transcribe(wav, SAMPLE_RATE)
+    assert error_rate([(said, heard)]).value == 0
+    assert recogniser.transcribe(np.zeros(RATE, np.float32), RATE) == ""
+    noise = (0.3 * np.random.default_rng(0).standard_normal(RATE)).astype(np.float32)
+    recogniser.transcribe(noise, RATE)
+    assert recogniser.transcribe(wav, SAMPLE_RATE) == heard
+
+
+def test_a_missing_recogniser_says_what_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pocketsphinx", None)
+    with pytest.raises(Unavailable, match=r"pip install"):
+        Recogniser()
+
+
+# Prosody -------------------------------------------------------------------------------------------------------------
+
+
+def test_prosody_of_a_tone_between_silences() -> None:
+    silence = np.zeros(RATE // 2, np.float32)
+    prosody = measure_prosody(np.concatenate([silence, sine(200.0), silence]), RATE, "one two three four")
+    assert prosody.word_s == pytest.approx(0.25, abs=0.01)
+    assert prosody.f0 == pytest.approx(200.0, rel=0.02)
+    assert prosody.level_db == pytest.approx(20 * math.log10(0.1 / math.sqrt(2)), abs=0.3)
+
+
+def test_prosody_of_silence_is_not_a_number() -> None:
+    for prosody in (measure_prosody(np.zeros(n, np.float32), RATE, "one") for n in (0, RATE)):
+        assert all(map(math.isnan, (prosody.word_s, prosody.f0, prosody.level_db)))
+
+
+@pytest.mark.parametrize(
+    ("style", "styled"),
+    [
+        ("faster", Prosody(0.20, 160.0, -20.0)),
+        ("slower", Prosody(0.40, 160.0, -20.0)),
+        ("higher2", Prosody(0.30, 200.0, -20.0)),
+        ("lower", Prosody(0.30, 130.0, -20.0)),
+        ("louder", Prosody(0.30, 160.0, -15.0)),
+        ("softer", Prosody(0.30, 160.0, -25.0)),
+    ],
+)
+def test_a_style_moves_its_own_measure(style: str, styled: Prosody) -> None:
+    plain = Prosody(0.30, 160.0, -20.0)
+    assert style_moved(style, style_change(style, styled, plain))
+    assert not style_moved(style, style_change(style, plain, styled))
+    assert not style_moved(style, style_change(style, plain, plain))
+
+
+def test_an_unknown_style_is_refused() -> None:
+    plain = Prosody(0.3, 160.0, -20.0)
+    with pytest.raises(ValueError, match="'sadder'"):
+        style_change("sadder", plain, plain)
+
+
+def test_prosody_of_tokens() -> None:
+    wav = np.concatenate([sine(200.0, 0.8, 0.4), np.zeros(RATE // 4, np.float32)])
+    values = token_prosody(wav)
+    assert values.shape == (14, 2)  # 1.05 s
+    assert values[:9, 1] == pytest.approx(np.full(9, 1.0), abs=0.05)  # an octave over 100 Hz
+    assert values[2, 0] == pytest.approx(20 * math.log10(0.4 / math.sqrt(2)), abs=0.1)
+    assert np.isnan(values[-2:, 1]).all()
+
+
+def test_the_probe_reads_what_is_in_the_codes_and_nothing_else() -> None:
+    rng = np.random.default_rng(0)
+    codebook = rng.standard_normal((64, 8)).astype(np.float32)
+    codes = [rng.integers(0, 64, 50) for _ in range(20)]
+    kept = [codebook[clip, 0] * 3.0 + 1.0 for clip in codes]
+    kept[0][:5] = np.nan
+    assert probe(codes, kept, codebook) > 0.98
+    assert probe(codes, [rng.standard_normal(50) for _ in codes], codebook) < 0.1
+    with pytest.raises(ValueError, match="2 clips"):
+        probe(codes[:1], kept[:1], codebook)
+    with pytest.raises(ValueError, match="measured tokens"):
+        probe(codes[:2], [np.full(50, np.nan)] * 2, codebook)
+
+
+# Conversations -------------------------------------------------------------------------------------------------------
+
+
+def exchange(said: str = "It is three.", **changes: object) -> Exchange:
+    one = Exchange(
+        dialogue="d",
+        intent="plus",
+        split="test",
+        last=True,
+        style="plain",
+        asked="What is one plus two?",
+        expected="It is three.",
+        answers=("three",),
+        said=said,
+        heard="it is three",
+        heard_reference="it is three",
+        change=None,
+        first_audio_s=0.5,
+        audio_s=2.0,
+        total_s=1.0,
+    )
+    return replace(one, **changes)  # type: ignore[arg-type]
+
+
+def value(rows: list[Row], name: str) -> float:
+    (found,) = [row.value for row in rows if row.name == name]
+    assert found is not None
+    return found
+
+
+def test_understanding_counts_last_replies_by_split_and_intent() -> None:
+    rows = understanding_rows(
+        [
+            exchange(),
+            exchange("It is thirteen."),
+            exchange("It is four.", intent="count"),
+            exchange("It is four.", last=False),
+            exchange(split="test_unseen"),
+        ]
+    )
+    assert value(rows, "S->T, seen voices") == pytest.approx(1 / 3)
+    assert value(rows, "S->T, unseen voices") == 1.0
+    assert rows[0].parts == {"count": 0.0, "plus": 0.5}
+    assert (rows[0].met, rows[1].met) == (False, True)
+    assert understanding_rows([exchange()])[1].skipped  # nobody unseen: no figure
+
+
+def test_speaking_is_judged_by_what_is_heard() -> None:
+    rows = speaking_rows([exchange(), exchange(heard="it is tree"), exchange(split="test_unseen")], "")
+    assert value(rows, "S->S, seen voices") == 0.5
+    assert value(rows, "S->S behind S->T, seen voices") == 0.5
+    assert value(rows, "answers heard in the reference audio, seen voices") == 1.0
+    assert all(row.skipped == "no ears" for row in speaking_rows([exchange()], "no ears"))
+    assert agreement_row([exchange("It is four.")], "").value == pytest.approx(1 / 3)
+    assert agreement_row([exchange()], "no ears").skipped == "no ears"
+
+
+def test_open_vocabulary_takes_the_saying_intents_only() -> None:
+    rows = open_vocabulary_rows(
+        [
+            exchange(
+                "Red stool.", intent="repeat", expected="Red stool.", heard="red tool", heard_reference="red stool"
+            ),
+            exchange(
+                "Blue chair.", intent="say", expected="Blue hair.", heard="blue hair", heard_reference="blue hair"
+            ),
+            exchange("nothing of this"),
+        ],
+        "",
+    )
+    assert value(rows, "WER of the reply's text") == 0.25
+    assert value(rows, "WER of what is heard") == 0.25
+    assert value(rows, "WER of the reference audio") == 0.0
+    assert value(rows, "WER lost against the reference") == 0.25
+
+
+def test_style_leaves_out_what_could_not_be_compared_and_says_so() -> None:
+    row = style_row(
+        [
+            exchange(),
+            exchange(style="faster", change=-0.3),
+            exchange(style="faster2", change=0.1),
+            exchange(style="louder", change=4.0),
+            exchange(style="louder", change=math.nan),
+        ]
+    )
+    assert row.value == pytest.approx(2 / 3)
+    assert row.parts == {"faster": 0.5, "louder": 1.0}
+    assert row.note == "compared 3 of 4"
+    assert style_row([exchange(style="lower", change=math.nan)]).skipped
+
+
+def test_time_of_replies_with_sound() -> None:
+    rows = time_rows([exchange(), exchange(first_audio_s=None, audio_s=0.0), exchange(first_audio_s=1.5, total_s=2.0)])
+    assert value(rows, "to first audio, p50") == 1.0
+    assert value(rows, "real-time factor, p50") == 0.75
+    assert all(row.skipped for row in time_rows([exchange(first_audio_s=None)]))
+
+
+# The test set --------------------------------------------------------------------------------------------------------
+
+
+def test_reading_a_test_set(test_set_folder: Path) -> None:
+    test_set = load_test_set(test_set_folder)
+    assert [dialogue.intent for dialogue in test_set.dialogues] == ["plus", "repeat", "plus", "again_faster"]
+    assert len(test_set.clips) == 10
+    assert [clip.id for clip in test_set.speech("user", "test_unseen")] == ["clip-4"]
+    turn = test_set.dialogues[3].turns[1]
+    assert (turn.style, turn.answers) == ("faster", ("five",))
+    assert len(test_set.clips[turn.reply].wav) == 16_000 + 9 * 800
+    few = test_set.limited(2)
+    assert [dialogue.id for dialogue in few.dialogues] == ["d0", "d2"]
+    assert set(few.clips) == {"clip-0", "clip-1", "clip-4", "clip-5"}
+    assert test_set.limited(None) is test_set.limited(100) is test_set
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("clips-00000.jsonl", lambda row: row | {"offset": 10**9}, "needs samples"),
+        ("clips-00000.jsonl", lambda row: row | {"id": "other"}, "names the clip 'clip-0'"),
+        ("clips-00000.jsonl", lambda row: {"id": row["id"]}, "describes no clip"),
+        ("dialogues-00000.jsonl", lambda row: row | {"turns": row["turns"][:1]}, "take turns"),
+        ("dialogues-00000.jsonl", lambda row: row | {"turns": []}, "without turns"),
+        ("dialogues-00000.jsonl", lambda row: [row], "not a JSON object"),
+        ("dialogues-00000.jsonl", lambda row: row | {"split": "train"}, ""),
+    ],
+)
+def test_a_damaged_test_set_is_refused(
+    test_set_folder: Path, tmp_path: Path, file: str, change: object, words: str
+) -> None:
+    folder = tmp_path / "test"
+    shutil.copytree(test_set_folder, folder)
+    first, *rest = (folder / file).read_text().splitlines()
+    assert callable(change)
+    (folder / file).write_text("\n".join([json.dumps(change(json.loads(first))), *rest]))
+    if words:
+        with pytest.raises(ValueError, match=words):
+            load_test_set(folder)
+    else:  # training dialogues are no part of the test
+        assert len(load_test_set(folder).dialogues) == 3
+
+
+# Reports, curves, recipes --------------------------------------------------------------------------------------------
+
+
+def test_a_row_has_a_value_or_a_reason() -> None:
+    with pytest.raises(ValueError, match="reason"):
+        Row("part", "name", None)
+    with pytest.raises(ValueError, match="reason"):
+        Row("part", "name", 0.5, skipped="not computed")
+    with pytest.raises(ValueError, match="no result"):
+        Row("part", "name", math.nan)
+    assert Row("part", "name", 0.5, aim=0.6).met is True
+    assert Row("part", "name", 0.5, aim=0.6, aim_is="at least").met is False
+    assert Row("part", "name", 0.5).met is None
+    assert difference_row("part", "lost", Row("a", "b", 0.75), Row("a", "c", 0.5), 0.1).value == 0.25
+    assert difference_row("part", "lost", Row("a", "b", None, skipped="why"), Row("a", "c", 0.5), 0.1).skipped == "why"
+
+
+def test_a_report_as_table_and_files(tmp_path: Path) -> None:
+    rows = (
+        Row("understanding", "S->T", 0.913, "%", 0.9, "at least", 42, parts={"plus": 1.0}),
+        Row("understanding", "S->S", None, "%", skipped="no recogniser"),
+        Row("time", "to first audio", 0.456, "s", 1.0),
+    )
+    report = Report("pocket", {"name": "tiny"}, machine(), rows)
+    table = format_table(report).splitlines()
+    assert "91.3 %  at least 90.0 %" in table[1]
+    assert table[1].endswith("met  n = 42")
+    assert table[2].split() == ["plus", "100.0", "%"]
+    assert "skipped: no recogniser" in table[3]
+    assert "0.46 s" in table[4]
+    written = report.save(tmp_path, "results")
+    assert [path.name for path in written] == ["results.json", "results.png"]
+    saved = json.loads(written[0].read_text())
+    assert [row["met"] for row in saved["rows"]] == [True, None, True]
+    assert written[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("step,name,value,time\n1,asr,3.5,0\n2,asr,nan,1\n2,valid/asr,3.0,1\n")
+    curves = read_log(tmp_path)
+    assert curves["valid/asr"] == [(2, 3.0)]
+    assert [step for step, _ in curves["asr"]] == [1, 2]
+    assert plot(tmp_path, tmp_path / "pictures" / "all.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "log.csv").write_text("step,name,value,time\nx,asr,3.5,0\n")
+    with pytest.raises(ValueError, match="line 2"):
+        read_log(tmp_path)
+    (tmp_path / "log.csv").write_text("step,name,value,time\n")
+    with pytest.raises(ValueError, match="no values"):
+        read_log(tmp_path)
+
+
+def test_settings_change_a_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("loop: {num_steps: 5}\n")
+    recipe = read_recipe(path, ["loop.num_steps=20", "loop.learning_rate=1e-4", "corpora=[a, b]", "start_from="])
+    assert recipe == {
+        "loop": {"num_steps": 20, "learning_rate": 1e-4},
+        "corpora": ["a", "b"],
+        "start_from": None,
+    }
