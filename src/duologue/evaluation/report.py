@@ -14,6 +14,7 @@ from duologue.config import write_json
 from duologue.machine import num_cores, processor_name
 
 RESULTS_VERSION = 1
+DRAWN_BY_PARTS = ("understanding", "style")  # the table has the parts of every row
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,10 @@ def draw(report: Report, path: str | Path) -> bool:
     except ImportError:
         return False
     shares = [row for row in report.rows if row.unit == "%" and row.value is not None]
-    parted = [row for row in shares if row.parts]
-    height = 1.5 + 0.28 * (len(shares) + sum(len(row.parts) + 2 for row in parted))
+    parted = [row for row in shares if row.parts and row.group in DRAWN_BY_PARTS]
+    height = 2.0 + 0.18 * (len(shares) + 2 + sum(len(row.parts) + 4 for row in parted))
     figure = Figure(figsize=(9, height), layout="constrained")
-    tall = [len(shares) + 2, *(len(row.parts) + 2 for row in parted)]
+    tall = [len(shares) + 2, *(len(row.parts) + 4 for row in parted)]
     axes = figure.subplots(len(tall), 1, squeeze=False, gridspec_kw={"height_ratios": tall})[:, 0]
     _bars(
         axes[0],
@@ -171,7 +172,7 @@ def draw(report: Report, path: str | Path) -> bool:
 def _bars(axis: Any, title: str, values: dict[str, float]) -> None:
     axis.barh(range(len(values)), [100 * value for value in values.values()], color="#6699bb")
     axis.set_yticks(range(len(values)), list(values), fontsize=7)
-    axis.invert_yaxis()
+    axis.set_ylim(len(values) - 0.5, -0.5)
     axis.set_xlim(0, 105)
     axis.set_title(title, fontsize=9)
     axis.set_xlabel("%  (a black mark is the aim)", fontsize=7)
