@@ -19,6 +19,7 @@ from duologue.layers import Padded
 from duologue.tokenizer.encoder import pool
 from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
+from duologue.tokenizer.whisper import from_whisper
 from duologue.training.data import AugmentConfig, Clips, LengthBatches, Wav, augment
 from duologue.training.loop import Batch, LoopConfig
 
@@ -27,7 +28,8 @@ from duologue.training.loop import Batch, LoopConfig
 class TokenizerRecipe:
     """Attributes:
     corpora: folders of clips.
-    start_from: a folder of an earlier run of this stage (`final`) to start from; empty for random weights.
+    start_from: a folder of an earlier run of this stage (`final`), or of a Whisper checkpoint in transformers' format,
+        which is cut after `tokenizer.encoder.num_layers`; empty for random weights.
     batch_s: seconds of sound in a batch.
     commitment_weight: the paper says 10.0, the released config multiplies 0.25 by 10.
     quantize_from_step: before this step the vectors pass unquantized, so that there is something to quantize.
@@ -68,8 +70,13 @@ class TokenizerStage:
     def __init__(self, recipe: TokenizerRecipe) -> None:
         torch.manual_seed(recipe.loop.seed)
         self.recipe = recipe
-        if recipe.start_from:
-            start = Path(recipe.start_from)
+        start = Path(recipe.start_from)
+        encoder = recipe.tokenizer.encoder
+        if recipe.start_from and (start / "config.json").exists():
+            self.tokenizer, self.recognizer = from_whisper(
+                start, encoder.num_layers, encoder.block_frames, recipe.tokenizer.quantizer
+            )
+        elif recipe.start_from:
             self.tokenizer = load_component(start / "tokenizer", SpeechTokenizer, SpeechTokenizerConfig)
             self.recognizer = load_component(start / "recognizer", Recognizer, RecognizerConfig)
         else:
