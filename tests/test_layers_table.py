@@ -24,6 +24,8 @@ LAYERS = {
     "layers": 1,
     "checkpoint": 1,
     "headers": 1,
+    "memory": 1,
+    "random_weights": 1,
     "tokenizer": 2,
     "language": 2,
     "decoder": 2,

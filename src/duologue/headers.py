@@ -19,6 +19,7 @@ from .config import read_json
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 TYPES = {**FLOAT_TYPES, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 TYPES |= {"U8": torch.uint8, "BOOL": torch.bool}
 TYPE_BYTES = {name: dtype.itemsize for name, dtype in TYPES.items()}
@@ -173,6 +174,18 @@ def read_tensor(stored: Stored, dtype: torch.dtype | None = None) -> Tensor:
             + (f" in {tensor.dtype}" if dtype is not None else "")
         )
     return tensor
+
+
+def header_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """Length and header of a safetensors file whose tensors follow in this order."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[key] = {"dtype": TYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _stored(path: Path, key: str, entry: Mapping[str, Any], start: int) -> Stored:

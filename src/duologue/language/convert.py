@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from tqdm import tqdm
 
 from duologue.config import read_json, write_json
-from duologue.headers import FLOAT_TYPES, Stored, read_header, read_tensor
+from duologue.headers import FLOAT_TYPES, Stored, header_bytes, read_header, read_tensor
 from duologue.language.backbone import DTYPES, Dtype
 from duologue.language.released import Part, ReleasedWeights, read_released
 from duologue.language.released_text import load_released_vocabulary, save_for_transformers
 
 COPY_BYTES = 2**24
 PROGRESS_FILE = "conversion.json"  # in a folder whose conversion is not finished
-_NAMES = {torch_dtype: name for name, torch_dtype in FLOAT_TYPES.items()}
 
 
 def convert(
@@ -47,7 +46,7 @@ def convert(
         )
     out = Path(out)
     _begin(weights, out, dtype)
-    wanted = None if dtype is None else _NAMES[DTYPES[dtype]]
+    written_as = DTYPES[dtype] if dtype is not None else FLOAT_TYPES[next(iter(weights.stored.values())).dtype]
     shards: dict[str, list[Part]] = {}
     for part in weights.parts:
         shards.setdefault(weights.stored[part.source].path.name, []).append(part)
@@ -58,12 +57,12 @@ def convert(
         for name, parts in sorted(shards.items()):
             places = {part.key: weights.place(part) for part in parts}
             if not (out / name).exists():  # a shard that exists is whole
-                _write_shard(out / name, places, wanted, bar.update)
+                _write_shard(out / name, places, written_as, bar.update)
                 if after_shard is not None:
                     after_shard(name)
             else:
                 bar.update(sum(place.num_bytes for place in places.values()))
-    _finish(weights, out, sorted(shards))
+    _finish(weights, out, sorted(shards), written_as)
     save_for_transformers(vocabulary, out)
     (out / PROGRESS_FILE).unlink()
 
@@ -94,7 +93,7 @@ def _begin(weights: ReleasedWeights, out: Path, dtype: Dtype | None) -> None:
     write_json(out / PROGRESS_FILE, job)
 
 
-def _finish(weights: ReleasedWeights, out: Path, shards: list[str]) -> None:
+def _finish(weights: ReleasedWeights, out: Path, shards: list[str], dtype: torch.dtype) -> None:
     written = {key: stored for name in shards for key, stored in read_header(out / name).items()}
     index = out / "model.safetensors.index.json"
     if shards != ["model.safetensors"]:
@@ -102,38 +101,28 @@ def _finish(weights: ReleasedWeights, out: Path, shards: list[str]) -> None:
         total = sum(stored.num_bytes for stored in written.values())
         write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = weights.config.to_diff_dict()
-    (dtype,) = {stored.dtype for stored in written.values()}
-    config["dtype"] = str(FLOAT_TYPES[dtype]).removeprefix("torch.")
+    config["dtype"] = str(dtype).removeprefix("torch.")
     write_json(out / "config.json", config)
     generation = weights.folder / "generation_config.json"
     if generation.exists():
         write_json(out / generation.name, read_json(generation))
 
 
-def _write_shard(path: Path, places: Mapping[str, Stored], dtype: str | None, done: Callable[[int], object]) -> None:
+def _write_shard(path: Path, places: Mapping[str, Stored], dtype: torch.dtype, done: Callable[[int], object]) -> None:
     """One safetensors file, its tensors copied range by range."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, place in places.items():
-        size = place.numel * FLOAT_TYPES[dtype or place.dtype].itemsize
-        header[key] = {"dtype": dtype or place.dtype, "shape": list(place.shape), "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     scratch = path.with_name(f".{path.name}.new")
     with scratch.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for key, place in places.items():
-            _copy(place, key, file, dtype or place.dtype, done)
+        file.write(header_bytes({key: place.shape for key, place in places.items()}, dtype))
+        for place in places.values():
+            _copy(place, file, dtype, done)
     scratch.replace(path)
 
 
-def _copy(place: Stored, key: str, file: BinaryIO, dtype: str, done: Callable[[int], object]) -> None:
-    piece = COPY_BYTES // FLOAT_TYPES[place.dtype].itemsize * FLOAT_TYPES[place.dtype].itemsize
+def _copy(place: Stored, file: BinaryIO, dtype: torch.dtype, done: Callable[[int], object]) -> None:
+    width = FLOAT_TYPES[place.dtype].itemsize
+    piece = COPY_BYTES // width * width
     for start in range(0, place.num_bytes, piece):
         size = min(piece, place.num_bytes - start)
-        numel = size // FLOAT_TYPES[place.dtype].itemsize
-        chunk = Stored(place.path, place.key, place.dtype, (numel,), place.offset + start, size)
-        tensor = read_tensor(chunk, FLOAT_TYPES[dtype])
-        file.write(tensor.view(torch.uint8).numpy().tobytes())
+        chunk = replace(place, shape=(size // width,), offset=place.offset + start, num_bytes=size)
+        file.write(read_tensor(chunk, dtype).view(torch.uint8).numpy().tobytes())
         done(size)

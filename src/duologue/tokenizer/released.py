@@ -209,10 +209,14 @@ def stored_weights(folder: Path, module: ReleasedSpeechTokenizer) -> dict[str, S
         if bare in found:
             raise ValueError(f"{stored.path} holds the weight {bare!r} twice, with and without the prefix {PREFIX!r}")
         found[bare] = stored
-    ours = {_released_key(key): key for key in module.state_dict()}
-    shapes = {key: tuple(module.state_dict()[own].shape) for key, own in ours.items()}
+    shapes, ours = released_shapes(module), {_released_key(key): key for key in module.state_dict()}
     check_stored(found, {key: shape for key, shape in shapes.items() if key in found or key not in _EMA}, folder)
     return {ours[key]: stored for key, stored in found.items()}
+
+
+def released_shapes(module: ReleasedSpeechTokenizer) -> dict[str, tuple[int, ...]]:
+    """Released key to shape, the two buffers of the training included; the module may be on the meta device."""
+    return {_released_key(key): tuple(value.shape) for key, value in module.state_dict().items()}
 
 
 def resample_released(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
