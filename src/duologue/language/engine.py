@@ -83,7 +83,7 @@ class PlainEngine:
     def __init__(
         self, model: PreTrainedModel, vocabulary: Vocabulary, max_caches: int = 8, max_cached_tokens: int = 32768
     ) -> None:
-        self._model = model
+        self.model = model
         self._vocabulary = vocabulary
         self._masks = KindMasks(vocabulary, model.get_output_embeddings().weight.shape[0], model.device)
         self.max_positions: int = model.config.max_position_embeddings
@@ -172,7 +172,7 @@ class PlainEngine:
     def _reply(
         self, prompt: list[int], sampling: Sampling, schedule: Schedule, request: _Request
     ) -> Generator[int, None, None]:
-        generator = torch.Generator(self._model.device).manual_seed(sampling.seed)
+        generator = torch.Generator(self.model.device).manual_seed(sampling.seed)
         state = InterleaveState(schedule)
         kept: _Kept | None = None
         try:
@@ -220,8 +220,8 @@ class PlainEngine:
     def _feed(self, kept: _Kept, ids: list[int]) -> None:
         """Runs new ids behind the kept ones."""
         start = len(kept.ids)
-        output = self._model(
-            input_ids=torch.tensor([ids], device=self._model.device),
+        output = self.model(
+            input_ids=torch.tensor([ids], device=self.model.device),
             position_ids=self._positions[:, start : start + len(ids)],
             past_key_values=kept.cache,
             use_cache=True,
@@ -246,7 +246,7 @@ class PlainEngine:
                 return best
         # Scores are known only behind the last kept id, so a copy leaves one id of the prompt to be run.
         shared = min(shared, len(prompt) - 1)
-        cache = DynamicCache(config=self._model.config)
+        cache = DynamicCache(config=self.model.config)
         if best is not None and shared > 0:
             for index, layer in enumerate(best.cache.layers):
                 cache.update(layer.keys[:, :, :shared].clone(), layer.values[:, :, :shared].clone(), index)
