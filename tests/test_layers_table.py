@@ -29,6 +29,7 @@ LAYERS = {
     "tokenizer": 2,
     "language": 2,
     "decoder": 2,
+    "released": 3,
     "models": 3,
     "session": 3,
     "chatbot": 3,

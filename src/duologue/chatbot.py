@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from duologue import rates
 from duologue.audio import check_wav, load_audio
 from duologue.events import Event
+from duologue.language.backbone import Dtype
+from duologue.language.quantization import Scheme
 from duologue.language.sampling import Sampling
 from duologue.models import Models
 from duologue.session import Reply, Session
@@ -93,10 +95,14 @@ def model_folder(name: str | Path = "pocket") -> Path:
     return folder
 
 
-def load(name: str | Path = "pocket", device: str = "cpu") -> Chatbot:
-    """Loads a chatbot: a preset shipped in the package ("pocket"), or a model folder.
+def load(
+    name: str | Path = "pocket", device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
+) -> Chatbot:
+    """Loads a chatbot: a preset shipped in the package ("pocket"), a model folder, or a folder with the released parts.
 
+    Args:
+        dtype, quantization: of the language model, see `Models.load`.
     Raises:
         ValueError: one sentence naming what was asked for and what there is, or what is wrong with it.
     """
-    return Chatbot(Models.load(model_folder(name), device))
+    return Chatbot(Models.load(model_folder(name), device, dtype, quantization))

@@ -28,6 +28,9 @@ BAD_INPUT = 2
 FAILED = 1
 INTERRUPTED = 130
 TEST_DATA = "runs/pocket/corpus/test"
+DTYPES = ("float32", "bfloat16", "float16")
+SCHEMES = ("int8", "int4")
+RANDOM_PRESETS = ("tiny", "9b")
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 
@@ -68,7 +71,7 @@ def _chat(args: argparse.Namespace) -> None:
     heard = [
         load_audio(path) for path in args.questions
     ]  # before the models: what is wrong with a file is said at once
-    bot = load(args.model, args.device)
+    bot = load(args.model, args.device, args.dtype, args.quantize)
     _say_if_untrained(bot.models.card)
     session = bot.session(voice=args.voice, sampling=_sampling(args, bot.models.card))
     turns = []
@@ -100,7 +103,7 @@ def _tokenize(args: argparse.Namespace) -> None:
     from duologue.checkpoint import file_hash
     from duologue.config import write_json
     from duologue.layers import Padded
-    from duologue.models import load_tokenizer
+    from duologue.models import load_tokenizer, tokenizer_folder
 
     wav, sample_rate = load_audio(args.audio)
     folder = model_folder(args.model)
@@ -111,7 +114,7 @@ def _tokenize(args: argparse.Namespace) -> None:
     result = {
         "kind": "SpeechTokens",
         "version": 1,
-        "tokenizer": file_hash(folder / "tokenizer"),
+        "tokenizer": file_hash(tokenizer_folder(folder)),
         "codebook_size": tokenizer.config.quantizer.codebook_size,
         "token_rate": rates.TOKEN_RATE,
         "audio_s": len(wav) / sample_rate,
@@ -133,13 +136,13 @@ def _synthesize(args: argparse.Namespace) -> None:
     from duologue.chatbot import model_folder
     from duologue.checkpoint import file_hash
     from duologue.layers import Padded
-    from duologue.models import Card, load_decoder
+    from duologue.models import Card, load_decoder, tokenizer_folder
 
     output = _checked(args.output)
     tokens, tokenizer = _read_tokens(args.tokens)
     folder = model_folder(args.model)
     card = Card.load(folder)
-    if tokenizer is not None and tokenizer != (own := file_hash(folder / "tokenizer")):
+    if tokenizer is not None and tokenizer != (own := file_hash(tokenizer_folder(folder))):
         raise ValueError(
             f"{args.tokens} was made with another tokenizer than that of {card.name} "
             f"({tokenizer[:12]} and {own[:12]}): its tokens mean something else there"
@@ -224,13 +227,36 @@ def _bench(args: argparse.Namespace) -> None:
 
     question = args.question if args.question is not None else model_folder() / "question.wav"
     wav, sample_rate = load_audio(question)
-    bot = load(args.model, args.device)
+    bot = load(args.model, args.device, args.dtype, args.quantize)
     latency = measure_latency(bot, wav, sample_rate, args.repetitions, args.warm_up)
     _say_if_untrained(bot.models.card)
     if not args.json:
         print(format_latency(latency))
     else:
         print(json.dumps(latency.to_json()))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from duologue.language.convert import convert
+    from duologue.released import find_released
+
+    released = find_released(args.folder)
+    folder = args.folder if released is None else released.language
+    convert(folder, args.output, args.dtype, progress=sys.stderr.isatty())
+    if args.json:
+        print(json.dumps({"folder": str(args.output)}))
+    else:
+        print(f"{folder} -> {args.output}")
+
+
+def _init_random(args: argparse.Namespace) -> None:
+    from duologue.released import init_random
+
+    init_random(args.preset, args.output, args.seed, progress=sys.stderr.isatty())
+    if args.json:
+        print(json.dumps({"folder": str(args.output), "preset": args.preset}))
+    else:
+        print(f"{args.preset}, random weights: what it says means nothing -> {args.output}")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -253,6 +279,7 @@ def _parser() -> _Parser:
     chat.add_argument(
         "-o", "--output", type=Path, metavar="ANSWER", help="where the answer's sound goes (.wav, .flac, ...)"
     )
+    _add_precision(chat)
     chat.add_argument("--text-only", action="store_true", help="answer in writing")
     chat.add_argument("--voice", default="", help="one of the model's voices")
     chat.add_argument("--seed", type=int, help="of the sampling")
@@ -297,6 +324,16 @@ def _parser() -> _Parser:
         "-o", "--output", type=Path, metavar="FOLDER", help="write the results there, as JSON and picture"
     )
 
+    convert = _command(commands, "convert", _convert, "a released language model -> a folder for plain transformers")
+    convert.add_argument("folder", type=Path, help="the language model's folder, or that of the whole released set")
+    convert.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="a new folder")
+    convert.add_argument("--dtype", choices=DTYPES, help="of the new weights (default: that of the old ones)")
+
+    random = _command(commands, "init-random", _init_random, "write a released set with random weights, for load tests")
+    random.add_argument("preset", choices=RANDOM_PRESETS, metavar="PRESET", help="tiny, or 9b: the published sizes")
+    random.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    random.add_argument("--seed", type=int, default=0)
+
     doctor = _command(commands, "doctor", _doctor, "what this machine can run, what is missing, and what mends it")
     doctor.add_argument("--model", default="pocket", help="a preset or a model folder (default: pocket)")
 
@@ -304,6 +341,7 @@ def _parser() -> _Parser:
     bench.add_argument(
         "name", choices=("latency",), metavar="NAME", help="latency: time to first audio, stage by stage"
     )
+    _add_precision(bench)
     bench.add_argument("--question", type=Path, help="a sound file (default: the one of the package)")
     bench.add_argument("--repetitions", type=_positive, default=10)
     bench.add_argument("--warm-up", type=int, default=2, help="repetitions that are not counted")
@@ -322,6 +360,11 @@ def _command(commands: Any, name: str, run: Any, text: str, model: bool = False)
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="of the language model (default: bfloat16 if released)")
+    parser.add_argument("--quantize", choices=SCHEMES, help="the language model's matrices in 8 or 4 bits")
 
 
 def _positive(text: str) -> int:

@@ -134,9 +134,12 @@ def _model(name: str | Path) -> Iterator[Check]:
     mend = "make pocket" if str(name) == "pocket" else ""
     try:
         from duologue.chatbot import model_folder
-        from duologue.models import Card, Models
+        from duologue.models import CARD_FILE, Card, Models
 
         folder = model_folder(name)
+        if not (folder / CARD_FILE).exists():
+            yield from _released(folder)
+            return
         card = Card.load(folder)
         Models.load(folder)  # reads and checks every part
     except ImportError as error:
@@ -151,6 +154,48 @@ def _model(name: str | Path) -> Iterator[Check]:
         yield Check(label, State.OK, f"{card.name}, trained, {size:.0f} MB of weights, its parts fit each other")
     else:
         yield Check(label, State.MISSING, f"{card.name}, random weights: what it says means nothing", mend)
+
+
+def _released(folder: Path) -> Iterator[Check]:
+    """A released set, or one part of it, at any size: told from headers alone. Raises ValueError for a bad folder."""
+    import torch
+
+    from duologue.language.quantization import check_available
+    from duologue.memory import estimate
+    from duologue.released import find_released
+
+    told = estimate(folder)
+    released = find_released(folder)
+    if released is not None:
+        released.check()
+    for part in told.parts:
+        needed = f"{part.needed_gb('float32'):.2f} GB"
+        if part.is_language:
+            in_schemes = (f"{part.needed_gb(scheme):.2f} GB in {scheme}" for scheme in ("bfloat16", "int8", "int4"))
+            needed = f"{', '.join(in_schemes)}, {part.max_positions} tokens of conversation included"
+        yield Check(f"part {part.name}", State.OK, f"{part.num_parameters / 1e6:.1f} million parameters: {needed}")
+    gpu_gb = torch.cuda.mem_get_info()[0] / 1e9 if torch.cuda.is_available() else 0.0
+    advice = told.advise(machine.free_memory_gb() or 0.0, gpu_gb)
+    if not advice.device:
+        found = f"at least {advice.needed_gb:.1f} GB are needed, {advice.available_gb:.1f} GB are free"
+        mend = f"duologue doctor --model {folder}  on a machine with more memory"
+        yield Check("model fits", State.BROKEN, found, mend)
+        return
+    if released is None:
+        found = f"{advice.needed_gb:.1f} of {advice.available_gb:.1f} free GB ({advice.device}, {advice.scheme})"
+        yield Check("part fits", State.MISSING, found, "put tokenizer, language model and decoder into one folder")
+        return
+    command = f"duologue chat QUESTION.wav -o ANSWER.wav --model {folder}"
+    command += f" --device {advice.device}" if advice.device != "cpu" else ""
+    mend = ""
+    if advice.scheme in ("int8", "int4"):
+        command += f" --quantize {advice.scheme}"
+        try:
+            check_available(advice.scheme, torch.device(advice.device))
+        except ValueError as error:
+            mend = str(error).rpartition(": ")[2]
+    found = f"{advice.needed_gb:.1f} of {advice.available_gb:.1f} free GB ({advice.device}, {advice.scheme}): {command}"
+    yield Check("model fits", State.MISSING if mend else State.OK, found, mend)
 
 
 def _shown(path: Path) -> str:

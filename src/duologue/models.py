@@ -1,21 +1,34 @@
 """Models: the parts of one chatbot as they lie in a model folder, loaded and checked against each other.
 
 duologue.json  vocabulary/  tokenizer/  language/  decoder/flow/  decoder/vocoder/
+
+Or a set of released parts, see `released.py`: every function here takes both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
 
 from duologue.checkpoint import file_hash, load_component
 from duologue.config import parse_config, read_json, to_mapping, write_json
 from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.flow import Flow, FlowConfig
+from duologue.decoder.released import ReleasedDecoder, load_released_decoder
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
-from duologue.language.backbone import Siblings, load_language, load_siblings
+from duologue.language.backbone import Dtype, Siblings, load_language, load_siblings
 from duologue.language.engine import PlainEngine
+from duologue.language.quantization import Scheme, check_available, quantize
+from duologue.language.released import is_released, load_released_language
 from duologue.language.sampling import Sampling
+from duologue.layers import Padded
+from duologue.released import ReleasedFolders, find_released
+from duologue.tokenizer.released import load_released_tokenizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.vocabulary import Vocabulary
 
@@ -47,12 +60,33 @@ class Card:
 
     @classmethod
     def load(cls, folder: str | Path) -> Card:
-        """Raises ValueError when the folder holds no card of this version."""
+        """The card in a folder; of a released set, which has none, what can be told of it.
+
+        Raises:
+            ValueError: the folder holds neither a card of this version nor a released set.
+        """
         path = Path(folder) / CARD_FILE
+        if (released := find_released(folder)) is not None:
+            return cls(path.resolve().parent.name, trained=not released.is_random, languages=("en", "zh"))
         data = read_json(path)
         if data.pop("kind", None) != "Chatbot" or data.pop("version", None) != CARD_VERSION:
             raise ValueError(f"{path} is not the card of a chatbot in version {CARD_VERSION}")
         return parse_config(cls, data, str(path))
+
+
+class Decoder(Protocol):
+    """What pocket's decoder and the released one have in common: a streaming stage from speech tokens to sound."""
+
+    flow: Any
+    vocoder: Any
+
+    def init_state(
+        self, batch_size: int, num_steps: int | None = ..., guidance_scale: float | None = ..., seed: int = ...
+    ) -> Any: ...
+    def step(self, x: Padded, state: Any) -> Padded: ...
+    def flush(self, state: Any, rows: Tensor | None = None) -> Padded: ...
+    def __call__(self, x: Padded, state: Any = ...) -> Padded: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 @dataclass(frozen=True)
@@ -66,43 +100,92 @@ class Models:
     tokenizer: SpeechTokenizer
     vocabulary: Vocabulary
     engine: PlainEngine
-    decoder: SpeechDecoder
+    decoder: Decoder
     card: Card
 
     def __post_init__(self) -> None:
         sizes = {
             "tokenizer": self.tokenizer.config.quantizer.codebook_size,
             "vocabulary": self.vocabulary.codebook_size,
-            "decoder": self.decoder.flow.config.encoder.codebook_size,
+            "decoder": _codebook_size(self.decoder),
         }
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the parts of {self.card.name} have codebooks of unequal sizes: {sizes}")
 
     @classmethod
-    def load(cls, folder: str | Path, device: str = "cpu") -> Models:
+    def load(
+        cls, folder: str | Path, device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
+    ) -> Models:
         """Reads a model folder.
 
+        Args:
+            dtype: of the language model; bfloat16 for released ones and float32 for ours by default.
+            quantization: "int8" or "int4" for the matrices of the language model's layers.
         Raises:
-            ValueError: one sentence: a part is missing, damaged, of other sizes or made for another tokenizer.
+            ValueError: one sentence: a part is missing, damaged, of other sizes or made for another tokenizer; no
+                library for the quantization.
         """
         folder = Path(folder)
         card = Card.load(folder)
+        if quantization is not None:
+            check_available(quantization, torch.device(device))
+        if (released := find_released(folder)) is not None:
+            return cls._load_released(released, card, device, dtype or "bfloat16", quantization)
         vocabulary = Vocabulary.load(folder / "vocabulary")
         tokenizer = load_tokenizer(folder, device)  # first, so that damage is called damage and not another tokenizer
         own = Siblings(file_hash(folder / "tokenizer"), vocabulary.hash)
         load_siblings(folder / "language").check(own, f"the language model in {folder}", "the tokenizer beside it")
         decoder = load_decoder(folder, device)
-        language = load_language(folder / "language").to(device)
+        language = load_language(folder / "language", dtype or "float32").to(device)
+        if quantization is not None:
+            quantize(language.model, quantization)
         return cls(tokenizer, vocabulary, PlainEngine(language, vocabulary), decoder, card)
+
+    @classmethod
+    def _load_released(
+        cls, folders: ReleasedFolders, card: Card, device: str, dtype: Dtype, quantization: Scheme | None
+    ) -> Models:
+        folders.check()  # all headers before any weight
+        vocabulary = folders.load_vocabulary()
+        tokenizer: SpeechTokenizer = load_released_tokenizer(folders.tokenizer).to(device)
+        decoder: ReleasedDecoder = load_released_decoder(folders.decoder).to(device)
+        if is_released(folders.language):
+            language = load_released_language(folders.language, dtype, device, quantization)
+        else:
+            language = load_language(folders.language, dtype).to(device)
+            if quantization is not None:
+                quantize(language.model, quantization)
+        return cls(tokenizer, vocabulary, PlainEngine(language, vocabulary), decoder, card)
+
+
+def tokenizer_folder(folder: str | Path) -> Path:
+    """Where the tokenizer of a model folder lies."""
+    released = find_released(folder)
+    return Path(folder) / "tokenizer" if released is None else released.tokenizer
 
 
 def load_tokenizer(folder: str | Path, device: str = "cpu") -> SpeechTokenizer:
     """The tokenizer of a model folder, without the rest."""
-    return load_component(Path(folder) / "tokenizer", SpeechTokenizer, SpeechTokenizerConfig).to(device)
+    place: Path = tokenizer_folder(folder)
+    if find_released(folder) is not None:
+        return load_released_tokenizer(place).to(device)
+    return load_component(place, SpeechTokenizer, SpeechTokenizerConfig).to(device)
 
 
-def load_decoder(folder: str | Path, device: str = "cpu") -> SpeechDecoder:
+def load_decoder(folder: str | Path, device: str = "cpu") -> Decoder:
     """Flow and vocoder of a model folder, without the rest."""
-    flow = load_component(Path(folder) / "decoder" / "flow", Flow, FlowConfig)
-    vocoder = load_component(Path(folder) / "decoder" / "vocoder", Vocoder, VocoderConfig)
-    return SpeechDecoder(flow, vocoder).to(device).eval()
+    decoder: nn.Module
+    if (released := find_released(folder)) is not None:
+        decoder = load_released_decoder(released.decoder)
+    else:
+        flow = load_component(Path(folder) / "decoder" / "flow", Flow, FlowConfig)
+        vocoder = load_component(Path(folder) / "decoder" / "vocoder", Vocoder, VocoderConfig)
+        decoder = SpeechDecoder(flow, vocoder)
+    ready: Any = decoder.to(device).eval()
+    return ready  # type: ignore[no-any-return]
+
+
+def _codebook_size(decoder: Decoder) -> int:
+    if isinstance(decoder, ReleasedDecoder):
+        return decoder.flow.config.codebook_size
+    return int(decoder.flow.config.encoder.codebook_size)
