@@ -37,11 +37,10 @@ class ReleasedDecoder(nn.Module):
     mel and `hift_stream` for the wave, and `released_stream` for the released bookkeeping.
     """
 
-    def __init__(self, flow: ReleasedFlow, vocoder: HiFTVocoder, streaming: Streaming | None = None) -> None:
+    def __init__(self, flow: ReleasedFlow, vocoder: HiFTVocoder) -> None:
         super().__init__()
         self.flow = flow
         self.vocoder = vocoder
-        self.streaming = streaming or Streaming()
 
     def init_state(
         self,
@@ -53,7 +52,7 @@ class ReleasedDecoder(nn.Module):
         streaming: Streaming | None = None,
     ) -> ReleasedDecoderState:
         """A fresh state; the settings are those of `ReleasedFlow.init_state`."""
-        flow = self.flow.init_state(batch_size, num_steps, guidance_scale, seed, speaker, streaming or self.streaming)
+        flow = self.flow.init_state(batch_size, num_steps, guidance_scale, seed, speaker, streaming)
         return ReleasedDecoderState(flow, self.vocoder.init_state(batch_size, seed))
 
     def give_prompt(self, tokens: Padded, mel: Padded, state: ReleasedDecoderState) -> None:
@@ -85,7 +84,7 @@ def build_released_decoder(
             f"the vocoder makes {hift.hop_length} samples a frame at {hift.sampling_rate} Hz; only "
             f"{rates.SPEAK_HOP} at {rates.SPEAK_SAMPLE_RATE} Hz are known"
         )
-    return ReleasedDecoder(ReleasedFlow(flow), HiFTVocoder(HiFT(hift)), streaming)
+    return ReleasedDecoder(ReleasedFlow(flow, streaming), HiFTVocoder(HiFT(hift)))
 
 
 def load_released_decoder(

@@ -154,9 +154,10 @@ def released_times(num_steps: int) -> list[float]:
 class ReleasedFlow(nn.Module):
     """Speech tokens (B, N) int64 -> natural-log mel (B, 441 N // 64, M), a streaming stage."""
 
-    def __init__(self, config: ReleasedFlowConfig) -> None:
+    def __init__(self, config: ReleasedFlowConfig, streaming: Streaming | None = None) -> None:
         super().__init__()
         self.config = config
+        self.streaming = streaming or Streaming()
         self.input_embedding = nn.Embedding(config.vocab_size, config.input_size)
         self.spk_embed_affine_layer = nn.Linear(config.spk_embed_dim, config.output_size)
         self.encoder = BlockConformer(config.encoder)
@@ -225,7 +226,7 @@ class ReleasedFlow(nn.Module):
             num_steps, guidance_scale: the released 10 and the config's where None.
             seed: of the noise, the same for all rows; give rows their own through `state.seed`.
             speaker: (B, S), zeros where None.
-            streaming: how the stream is cut; `OFFLINE` decodes an utterance in one piece.
+            streaming: how the stream is cut, the flow's own way where None; `OFFLINE` decodes in one piece.
         """
         num_steps = NUM_STEPS if num_steps is None else num_steps
         guidance_scale = self.config.solver.inference_cfg_rate if guidance_scale is None else guidance_scale
@@ -247,7 +248,7 @@ class ReleasedFlow(nn.Module):
             speaker=like.new_zeros(batch_size, self.config.spk_embed_dim) if speaker is None else speaker,
             num_steps=num_steps,
             guidance_scale=float(guidance_scale),
-            streaming=(streaming or Streaming(),),
+            streaming=(streaming or self.streaming,),
         )
 
     def give_prompt(self, tokens: Padded, mel: Padded, state: ReleasedFlowState) -> None:
@@ -284,7 +285,8 @@ class ReleasedFlow(nn.Module):
         if bool(pending.any()):
             mel = self._decode(pending, state, rows)
         # Rows that end with a block just closed have nothing to decode and frames to give.
-        mel = Padded.concat([mel, Padded(state.held.values, state.held.lengths * rows)])
+        rest = state.held.lengths * rows
+        mel = Padded.concat([mel, Padded(state.held.values[:, : int(rest.max())], rest)])
         fresh = self.init_state(len(rows), state.num_steps, state.guidance_scale, streaming=state.streaming[0])
         fresh.seed, fresh.speaker = state.seed, state.speaker
         reset_rows(state, fresh, rows)

@@ -107,7 +107,7 @@ def step_released(
     Args:
         noise: (1, T, M) of the flow for all frames so far; the released draw where None.
         source_noise: gives, for the number of the block (from 1) and (samples, harmonics), the starting phases (1, K)
-            and the noise (1, S, K) of the source; drawn anew where None.
+            and the noise (1, S, K) of the source; drawn from the number where None.
     """
     state.num_blocks += 1
     num_frames = rates.frames_for_tokens(state.tokens.shape[1] + tokens.shape[1])
@@ -144,5 +144,6 @@ def _fade(overlap: Tensor, raw: Tensor) -> Tensor:
 
 
 def _drawn(block: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    phase = torch.pi * (2 * torch.rand(1, size[1]) - 1)
-    return phase, torch.randn(1, *size)
+    generator = torch.Generator().manual_seed(block)
+    phase = torch.pi * (2 * torch.rand(1, size[1], generator=generator) - 1)
+    return phase, torch.randn(1, *size, generator=generator)
