@@ -19,11 +19,13 @@ from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.encoder import TokenEncoderConfig
 from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import Flow, FlowConfig
+from duologue.decoder.released_flow import Streaming
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import QuantizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
+from tests.released_sizes import small_decoder
 
 TOLERANCE = 1e-4  # of mels and waveforms, absolute, float32
 MARGIN = 1e-3  # ids must be equal where the second choice is further away than this
@@ -162,6 +164,21 @@ CASES: dict[str, Case] = {
         lengths=(34, 0, 5, 20),
         chunks=(10, 11),
         num_final=lambda n: max(256 * _spoken_frames(n) - 896, 0),
+    ),
+    # In float64: rounding of a pitch turns into a phase, which grows with every second.
+    "HiFT": Case(
+        build=lambda: small_decoder().vocoder.double(),
+        make=lambda length, generator: _mel(length, generator).double(),
+        lengths=(44, 0, 1, 2, 17),
+        chunks=(1, 3, 16),
+        num_final=lambda n: 256 * max(n - 19, 0),
+    ),
+    "released decoder": Case(
+        build=lambda: small_decoder(Streaming((5, 8), 12)).double(),
+        make=lambda length, generator: torch.randint(32, (length,), generator=generator),
+        lengths=(22, 0, 1, 5, 14),
+        chunks=(3, 8),
+        num_final=lambda n: 256 * max(rates.frames_for_tokens(5 + (n - 5) // 8 * 8) - 12 - 19, 0),
     ),
 }
 every_stage = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
