@@ -11,10 +11,19 @@ from pathlib import Path
 
 import torch
 
-from duologue.checkpoint import load_component, read_extra, save_component
+from duologue.checkpoint import file_hash, load_component, read_extra, save_component
+from duologue.decoder.encoder import TokenEncoderConfig
+from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
-from duologue.language.backbone import load_language, load_siblings, save_language
+from duologue.language.backbone import (
+    LanguageConfig,
+    Siblings,
+    load_language,
+    load_siblings,
+    new_glm,
+    save_language,
+)
 from duologue.language.sampling import Sampling
 from duologue.models import Card
 from duologue.vocabulary import Vocabulary
@@ -22,8 +31,11 @@ from duologue.vocabulary import Vocabulary
 MAX_BYTES = 40 * 2**20
 
 
-def assemble(runs: Path, out: Path) -> int:
+def assemble(runs: Path, out: Path, untrained: bool = False) -> int:
     """Writes the model folder and returns its size in bytes. Recorded questions that lie in `out` stay.
+
+    Args:
+        untrained: flow and language model may be missing; small random ones take their place, and the card says so.
 
     Raises:
         ValueError: a part is missing or damaged, or all together weigh more than 40 MB.
@@ -31,15 +43,28 @@ def assemble(runs: Path, out: Path) -> int:
     for part in ("tokenizer", "recognizer"):  # as they were frozen, byte for byte: the siblings know their hash
         shutil.rmtree(out / part, ignore_errors=True)
         shutil.copytree(runs / "frozen" / part, out / part)
-    Vocabulary.load(runs / "vocabulary").save(out / "vocabulary")
-    trained = runs / "flow-voice" / "final" / "flow"
-    flow = load_component(trained, Flow, FlowConfig)
-    save_component(out / "decoder" / "flow", flow, flow.config, extra=read_extra(trained), dtype=torch.float16)
+    vocabulary = Vocabulary.load(runs / "vocabulary")
+    vocabulary.save(out / "vocabulary")
+    siblings = Siblings(file_hash(out / "tokenizer"), vocabulary.hash)
     vocoder = load_component(runs / "vocoder" / "final" / "vocoder", Vocoder, VocoderConfig)
     save_component(out / "decoder" / "vocoder", vocoder, vocoder.config, dtype=torch.float16)
+    missing = []
+    trained = runs / "flow-voice" / "final" / "flow"
+    if untrained and not trained.exists():
+        missing.append("flow")
+        flow, extra = _random_flow(vocabulary.codebook_size), {"tokenizer": siblings.tokenizer}
+    else:
+        flow, extra = load_component(trained, Flow, FlowConfig), read_extra(trained)
+    save_component(out / "decoder" / "flow", flow, flow.config, extra=extra, dtype=torch.float16)
     language = runs / "chat" / "final" / "language"
-    save_language(out / "language", load_language(language), load_siblings(language), dtype="float16")
-    Card("pocket", trained=True, sampling=Sampling(temperature=0.0, max_tokens=600)).save(out)
+    if untrained and not language.exists():
+        missing.append("language")
+        model = new_glm(vocabulary, LanguageConfig(64, 2, 2, 1, 32, 128))
+    else:
+        model, siblings = load_language(language), load_siblings(language)
+    save_language(out / "language", model, siblings, dtype="float16")
+    sampling = Sampling(temperature=0.0, max_tokens=600 if not missing else 90)
+    Card("pocket", trained=not missing, sampling=sampling).save(out)
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     if size > MAX_BYTES:
         raise ValueError(
@@ -48,12 +73,19 @@ def assemble(runs: Path, out: Path) -> int:
     return size
 
 
+def _random_flow(codebook_size: int) -> Flow:
+    encoder = TokenEncoderConfig(codebook_size=codebook_size, width=32, num_heads=2, ffn_dim=64, num_layers=1)
+    estimator = EstimatorConfig(width=32, num_heads=2, ffn_dim=64, num_layers=1)
+    return Flow(FlowConfig(encoder=encoder, estimator=estimator))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=Path("runs/pocket"))
     parser.add_argument("--out", type=Path, default=Path("src/duologue/pocket"))
+    parser.add_argument("--untrained", action="store_true", help="put random parts where none is trained yet")
     args = parser.parse_args()
-    print(f"{args.out}: {assemble(args.runs, args.out) / 2**20:.1f} MB of weights")
+    print(f"{args.out}: {assemble(args.runs, args.out, args.untrained) / 2**20:.1f} MB of weights")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """All of pocket, from nothing to the folder that ships: corpus, vocabulary, trainings, evaluation.
 
-    python -m recipes.pocket.run [--hours 16] [--turns 40000] [--workers 2] [--from STEP] [--list]
+    python -m recipes.pocket.run [--hours 16] [--turns 40000] [--workers 2] [--list] [--smoke]
 
 Stop it whenever you like and start it again: a step that is done is passed over, and a training goes on from its last
-checkpoint. Everything lies under `runs/pocket`; delete a step's folder to have it made anew.
+checkpoint. Everything lies under `runs/pocket`; delete a step's folder to have it made anew. `--smoke` runs every step
+for moments on next to nothing: to see whether all of it works on this machine, and in the tests.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUNS = Path("runs/pocket")
-RECIPES = Path("recipes/pocket")
+RECIPES = Path(__file__).parent
+ROOT = RECIPES.parent.parent
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command, and the file that is there once it has come to its end."""
+    """One command of Python, and the file that is there once it has come to its end."""
 
     name: str
     command: tuple[str, ...]
@@ -30,42 +33,66 @@ class Step:
 
 def steps(hours: float, turns: int, workers: int) -> list[Step]:
     """All steps in order."""
-    corpus = RUNS / "corpus"
-    texts, known = RUNS / "texts.txt", RUNS / "vocabulary" / "vocabulary.json"
-    make = ("-m", "recipes.pocket.corpus", "--out", str(corpus), "--workers", str(workers))
+    corpus, texts, writing = RUNS / "corpus", RUNS / "texts.txt", RUNS / "writing"
+    vocabulary, pocket, report = RUNS / "vocabulary", RUNS / "pocket", RUNS / "evaluation"
+    evaluate = ("evaluate", "pocket", "--model", pocket, "--data", corpus / "test", "-o", report)
+    learn_text = ("recipes.pocket.text", "--texts", texts, "--out", vocabulary)
+    make = ("recipes.pocket.corpus", "--out", corpus, "--workers", workers, "--only")
     return [
-        Step("free", (*make, "--only", "free", "--hours", str(hours)), corpus / "free" / "done"),
-        Step("dialogues", (*make, "--only", "dialogues", "--turns", str(turns)), corpus / "dialogues" / "done"),
-        Step("test", (*make, "--only", "test"), corpus / "test" / "done"),
-        Step(
-            "writing", ("-m", "recipes.pocket.writing", "--out", str(RUNS / "writing")), RUNS / "writing" / "facts.txt"
-        ),
-        Step("texts", ("-m", "recipes.pocket.corpus", "--texts", str(texts)), texts),
-        Step(
-            "vocabulary", ("-m", "recipes.pocket.text", "--texts", str(texts), "--out", str(RUNS / "vocabulary")), known
-        ),
-        _train("tokenizer", "tokenizer", "recognizer/config.json"),
-        Step("freeze", ("-m", "recipes.pocket.freeze"), RUNS / "frozen" / "recognizer" / "config.json"),
-        _train("vocoder", "vocoder", "vocoder/config.json"),
-        _train("flow", "flow", "flow/config.json"),
-        _train("flow", "flow-voice", "flow/config.json"),
-        Step("tokens", _training("tokens", "tokens", RUNS / "tokens"), RUNS / "tokens" / "manifest.json"),
-        _train("pretrain", "pretrain", "language/siblings.json"),
-        _train("chat", "chat", "language/siblings.json"),
-        Step(
-            "assemble",
-            ("-m", "recipes.pocket.assemble", "--out", str(RUNS / "pocket")),
-            RUNS / "pocket" / "duologue.json",
-        ),
+        _step("free", corpus / "free" / "done", *make, "free", "--hours", hours),
+        _step("dialogues", corpus / "dialogues" / "done", *make, "dialogues", "--turns", turns),
+        _step("test", corpus / "test" / "done", *make, "test"),
+        _step("writing", writing / "facts.txt", "recipes.pocket.writing", "--out", writing),
+        _step("texts", texts, "recipes.pocket.corpus", "--texts", texts),
+        _step("vocabulary", vocabulary / "vocabulary.json", *learn_text),
+        _train("tokenizer", "tokenizer", RUNS / "tokenizer" / "final" / "recognizer" / "config.json"),
+        _step("freeze", RUNS / "frozen" / "recognizer" / "config.json", "recipes.pocket.freeze"),
+        _train("vocoder", "vocoder", RUNS / "vocoder" / "final" / "vocoder" / "config.json"),
+        _train("flow", "flow", RUNS / "flow" / "final" / "flow" / "config.json"),
+        _train("flow-voice", "flow", RUNS / "flow-voice" / "final" / "flow" / "config.json"),
+        _train("tokens", "tokens", RUNS / "tokens" / "manifest.json"),
+        _train("pretrain", "pretrain", RUNS / "pretrain" / "final" / "language" / "siblings.json"),
+        _train("chat", "chat", RUNS / "chat" / "final" / "language" / "siblings.json"),
+        _step("assemble", pocket / "duologue.json", "recipes.pocket.assemble", "--out", pocket),
+        _step("evaluate", report / "done", "duologue.cli", *evaluate),
     ]
 
 
-def _training(stage: str, recipe: str, out: Path) -> tuple[str, ...]:
-    return ("-m", "duologue.cli", "train", stage, "--recipe", str(RECIPES / f"{recipe}.yaml"), "--out", str(out))
+def _step(name: str, done: Path, *command: object) -> Step:
+    return Step(name, ("-m", *map(str, command)), done)
 
 
-def _train(stage: str, name: str, done: str) -> Step:
-    return Step(name, _training(stage, name, RUNS / name), RUNS / name / "final" / done)
+def _train(name: str, stage: str, done: Path) -> Step:
+    recipe = RECIPES / f"{name}.yaml"
+    return _step(name, done, "duologue.cli", "train", stage, "--recipe", recipe, "--out", RUNS / name)
+
+
+_MOMENT = "loop.num_steps=2 loop.warmup_steps=1 loop.evaluate_every=2 loop.sample_every=2"
+_FEW = "num_rows=2 num_valid_batches=1"
+# What `--smoke` adds to the command of a step.
+SMOKE = {
+    "free": "--hours 0.06",
+    "dialogues": "--turns 60",
+    "test": "--test-turns 12",
+    "writing": "--dialogues 60",
+    "vocabulary": "--codebook-size 64 --vocab-size 400",
+    "tokenizer": f"""--set {_MOMENT} batch_s=10 num_valid_clips=2 quantize_from_step=0 tokenizer.encoder.width=16
+        tokenizer.encoder.num_heads=2 tokenizer.encoder.ffn_dim=32 tokenizer.encoder.num_layers=1
+        tokenizer.quantizer.codebook_size=64 recognizer.width=16 recognizer.num_heads=2 recognizer.ffn_dim=32
+        recognizer.num_layers=1 recognizer.num_decoder_layers=1 recognizer.max_chars=64""",
+    "freeze": "--max-wer 1000 --min-usage 0",
+    "vocoder": f"""--set {_MOMENT} vocoder.width=16 vocoder.ffn_dim=32 vocoder.num_layers=1 batch_size=2
+        adversarial_from_step=1 adversarial_warmup_steps=0""",
+    "flow": f"""--set {_MOMENT} flow.encoder.width=16 flow.encoder.num_heads=2 flow.encoder.ffn_dim=32
+        flow.encoder.num_layers=1 flow.estimator.width=16 flow.estimator.num_heads=2 flow.estimator.ffn_dim=32
+        flow.estimator.num_layers=1 batch_s=10 num_valid_clips=2 num_generated=1""",
+    "flow-voice": f"--set {_MOMENT} batch_s=10 num_valid_clips=2 num_generated=1",
+    "tokens": "--set variants=1",
+    "pretrain": f"""--set {_MOMENT} {_FEW} language.width=32 language.num_heads=2 language.head_dim=16
+        language.ffn_dim=64""",
+    "chat": f"--set {_MOMENT} {_FEW} num_questions=2",
+    "evaluate": "--limit 2",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--hours", type=float, default=16.0, help="of free speech for the tokenizer")
     parser.add_argument("--turns", type=int, default=40000, help="spoken questions with their answers")
     parser.add_argument("--workers", type=int, default=2, help="processes that synthesize")
+    parser.add_argument("--smoke", action="store_true", help="run every step for moments on next to nothing")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not")
     args = parser.parse_args(arguments)
     for step in steps(args.hours, args.turns, args.workers):
@@ -81,8 +109,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         if step.done.exists():
             continue
-        print(f"--- {step.name}: python {' '.join(step.command)}", flush=True)
-        result = subprocess.run([sys.executable, *step.command], check=False).returncode
+        command = [*step.command, *(SMOKE.get(step.name, "").split() if args.smoke else ())]
+        print(f"--- {step.name}: python {' '.join(command)}", flush=True)
+        path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+        result = subprocess.run(
+            [sys.executable, *command], env={**os.environ, "PYTHONPATH": path}, check=False
+        ).returncode
         if result:
             print(f"{step.name} stopped with exit code {result}; mend it and run this again", file=sys.stderr)
             return result

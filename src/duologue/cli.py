@@ -303,7 +303,7 @@ def _parser() -> _Parser:
     train.add_argument("--recipe", type=Path, required=True, help="a YAML file, see recipes/")
     train.add_argument("--out", type=Path, help="folder of the run (default: runs/STAGE)")
     train.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe: loop.num_steps=20"
+        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="like loop.num_steps=20"
     )
     _add_device(train)
 

@@ -1,0 +1,38 @@
+"""Pocket's recipe from nothing to an evaluated model folder, every step for moments, and where it stopped."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import duologue
+from recipes.pocket.run import main, steps
+
+PROGRAMS = ("flite", "espeak-ng", "text2wave")
+
+
+@pytest.mark.skipif(not all(map(shutil.which, PROGRAMS)), reason="the synthesizers are not installed")
+def test_every_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert main(["--smoke", "--workers", "2"]) == 0, capfd.readouterr().err[-3000:]
+    capfd.readouterr()
+    assert main(["--list"]) == 0
+    assert capfd.readouterr().out.split() == [word for step in steps(1, 1, 1) for word in ("done", step.name)]
+    assert main(["--smoke"]) == 0
+    assert "---" not in capfd.readouterr().out  # nothing is done twice
+    bot = duologue.load(tmp_path / "runs" / "pocket" / "pocket")
+    assert bot.chat(text="Hello").audio.size
+
+
+def test_a_step_that_fails_says_which(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in steps(1, 1, 1):
+        if step.name == "tokenizer":
+            break
+        step.done.parent.mkdir(parents=True, exist_ok=True)
+        step.done.touch()
+    assert main([]) == 2
+    assert "tokenizer stopped with exit code 2" in capfd.readouterr().err
