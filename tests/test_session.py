@@ -1,6 +1,8 @@
 """Chatbot and Session with random weights: events, history, interruption, files."""
 
 import asyncio
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -202,10 +204,15 @@ def test_refusals(bot: Chatbot, folder: Path) -> None:
         duologue.load("nowhere")
 
 
-def test_a_sibling_of_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
+@pytest.mark.parametrize("part", ["language", "flow"])
+def test_a_sibling_of_another_tokenizer_is_refused(folder: Path, tmp_path: Path, part: str) -> None:
     shutil.copytree(folder, tmp_path / "mixed")
+    if part == "flow":
+        flow = tmp_path / "mixed" / "decoder" / "flow" / "config.json"
+        flow.write_text(json.dumps({**json.loads(flow.read_text()), "extra": {"tokenizer": "0" * 64}}))
+        with pytest.raises(ValueError, match="the flow in .* was made with another tokenizer"):
+            Models.load(tmp_path / "mixed")
+        return
     config = tmp_path / "mixed" / "tokenizer" / "config.json"
     config.write_text(config.read_text() + "\n")
     with pytest.raises(ValueError, match="another tokenizer"):

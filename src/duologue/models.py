@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from duologue.checkpoint import file_hash, load_component
+from duologue.checkpoint import file_hash, load_component, read_extra
 from duologue.config import parse_config, read_json, to_mapping, write_json
 from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.flow import Flow, FlowConfig
@@ -135,6 +135,8 @@ class Models:
         tokenizer = load_tokenizer(folder, device)  # first, so that damage is called damage and not another tokenizer
         own = Siblings(file_hash(folder / "tokenizer"), vocabulary.hash)
         load_siblings(folder / "language").check(own, f"the language model in {folder}", "the tokenizer beside it")
+        made_with = read_extra(folder / "decoder" / "flow").get("tokenizer", own.tokenizer)
+        Siblings(made_with, own.vocabulary).check(own, f"the flow in {folder}", "the tokenizer beside it")
         decoder = load_decoder(folder, device)
         language = load_language(folder / "language", dtype or "float32").to(device)
         if quantization is not None:
