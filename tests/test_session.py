@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 import duologue
 from duologue.chatbot import Chatbot
@@ -217,3 +218,19 @@ def test_a_sibling_of_another_tokenizer_is_refused(folder: Path, tmp_path: Path,
     config.write_text(config.read_text() + "\n")
     with pytest.raises(ValueError, match="another tokenizer"):
         Models.load(tmp_path / "mixed")
+
+
+def test_a_name_of_the_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def give(name: str, allow_patterns: list[str]) -> str:
+        if name == "someone/nothing":
+            raise LocalEntryNotFoundError("cannot find it")
+        asked[name] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", give)
+    assert duologue.load("someone/tiny").models.card.name == "tiny"
+    assert "*.py" not in asked["someone/tiny"]
+    with pytest.raises(ValueError, match=r"no folder 'someone/nothing' here.*cannot find it"):
+        duologue.load("someone/nothing")

@@ -7,6 +7,7 @@ session = bot.session()                   # many turns
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from duologue.worker import Worker
 __all__ = ["Chatbot", "Reply", "Session", "load"]
 
 PRESETS = ("pocket",)  # folders of the package
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.json", "*.safetensors", "*.pt", "*.yaml", "*.model"]
 
 
 class Chatbot:
@@ -83,22 +86,41 @@ class Chatbot:
 
 
 def model_folder(name: str | Path = "pocket") -> Path:
-    """Where a model lies: a preset's folder in the package, or the folder itself.
+    """Where a model lies: a preset's folder in the package, a folder, or a copy of a repository of the model hub.
 
     Raises:
         ValueError: one sentence naming what was asked for and what there is.
     """
     folder = Path(__file__).parent / str(name) if name in PRESETS else Path(name)
-    if not folder.is_dir():
-        presets = ", ".join(PRESETS)
-        raise ValueError(f"there is no model {str(name)!r}: give one of the presets ({presets}) or a model folder")
-    return folder
+    if folder.is_dir():
+        return folder
+    if isinstance(name, str) and HUB_ID.fullmatch(name):
+        return _from_hub(name)
+    presets = ", ".join(PRESETS)
+    raise ValueError(
+        f"there is no model {str(name)!r}: give one of the presets ({presets}), a folder, or an OWNER/NAME of the hub"
+    )
+
+
+def _from_hub(name: str) -> Path:
+    """The local copy of a repository, fetched or brought up to date. Weights and data only, never code."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"there is no folder {name!r} here, and the hub did not give a model of that name ({reason})"
+        ) from None
 
 
 def load(
     name: str | Path = "pocket", device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
 ) -> Chatbot:
-    """Loads a chatbot: a preset shipped in the package ("pocket"), a model folder, or a folder with the released parts.
+    """Loads a chatbot: a preset shipped in the package ("pocket"), a model folder, a folder with the released parts,
+    or an OWNER/NAME of the model hub.
 
     Args:
         dtype, quantization: of the language model, see `Models.load`.
