@@ -1,8 +1,9 @@
-"""Parameters, bytes and operations per second of speech of a chatbot, part by part.
+"""Parameters, bytes and operations per second of speech of the model that a folder of recipes makes, part by part.
 
-    python benchmarks/budget.py [--model pocket] [--json]
+    python benchmarks/budget.py [--recipes recipes/pocket] [--json]
 
-Operations are multiply-adds of matrix products and convolutions, counted by torch while ten seconds pass through.
+Operations are multiply-adds of matrix products and convolutions, counted by torch while ten seconds pass through
+modules of the recipes' sizes; their weights are random and do not matter.
 """
 
 from __future__ import annotations
@@ -18,62 +19,73 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from duologue import rates
 from duologue.chatbot import model_folder
+from duologue.config import load_config
+from duologue.decoder.flow import Flow, max_state_bytes
+from duologue.decoder.vocoder import Vocoder
 from duologue.interleave import INTERLEAVED
+from duologue.language.backbone import new_glm
 from duologue.layers import Padded
-from duologue.models import Models
+from duologue.tokenizer.recognizer import Recognizer
+from duologue.tokenizer.tokenizer import SpeechTokenizer
+from duologue.training.flow import FlowRecipe
+from duologue.training.pretrain import PretrainRecipe
+from duologue.training.tokenizer import TokenizerRecipe
+from duologue.training.vocoder import VocoderRecipe
+from duologue.vocabulary import Vocabulary
 
 SECONDS = 10
 
 
-def measure(folder: Path) -> list[dict[str, float | str]]:
-    """One row a part: name, parameters, bytes on disk, multiply-adds for a second of speech."""
-    models = Models.load(folder)
-    num_tokens = int(SECONDS * rates.TOKEN_RATE)
+def measure(recipes: Path) -> list[dict[str, float | str]]:
+    """One row a part: name, parameters, bytes in half precision, multiply-adds for a second of speech."""
+    listening = load_config(recipes / "tokenizer.yaml", TokenizerRecipe)
+    tokenizer, recognizer = SpeechTokenizer(listening.tokenizer), Recognizer(listening.recognizer)
+    flow = Flow(load_config(recipes / "flow.yaml", FlowRecipe).flow).eval()
+    vocoder = Vocoder(load_config(recipes / "vocoder.yaml", VocoderRecipe).vocoder).eval()
+    vocabulary = Vocabulary.load(model_folder("pocket") / "vocabulary")
+    language = new_glm(vocabulary, load_config(recipes / "pretrain.yaml", PretrainRecipe).language)
     wav = Padded.full(torch.randn(1, SECONDS * rates.LISTEN_SAMPLE_RATE) * 0.1)
-    codes = Padded.full(torch.randint(models.tokenizer.config.quantizer.codebook_size, (1, num_tokens)))
-    flow, vocoder = models.decoder.flow, models.decoder.vocoder
-    with torch.inference_mode():
-        mel = flow(codes)
+    num_tokens = int(SECONDS * rates.TOKEN_RATE)
+    codes = Padded.full(torch.randint(vocabulary.codebook_size, (1, num_tokens)))
     # Every run of speech comes with a run of text before it.
     ids_per_s = rates.TOKEN_RATE * (1 + INTERLEAVED.text_run / INTERLEAVED.speech_run)
-    language = models.engine.model
     ids = torch.zeros(1, 1, dtype=torch.int64)
-    decoder, each = folder / "decoder", 1 / SECONDS
+    unguided = flow.init_state(1, guidance_scale=0.0)
+    with torch.inference_mode():
+        mel = flow(codes, unguided)
     return [
-        _row(
-            "tokenizer (listening)", models.tokenizer, folder / "tokenizer", lambda: models.tokenizer(wav), 1 / SECONDS
-        ),
-        _row("language (one reply)", language, folder / "language", lambda: language(ids), ids_per_s),
-        _row("flow (one reply)", flow, decoder / "flow", lambda: flow(codes), each),
-        _row("vocoder (one reply)", vocoder, decoder / "vocoder", lambda: vocoder(mel), each),
+        _row("tokenizer", tokenizer, lambda: tokenizer(wav), 1 / SECONDS),
+        _row("recognizer (training, evaluation)", recognizer, lambda: None, 0.0),
+        _row("language model", language, lambda: language(ids), ids_per_s),
+        _row("flow, guided", flow, lambda: flow(codes), 1 / SECONDS),
+        _row("flow, not guided", flow, lambda: flow(codes, flow.init_state(1, guidance_scale=0.0)), 1 / SECONDS),
+        _row("vocoder", vocoder, lambda: vocoder(mel), 1 / SECONDS),
+        {"part": "flow's state for one reply", "bytes": float(max_state_bytes(flow.config) or 0)},
     ]
 
 
-def _row(
-    name: str, module: nn.Module, folder: Path, work: Callable[[], object], per_second: float
-) -> dict[str, float | str]:
+def _row(name: str, module: nn.Module, work: Callable[[], object], per_second: float) -> dict[str, float | str]:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         work()
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     operations = counter.get_total_flops() / 2 * per_second
-    return {"part": name, "parameters": parameters, "bytes": size, "multiply_adds_per_s": operations}
+    return {"part": name, "parameters": parameters, "bytes": 2 * parameters, "multiply_adds_per_s": operations}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="pocket")
+    parser.add_argument("--recipes", type=Path, default=Path("recipes/pocket"))
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    rows = measure(model_folder(args.model))
+    rows = measure(args.recipes)
     if args.json:
         print(json.dumps(rows))
         return
-    print(f"{'part':24}{'parameters':>14}{'MB on disk':>12}{'M multiply-adds/s':>20}")
+    print(f"{'part':36}{'M parameters':>14}{'MB':>8}{'M multiply-adds/s':>20}")
     for row in rows:
         print(
-            f"{row['part']:24}{row['parameters']:14,}{float(row['bytes']) / 2**20:12.1f}"
-            f"{float(row['multiply_adds_per_s']) / 1e6:20,.0f}"
+            f"{row['part']:36}{float(row.get('parameters', 0)) / 1e6:14.2f}{float(row['bytes']) / 2**20:8.1f}"
+            f"{float(row.get('multiply_adds_per_s', 0)) / 1e6:20,.0f}"
         )
 
 
