@@ -35,6 +35,7 @@ def steps(hours: float, turns: int, workers: int) -> list[Step]:
     """All steps in order."""
     corpus, texts, writing = RUNS / "corpus", RUNS / "texts.txt", RUNS / "writing"
     vocabulary, pocket, report = RUNS / "vocabulary", RUNS / "pocket", RUNS / "evaluation"
+    spoken, heard = RUNS / "pronunciations.json", (corpus / "free", corpus / "dialogues")
     evaluate = ("evaluate", "pocket", "--model", pocket, "--data", corpus / "test", "-o", report)
     learn_text = ("recipes.pocket.text", "--texts", texts, "--out", vocabulary)
     make = ("recipes.pocket.corpus", "--out", corpus, "--workers", workers, "--only")
@@ -45,6 +46,7 @@ def steps(hours: float, turns: int, workers: int) -> list[Step]:
         _step("writing", writing / "facts.txt", "recipes.pocket.writing", "--out", writing),
         _step("texts", texts, "recipes.pocket.corpus", "--texts", texts),
         _step("vocabulary", vocabulary / "vocabulary.json", *learn_text),
+        _step("pronunciations", spoken, "recipes.pocket.pronunciations", "--corpora", *heard, "--out", spoken),
         _train("tokenizer", "tokenizer", RUNS / "tokenizer" / "final" / "recognizer" / "config.json"),
         _step("freeze", RUNS / "frozen" / "recognizer" / "config.json", "recipes.pocket.freeze"),
         _train("vocoder", "vocoder", RUNS / "vocoder" / "final" / "vocoder" / "config.json"),

@@ -28,6 +28,7 @@ class RecognizerConfig:
     num_decoder_layers: layers of the autoregressive decoder.
     chars_per_token: CTC frames made of one speech token, so that 12.5 tokens/s can spell fast speech.
     alphabet: its characters; index 0 is CTC's blank and the decoder's start and end.
+    phones: what the head on the frames before pooling spells with; empty for the alphabet.
     """
 
     width: int = 256
@@ -39,6 +40,7 @@ class RecognizerConfig:
     max_tokens: int = 375
     max_chars: int = 512
     alphabet: str = ALPHABET
+    phones: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Recognizer(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(width)
         self.ctc = nn.Linear(width, config.chars_per_token * num_symbols)
-        self.frame_ctc = nn.Linear(width, num_symbols)
+        self.frame_ctc = nn.Linear(width, len(config.phones or config.alphabet) + 1)
         self.embed_chars = nn.Embedding(num_symbols, width)
         self.embed_char_positions = nn.Embedding(config.max_chars, width)
         self.embed_char_positions.weight.requires_grad_(False).copy_(sinusoids(config.max_chars, width))
@@ -88,16 +90,17 @@ class Recognizer(nn.Module):
             x = layer.step(x, layer.init_cache(len(x.lengths)), mask)  # type: ignore[operator]
         return Padded(self.layer_norm(x.values), x.lengths)
 
-    def losses(self, values: Padded, frames: Padded, text: Padded, prosody: Tensor) -> RecognizerLosses:
+    def losses(self, values: Padded, frames: Padded, text: Padded, sounds: Padded, prosody: Tensor) -> RecognizerLosses:
         """Args:
         values: quantized vectors (B, T, D).
         frames: vectors before pooling and quantization (B, 4 T, D).
         text: (B, N) characters from `encode_text`.
+        sounds: (B, N) what the frames spell: numbers of phones from 1 on, or the characters.
         prosody: (B, T, 3) level in bels, log2 of F0 over 100 Hz, and voicing (0 or 1; F0 counts where it is 1).
         """
         memory = self.memory(values)
         ctc = _ctc_loss(self._ctc_log_probs(memory), memory.lengths * self.config.chars_per_token, text)
-        frame_ctc = _ctc_loss(self.frame_ctc(frames.values).float().log_softmax(-1), frames.lengths, text)
+        frame_ctc = _ctc_loss(self.frame_ctc(frames.values).float().log_softmax(-1), frames.lengths, sounds)
         start = text.values.new_zeros(len(text.lengths), 1)
         logits = self._decode(torch.cat([start, text.values], 1), memory)
         target = torch.cat([text.zeroed().values, start], 1)

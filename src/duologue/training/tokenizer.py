@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from duologue import rates
 from duologue.audio import pitch
 from duologue.checkpoint import load_component, save_component
+from duologue.config import read_json
 from duologue.layers import Padded
 from duologue.tokenizer.encoder import pool
 from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
@@ -30,6 +33,7 @@ class TokenizerRecipe:
     corpora: folders of clips.
     start_from: a folder of an earlier run of this stage (`final`), or of a Whisper checkpoint in transformers' format,
         which is cut after `tokenizer.encoder.num_layers`; empty for random weights.
+    pronunciations: JSON file with the phones of every word, for the CTC head on the frames; empty to spell there too.
     batch_s: seconds of sound in a batch.
     commitment_weight: the paper says 10.0, the released config multiplies 0.25 by 10.
     quantize_from_step: before this step the vectors pass unquantized, so that there is something to quantize.
@@ -41,6 +45,7 @@ class TokenizerRecipe:
     tokenizer: SpeechTokenizerConfig = field(default_factory=SpeechTokenizerConfig)
     recognizer: RecognizerConfig = field(default_factory=RecognizerConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    pronunciations: str = ""
     batch_s: float = 100.0
     max_clip_s: float = 12.0
     asr_weight: float = 0.7
@@ -82,6 +87,8 @@ class TokenizerStage:
         else:
             self.tokenizer = SpeechTokenizer(recipe.tokenizer)
             self.recognizer = Recognizer(recipe.recognizer)
+        self.sounds = _Sounds(recipe.pronunciations)
+        self.recognizer = _with_phones(self.recognizer, self.sounds.phones)
         self.phases = {"model": _Model(self.tokenizer, self.recognizer)}
         self.weights = {
             "asr": recipe.asr_weight,
@@ -103,7 +110,7 @@ class TokenizerStage:
 
     def batch(self, index: int) -> Batch:
         chosen, rng = self.batches(index)
-        wavs, texts, prosody = [], [], []
+        wavs, texts, sounds, prosody = [], [], [], []
         for number in chosen:
             corpus, i = self.index[number]
             clip = self.clips[corpus].records[i]
@@ -112,13 +119,16 @@ class TokenizerStage:
                 sound = augment(sound, clip.sample_rate, self.recipe.augment, rng, lambda: self._other(rng))
             wavs.append(torch.from_numpy(sound))
             texts.append(torch.tensor(self.recognizer.encode_text(clip.text), dtype=torch.int64))
+            sounds.append(torch.tensor(self.sounds(clip.text), dtype=torch.int64) if self.sounds.phones else texts[-1])
             prosody.append(_prosody(wavs[-1]))
-        wav, text = Padded.stack(wavs), Padded.stack(texts)
+        wav, text, phones = Padded.stack(wavs), Padded.stack(texts), Padded.stack(sounds)
         return {
             "wav": wav.values,
             "wav_lengths": wav.lengths,
             "text": text.values,
             "text_lengths": text.lengths,
+            "sounds": phones.values,
+            "sounds_lengths": phones.lengths,
             "prosody": Padded.stack(prosody).values,
             "start": torch.from_numpy(rng.integers(0, self._max_start(wav), len(chosen))),
         }
@@ -126,6 +136,7 @@ class TokenizerStage:
     def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         wav = Padded(batch["wav"], batch["wav_lengths"])
         text = Padded(batch["text"], batch["text_lengths"])
+        sounds = Padded(batch["sounds"], batch["sounds_lengths"])
         state = self.tokenizer.encoder.init_state(len(wav.lengths))
         # Clips begin anywhere in a 30 s piece, so that every position of it is learned.
         block = self.tokenizer.config.encoder.block_frames
@@ -138,7 +149,7 @@ class TokenizerStage:
         if through:
             self.tokenizer.quantizer.update(hidden, quantized.codes)
         values = Padded(quantized.values if through else hidden.values, hidden.lengths)
-        heads = self.recognizer.losses(values, frames, text, batch["prosody"])
+        heads = self.recognizer.losses(values, frames, text, sounds, batch["prosody"])
         commitment = {"commitment": quantized.commitment_loss} if through else {}
         return vars(heads) | commitment
 
@@ -191,6 +202,38 @@ class TokenizerStage:
         config = self.tokenizer.config.encoder
         longest = -(-wav.values.shape[1] // (rates.LISTEN_HOP * rates.ENCODER_STRIDE))
         return max((config.max_positions - longest) // config.block_frames, 1)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of an English text in small letters, apostrophes inside them kept."""
+    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
+
+
+class _Sounds:
+    """Texts as numbers of phones, from 1 on, by a table of pronunciations."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._words: dict[str, list[str]] = read_json(path) if path else {}
+        self.phones = tuple(sorted({phone for word in self._words.values() for phone in word}))
+        self._numbers = {phone: number for number, phone in enumerate(self.phones, 1)}
+
+    def __call__(self, text: str) -> list[int]:
+        words = words_of(text)
+        missing = next((word for word in words if word not in self._words), None)
+        if missing is not None:
+            raise ValueError(f"{self._path} does not say how {missing!r} is pronounced; make it anew from this corpus")
+        return [self._numbers[phone] for word in words for phone in self._words[word]]
+
+
+def _with_phones(recognizer: Recognizer, phones: tuple[str, ...]) -> Recognizer:
+    """The recognizer with a frame head for these phones; a new head where it has another."""
+    if recognizer.config.phones == phones:
+        return recognizer
+    changed = Recognizer(dataclasses.replace(recognizer.config, phones=phones))
+    kept = {key: value for key, value in recognizer.state_dict().items() if not key.startswith("frame_ctc.")}
+    changed.load_state_dict(kept, strict=False)
+    return changed
 
 
 def _prosody(wav: Tensor) -> Tensor:
