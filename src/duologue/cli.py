@@ -285,6 +285,7 @@ def _parser() -> _Parser:
     chat.add_argument("--seed", type=int, help="of the sampling")
     chat.add_argument("--temperature", type=float, help="of the sampling; 0 takes the most likely")
     chat.add_argument("--max-tokens", type=int, help="of one reply")
+    chat.add_argument("--text-language", choices=("en", "zh"), help="keep the reply's text to this language")
 
     tokenize = _command(commands, "tokenize", _tokenize, "sound -> speech tokens", model=True)
     tokenize.add_argument("audio", type=Path, help="a sound file")
@@ -374,7 +375,7 @@ def _positive(text: str) -> int:
 
 
 def _sampling(args: argparse.Namespace, card: Card) -> Sampling:
-    names = ("seed", "temperature", "max_tokens")
+    names = ("seed", "temperature", "max_tokens", "text_language")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     return replace(card.sampling, **given)
 

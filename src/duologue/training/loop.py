@@ -173,7 +173,7 @@ def _optimize(
         if not math.isfinite(float(total.detach())):
             raise NonFiniteLoss(
                 f"step {step + 1}, batch {index}: "
-                + ", ".join(f"{name} = {float(loss)}" for name, loss in losses.items())
+                + ", ".join(f"{name} = {float(loss.detach())}" for name, loss in losses.items())
                 + "; no weight was changed by this step. Lower learning_rate or look at the batch, then run again"
             )
         (total / len(micro)).backward()
