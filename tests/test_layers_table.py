@@ -39,7 +39,7 @@ LAYERS = {
     "serving": 5,
     "doctor": 5,
     "cli": 6,
-    "__main__": 6,
+    "__main__": 7,
     "__init__": 7,
 }
 NO_TORCH_BELOW = 1
@@ -101,7 +101,7 @@ def faults_of(source: str, module: str, package: bool = False, known: set[str] |
 
 
 def is_folder(name: str) -> bool:
-    return name in {"tokenizer", "language", "decoder", "evaluation", "training", "serving"}
+    return name in {"tokenizer", "language", "decoder", "evaluation", "training", "serving", "cli"}
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

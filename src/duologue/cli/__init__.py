@@ -1,0 +1,58 @@
+"""The command line: `duologue COMMAND --help`.
+
+Bad input ends in one sentence on stderr and exit code 2, never in a traceback. Everything heavy is imported by the
+command that needs it, so that `--help` is there at once. Each file here holds a group of commands: `add` adds their
+parsers, and each parser names the function that runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from duologue.cli import bench, chat, evaluate, folders, speech, train
+from duologue.cli.parser import FAILED, Parser, checked_device, version
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0, 1 for a failed run, 2 for bad input."""
+    # Threads that spin while they wait for each other crawl on a busy machine. Has to be set before torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        args = _parser().parse_args(argv)
+        if "device" in args:
+            args.device = checked_device(args.device)
+        return int(args.run(args) or 0)
+    except ValueError as error:
+        return _fail(str(error), BAD_INPUT)
+    except ImportError as error:
+        return _fail(f'{error.name or error} is not installed: pip install "duologue[train,eval]"', BAD_INPUT)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}", BAD_INPUT)
+    except KeyboardInterrupt:
+        return _fail("stopped", INTERRUPTED)
+    except RuntimeError as error:
+        if type(error).__name__ == "NonFiniteLoss":
+            return _fail(str(error), FAILED)
+        raise
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="duologue", description="A spoken chatbot: it listens, thinks and answers aloud.")
+    parser.add_argument("--version", action="version", version=f"duologue {version()}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    for group in (chat, speech, train, evaluate, folders, bench):
+        group.add(commands)
+    return parser
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"duologue: {' '.join(sentence.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,119 @@
+"""`duologue chat`: spoken or written questions, spoken answers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from duologue.cli.parser import add_command, add_precision, checked_output, say_if_untrained
+
+if TYPE_CHECKING:
+    from duologue.events import Event, Timings
+    from duologue.language.sampling import Sampling
+    from duologue.models import Card
+    from duologue.session import Reply
+
+
+def add(commands: Any) -> None:
+    """Adds `chat`."""
+    chat = add_command(commands, "chat", _chat, "ask spoken or written questions and get spoken answers", model=True)
+    chat.add_argument(
+        "questions", nargs="*", type=Path, metavar="QUESTION", help="sound files, the turns of a conversation"
+    )
+    chat.add_argument("--text", action="append", default=[], help="a written question, after the spoken ones")
+    chat.add_argument(
+        "-o", "--output", type=Path, metavar="ANSWER", help="where the answer's sound goes (.wav, .flac, ...)"
+    )
+    add_precision(chat)
+    chat.add_argument("--text-only", action="store_true", help="answer in writing")
+    chat.add_argument("--voice", default="", help="one of the model's voices")
+    chat.add_argument("--seed", type=int, help="of the sampling")
+    chat.add_argument("--temperature", type=float, help="of the sampling; 0 takes the most likely")
+    chat.add_argument("--max-tokens", type=int, help="of one reply")
+    chat.add_argument("--text-language", choices=("en", "zh"), help="keep the reply's text to this language")
+
+
+def _chat(args: argparse.Namespace) -> None:
+    """Asks one question after the other in one conversation and prints the answers while they come."""
+    if not args.questions and not args.text:
+        raise ValueError("there is no question: give a sound file, or --text")
+    from duologue.audio import load_audio, save_audio
+    from duologue.chatbot import load
+
+    outputs = _numbered(args.output, len(args.questions) + len(args.text))
+    heard = [
+        load_audio(path) for path in args.questions
+    ]  # before the models: what is wrong with a file is said at once
+    bot = load(args.model, args.device, args.dtype, args.quantize)
+    say_if_untrained(bot.models.card)
+    session = bot.session(voice=args.voice, sampling=_sampling(args, bot.models.card))
+    turns = []
+    questions: list[str | Path] = [*args.questions, *args.text]
+    for index, (question, output) in enumerate(zip(questions, outputs, strict=True)):
+        if index < len(heard):
+            wav, sample_rate = heard[index]
+            session.feed(wav, sample_rate)
+        else:
+            session.write(str(question))
+        transcript = None if args.json else _Transcript(f"you: {question}\n{bot.models.card.name}: ")
+        reply = session.reply_now(text_only=args.text_only, on_event=transcript)
+        written = output if output is not None and reply.audio.size else None
+        if written is not None:
+            save_audio(written, reply.audio, reply.sample_rate)
+        if not args.json:
+            print(f"\n{_times(reply.timings)}{f' -> {written}' if written else ''}")
+        turns.append({"question": str(question), **_reply_json(reply, written)})
+    if args.json:
+        print(json.dumps({"model": bot.models.card.name, "trained": bot.models.card.trained, "turns": turns}))
+
+
+def _sampling(args: argparse.Namespace, card: Card) -> Sampling:
+    names = ("seed", "temperature", "max_tokens", "text_language")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return replace(card.sampling, **given)
+
+
+def _numbered(output: Path | None, num: int) -> list[Path | None]:
+    """One file for each of `num` answers: the name as it is, or answer-1.wav, answer-2.wav, ..."""
+    if output is None:
+        return [None] * num
+    stem = checked_output(output).stem
+    return [output.with_stem(f"{stem}-{index + 1}") if num > 1 else output for index in range(num)]
+
+
+class _Transcript:
+    """Prints the text of a reply as it comes, after a head. An error before the first event leaves nothing behind."""
+
+    def __init__(self, head: str) -> None:
+        self._head = head
+
+    def __call__(self, event: Event) -> None:
+        from duologue.events import TextDelta
+
+        text = event.text if isinstance(event, TextDelta) else ""
+        # Random weights say anything, control sequences of the terminal too.
+        print(self._head + "".join(char if char.isprintable() else " " for char in text), end="", flush=True)
+        self._head = ""
+
+
+def _times(timings: Timings) -> str:
+    if timings.first_audio_s is None or timings.real_time_factor is None:
+        return f"{timings.total_s:.2f} s"
+    return (
+        f"time to first audio {timings.first_audio_s:.2f} s, {timings.audio_s:.1f} s of speech, "
+        f"real-time factor {timings.real_time_factor:.2f}"
+    )
+
+
+def _reply_json(reply: Reply, written: Path | None) -> dict[str, Any]:
+    return {
+        "text": reply.text,
+        "audio": None if written is None else str(written),
+        "sample_rate": reply.sample_rate,
+        "speech_tokens": list(reply.speech_tokens),
+        "reason": str(reply.reason),
+        "timings": {**asdict(reply.timings), "real_time_factor": reply.timings.real_time_factor},
+    }

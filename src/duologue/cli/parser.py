@@ -1,0 +1,90 @@
+"""What the groups of commands share: the parser, its arguments that come back, and checks of what was given."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from duologue.models import Card
+
+FAILED = 1
+DTYPES = ("float32", "bfloat16", "float16")
+SCHEMES = ("int8", "int4")
+SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, as every other error is said."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (see: {self.prog} --help)")
+
+
+def add_command(commands: Any, name: str, run: Any, text: str, model: bool = False) -> Parser:
+    parser: Parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=run)
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    if model:
+        parser.add_argument("--model", default="pocket", help="a preset or a model folder (default: pocket)")
+        add_device(parser)
+    return parser
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, help="of the language model (default: bfloat16 if released)")
+    parser.add_argument("--quantize", choices=SCHEMES, help="the language model's matrices in 8 or 4 bits")
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def checked_output(output: Path) -> Path:
+    """Refuses a sound file that could not be written, before any work is done.
+
+    Raises:
+        ValueError: its name does not end like a sound file, or its folder does not exist.
+    """
+    if output.suffix.lower() not in SOUND_SUFFIXES:
+        raise ValueError(f"{output} cannot be written: its name must end in {', '.join(SOUND_SUFFIXES)}")
+    if not output.parent.is_dir():
+        raise ValueError(f"{output} cannot be written: there is no folder {output.parent}")
+    return output
+
+
+def checked_device(name: str) -> str:
+    """The device, when torch has it here. Raises ValueError otherwise."""
+    if name == "cpu":
+        return name
+    import torch
+
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"there is no device {name!r} for torch on this machine ({reason})") from None
+    return name
+
+
+def say_if_untrained(card: Card) -> None:
+    if not card.trained:
+        print(
+            f"duologue: {card.name} is untrained: its weights are random, so its answers mean nothing", file=sys.stderr
+        )
+
+
+def version() -> str:
+    try:
+        return importlib.metadata.version("duologue")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
