@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import urlsplit
 
 from duologue.serving.metrics import Metrics
@@ -43,6 +44,7 @@ class Visit:
         recorder: takes the sound of both sides, or None when nothing is recorded.
         resumed: what an earlier visit kept under this id, or None for a new conversation.
         kept: set by `converse`: what a later visit can go on with. None keeps nothing.
+        about: JSON values that `converse` adds to the recording's `session.json`.
     """
 
     session_id: str
@@ -50,6 +52,7 @@ class Visit:
     recorder: Recorder | None = None
     resumed: object | None = None
     kept: object | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
