@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -25,13 +28,12 @@ from duologue.decoder.flow import (
     FlowConfig,
     FlowState,
     budget,
-    cosine_times,
     guide,
     max_state_bytes,
     noise_at,
-    solve_euler,
     state_bytes,
 )
+from duologue.decoder.solvers import Method, Solver
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded
 
@@ -139,22 +141,83 @@ def test_noise_is_normal_and_depends_on_seed_and_place_only() -> None:
         assert abs(float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1])) < 0.02
 
 
-def test_euler_follows_straight_lines_exactly_and_guidance_extrapolates() -> None:
+@pytest.mark.parametrize("method", ["euler", "midpoint", "adams-bashforth"])
+def test_straight_lines_are_followed_exactly(method: Method) -> None:
     x0, x1 = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
-    times = cosine_times(6)
-    assert times[0] == 0.0
-    assert times[-1] == 1.0
-    assert times[1] - times[0] < times[-1] - times[-2]
-    calls: list[tuple[int, float]] = []
+    solver = Solver(method, 6)
+    calls: list[int] = []
 
     def velocity(k: int, t: float, x: Tensor) -> Tensor:
-        calls.append((k, t))
+        assert torch.allclose(x, torch.lerp(x0, x1, t), atol=1e-5)
+        calls.append(k)
         return x1 - x0
 
-    assert torch.allclose(solve_euler(velocity, x0, times), x1, atol=1e-6)
-    assert calls == list(enumerate(times[:-1]))
+    assert torch.allclose(solver.solve(velocity, x0), x1, atol=1e-5)
+    assert calls == list(range(solver.num_evaluations))
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("midpoint", 2), ("adams-bashforth", 2)])
+@pytest.mark.parametrize("sway", [-1.0, 0.0, 1.0])
+def test_solvers_converge_with_their_order(method: Method, order: int, sway: float) -> None:
+    """dx/dt = 3 x cos 3 t from 1: x = exp(sin 3 t). Half the step, 2^-order of the error."""
+    x0 = torch.ones(1, dtype=torch.float64)
+    errors = []
+    for num_steps in (64, 128):
+        x1 = Solver(method, num_steps, sway).solve(lambda k, t, x: 3 * x * math.cos(3 * t), x0)
+        errors.append(abs(float(x1) - math.exp(math.sin(3.0))))
+    assert 0.8 * 2**order < errors[0] / errors[1] < 1.3 * 2**order
+
+
+def test_sway_bends_the_times() -> None:
+    cosine = [1 - math.cos(math.pi / 2 * k / 7) for k in range(8)]
+    assert Solver("euler", 7).times == pytest.approx(cosine, abs=1e-12)
+    assert Solver("euler", 7, sway=0).times == pytest.approx([k / 7 for k in range(8)])
+    for sway in (-1.0, -0.4, 0.0, 1.0, 1.75):
+        times = Solver("euler", 12, sway).times
+        assert (times[0], times[-1]) == (0.0, 1.0)
+        assert all(a < b for a, b in pairwise(times))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"sway": -1.5}, "sway is -1.5; it must lie in -1..1.75"),
+        ({"solver": "heun"}, "solver is 'heun'; the choices are 'euler', 'midpoint', 'adams-bashforth'"),
+    ],
+)
+def test_impossible_solvers_are_refused(change: dict[str, Any], message: str) -> None:
+    flow = tiny_flow()
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+    with pytest.raises(ValueError, match=message):
+        flow.init_state(1, **change)
+    with pytest.raises(ValueError, match="guidance_scale must not be negative, got -1"):
+        flow.init_state(1, guidance_scale=-1)
+
+
+def test_guidance_extrapolates() -> None:
+    x0, x1 = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
     assert torch.allclose(guide(torch.stack([x1, x0], 2), 0.7), 1.7 * x1 - 0.7 * x0)
     assert torch.equal(guide(x1[:, :, None], 0.0), x1)
+
+
+@pytest.mark.parametrize(("solver", "sway"), [("midpoint", -1.0), ("adams-bashforth", 0.3)])
+def test_every_solver_streams_exactly_and_rows_equal_solo_runs(solver: Method, sway: float) -> None:
+    flow = tiny_flow()
+    tokens = some_tokens([43, 12, 30])
+    state = flow.init_state(3, num_steps=3, solver=solver, sway=sway)
+    streamed = fold(flow, tokens, [[7, 0, 30], [0, 5, 0], [21, 7, 0], [15, 0, 0]], state)
+    for row, ours in zip(tokens.rows(), streamed, strict=True):
+        alone = flow.init_state(1, num_steps=3, solver=solver, sway=sway)
+        assert close(ours, flow(Padded.full(row[None]), alone).rows()[0])
+    again = fold(flow, tokens, [[43, 12, 30]], state)  # rows that were flushed keep their solver
+    assert all(close(a, b) for a, b in zip(again, streamed, strict=True))
+    other = flow(tokens, flow.init_state(3, num_steps=3)).rows()
+    assert all(float((a - b).abs().max()) > 1e-3 for a, b in zip(other, streamed, strict=True))
+    configured = Flow(dataclasses.replace(TINY, num_steps=3, solver=solver, sway=sway)).eval()
+    configured.load_state_dict(flow.state_dict())
+    assert all(close(a, b) for a, b in zip(configured(tokens).rows(), streamed, strict=True))
 
 
 @pytest.mark.parametrize("past", ["bounded", "unbounded"])

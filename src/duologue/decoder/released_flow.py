@@ -20,8 +20,9 @@ from torch.nn import functional
 from duologue import rates
 from duologue.decoder.conformer import BlockConformer, ConformerConfig
 from duologue.decoder.encoder import check_tokens, frames_for_tokens
-from duologue.decoder.flow import noise_at, solve_euler
+from duologue.decoder.flow import noise_at
 from duologue.decoder.regulator import LengthRegulator, RegulatorConfig, mask_of
+from duologue.decoder.solvers import solve_euler
 from duologue.decoder.unet import UNet, UNetConfig
 from duologue.layers import Padded, reset_rows, split_at
 
