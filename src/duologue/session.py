@@ -104,13 +104,35 @@ class Session:
         self._listening.feed(wav, sample_rate)
         self.num_samples_fed += len(wav)
 
+    async def hear(self, pcm: Pcm, sample_rate: int = rates.LISTEN_SAMPLE_RATE) -> None:
+        """Hears more of the user as `feed` does, and prepares the reply while the user goes on."""
+        self.feed(pcm, sample_rate)
+
     def write(self, text: str) -> None:
         """Takes more of the user's turn in writing."""
         self._written += text
 
-    async def reply(self, *, text_only: bool = False) -> AsyncIterator[Event]:
-        """Ends the user's turn and answers it; the last event is `ReplyDone`.
+    def discard(self) -> None:
+        """Forgets what was said and written since the last turn."""
+        self._listening, self._written = None, ""
 
+    async def commit(self) -> Turn:
+        """Ends the user's turn without a reply and returns it. Raises ValueError when nothing was said."""
+        turn, _ = await self.worker.submit(self.end_user_turn)
+        return turn
+
+    async def question(self) -> tuple[Turn, float]:
+        """The turn that a reply answers, and the seconds that ending it took."""
+        turns = self.conversation.turns
+        if self._listening is None and not self._written and turns and turns[-1].role is not Role.ASSISTANT:
+            return turns[-1], 0.0
+        return await self.worker.submit(self.end_user_turn)
+
+    async def reply(self, *, text_only: bool = False, max_tokens: int | None = None) -> AsyncIterator[Event]:
+        """Ends the user's turn, if something was said since the last one, and answers it; `ReplyDone` comes last.
+
+        Args:
+            max_tokens: ids of this reply at most, below the sampling's own bound.
         Raises:
             ValueError: nothing was said, a reply is under way, or the turn is longer than the model can hold.
         """
@@ -118,7 +140,7 @@ class Session:
             raise ValueError("a reply is under way in this session; interrupt it first")
         self._replying, self._cut_at = True, None
         try:
-            speaker = _Speaker(self, text_only)
+            speaker = _Speaker(self, text_only, max_tokens)
             async for event in speaker.events():
                 yield event
         finally:
@@ -266,8 +288,9 @@ class _Listening:
 class _Speaker:
     """One reply while it is produced: ids from the engine, sound by the worker while the next ids are made."""
 
-    def __init__(self, session: Session, text_only: bool) -> None:
+    def __init__(self, session: Session, text_only: bool, max_tokens: int | None) -> None:
         self._session, self._models, self._worker = session, session.models, session.worker
+        self._max_tokens = max_tokens
         self._modality = Modality.TEXT if text_only else Modality.INTERLEAVED
         self._schedule = TEXT_ONLY if text_only else INTERLEAVED
         self._ids: list[int] = []
@@ -284,9 +307,10 @@ class _Speaker:
 
     async def events(self) -> AsyncIterator[Event]:
         session, models = self._session, self._models
-        turn, self._stages["tokenizer"] = await self._worker.submit(session.end_user_turn)
+        turn, self._stages["tokenizer"] = await session.question()
         self._note(tokenize_s=self._stages["tokenizer"])
         prompt, max_tokens = session.prompt(self._modality)
+        max_tokens = min(max_tokens, self._max_tokens or max_tokens)
         sampling = dataclasses.replace(session.sampling, max_tokens=max_tokens)
         card = models.card
         with torch.inference_mode():
