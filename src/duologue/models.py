@@ -7,13 +7,14 @@ Or a set of released parts, see `released.py`: every function here takes both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from duologue.checkpoint import file_hash, load_component, read_extra
 from duologue.config import parse_config, read_json, to_mapping, write_json
@@ -28,6 +29,7 @@ from duologue.language.released import is_released, load_released_language
 from duologue.language.sampling import Sampling
 from duologue.layers import Padded
 from duologue.released import ReleasedFolders, find_released
+from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
 from duologue.tokenizer.released import load_released_tokenizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.vocabulary import Vocabulary
@@ -93,6 +95,9 @@ class Decoder(Protocol):
 class Models:
     """Weights and what belongs to them; no state of any conversation.
 
+    Attributes:
+        recognizer: reads speech tokens, where the model folder has one: a conversation does without it.
+
     Raises:
         ValueError: the parts have codebooks of unequal sizes.
     """
@@ -102,6 +107,7 @@ class Models:
     engine: PlainEngine
     decoder: Decoder
     card: Card
+    recognizer: Recognizer | None = None
 
     def __post_init__(self) -> None:
         sizes = {
@@ -141,7 +147,27 @@ class Models:
         language = load_language(folder / "language", dtype or "float32").to(device)
         if quantization is not None:
             quantize(language.model, quantization)
-        return cls(tokenizer, vocabulary, PlainEngine(language, vocabulary), decoder, card)
+        return cls(
+            tokenizer, vocabulary, PlainEngine(language, vocabulary), decoder, card, load_recognizer(folder, device)
+        )
+
+    @torch.inference_mode()
+    def transcribe(self, codes: Sequence[int]) -> str:
+        """What the recognizer reads in the speech tokens of one utterance; the worker's work, in pieces of 30 s.
+
+        Raises:
+            ValueError: the model has no recognizer, or a code lies outside of the codebook.
+        """
+        if self.recognizer is None:
+            raise ValueError(f"{self.card.name} has no recognizer: it cannot write down what it hears")
+        table, size = self.tokenizer.quantizer.codebook.weight, self.recognizer.config.max_tokens
+        if codes and not 0 <= min(codes) <= max(codes) < len(table):
+            raise ValueError(f"speech tokens go from 0 to {len(table) - 1}, got {min(codes)} to {max(codes)}")
+        texts = []
+        for at in range(0, len(codes), size):
+            piece = torch.tensor([codes[at : at + size]], device=table.device)
+            texts += self.recognizer.transcribe(Padded.full(functional.embedding(piece, table)))
+        return " ".join(text for text in texts if text)
 
     @classmethod
     def _load_released(
@@ -172,6 +198,12 @@ def load_tokenizer(folder: str | Path, device: str = "cpu") -> SpeechTokenizer:
     if find_released(folder) is not None:
         return load_released_tokenizer(place).to(device)
     return load_component(place, SpeechTokenizer, SpeechTokenizerConfig).to(device)
+
+
+def load_recognizer(folder: str | Path, device: str = "cpu") -> Recognizer | None:
+    """The recognizer of a model folder, None where it has none."""
+    place = Path(folder) / "recognizer"
+    return load_component(place, Recognizer, RecognizerConfig).to(device).eval() if place.is_dir() else None
 
 
 def load_decoder(folder: str | Path, device: str = "cpu") -> Decoder:
