@@ -153,37 +153,6 @@ def test_doctor(tiny_folder: Path, capsys: Capture) -> None:
     assert all(check["mend"] for check in checks if check["name"].startswith("extra") and check["state"] != "ok")
 
 
-def test_bench_latency(question: Path, tiny_folder: Path, capsys: Capture) -> None:
-    command = (
-        "bench",
-        "latency",
-        "--question",
-        question,
-        "--repetitions",
-        "2",
-        "--warm-up",
-        "1",
-        "--model",
-        tiny_folder,
-    )
-    result = run_json(capsys, *command)
-    stages = result["stages"]
-    assert isinstance(stages, dict)
-    assert list(stages) == [
-        "features and tokenizer, last block",
-        "prefill",
-        "23 decode steps",
-        "flow, first block",
-        "vocoder, first block",
-    ]
-    assert all(0 < stage["median_ms"] <= stage["p95_ms"] for stage in stages.values())
-    assert result["chain_ms"] == pytest.approx(sum(stage["median_ms"] for stage in stages.values()))
-    assert result["first_audio_s"]["median"] > 0
-    assert result["real_time_factor"]["median"] > 0
-    assert result["machine"]["cores"] >= 1
-    assert result["trained"] is False
-
-
 class SameWords:
     """In place of the recogniser, which takes minutes over the noise that random weights make."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from duologue import machine
 from duologue.evaluation.conversations import (
     Exchange,
     agreement_row,
@@ -20,7 +21,7 @@ from duologue.evaluation.conversations import (
 )
 from duologue.evaluation.intelligibility import Recogniser, Unavailable, codebook_usage, error_rate, error_row
 from duologue.evaluation.prosody import Prosody, measure_prosody, probe, style_change, style_moved, token_prosody
-from duologue.evaluation.report import Report, Row, difference_row, format_table, machine
+from duologue.evaluation.report import Report, Row, difference_row, format_table
 from duologue.evaluation.testset import load_test_set
 from duologue.training.curves import plot, read_log
 from duologue.training.recipes import read_recipe
@@ -301,7 +302,7 @@ def test_a_report_as_table_and_files(tmp_path: Path) -> None:
         Row("understanding", "S->S", None, "%", skipped="no recogniser"),
         Row("time", "to first audio", 0.456, "s", 1.0),
     )
-    report = Report("pocket", {"name": "tiny"}, machine(), rows)
+    report = Report("pocket", {"name": "tiny"}, machine.describe(), rows)
     table = format_table(report).splitlines()
     assert "91.3 %  at least 90.0 %" in table[1]
     assert table[1].endswith("met  n = 42")

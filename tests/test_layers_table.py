@@ -15,7 +15,6 @@ MAX_LINES = 500
 LAYERS = {
     "rates": 0,
     "config": 0,
-    "machine": 0,
     "interleave": 0,
     "vocabulary": 0,
     "turns": 0,
@@ -24,6 +23,7 @@ LAYERS = {
     "layers": 1,
     "checkpoint": 1,
     "headers": 1,
+    "machine": 1,
     "memory": 1,
     "random_weights": 1,
     "tokenizer": 2,
@@ -35,6 +35,7 @@ LAYERS = {
     "chatbot": 3,
     "worker": 3,
     "evaluation": 4,
+    "bench": 4,
     "training": 5,
     "serving": 5,
     "doctor": 5,
@@ -101,7 +102,7 @@ def faults_of(source: str, module: str, package: bool = False, known: set[str] |
 
 
 def is_folder(name: str) -> bool:
-    return name in {"tokenizer", "language", "decoder", "evaluation", "training", "serving", "cli"}
+    return name in {"tokenizer", "language", "decoder", "evaluation", "bench", "training", "serving", "cli"}
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))

@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 
 from duologue.cli import bench, chat, evaluate, folders, speech, train
-from duologue.cli.parser import FAILED, Parser, checked_device, version
+from duologue.cli.parser import FAILED, Parser, checked_device
+from duologue.machine import version_of
 
 BAD_INPUT = 2
 INTERRUPTED = 130
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         args = _parser().parse_args(argv)
+        args.argv = list(sys.argv[1:] if argv is None else argv)
         if "device" in args:
             args.device = checked_device(args.device)
         return int(args.run(args) or 0)
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="duologue", description="A spoken chatbot: it listens, thinks and answers aloud.")
-    parser.add_argument("--version", action="version", version=f"duologue {version()}")
+    parser.add_argument("--version", action="version", version=f"duologue {version_of('duologue')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
     for group in (chat, speech, train, evaluate, folders, bench):
         group.add(commands)

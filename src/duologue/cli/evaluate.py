@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from duologue.cli.parser import add_command, positive, say_if_untrained, version
+from duologue.cli.parser import add_command, positive, say_if_untrained
+from duologue.machine import version_of
 
 TEST_DATA = "runs/pocket/corpus/test"
 
@@ -50,7 +51,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         "trained": bot.models.card.trained,
         "hashes": {part: file_hash(folder / part) for part in parts},
     }
-    settings = {"num_dialogues": len(test_set.dialogues), "version": version()}
+    settings = {"num_dialogues": len(test_set.dialogues), "version": version_of("duologue")}
     report = evaluate_pocket(bot, test_set, recognizer, model=model, settings=settings)
     written = report.save(args.output, args.suite) if args.output is not None else []
     if args.json:

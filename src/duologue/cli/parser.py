@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -81,10 +80,3 @@ def say_if_untrained(card: Card) -> None:
         print(
             f"duologue: {card.name} is untrained: its weights are random, so its answers mean nothing", file=sys.stderr
         )
-
-
-def version() -> str:
-    try:
-        return importlib.metadata.version("duologue")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"

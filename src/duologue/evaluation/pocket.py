@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from duologue import machine
 from duologue.chatbot import Chatbot
 from duologue.evaluation.conversations import (
     Exchange,
@@ -18,7 +19,7 @@ from duologue.evaluation.conversations import (
 )
 from duologue.evaluation.intelligibility import Naturalness, Recogniser, Unavailable
 from duologue.evaluation.parts import decoder_rows, tokenizer_rows
-from duologue.evaluation.report import Report, machine
+from duologue.evaluation.report import Report
 from duologue.evaluation.testset import TestSet
 from duologue.tokenizer.recognizer import Recognizer
 
@@ -54,7 +55,9 @@ def evaluate_pocket(
         style_row(exchanges),
         *time_rows(exchanges),
     ]
-    return Report("pocket", model, machine(), tuple(rows), settings or {}, tuple(_sample(one) for one in exchanges))
+    return Report(
+        "pocket", model, machine.describe(), tuple(rows), settings or {}, tuple(_sample(one) for one in exchanges)
+    )
 
 
 def _if_available(make: Callable[[], Tool]) -> tuple[Tool | None, str]:

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from duologue.config import write_json
-from duologue.machine import num_cores, processor_name
 
 RESULTS_VERSION = 1
 DRAWN_BY_PARTS = ("understanding", "style")  # the table has the parts of every row
@@ -176,18 +172,3 @@ def _bars(axis: Any, title: str, values: dict[str, float]) -> None:
     axis.set_xlim(0, 105)
     axis.set_title(title, fontsize=9)
     axis.set_xlabel("%  (a black mark is the aim)", fontsize=7)
-
-
-def machine() -> dict[str, Any]:
-    """What a figure depends on: processor, cores, GPU and versions."""
-    found: dict[str, Any] = {
-        "processor": processor_name(),
-        "cores": num_cores(),
-        "threads": torch.get_num_threads(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found

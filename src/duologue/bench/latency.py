@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from duologue import rates
 from duologue.audio import resample
+from duologue.bench.harness import Check, Spread, now
 from duologue.chatbot import Chatbot
 from duologue.decoder.flow import state_bytes
-from duologue.evaluation.report import machine
 from duologue.events import AudioDelta, ReplyDone, Timings
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY
 from duologue.layers import Padded
@@ -39,14 +39,6 @@ class Timing:
     median_ms: float
     p95_ms: float
     note: str = ""
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Of whole replies."""
-
-    median: float
-    p95: float
 
 
 @dataclass(frozen=True)
@@ -69,11 +61,39 @@ class Latency:
     real_time_factor: Spread | None
     reply_s: float
     state_mb: dict[str, float] = field(default_factory=dict)
-    machine: dict[str, Any] = field(default_factory=machine)
+    checks: tuple[Check, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {"kind": "Latency", "version": 1, **asdict(self)}
+    def table(self) -> str:
+        """The table for a terminal."""
+        width = max(map(len, self.stages)) + 2
+        lines = [f"{'stage':{width}}{'median':>10}{'p95':>10}"]
+        for name, timing in self.stages.items():
+            lines.append(f"{name:{width}}{timing.median_ms:8.1f} ms{timing.p95_ms:8.1f} ms  {timing.note}".rstrip())
+        lines.append(f"{'sum':{width}}{self.chain_ms:8.1f} ms")
+        if self.first_audio_s is None or self.real_time_factor is None:
+            lines.append("time to first audio and real-time factor: no reply had any sound")
+        else:
+            first, factor = self.first_audio_s, self.real_time_factor
+            lines.append(
+                f"time to first audio: {first.median:.2f} s (p95 {first.p95:.2f} s) after the end of the question"
+            )
+            lines.append(
+                f"real-time factor: {factor.median:.2f} (p95 {factor.p95:.2f}), replies of {self.reply_s:.1f} s"
+            )
+        memory = ", ".join(f"{name} {size:.1f} MB" for name, size in self.state_mb.items())
+        lines.append(f"state of one session: {memory}")
+        return "\n".join(lines)
+
+    def draw(self, figure: Any) -> None:
+        """The stages as one bar."""
+        axes = figure.subplots()
+        start = 0.0
+        for name, timing in self.stages.items():
+            axes.barh([0], [timing.median_ms], left=start, label=f"{name}: {timing.median_ms:.1f} ms")
+            start += timing.median_ms
+        axes.set_yticks([])
+        axes.set_xlabel("ms from the end of the question to the first sound")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8)
 
 
 def measure_latency(
@@ -119,28 +139,6 @@ def measure_latency(
         reply_s=statistics.median(timings.audio_s for timings in replies),
         state_mb={"tokenizer": listen_mb, "decoder": speak_mb},
     )
-
-
-def format_latency(latency: Latency) -> str:
-    """The table for a terminal."""
-    width = max(map(len, latency.stages)) + 2
-    lines = [f"{'stage':{width}}{'median':>10}{'p95':>10}"]
-    for name, timing in latency.stages.items():
-        lines.append(f"{name:{width}}{timing.median_ms:8.1f} ms{timing.p95_ms:8.1f} ms  {timing.note}".rstrip())
-    lines.append(f"{'sum':{width}}{latency.chain_ms:8.1f} ms")
-    if latency.first_audio_s is None or latency.real_time_factor is None:
-        lines.append("time to first audio and real-time factor: no reply had any sound")
-    else:
-        first, factor = latency.first_audio_s, latency.real_time_factor
-        lines.append(f"time to first audio: {first.median:.2f} s (p95 {first.p95:.2f} s) after the end of the question")
-        lines.append(
-            f"real-time factor: {factor.median:.2f} (p95 {factor.p95:.2f}), replies of {latency.reply_s:.1f} s"
-        )
-    memory = ", ".join(f"{name} {size:.1f} MB" for name, size in latency.state_mb.items())
-    lines.append(f"state of one session: {memory}")
-    where = latency.machine
-    lines.append(f"{where['processor']}, {where['cores']} cores, {where['threads']} threads, torch {where['torch']}")
-    return "\n".join(lines)
 
 
 def _codes(models: Models, wav: NDArray[np.float32]) -> tuple[list[int], float]:
@@ -236,10 +234,7 @@ def _times(rounds: int, warm_up: int, work: Callable[[int], float]) -> list[floa
 
 
 def _now(models: Models) -> float:
-    """The clock, after everything that was asked of the device is done."""
-    if _device(models).type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return now(_device(models))
 
 
 def _device(models: Models) -> torch.device:
@@ -251,4 +246,4 @@ def _timing(seconds: list[float], note: str = "") -> Timing:
 
 
 def _spread(values: list[float]) -> Spread | None:
-    return Spread(statistics.median(values), float(np.percentile(values, 95))) if values else None
+    return Spread.of(values) if values else None

@@ -1,0 +1,50 @@
+"""Pictures of results, where matplotlib is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from duologue.bench.harness import Result
+
+
+def save(result: Result, path: str | Path) -> None:
+    """Draws a result into a file; the ending of its name says in which format.
+
+    Raises:
+        ImportError: no matplotlib.
+        ValueError: an ending that matplotlib does not know.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    result.draw(figure)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def draw_lines(
+    axes: Any, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, x: str, y: str
+) -> None:
+    """Named curves of x and y values, from zero up."""
+    for name, (positions, values) in series.items():
+        axes.plot(positions, values, marker="." if len(positions) < 60 else "", label=name)
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+
+
+def draw_stack(axes: Any, parts: Mapping[str, float], title: str, x: str) -> None:
+    """One bar of parts that follow each other."""
+    start = 0.0
+    for name, value in parts.items():
+        axes.barh([0], [value], left=start, label=f"{name}: {value:.1f}")
+        start += value
+    axes.set_yticks([])
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(x)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25))
