@@ -21,7 +21,7 @@ from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.released_flow import Streaming
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
-from duologue.layers import Padded
+from duologue.layers import Padded, join_states, state_row
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import QuantizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
@@ -309,6 +309,42 @@ def test_interleaved_sessions_do_not_touch_each_other(case: Case) -> None:
     for session, x in enumerate(batches):
         out = Padded.concat([*outs[session], stage.flush(states[session])])
         _assert_same(case, stage, x, out, stage(x))
+
+
+@every_stage
+@pytest.mark.parametrize("seed", range(3))
+@torch.inference_mode()
+def test_sessions_that_join_and_leave_a_batch_equal_solo_runs(case: Case, seed: int) -> None:
+    """States of unequal age step together in changing company, and some end while others go on."""
+    stage, x = case.build(), _batch(case, seed)
+    rows, generator = x.rows(), torch.Generator().manual_seed(seed)
+    states = [stage.init_state(1) for _ in rows]
+    outs: list[list[Tensor]] = [[] for _ in rows]
+    fed = [0] * len(rows)
+
+    def together(company: list[int], ends: list[int]) -> None:
+        state = join_states([states[i] for i in company])
+        got = [stage.step(Padded.stack([rows[i][fed[i] : end] for i, end in zip(company, ends, strict=True)]), state)]
+        last = torch.tensor([end == len(rows[i]) for i, end in zip(company, ends, strict=True)])
+        got.append(stage.flush(state, last))
+        for place, i in enumerate(company):
+            outs[i] += [part.rows()[place] for part in got]
+            states[i], fed[i] = state_row(state, place), ends[place]
+
+    for _ in range(7):
+        company = [i for i, row in enumerate(rows) if torch.rand(1, generator=generator) < 0.6 and fed[i] < len(row)]
+        ends = [fed[i] + int((len(rows[i]) - fed[i]) * torch.rand(1, generator=generator)) for i in company]
+        if company:
+            together(
+                company,
+                [len(rows[i]) if end > 0.9 * len(rows[i]) else end for i, end in zip(company, ends, strict=True)],
+            )
+    if company := [i for i, row in enumerate(rows) if fed[i] < len(row)]:
+        together(company, [len(rows[i]) for i in company])
+    for row, out in zip(rows, outs, strict=True):
+        solo = Padded.full(row[None])
+        got = Padded.full(torch.cat(out)[None]) if out else stage(solo)
+        _assert_same(case, stage, solo, got, stage(solo))
 
 
 @every_stage

@@ -10,15 +10,16 @@ The contract of a streaming stage, of which `StreamingStage` is the type:
 - ``forward(x)`` equals the concatenated steps plus the flush, for every chunking of the input.
 
 A step replaces the tensors of a state and never writes into them, so ``copy.deepcopy`` (or a shallow copy of every
-dataclass) forks a session.
+dataclass) forks a session. ``join_states`` puts the states of sessions into one batch and ``state_row`` takes them
+out again, so that sessions share a step whenever they happen to need one at the same time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -137,6 +138,82 @@ def _reset(old: object, new: object, rows: Tensor) -> object:
     raise TypeError(f"a state may hold tensors, Padded, lists and dataclasses, not {type(old).__name__}")
 
 
+def state_settings(state: object) -> Hashable:
+    """What states must have in common to be joined: structure, dtypes, sizes behind time, and all that is no tensor."""
+    if isinstance(state, Padded):
+        return "padded", state.values.dtype, state.values.shape[2:]
+    if isinstance(state, Tensor):
+        return state.dtype, state.shape[2:]
+    if isinstance(state, list):
+        return tuple(state_settings(item) for item in state)
+    if dataclasses.is_dataclass(state):
+        return type(state), tuple(state_settings(getattr(state, item.name)) for item in dataclasses.fields(state))
+    return state
+
+
+def join_states(states: Sequence[StateT]) -> StateT:
+    """One state whose rows are those of the given ones, in order.
+
+    Caches of unequal widths are right-aligned: the narrower ones get zeros at the left, which lie before the first
+    position of their rows and are hidden there.
+
+    Raises:
+        ValueError: the states were made with unequal settings, see `state_settings`.
+    """
+    if len({state_settings(state) for state in states}) != 1:
+        raise ValueError("states made with unequal settings cannot run in one batch")
+    return cast(StateT, states[0] if len(states) == 1 else _join(states))
+
+
+def _join(parts: Sequence[object]) -> object:
+    first = parts[0]
+    if isinstance(first, Padded):
+        padded = cast(Sequence[Padded], parts)
+        width = max(part.values.shape[1] for part in padded)
+        values = torch.cat([_widened(part.values, width, left=False) for part in padded])
+        return Padded(values, torch.cat([part.lengths for part in padded]))
+    if isinstance(first, Tensor):
+        tensors = cast(Sequence[Tensor], parts)
+        if first.dim() > 1:
+            width = max(part.shape[1] for part in tensors)
+            tensors = [_widened(part, width, left=True) for part in tensors]
+        return torch.cat(tuple(tensors))
+    if isinstance(first, list):
+        return [_join(items) for items in zip(*cast(Sequence[list[object]], parts), strict=True)]
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in dataclasses.fields(first)]
+        return dataclasses.replace(first, **{name: _join([getattr(part, name) for part in parts]) for name in names})
+    return first
+
+
+def _widened(values: Tensor, width: int, left: bool) -> Tensor:
+    """(B, T, ...) -> (B, width, ...) with zeros at the one side or the other."""
+    missing = width - values.shape[1]
+    if not missing:
+        return values
+    zeros = values.new_zeros(values.shape[0], missing, *values.shape[2:])
+    return torch.cat([zeros, values] if left else [values, zeros], 1)
+
+
+def state_row(state: StateT, row: int) -> StateT:
+    """One row of a state as a state of its own: a copy, which does not keep the other rows' memory alive."""
+    return cast(StateT, _row(state, row))
+
+
+def _row(state: object, row: int) -> object:
+    if isinstance(state, Padded):
+        length = int(state.lengths[row])
+        return Padded(state.values[row : row + 1, :length].clone(), state.lengths[row : row + 1].clone())
+    if isinstance(state, Tensor):
+        return state[row : row + 1].clone()
+    if isinstance(state, list):
+        return [_row(item, row) for item in state]
+    if dataclasses.is_dataclass(state) and not isinstance(state, type):
+        names = [field.name for field in dataclasses.fields(state)]
+        return dataclasses.replace(state, **{name: _row(getattr(state, name), row) for name in names})
+    return state
+
+
 class StreamingStage(Protocol[StateT]):
     """What every streaming stage offers; see the module's text for the contract."""
 
@@ -175,6 +252,19 @@ class AttentionCache:
 
     keys: Tensor
     values: Tensor
+
+
+def drop_padding(caches: Sequence[AttentionCache], start: Tensor) -> int:
+    """Cuts growing caches to the longest past of any row, start (B,), and returns their width.
+
+    A row that once shared a step with a longer one has zeros at the left of its caches until this is called.
+    """
+    width = caches[0].keys.shape[1]
+    longest = int(start.max()) if width else 0
+    if longest < width:
+        for cache in caches:
+            cache.keys, cache.values = cache.keys[:, width - longest :], cache.values[:, width - longest :]
+    return min(width, longest)
 
 
 def attention_mask(

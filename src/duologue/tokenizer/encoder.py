@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from duologue import rates
-from duologue.layers import AttentionCache, CausalConv1d, Padded, attend, attention_mask, sinusoids
+from duologue.layers import AttentionCache, CausalConv1d, Padded, attend, attention_mask, drop_padding, sinusoids
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
         embedded = self.embed_positions(positions.clamp(max=self.config.max_positions - 1))
         x = Padded(functional.gelu(x.values) + embedded, x.lengths)
         valid = None if num_valid is None else -(-num_valid // rates.ENCODER_STRIDE)
-        num_cached = state.layers[0].keys.shape[1]
+        num_cached = drop_padding(state.layers, state.start)
         mask = attention_mask(
             state.start, x, num_cached, lambda position: position // self.config.block_frames, num_valid=valid
         )

@@ -86,7 +86,8 @@ class SpeechTokenizer(nn.Module):
         rows = torch.ones_like(state.features.started) if rows is None else rows
         num_valid = -(-state.features.num_samples // rates.LISTEN_HOP)
         mel = Padded.concat([state.encoder.pending, self.features.flush(state.features, rows)])
-        ending = Padded(mel.values, mel.lengths * rows)
+        lengths = mel.lengths * rows
+        ending = Padded(mel.values[:, : int(lengths.max())], lengths)  # whole tokens, whatever the other rows hold
         codes = self._quantize(self.encoder.encode(ending, state.encoder, num_valid))
         state.encoder.pending = mel
         reset_rows(state.encoder, self.encoder.init_state(len(rows)), rows)
