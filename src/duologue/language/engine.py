@@ -1,29 +1,57 @@
 """The engine: prompt ids in, reply ids out, one by one, every one allowed by the interleave.
 
-`Engine` is the interface that sessions talk to; `PlainEngine` is the plain loop behind it: prefill, then one step for
-each id. It keeps the keys and values of the last conversations, so a turn that continues one costs only its new ids.
+`Engine` is the interface that sessions talk to; `PlainEngine` is our own engine behind it, without any library but the
+model's: one thread, in which every step runs the model once over all replies under way. It keeps the keys and values of
+the last conversations, so a turn that continues one costs only its new ids. `continuous.py` has another engine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from duologue.interleave import INTERLEAVED, InterleaveState, Schedule
-from duologue.language.sampling import KindMasks, Sampling, choose, within_budget
+from duologue.interleave import INTERLEAVED, Schedule
+from duologue.language.keyvalues import KeyValues, SideBySide
+from duologue.language.requests import Request, RunningRequests
+from duologue.language.sampling import KindMasks, Sampling
 from duologue.vocabulary import Vocabulary
+
+MAX_SESSIONS = 32
+MAX_CACHED_TOKENS = 65536
+MAX_UNREAD = 64
+MAX_STEP_TOKENS = 256
 
 
 class Engine(Protocol):
     """What every engine offers to sessions. Methods may be called from the event loop: they never block it."""
+
+    @property
+    def max_positions(self) -> int:
+        """Ids that a prompt and its reply may have together."""
+        ...
+
+    @property
+    def max_sessions(self) -> int:
+        """Replies that can be under way at the same time."""
+        ...
+
+    @property
+    def cached_tokens(self) -> int:
+        """Ids whose keys and values are held."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Replies under way."""
+        ...
 
     def generate(
         self,
@@ -35,16 +63,19 @@ class Engine(Protocol):
         """Ids of one reply as they are made.
 
         The stream ends after the end id; without one when `max_tokens` is reached (then the reply may stand as it is)
-        or when the request is cancelled (then it is cut anywhere, see `interleave.legal_prefix`).
+        or when the request is cancelled (then it is cut anywhere, see `interleave.legal_prefix`). A reader that stops
+        reading holds the reply up after a bounded number of ids.
 
         Raises:
             ValueError: an empty prompt, an id outside the vocabulary, more ids than the model has positions, a
                 `request_id` that is running.
+            EngineFull: as many replies are under way as the engine makes at a time, or their ids leave no room.
+            RuntimeError: the engine failed while the reply was made; the reason is its cause.
         """
         ...
 
     async def warm(self, prompt_ids: Sequence[int]) -> None:
-        """Prefills the beginning of a prompt that will come."""
+        """Prefills the beginning of a prompt that will come. Does nothing when running replies leave no room for it."""
         ...
 
     def cancel(self, request_id: str) -> None:
@@ -52,74 +83,99 @@ class Engine(Protocol):
         ...
 
 
-@dataclass
+@dataclass(eq=False)
 class _Kept:
     """Keys and values of `ids`, and the scores (V,) float32 of the id after them."""
 
     ids: list[int]
-    cache: DynamicCache
+    cache: KeyValues = field(default_factory=KeyValues)
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @dataclass(eq=False)
-class _Request:
-    id: str | None
-    cancelled: bool = False
+class _Row:
+    """A conversation in the engine's thread: `waiting` ids will be run behind the kept ones, then the request draws
+    its next id from the scores. One without a request is a prompt that is warmed for later."""
+
+    kept: _Kept
+    waiting: list[int]
+    request: Request | None
+    warmed: Future[None] = field(default_factory=Future)
+
+    @property
+    def ended(self) -> bool:
+        return not self.waiting if self.request is None else self.request.ended
+
+    @property
+    def runnable(self) -> bool:
+        return self.ended or self.request is None or not self.request.held
 
 
 class PlainEngine:
-    """One step of the model for each id and request, on the model's device. Requests that run at the same time take
-    turns id by id.
+    """One step of the model for the next id of every reply under way, on the model's device.
+
+    Long prompts are run in pieces beside the other replies' ids, so that they delay those by a bounded time.
 
     Args:
-        model: a causal LM of transformers over the joint vocabulary, in evaluation mode.
-        max_caches: conversations whose keys and values are kept.
-        max_cached_tokens: ids in all kept conversations together; the longest unused go first.
+        model: a causal LM of transformers over the joint vocabulary, in evaluation mode, with full attention.
+        max_sessions: replies that can be under way at the same time.
+        max_cached_tokens: ids whose keys and values are held at most: those that running replies may need, and beside
+            them kept conversations as long as there is room. None takes 65536, or the model's positions if those are
+            more.
+        max_caches: conversations whose keys and values are kept when their reply has ended, the last used ones.
+        max_unread: ids of a reply that wait for their reader at most.
+        max_step_tokens: ids of prompts that one step runs.
 
     Attributes:
-        max_positions: ids that a prompt and its reply may have together.
+        num_computed: ids that were run through the model so far.
     """
 
     def __init__(
-        self, model: PreTrainedModel, vocabulary: Vocabulary, max_caches: int = 8, max_cached_tokens: int = 32768
+        self,
+        model: PreTrainedModel,
+        vocabulary: Vocabulary,
+        max_sessions: int = MAX_SESSIONS,
+        max_cached_tokens: int | None = None,
+        max_caches: int = MAX_SESSIONS,
+        max_unread: int = MAX_UNREAD,
+        max_step_tokens: int = MAX_STEP_TOKENS,
     ) -> None:
         self.model = model
-        self._vocabulary = vocabulary
-        self._masks = KindMasks(vocabulary, model.get_output_embeddings().weight.shape[0], model.device)
-        self.max_positions: int = model.config.max_position_embeddings
-        self._positions = torch.arange(self.max_positions, device=model.device)[None]
-        self._max_caches, self._max_cached_tokens = max_caches, max_cached_tokens
-        self._kept: list[_Kept] = []  # the longest unused first
-        self._running: dict[str, _Request] = {}
+        self.num_computed = 0
+        self._requests = running_requests(model, vocabulary, max_sessions, max_cached_tokens, max_unread)
+        self._side_by_side = SideBySide(model)
+        self._max_caches, self._max_step_tokens = max_caches, max_step_tokens
+        self._kept: list[_Kept] = []  # the longest unused first; like `_rows` it belongs to the engine's thread
+        self._rows: list[_Row] = []
+        self._arrived: list[_Row] = []
+        self._is_working = False
         self._lock = threading.Lock()
         self._executor = ThreadPoolExecutor(1, "language")
 
-    def stream(
-        self,
-        prompt_ids: Sequence[int],
-        sampling: Sampling,
-        schedule: Schedule = INTERLEAVED,
-        request_id: str | None = None,
-    ) -> Iterator[int]:
-        """The synchronous side of `generate`, with the same errors, raised at once."""
-        return self._begin(prompt_ids, sampling, schedule, request_id)[0]
+    @property
+    def max_positions(self) -> int:
+        """See `Engine`."""
+        return self._requests.max_positions
 
-    def _begin(
-        self, prompt_ids: Sequence[int], sampling: Sampling, schedule: Schedule, request_id: str | None
-    ) -> tuple[Generator[int, None, None], _Request]:
-        prompt = list(prompt_ids)
-        self._check(prompt)
-        if len(prompt) + sampling.max_tokens > self.max_positions:
-            raise ValueError(
-                f"a prompt of {len(prompt)} ids and a reply of up to max_tokens = {sampling.max_tokens} do not fit the "
-                f"{self.max_positions} positions of the model"
-            )
-        request = _Request(request_id)
-        if request_id is not None:
-            if request_id in self._running:
-                raise ValueError(f"request {request_id!r} is running; every request needs an id of its own")
-            self._running[request_id] = request
-        return self._reply(prompt, sampling, schedule, request), request
+    @property
+    def max_sessions(self) -> int:
+        """See `Engine`."""
+        return self._requests.max_sessions
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Ids whose keys and values are held at most."""
+        return self._requests.max_cached_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        """See `Engine`: ids of running replies and of kept conversations."""
+        return sum(kept.cache.length for kept in [*self._kept, *(row.kept for row in [*self._rows])])
+
+    @property
+    def running(self) -> int:
+        """See `Engine`."""
+        return len(self._requests)
 
     async def generate(
         self,
@@ -129,135 +185,185 @@ class PlainEngine:
         request_id: str | None = None,
     ) -> AsyncIterator[int]:
         """See `Engine.generate`."""
-        stream, request = self._begin(prompt_ids, sampling, schedule, request_id)
-        loop = asyncio.get_running_loop()
+        request = self._requests.admit(prompt_ids, sampling, schedule, request_id)
         try:
-            while (token := await loop.run_in_executor(self._executor, next, stream, None)) is not None:
+            self._begin(request)
+            while (token := await request.read()) is not None:
                 yield token
         finally:
-            # Behind the step that may still be under way: the executor has one thread.
-            self._executor.submit(self._close, stream, request)
+            self._leave(request)
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        schedule: Schedule = INTERLEAVED,
+        request_id: str | None = None,
+    ) -> Iterator[int]:
+        """The synchronous side of `generate`; a prompt that no engine could take is refused at once."""
+        prompt = self._requests.check(prompt_ids, sampling.max_tokens)
+        return self._stream(prompt, sampling, schedule, request_id)
 
     async def warm(self, prompt_ids: Sequence[int]) -> None:
         """See `Engine.warm`."""
-        await asyncio.get_running_loop().run_in_executor(self._executor, self.prefill, prompt_ids)
+        await asyncio.wrap_future(self._warm(prompt_ids))
 
     def prefill(self, prompt_ids: Sequence[int]) -> None:
         """The synchronous side of `warm`."""
-        prompt = list(prompt_ids)
-        self._check(prompt)
-        self._keep(self._prefilled(prompt))
+        self._warm(prompt_ids).result()
 
     def cancel(self, request_id: str) -> None:
         """See `Engine.cancel`."""
-        if (request := self._running.pop(request_id, None)) is not None:
-            request.cancelled = True
+        if self._requests.cancel(request_id) is not None:
+            self._work_on()
 
-    @property
-    def cached_tokens(self) -> int:
-        """Ids whose keys and values are kept for conversations that may go on."""
-        with self._lock:
-            return sum(len(kept.ids) for kept in self._kept)
-
-    def _check(self, prompt: list[int]) -> None:
-        if not prompt:
-            raise ValueError("a prompt must hold at least one id")
-        if len(prompt) > self.max_positions:
-            raise ValueError(
-                f"a prompt of {len(prompt)} ids does not fit the {self.max_positions} positions of the model"
-            )
-        for token in (min(prompt), max(prompt)):
-            self._vocabulary.kind(token)
-
-    def _reply(
-        self, prompt: list[int], sampling: Sampling, schedule: Schedule, request: _Request
-    ) -> Generator[int, None, None]:
-        generator = torch.Generator(self.model.device).manual_seed(sampling.seed)
-        state = InterleaveState(schedule)
-        kept: _Kept | None = None
+    def _stream(
+        self, prompt: list[int], sampling: Sampling, schedule: Schedule, request_id: str | None
+    ) -> Iterator[int]:
+        request = self._requests.admit(prompt, sampling, schedule, request_id)
         try:
-            for remaining in range(sampling.max_tokens, 0, -1):
-                if request.cancelled:
-                    return
-                if kept is None:
-                    kept = self._prefilled(prompt)
-                allowed = within_budget(state, remaining)
-                token = choose(
-                    kept.scores + self._masks.get(allowed, sampling.text_language),
-                    sampling.temperature_for(allowed),
-                    sampling.top_p,
-                    sampling.top_k,
-                    generator,
-                )
-                state.advance(self._vocabulary.kind(token))
+            self._begin(request)
+            while (token := request.read_now()) is not None:
                 yield token
-                if state.ended:
-                    return
-                if remaining > 1:
-                    self._feed(kept, [token])
         finally:
-            if kept is not None:
-                self._keep(kept)
-            self._forget(request)
+            self._leave(request)
 
-    def _close(self, stream: Generator[int, None, None], request: _Request) -> None:
-        stream.close()
-        self._forget(request)  # a stream that was never begun does not do it itself
+    def _begin(self, request: Request) -> None:
+        request.on_room = lambda _: self._work_on()
+        self._work_on(_Row(_Kept([]), request.prompt, request))
 
-    def _forget(self, request: _Request) -> None:
-        """Frees the id of a request, unless a later one has it by now."""
-        if request.id is not None and self._running.get(request.id) is request:
-            del self._running[request.id]
+    def _leave(self, request: Request) -> None:
+        self._requests.remove(request)
+        self._work_on()
 
-    def _prefilled(self, prompt: list[int]) -> _Kept:
-        """Keys, values and scores of a whole prompt, from what is kept of its beginning."""
-        kept = self._take(prompt)
-        if len(kept.ids) < len(prompt):
-            self._feed(kept, prompt[len(kept.ids) :])
-        return kept
+    def _warm(self, prompt_ids: Sequence[int]) -> Future[None]:
+        row = _Row(_Kept([]), self._requests.check(prompt_ids), None)
+        self._work_on(row)
+        return row.warmed
 
-    @torch.inference_mode()
-    def _feed(self, kept: _Kept, ids: list[int]) -> None:
-        """Runs new ids behind the kept ones."""
-        start = len(kept.ids)
-        output = self.model(
-            input_ids=torch.tensor([ids], device=self.model.device),
-            position_ids=self._positions[:, start : start + len(ids)],
-            past_key_values=kept.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        kept.scores = output.logits[0, -1].float()
-        kept.ids += ids
+    def _work_on(self, arrived: _Row | None = None) -> None:
+        """Wakes the engine's thread: a row has arrived, or one may go on or has to go."""
+        with self._lock:
+            if arrived is not None:
+                self._arrived.append(arrived)
+            if not self._is_working:
+                self._is_working = True
+                self._executor.submit(self._work)
+
+    def _work(self) -> None:
+        """The engine's thread: steps until there is nothing to do."""
+        while True:
+            with self._lock:
+                arrived, self._arrived = self._arrived, []
+                if not arrived and not any(row.runnable for row in self._rows):
+                    self._is_working = False
+                    return
+            try:
+                with torch.inference_mode():
+                    for row in arrived:
+                        self._enter(row)
+                    self._dismiss()
+                    self._step()
+                    self._dismiss()
+            except Exception as error:
+                self._fail([*self._rows, *arrived], error)
+
+    def _fail(self, rows: list[_Row], error: Exception) -> None:
+        """Ends all that runs. What was kept before is whole and stays."""
+        self._rows = []
+        self._requests.fail(error)
+        for row in rows:
+            if not row.warmed.done():
+                row.warmed.set_exception(error)
+
+    def _enter(self, row: _Row) -> None:
+        """Gives a new row what is known of the beginning of its prompt."""
+        prompt = row.waiting
+        if row.request is None and len(prompt) + self._requests.num_reserved > self.max_cached_tokens:
+            row.warmed.set_result(None)
+            return
+        row.kept = self._take(prompt)
+        row.waiting = prompt[len(row.kept.ids) :]
+        self._rows.append(row)
+        if not row.waiting and row.request is not None and not row.request.ended:
+            self._draw(row)
+
+    def _step(self) -> None:
+        """Runs the model over the next ids of all rows that may go on: those with one id first, then what of longer
+        prompts has room."""
+        rows, budget = [], self._max_step_tokens
+        for row in sorted((row for row in self._rows if row.waiting), key=lambda row: len(row.waiting) > 1):
+            if not row.runnable or budget <= 0:
+                continue
+            rows.append((row, row.waiting[: 1 if len(row.waiting) == 1 else budget]))
+            budget -= len(rows[-1][1]) if len(row.waiting) > 1 else 0
+        if not rows:
+            return
+        scores = self._run([ids for _, ids in rows], [row.kept for row, _ in rows])
+        for (row, ids), next_scores in zip(rows, scores, strict=True):
+            row.kept.ids += ids
+            row.kept.scores = next_scores
+            row.waiting = row.waiting[len(ids) :]
+            if not row.waiting and row.request is not None:
+                self._draw(row)
+
+    def _run(self, ids: list[list[int]], kept: list[_Kept]) -> Tensor:
+        self.num_computed += sum(map(len, ids))
+        return self._side_by_side.step(ids, [one.cache for one in kept])
+
+    def _draw(self, row: _Row) -> None:
+        assert row.request is not None
+        row.waiting = [row.request.choose(row.kept.scores)]
+
+    def _dismiss(self) -> None:
+        """Takes out the rows that have ended and keeps their conversations, as many as have room."""
+        for row in [row for row in self._rows if row.ended]:
+            self._rows.remove(row)
+            if row.kept.ids:
+                self._kept.append(row.kept)
+            if row.request is None:
+                row.warmed.set_result(None)
+        while self._kept and (
+            len(self._kept) > self._max_caches
+            or self._requests.num_reserved + sum(len(kept.ids) for kept in self._kept) > self.max_cached_tokens
+        ):
+            self._kept.pop(0)
 
     def _take(self, prompt: list[int]) -> _Kept:
-        """The kept conversation that shares the longest beginning with the prompt.
+        """What is known of the longest beginning of a prompt.
 
-        One that the prompt continues is taken out, because it will grow; of one that goes another way the shared part
-        is copied, because its own conversation may go on too.
+        A kept conversation that the prompt continues is taken out, because it will grow, and so is a prompt that is
+        still being warmed; of one that goes another way the shared part is copied, because it may go on too.
         """
-        with self._lock:
-            best, shared = None, 0
-            for kept in self._kept:
-                if (common := _common_prefix(kept.ids, prompt)) > shared:
-                    best, shared = kept, common
-            if best is not None and shared == len(best.ids):
+        best, shared = None, 0
+        for kept in [*self._kept, *(row.kept for row in self._rows)]:
+            if (common := _common_prefix(kept.ids, prompt)) > shared:
+                best, shared = kept, common
+        if best is None:
+            return _Kept([])
+        if shared == len(best.ids):
+            if best in self._kept:
                 self._kept.remove(best)
+                return best
+            row = next(row for row in self._rows if row.kept is best)
+            if row.request is None:
+                self._rows.remove(row)
+                row.warmed.set_result(None)
                 return best
         # Scores are known only behind the last kept id, so a copy leaves one id of the prompt to be run.
         shared = min(shared, len(prompt) - 1)
-        cache = DynamicCache(config=self.model.config)
-        if best is not None and shared > 0:
-            for index, layer in enumerate(best.cache.layers):
-                cache.update(layer.keys[:, :, :shared].clone(), layer.values[:, :, :shared].clone(), index)
-        return _Kept(prompt[:shared], cache)
+        return _Kept(prompt[:shared], best.cache.copy(shared))
 
-    def _keep(self, kept: _Kept) -> None:
-        """Keeps a conversation as the last used one and drops the longest unused beyond the bounds."""
-        with self._lock:
-            self._kept.append(kept)
-            while len(self._kept) > self._max_caches or sum(len(k.ids) for k in self._kept) > self._max_cached_tokens:
-                self._kept.pop(0)
+
+def running_requests(
+    model: PreTrainedModel, vocabulary: Vocabulary, max_sessions: int, max_cached_tokens: int | None, max_unread: int
+) -> RunningRequests:
+    """The requests of an engine that runs this model, none yet."""
+    masks = KindMasks(vocabulary, model.get_output_embeddings().weight.shape[0], model.device)
+    max_positions: int = model.config.get_text_config().max_position_embeddings
+    if max_cached_tokens is None:
+        max_cached_tokens = max(MAX_CACHED_TOKENS, max_positions)
+    return RunningRequests(vocabulary, masks, max_positions, max_sessions, max_cached_tokens, max_unread)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -1,0 +1,112 @@
+"""Reading aloud: a reply whose text is given, so that only its speech is the model's.
+
+A chat model speaks what it writes: in a reply, text runs and speech runs take turns. Here the text runs hold the given
+text, and the model is asked for each speech run behind them. So any chat model that answers in the interleave can say a
+text, in the voice it always has and with no training for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
+
+from duologue.interleave import INTERLEAVED, SPEECH_ONLY, InterleaveState, Kind, Schedule
+from duologue.language.engine import Engine
+from duologue.language.sampling import Sampling
+from duologue.vocabulary import Vocabulary
+
+MAX_EARLY_ENDS = 100
+RETRY_TEMPERATURE = 0.7
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ReadingEngine:
+    """An engine for replies whose text is known.
+
+    Attributes:
+        engine: makes the speech.
+        text_ids: the text, at least one id.
+    """
+
+    engine: Engine
+    vocabulary: Vocabulary
+    text_ids: tuple[int, ...]
+    _running: dict[str, str] = dataclasses.field(default_factory=dict)  # request -> its part under way
+
+    @property
+    def max_positions(self) -> int:
+        """See the engine inside."""
+        return self.engine.max_positions
+
+    async def warm(self, prompt_ids: Sequence[int]) -> None:
+        """See `Engine.warm`."""
+        await self.engine.warm(prompt_ids)
+
+    def cancel(self, request_id: str) -> None:
+        """See `Engine.cancel`."""
+        if (part := self._running.pop(request_id, None)) is not None:
+            self.engine.cancel(part)
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        schedule: Schedule = INTERLEAVED,
+        request_id: str | None = None,
+    ) -> AsyncIterator[int]:
+        """See `Engine.generate`; `sampling.max_tokens` counts the text too.
+
+        Raises:
+            ValueError: as `Engine.generate`; a schedule without text or speech; no room for the text.
+            RuntimeError: the model ends again and again before the text is over.
+        """
+        needed = schedule.min_speech(len(self.text_ids)) + len(self.text_ids)
+        if not schedule.text_run or not schedule.speech_run:
+            raise ValueError("a text is read aloud in a reply of text and speech, not in one of either alone")
+        if needed >= sampling.max_tokens:
+            raise ValueError(
+                f"the text of {len(self.text_ids)} ids and its speech do not fit a reply of {sampling.max_tokens} ids"
+            )
+        reply: list[int] = []
+        remaining, state = list(self.text_ids), InterleaveState(schedule)
+        request = request_id or f"reading-{id(state)}"
+        num_early_ends = 0
+        try:
+            while True:
+                while remaining and state.allowed.text:
+                    reply.append(remaining.pop(0))
+                    state.advance(Kind.TEXT)
+                    yield reply[-1]
+                spoken = state.run_length if state.run is Kind.SPEECH else 0
+                wanted = schedule.speech_run - spoken if remaining else sampling.max_tokens - len(reply)
+                now = dataclasses.replace(sampling, max_tokens=wanted, seed=sampling.seed + len(reply))
+                if num_early_ends:  # what was most likely was the end
+                    now = dataclasses.replace(now, temperature=RETRY_TEMPERATURE, speech_temperature=None, top_p=1.0)
+                self._running[request] = part = f"{request}/{len(reply)}/{num_early_ends}"
+                ended = False
+                async with aclosing(self._part([*prompt_ids, *reply], now, part)) as stream:
+                    async for token in stream:
+                        kind = self.vocabulary.kind(token)
+                        ended = kind is Kind.END
+                        if ended and remaining:
+                            break
+                        state.advance(kind)
+                        reply.append(token)
+                        yield token
+                if not remaining or request not in self._running:
+                    return
+                num_early_ends += ended
+                if num_early_ends > MAX_EARLY_ENDS:
+                    raise RuntimeError("the model stops speaking before the text is over")
+        finally:
+            self._running.pop(request, None)
+
+    async def _part(self, ids: list[int], sampling: Sampling, part: str) -> AsyncGenerator[int, None]:
+        stream = self.engine.generate(ids, sampling, SPEECH_ONLY, part)
+        try:
+            async for token in stream:
+                yield token
+        finally:
+            self.engine.cancel(part)
+            await stream.aclose()  # type: ignore[attr-defined]
