@@ -1,31 +1,277 @@
-"""The worker owns a device: work on its models is done one piece at a time, away from the event loop."""
+"""The worker owns a device: work on its models is done one piece at a time, away from every event loop.
+
+Sessions bring single steps of streaming stages. Steps of one stage that wait at the same time run as one ragged batch;
+the step that is needed first goes first: a session whose playback is about to run dry, before one that has sound to
+spare. A row's result does not depend on its company.
+
+    future = worker.step(models.decoder, codes, state, last=False, deadline=underrun_at)
+    wav, seconds = await asyncio.wrap_future(future)         # or future.result()
+"""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+from torch import Tensor, nn
+
+from duologue.layers import Padded, join_states, state_row, state_settings
 
 Result = TypeVar("Result")
 
 
-class Worker:
-    """One thread in which all steps of tokenizer and decoder run, in the order in which they were asked for."""
+class WorkerFull(RuntimeError):
+    """More work waits than the worker takes on."""
 
-    def __init__(self) -> None:
+
+class Stage(Protocol):
+    """What the worker needs of a streaming stage, see `layers.StreamingStage`."""
+
+    def step(self, x: Padded, state: Any) -> Padded: ...
+    def flush(self, state: Any, rows: Tensor | None = None) -> Padded: ...
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class Stepped(NamedTuple):
+    """What a step gave: values (T, ...) on the CPU, and the seconds that its batch took."""
+
+    values: Tensor
+    seconds: float
+
+
+@dataclass(frozen=True)
+class WorkerStats:
+    """Attributes:
+    num_jobs: begun so far, odd jobs and steps.
+    num_refused, num_cancelled: that came when the queue was full, or were given up before they began.
+    num_waiting: in the queue now; `most_waiting` ever.
+    batch_sizes: how many batches of steps had so many rows.
+    busy_s: seconds of work.
+    """
+
+    num_jobs: int
+    num_refused: int
+    num_cancelled: int
+    num_waiting: int
+    most_waiting: int
+    batch_sizes: dict[int, int]
+    busy_s: float
+
+    @property
+    def mean_batch_size(self) -> float:
+        """Rows of a batch on average; 0 before the first one."""
+        batches = sum(self.batch_sizes.values())
+        return sum(size * count for size, count in self.batch_sizes.items()) / batches if batches else 0.0
+
+
+@dataclass(eq=False)
+class _Step:
+    stage: Stage
+    x: Tensor
+    state: Any
+    last: bool
+    key: Hashable
+    future: Future[Stepped]
+
+
+@dataclass(eq=False)
+class _Job:
+    """One entry of the queue: a step, or odd work that is done alone."""
+
+    deadline: float
+    work: _Step | Callable[[], None]
+    future: Future[Any]
+    came: float = field(default_factory=time.monotonic)
+
+
+class Worker:
+    """One thread in which all steps of tokenizer and decoder run. Methods may be called from any thread or event loop.
+
+    Args:
+        max_waiting: jobs that may wait; one more is refused with `WorkerFull`.
+        max_rows: steps in one batch.
+    """
+
+    def __init__(self, max_waiting: int = 1024, max_rows: int = 16) -> None:
+        if max_waiting < 1 or max_rows < 1:
+            raise ValueError(f"max_waiting and max_rows must be at least 1, got {max_waiting} and {max_rows}")
+        self.max_waiting, self.max_rows = max_waiting, max_rows
         self._executor = ThreadPoolExecutor(1, "worker")
+        self._lock = threading.Lock()
+        self._waiting: list[_Job] = []
+        self._closed = False
+        self._num_jobs = self._num_refused = self._num_cancelled = self._most_waiting = 0
+        self._batch_sizes: Counter[int] = Counter()
+        self._busy_s = 0.0
 
     def submit(self, work: Callable[[], Result]) -> asyncio.Future[tuple[Result, float]]:
-        """Starts work from inside an event loop; gives its result and the seconds it took."""
-        return asyncio.get_running_loop().run_in_executor(self._executor, _timed, work)
+        """Starts odd work from inside an event loop; gives its result and the seconds it took. Odd work is due at once.
+
+        Raises:
+            WorkerFull: too much waits already.
+        """
+        future: Future[tuple[Result, float]] = Future()
+        self._enqueue(_Job(time.monotonic(), lambda: _run(future, work), future))
+        return asyncio.wrap_future(future)
+
+    def step(self, stage: Stage, x: Tensor, state: Any, last: bool = False, deadline: float = 0.0) -> Future[Stepped]:
+        """Starts one step of one row.
+
+        Args:
+            stage: whose `step` it is.
+            x: (T, ...) the row's new input, on any device.
+            state: of one row; its fields are replaced when the step is done. Nobody else may use it until then.
+            last: flush the row too.
+            deadline: when the result is needed, by `time.monotonic`; the earliest goes first.
+        Returns:
+            a future of what has become final. Cancelled before it has begun, the step is not done, and the state is as
+            it was.
+        Raises:
+            WorkerFull: too much waits already.
+        """
+        future: Future[Stepped] = Future()
+        key = id(stage), x.dtype, x.shape[1:], state_settings(state)
+        self._enqueue(_Job(deadline, _Step(stage, x, state, last, key, future), future))
+        return future
+
+    def stats(self) -> WorkerStats:
+        """Counts so far."""
+        with self._lock:
+            return WorkerStats(
+                self._num_jobs,
+                self._num_refused,
+                self._num_cancelled,
+                len(self._waiting),
+                self._most_waiting,
+                dict(sorted(self._batch_sizes.items())),
+                self._busy_s,
+            )
+
+    def close(self) -> None:
+        """Ends the thread: what is running is finished, what waits is cancelled, what comes is refused."""
+        with self._lock:
+            self._closed = True
+            waiting, self._waiting = self._waiting, []
+        for job in waiting:
+            job.future.cancel()
+        self._executor.shutdown()
+
+    def _enqueue(self, job: _Job) -> None:
+        with self._lock:
+            if self._closed:
+                raise WorkerFull("the worker is closed and takes no more work")
+            self._waiting = [waiting for waiting in self._waiting if not self._gone(waiting)]
+            if len(self._waiting) >= self.max_waiting:
+                self._num_refused += 1
+                raise WorkerFull(f"{len(self._waiting)} jobs wait for the device already; try again later")
+            self._waiting.append(job)
+            self._most_waiting = max(self._most_waiting, len(self._waiting))
+            # One call for each job; those whose job went along in a batch find less to do, or nothing.
+            self._executor.submit(self._work)
+
+    def _gone(self, job: _Job) -> bool:
+        gone = job.future.cancelled()
+        self._num_cancelled += gone
+        return gone
+
+    def _work(self) -> None:
+        with self._lock:
+            jobs = self._choose()
+        jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+        if not jobs:
+            return
+        start = time.perf_counter()
+        steps = [job.work for job in jobs if isinstance(job.work, _Step)]
+        with torch.inference_mode():
+            if steps:
+                _run_steps(steps)
+            else:
+                jobs[0].work()  # type: ignore[operator]
+        with self._lock:
+            self._busy_s += time.perf_counter() - start
+
+    def _choose(self) -> list[_Job]:
+        """Takes the most urgent job out of the queue, and the steps that go along with it, the most urgent ones.
+
+        No row is more than twice as long as the most urgent one, which would wait for it, and at most a third of a
+        batch is padding.
+        """
+        self._waiting = [job for job in self._waiting if not self._gone(job)]
+        if not self._waiting:
+            return []
+        self._waiting.sort(key=lambda job: (job.deadline, job.came))
+        first = self._waiting[0]
+        chosen = [first]
+        if isinstance(first.work, _Step):
+            longest = total = len(first.work.x)
+            for job in self._waiting[1:]:
+                if len(chosen) == self.max_rows:
+                    break
+                if not isinstance(job.work, _Step) or job.work.key != first.work.key:
+                    continue
+                length = len(job.work.x)
+                width = max(longest, length)
+                if length <= 2 * len(first.work.x) and 2 * (len(chosen) + 1) * width <= 3 * (total + length):
+                    chosen.append(job)
+                    longest, total = width, total + length
+            self._batch_sizes[len(chosen)] += 1
+        self._num_jobs += len(chosen)
+        self._waiting = [job for job in self._waiting if job not in chosen]
+        return chosen
 
 
-def _timed(work: Callable[[], Result]) -> tuple[Result, float]:
+def _run(future: Future[tuple[Result, float]], work: Callable[[], Result]) -> None:
     start = time.perf_counter()
-    with torch.inference_mode():
+    try:
         result = work()
-    return result, time.perf_counter() - start
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result((result, time.perf_counter() - start))
+
+
+def _run_steps(steps: list[_Step]) -> None:
+    """Runs steps as one batch. Where that fails, each runs alone, so that one row's bad input is its own."""
+    try:
+        results = _step_together(steps)
+    except Exception as error:
+        if len(steps) == 1:
+            steps[0].future.set_exception(error)
+            return
+        for step in steps:
+            _run_steps([step])
+        return
+    for step, result in zip(steps, results, strict=True):
+        step.future.set_result(result)
+
+
+def _step_together(steps: list[_Step]) -> list[Stepped]:
+    start = time.perf_counter()
+    stage = steps[0].stage
+    device = next(stage.parameters()).device
+    state = join_states([step.state for step in steps])
+    x = Padded.stack([step.x for step in steps])
+    out = [stage.step(Padded(x.values.to(device), x.lengths.to(device)), state)]
+    if any(step.last for step in steps):
+        last = torch.tensor([step.last for step in steps], device=device)
+        out.append(stage.flush(state, None if all(step.last for step in steps) else last))
+    joined = Padded.concat(out)
+    rows = Padded(joined.values.cpu(), joined.lengths.cpu()).rows()
+    if len(steps) > 1:
+        for row, step in enumerate(steps):
+            _replace(step.state, state_row(state, row))
+    seconds = time.perf_counter() - start
+    return [Stepped(values.clone() if len(steps) > 1 else values, seconds) for values in rows]
+
+
+def _replace(state: Any, new: Any) -> None:
+    for item in dataclasses.fields(state):
+        setattr(state, item.name, getattr(new, item.name))
