@@ -34,10 +34,12 @@ LAYERS = {
     "session": 3,
     "chatbot": 3,
     "worker": 3,
+    "client": 3,
     "evaluation": 4,
     "bench": 4,
     "training": 5,
     "serving": 5,
+    "talk": 5,
     "doctor": 5,
     "cli": 6,
     "__main__": 7,
@@ -102,7 +104,18 @@ def faults_of(source: str, module: str, package: bool = False, known: set[str] |
 
 
 def is_folder(name: str) -> bool:
-    return name in {"tokenizer", "language", "decoder", "evaluation", "bench", "training", "serving", "cli"}
+    return name in {
+        "tokenizer",
+        "language",
+        "decoder",
+        "evaluation",
+        "bench",
+        "training",
+        "serving",
+        "talk",
+        "client",
+        "cli",
+    }
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
