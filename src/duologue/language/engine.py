@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from duologue.interleave import INTERLEAVED, Schedule
 from duologue.language.keyvalues import KeyValues, SideBySide
-from duologue.language.requests import Request, RunningRequests
+from duologue.language.requests import Request, RunningRequests, engine_failed
 from duologue.language.sampling import KindMasks, Sampling
 from duologue.vocabulary import Vocabulary
 
@@ -260,11 +260,15 @@ class PlainEngine:
                     return
             try:
                 with torch.inference_mode():
+                    self._dismiss()  # first, so that a reply's conversation can be gone on with at once
                     for row in arrived:
                         self._enter(row)
-                    self._dismiss()
+                    self._evict()
                     self._step()
-                    self._dismiss()
+                    warmed = self._dismiss()
+                    self._evict()
+                for row in warmed:
+                    row.warmed.set_result(None)
             except Exception as error:
                 self._fail([*self._rows, *arrived], error)
 
@@ -274,7 +278,7 @@ class PlainEngine:
         self._requests.fail(error)
         for row in rows:
             if not row.warmed.done():
-                row.warmed.set_exception(error)
+                row.warmed.set_exception(engine_failed(error))
 
     def _enter(self, row: _Row) -> None:
         """Gives a new row what is known of the beginning of its prompt."""
@@ -293,7 +297,7 @@ class PlainEngine:
         prompts has room."""
         rows, budget = [], self._max_step_tokens
         for row in sorted((row for row in self._rows if row.waiting), key=lambda row: len(row.waiting) > 1):
-            if not row.runnable or budget <= 0:
+            if row.ended or not row.runnable or budget <= 0:
                 continue
             rows.append((row, row.waiting[: 1 if len(row.waiting) == 1 else budget]))
             budget -= len(rows[-1][1]) if len(row.waiting) > 1 else 0
@@ -315,17 +319,22 @@ class PlainEngine:
         assert row.request is not None
         row.waiting = [row.request.choose(row.kept.scores)]
 
-    def _dismiss(self) -> None:
-        """Takes out the rows that have ended and keeps their conversations, as many as have room."""
-        for row in [row for row in self._rows if row.ended]:
+    def _dismiss(self) -> list[_Row]:
+        """Takes out the rows that have ended and keeps their conversations as the last used ones. Gives the warmed."""
+        ended = [row for row in self._rows if row.ended]
+        for row in ended:
             self._rows.remove(row)
             if row.kept.ids:
                 self._kept.append(row.kept)
-            if row.request is None:
-                row.warmed.set_result(None)
+        return [row for row in ended if row.request is None]
+
+    def _evict(self) -> None:
+        """Drops the conversations that were unused for longest, beyond the bounds."""
+        needed = self._requests.num_reserved
+        needed += sum(len(row.kept.ids) + len(row.waiting) for row in self._rows if row.request is None)
         while self._kept and (
             len(self._kept) > self._max_caches
-            or self._requests.num_reserved + sum(len(kept.ids) for kept in self._kept) > self.max_cached_tokens
+            or needed + sum(len(kept.ids) for kept in self._kept) > self.max_cached_tokens
         ):
             self._kept.pop(0)
 

@@ -84,7 +84,7 @@ class KindMasks:
     def __init__(self, vocabulary: Vocabulary, width: int, device: torch.device) -> None:
         if width < vocabulary.size:
             raise ValueError(f"the model gives scores for {width} ids, but the vocabulary has {vocabulary.size}")
-        self._vocabulary, self._width, self._device = vocabulary, width, device
+        self._vocabulary, self._width, self.device = vocabulary, width, device
         self._masks: dict[tuple[Allowed, str | None], Tensor] = {}
         self._languages: dict[str, npt.NDArray[np.bool_]] = {}
 
@@ -106,7 +106,7 @@ class KindMasks:
                 raise ValueError(f"only {allowed} can come next, and the vocabulary has no such id")
             mask = torch.full((self._width,), float("-inf"))
             mask[open_ids] = 0.0
-            self._masks[key] = mask.to(self._device)
+            self._masks[key] = mask.to(self.device)
         return self._masks[key]
 
 
