@@ -1,0 +1,101 @@
+"""Sound on the wire: base64 of pcm16 at 24 kHz or of G.711 at 8 kHz, and the waveforms of the models.
+
+    base64 -> samples at the wire's rate -> 16 kHz wav for the tokenizer      (Incoming)
+    wav of the decoder -> speed -> the wire's rate -> samples -> base64       (Outgoing)
+
+Waveforms are float32 (S,) in [-1, 1]. Everything here is work for a thread, not for the event loop.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from duologue import rates
+from duologue.audio import StreamingResampler
+from duologue.serving.objects import Format, Pcm, ProtocolError
+from duologue.serving.tempo import Tempo
+
+Wav = NDArray[np.float32]
+_SUBTYPES = {"audio/pcmu": "ULAW", "audio/pcma": "ALAW"}
+_EMPTY = np.zeros(0, np.float32)
+
+
+def unpack(audio: str, wire: Format, param: str = "audio") -> Wav:
+    """The samples in base64 text, at the format's rate.
+
+    Raises:
+        ProtocolError: not base64, or half a sample.
+    """
+    try:
+        data = base64.b64decode(audio, validate=True)
+    except (binascii.Error, ValueError):
+        raise ProtocolError(f"{param} is not base64", "invalid_audio", param) from None
+    if not isinstance(wire, Pcm):
+        return _g711(data, wire)
+    if len(data) % 2:
+        raise ProtocolError(f"{param} must hold whole 16-bit samples, got {len(data)} bytes", "invalid_audio", param)
+    return np.frombuffer(data, "<i2").astype(np.float32) / 32768.0
+
+
+def pack(wav: Wav, wire: Format) -> bytes:
+    """Samples at the format's rate as its bytes."""
+    wav = np.clip(wav, -1.0, 1.0)
+    if isinstance(wire, Pcm):
+        return np.round(wav * 32767.0).astype("<i2").tobytes()
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wav, wire.rate, format="RAW", subtype=_SUBTYPES[wire.type])
+    return buffer.getvalue()
+
+
+def _g711(data: bytes, wire: Format) -> Wav:
+    if not data:
+        return _EMPTY
+    wav, _ = soundfile.read(
+        io.BytesIO(data), dtype="float32", format="RAW", subtype=_SUBTYPES[wire.type], channels=1, samplerate=wire.rate
+    )
+    return np.asarray(wav, np.float32)
+
+
+class Incoming:
+    """One stretch of sound from the client, resampled as it comes. Holds back up to 40 ms until `end`."""
+
+    def __init__(self, wire: Format) -> None:
+        self.wire = wire
+        self._resampler = StreamingResampler(wire.rate, rates.LISTEN_SAMPLE_RATE)
+
+    def step(self, audio: str) -> Wav:
+        """base64 text -> what is ready at 16 kHz. Raises ProtocolError as `unpack`; nothing is taken then."""
+        wav = unpack(audio, self.wire)
+        return self._resampler.step(wav) if len(wav) else _EMPTY
+
+    def end(self) -> Wav:
+        """The rest; a new stretch begins."""
+        wav = self._resampler.step(_EMPTY, last=True)
+        self._resampler = StreamingResampler(self.wire.rate, rates.LISTEN_SAMPLE_RATE)
+        return wav
+
+
+class Outgoing:
+    """The sound of one reply on its way to the client."""
+
+    def __init__(self, wire: Format, speed: float = 1.0) -> None:
+        self.wire = wire
+        self._tempo = Tempo(speed, rates.SPEAK_SAMPLE_RATE)
+        self._resampler = StreamingResampler(rates.SPEAK_SAMPLE_RATE, wire.rate)
+
+    def step(self, wav: Wav, last: bool = False) -> tuple[str, float]:
+        """wav of the decoder -> base64 text of what is ready, and its length in milliseconds."""
+        wav = self._resampler.step(self._tempo.step(wav, last), last)
+        return base64.b64encode(pack(wav, self.wire)).decode("ascii"), 1000 * len(wav) / self.wire.rate
+
+
+def whole(wav: Wav, sample_rate: int, wire: Format) -> str:
+    """A whole waveform as base64 text in a wire format."""
+    resampled = StreamingResampler(sample_rate, wire.rate).step(wav, last=True)
+    return base64.b64encode(pack(resampled, wire)).decode("ascii")

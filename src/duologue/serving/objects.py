@@ -1,0 +1,400 @@
+"""Objects of the Realtime protocol: the session's configuration, items of a conversation, responses.
+
+They are read from what clients send, strictly: an unknown key or a value that is not supported is an error that names
+its field. What clients of other servers send and what changes nothing here (names of foreign models, tracing, tools) is
+taken and kept; `docs/protocol.md` lists it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+Model = TypeVar("Model", bound=BaseModel)
+
+Modality: TypeAlias = Literal["text", "audio"]
+Status: TypeAlias = Literal["in_progress", "completed", "cancelled", "incomplete", "failed"]
+ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
+OwnEvents: TypeAlias = Literal["duologue.tokens", "duologue.timings"]
+
+# Voices of the server whose clients come here; they are spoken in the model's own default voice.
+FOREIGN_VOICES = ("alloy", "ash", "ballad", "cedar", "coral", "echo", "marin", "sage", "shimmer", "verse")
+
+# Where null means "off"; anywhere else it means "as it is".
+_MAY_BE_NULL = {"turn_detection", "transcription", "noise_reduction", "idle_timeout_ms", "include", "tracing", "prompt"}
+_MERGED = {"audio", "input", "output", "format", "turn_detection", "transcription", "noise_reduction"}
+_OF_THE_SERVER = {"id", "object", "expires_at"}  # clients that echo a whole session send them back
+
+
+class ProtocolError(Exception):
+    """Something a client asked for cannot be done; it becomes an `error` event and the session goes on.
+
+    Attributes:
+        code: a word for programs.
+        param: path of the field that is at fault.
+        kind: whose fault it is, "invalid_request_error" or "server_error".
+        event_id: the client's own id of the event.
+    """
+
+    def __init__(
+        self, message: str, code: str = "invalid_value", param: str | None = None, kind: str = "invalid_request_error"
+    ) -> None:
+        super().__init__(message)
+        self.message, self.code, self.param, self.kind = message, code, param, kind
+        self.event_id: str | None = None
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors, and 1 is not "1"."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Pcm(Strict):
+    """16-bit little-endian mono."""
+
+    type: Literal["audio/pcm"] = "audio/pcm"
+    rate: Literal[24000] = 24000
+
+
+class Pcmu(Strict):
+    """G.711 mu-law at 8 kHz."""
+
+    type: Literal["audio/pcmu"]
+    rate: Literal[8000] = 8000
+
+
+class Pcma(Strict):
+    """G.711 A-law at 8 kHz."""
+
+    type: Literal["audio/pcma"]
+    rate: Literal[8000] = 8000
+
+
+Format: TypeAlias = Annotated[Pcm | Pcmu | Pcma, Field(discriminator="type")]
+
+
+class ServerVad(Strict):
+    """Turns by silence.
+
+    Attributes:
+        threshold: probability of speech from which on a window counts as speech.
+        idle_timeout_ms: after so much silence behind a reply the model speaks again; None never.
+        create_response: answer when the user stops.
+        interrupt_response: end the reply when the user speaks into it.
+    """
+
+    type: Literal["server_vad"] = "server_vad"
+    threshold: float = Field(default=0.5, ge=0.0, le=1.0)
+    prefix_padding_ms: int = Field(default=300, ge=0, le=5000)
+    silence_duration_ms: int = Field(default=500, ge=32, le=60_000)
+    idle_timeout_ms: int | None = Field(default=None, ge=1000, le=600_000)
+    create_response: bool = True
+    interrupt_response: bool = True
+
+
+class SemanticVad(Strict):
+    """`ServerVad` that waits longer the less eager it is."""
+
+    type: Literal["semantic_vad"]
+    eagerness: Literal["low", "medium", "high", "auto"] = "auto"
+    create_response: bool = True
+    interrupt_response: bool = True
+
+
+TurnDetection: TypeAlias = Annotated[ServerVad | SemanticVad, Field(discriminator="type")]
+
+
+class Transcription(Strict):
+    """Wish for transcripts of what the user says. The model's own recognition head makes them, whatever the name."""
+
+    model: str | None = None
+    language: str | None = None
+    languages: list[str] | None = None
+    prompt: str | None = None
+    keywords: list[str] | None = None
+    delay: str | None = None
+
+
+class NoiseReduction(Strict):
+    type: Literal["near_field", "far_field"] | None = None
+    strength: float | None = None
+
+
+class AudioInput(Strict):
+    format: Format = Pcm()
+    noise_reduction: NoiseReduction | None = None
+    transcription: Transcription | None = None
+    turn_detection: TurnDetection | None = ServerVad()
+
+
+class VoiceId(Strict):
+    id: str
+
+
+class AudioOutput(Strict):
+    format: Format = Pcm()
+    voice: str | VoiceId = ""
+    speed: float = Field(default=1.0, ge=0.25, le=1.5)
+
+    @property
+    def voice_name(self) -> str:
+        return self.voice if isinstance(self.voice, str) else self.voice.id
+
+
+class Audio(Strict):
+    input: AudioInput = AudioInput()
+    output: AudioOutput = AudioOutput()
+
+
+MaxTokens: TypeAlias = Annotated[int, Field(ge=1, le=4096)] | Literal["inf"]
+
+
+def _one_modality(value: list[Modality]) -> list[Modality]:
+    """Sound always comes with its transcript, so both at once are sound."""
+    if not value:
+        raise ValueError("should be ['audio'] or ['text']")
+    return ["audio"] if "audio" in value else ["text"]
+
+
+class Session(Strict):
+    """The configuration of a session, complete; `updated` takes a client's changes."""
+
+    type: Literal["realtime"] = "realtime"
+    object: Literal["realtime.session"] = "realtime.session"
+    id: str = ""
+    expires_at: int = 0
+    model: str = ""
+    instructions: str = ""
+    output_modalities: list[Modality] = ["audio"]
+    audio: Audio = Audio()
+    max_output_tokens: MaxTokens = "inf"
+    truncation: Literal["auto", "disabled"] = "auto"
+    include: list[Literal["item.input_audio_transcription.logprobs"] | OwnEvents] | None = None
+    tools: list[dict[str, Any]] = []
+    tool_choice: str | dict[str, Any] = "auto"
+    parallel_tool_calls: bool = True
+    tracing: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+
+    _modalities = field_validator("output_modalities")(_one_modality)
+
+    def updated(self, changes: Mapping[str, Any]) -> Session:
+        """This session with what a client gave. Only what is given changes.
+
+        Raises:
+            ProtocolError: naming the first field that is unknown or has a value that is not supported.
+        """
+        changes = {name: value for name, value in changes.items() if name not in _OF_THE_SERVER}
+        merged = _merge(self.model_dump(), changes)
+        return read(Session, merged, "session")
+
+
+def _merge(old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(old)
+    for name, value in new.items():
+        before = merged.get(name)
+        if value is None and name not in _MAY_BE_NULL:
+            continue
+        another_type = (
+            isinstance(value, dict)
+            and isinstance(before, dict)
+            and value.get("type")
+            not in (
+                None,
+                before.get("type"),
+            )
+        )
+        if name in _MERGED and isinstance(value, dict) and isinstance(before, dict) and not another_type:
+            merged[name] = _merge(before, value)
+        else:
+            merged[name] = value
+    return merged
+
+
+class Content(Strict):
+    """One part of a message."""
+
+    type: Literal["input_text", "input_audio", "output_text", "output_audio"]
+    text: str | None = None
+    audio: str | None = Field(default=None, repr=False)
+    transcript: str | None = None
+
+
+ItemId: TypeAlias = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class _Item(Strict):
+    id: ItemId | None = None
+    object: Literal["realtime.item"] = "realtime.item"
+    status: ItemStatus | None = None
+
+
+class Message(_Item):
+    """What somebody said or wrote."""
+
+    type: Literal["message"]
+    role: Literal["system", "user", "assistant"]
+    content: list[Content]
+
+
+class FunctionCall(_Item):
+    type: Literal["function_call"]
+    name: str
+    arguments: str
+    call_id: str | None = None
+
+
+class FunctionCallOutput(_Item):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str
+
+
+class ItemReference(Strict):
+    """An item of the conversation, in the input of a response."""
+
+    type: Literal["item_reference"]
+    id: ItemId
+
+
+AnyItem: TypeAlias = Message | FunctionCall | FunctionCallOutput
+NewItem: TypeAlias = Annotated[AnyItem, Field(discriminator="type")]
+InputItem: TypeAlias = Annotated[AnyItem | ItemReference, Field(discriminator="type")]
+
+
+class ResponseFormat(Strict):
+    format: Format | None = None
+    voice: str | VoiceId | None = None
+
+
+class ResponseAudio(Strict):
+    output: ResponseFormat = ResponseFormat()
+
+
+Label: TypeAlias = Annotated[str, Field(max_length=64)]
+Note: TypeAlias = Annotated[str, Field(max_length=512)]
+
+
+class ResponseParams(Strict):
+    """What a client asks for in `response.create`; None is as the session has it."""
+
+    conversation: Literal["auto", "none"] | None = None
+    input: list[InputItem] | None = None
+    instructions: str | None = None
+    output_modalities: list[Modality] | None = None
+    audio: ResponseAudio | None = None
+    max_output_tokens: MaxTokens | None = None
+    metadata: Annotated[dict[Label, Note], Field(max_length=16)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    prompt: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
+
+    @field_validator("output_modalities")
+    @classmethod
+    def _modalities(cls, value: list[Modality] | None) -> list[Modality] | None:
+        return None if value is None else _one_modality(value)
+
+
+class InputTokens(Strict):
+    text_tokens: int
+    audio_tokens: int
+    image_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class OutputTokens(Strict):
+    text_tokens: int
+    audio_tokens: int
+
+
+class Usage(Strict):
+    """Token ids of a prompt and its reply; control ids count as text."""
+
+    total_tokens: int
+    input_tokens: int
+    output_tokens: int
+    input_token_details: InputTokens
+    output_token_details: OutputTokens
+
+
+class ErrorDetails(Strict):
+    type: str
+    code: str | None = None
+    message: str | None = None
+
+
+class StatusDetails(Strict):
+    type: Literal["completed", "cancelled", "incomplete", "failed"]
+    reason: Literal["turn_detected", "client_cancelled", "max_output_tokens"] | None = None
+    error: ErrorDetails | None = None
+
+
+class Response(Strict):
+    """A reply as clients see it."""
+
+    id: str
+    object: Literal["realtime.response"] = "realtime.response"
+    status: Status = "in_progress"
+    status_details: StatusDetails | None = None
+    output: list[AnyItem] = []
+    conversation_id: str | None
+    output_modalities: list[Modality]
+    audio: ResponseAudio
+    max_output_tokens: MaxTokens
+    metadata: dict[str, str] | None = None
+    usage: Usage | None = None
+
+
+def read(model: type[Model], data: Any, where: str = "") -> Model:
+    """`model` made of plain values.
+
+    Raises:
+        ProtocolError: the first fault, with the path of its field.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise _explained(error, data, where) from None
+
+
+def _explained(error: ValidationError, data: Any, where: str) -> ProtocolError:
+    faults = error.errors(include_url=False)
+    param, value = _place(faults[0], data, where)
+    if faults[0]["type"] == "missing":
+        return ProtocolError(f"{param} is missing", "missing_required_parameter", param)
+    if faults[0]["type"] == "extra_forbidden":
+        return ProtocolError(f"{param} is not a field of this protocol", "unknown_parameter", param)
+    if faults[0]["type"].startswith("union_tag"):
+        wanted = f"must be one of {faults[0]['ctx']['expected_tags']}" if "ctx" in faults[0] else "is needed"
+        return ProtocolError(f"{param} {wanted}, not {_short(value)}", "invalid_value", param)
+    # Each branch of a union has a fault of its own at the same place.
+    texts = [fault["msg"] for fault in faults if _place(fault, data, where)[0] == param]
+    wanted = " or ".join(dict.fromkeys(text.removeprefix("Value error, ").removeprefix("Input ") for text in texts))
+    return ProtocolError(f"{param} {wanted.replace('should be', 'must be')}, not {_short(value)}", param=param)
+
+
+def _place(fault: Any, data: Any, where: str) -> tuple[str, Any]:
+    """The path of a fault's field, as the client wrote it, and the value there."""
+    path, value, loc = [where] if where else [], data, fault["loc"]
+    for index, part in enumerate(loc):
+        # Besides keys and positions the path holds names of the union's branches, which no client knows.
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+            path.append(str(part))
+            value = value[part]
+        elif fault["type"] == "missing" and index == len(loc) - 1:
+            path.append(str(part))
+    if fault["type"].startswith("union_tag"):
+        path.append("type")
+        value = value.get("type") if isinstance(value, dict) else value
+    return ".".join(path), value
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
