@@ -1,0 +1,121 @@
+"""Sound files that are sent while they are made: wav, pcm, flac, mp3 and opus, mono at 24 kHz, through libsndfile.
+
+A file that is sent as it grows cannot say at its beginning how long it will be: WAV says "unknown" (all ones, as
+streaming servers do), the other formats do not need to know.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from duologue import rates
+from duologue.audio import StreamingResampler
+from duologue.serving.tempo import Tempo
+
+FileFormat: TypeAlias = Literal["wav", "pcm", "flac", "mp3", "opus"]
+FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
+SAMPLE_RATE = 24_000  # of every format, as OpenAI's speech has it
+MEDIA_TYPES: dict[FileFormat, str] = {
+    "wav": "audio/wav",
+    "pcm": "audio/pcm",
+    "flac": "audio/flac",
+    "mp3": "audio/mpeg",
+    "opus": "audio/ogg",
+}
+_LIBSNDFILE: dict[FileFormat, tuple[str, str]] = {
+    "flac": ("FLAC", "PCM_16"),
+    "mp3": ("MP3", "MPEG_LAYER_III"),
+    "opus": ("OGG", "OPUS"),
+}
+_UNKNOWN = 0xFFFFFFFF
+_KBPS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+_KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+
+
+class Encoder:
+    """One file, from the sound of a reply as the decoder makes it. Work for a thread.
+
+    Args:
+        speed: see `Tempo`.
+    """
+
+    def __init__(self, file_format: FileFormat, speed: float = 1.0) -> None:
+        self.num_samples = 0  # of the file, so far
+        self._format = file_format
+        self._tempo = Tempo(speed, rates.SPEAK_SAMPLE_RATE)
+        self._resampler = StreamingResampler(rates.SPEAK_SAMPLE_RATE, SAMPLE_RATE)
+        self._growing = _Growing()
+        self._file: Any = None
+        if file_format in _LIBSNDFILE:
+            container, subtype = _LIBSNDFILE[file_format]
+            # MP3 at a constant 80 kbit/s: of a file of changing bitrate nobody can tell the length before its end.
+            mode, level = ("CONSTANT", 0.5) if file_format == "mp3" else (None, None)
+            self._file = soundfile.SoundFile(
+                self._growing, "w", SAMPLE_RATE, 1, subtype, None, container, True, level, mode
+            )
+        elif file_format == "wav":
+            self._growing.write(_wav_header(_UNKNOWN))
+
+    def step(self, wav: NDArray[np.float32], last: bool = False) -> bytes:
+        """wav (S,) at the decoder's rate -> the bytes that are ready, possibly none; with `last` the rest."""
+        wav = self._resampler.step(self._tempo.step(wav, last), last)
+        self.num_samples += len(wav)
+        if self._file is None:
+            self._growing.write(np.round(np.clip(wav, -1.0, 1.0) * 32767.0).astype("<i2").tobytes())
+        elif len(wav):
+            self._file.write(np.clip(wav, -1.0, 1.0))
+        if last and self._file is not None:
+            self._file.close()
+        if self._format == "mp3" and not self._growing.taken:
+            self._growing.taken = _tag_length(self._growing.getvalue())
+        return self._growing.take()
+
+    def whole(self) -> bytes:
+        """All of the file at its end, with its length where the format tells it."""
+        data = self._growing.getvalue()
+        return data if self._format != "wav" else _wav_header(2 * self.num_samples) + data[44:]
+
+
+def encode(wav: NDArray[np.float32], file_format: FileFormat, speed: float = 1.0) -> bytes:
+    """A whole file of wav (S,) at the decoder's rate, with its length where the format tells it."""
+    encoder = Encoder(file_format, speed)
+    encoder.step(wav, last=True)
+    return encoder.whole()
+
+
+def _wav_header(num_bytes: int) -> bytes:
+    riff = _UNKNOWN if num_bytes == _UNKNOWN else 36 + num_bytes
+    head = struct.pack(
+        "<4sI4s4sIHHIIHH", b"RIFF", riff, b"WAVE", b"fmt ", 16, 1, 1, SAMPLE_RATE, 2 * SAMPLE_RATE, 2, 16
+    )
+    return head + struct.pack("<4sI", b"data", num_bytes)
+
+
+def _tag_length(data: bytes) -> int:
+    """Bytes of an MP3 file's first frame where that holds no sound but the length of a file that is not yet made.
+
+    Read off the frame's header (ISO 11172-3 and 13818-3, layer III).
+    """
+    if len(data) < 4 or not any(name in data[:64] for name in (b"Xing", b"Info")):
+        return 0
+    version, bitrate, rate, padding = data[1] >> 3 & 3, data[2] >> 4, data[2] >> 2 & 3, data[2] >> 1 & 1
+    kbps = (_KBPS_1 if version == 3 else _KBPS_2)[bitrate]
+    sample_rate = (44_100, 48_000, 32_000)[rate] // (1 if version == 3 else 2)
+    return (144_000 if version == 3 else 72_000) * kbps // sample_rate + padding
+
+
+class _Growing(io.BytesIO):
+    """A file in memory whose end is taken as it comes."""
+
+    taken = 0
+
+    def take(self) -> bytes:
+        data = self.getbuffer()[self.taken :].tobytes()
+        self.taken += len(data)
+        return data
