@@ -5,6 +5,7 @@ Shapes: B batch, S samples, T tokens, D width.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +38,13 @@ class SpeechTokenizerConfig:
 
 @dataclass
 class SpeechTokenizerState:
+    """Attributes:
+    waiting: (B, S) samples of the open block, which cost nothing until enough have come to close it.
+    missing: (B,) int64 how many samples must wait for that.
+    """
+
+    waiting: Padded
+    missing: Tensor
     features: LogMelState
     encoder: EncoderState
 
@@ -66,24 +74,56 @@ class SpeechTokenizer(nn.Module):
         return self.config.encoder.block_frames // rates.POOL
 
     def init_state(self, batch_size: int) -> SpeechTokenizerState:
-        return SpeechTokenizerState(self.features.init_state(batch_size), self.encoder.init_state(batch_size))
+        features, encoder = self.features.init_state(batch_size), self.encoder.init_state(batch_size)
+        waiting = Padded(self.features.window.new_zeros(batch_size, 0), features.num_samples)
+        state = SpeechTokenizerState(waiting, features.num_samples, features, encoder)
+        state.missing = self._missing(state)
+        return state
 
     def step(self, x: Padded, state: SpeechTokenizerState) -> Padded:
         """wav (B, S) -> codes that have become final."""
+        state.waiting = Padded.concat([state.waiting, x])
         codes = []
-        while True:
+        while bool((closing := state.waiting.lengths >= state.missing).any()):
             room = self.piece_samples - state.features.num_samples
-            now, x = split_at(x, torch.minimum(x.lengths, room))
+            now, state.waiting = split_at(state.waiting, torch.minimum(state.waiting.lengths, room) * closing)
             codes.append(self._quantize(self._encode_closed(self.features.step(now, state.features), state.encoder)))
             full = state.features.num_samples == self.piece_samples
             if bool(full.any()):
-                codes.append(self.flush(state, full))
-            if not bool(x.lengths.any()):
-                return Padded.concat(codes)
+                codes.append(self._flush_piece(state, full))
+            state.missing = self._missing(state)
+        if not codes:
+            none = torch.zeros_like(state.missing)
+            return Padded(none[:, None][:, :0], none)
+        return Padded.concat(codes)
 
     def flush(self, state: SpeechTokenizerState, rows: Tensor | None = None) -> Padded:
         """End of speech: codes of the open block, the last token padded with silence."""
         rows = torch.ones_like(state.features.started) if rows is None else rows
+        now, state.waiting = split_at(state.waiting, state.waiting.lengths * rows)
+        state.encoder.pending = Padded.concat([state.encoder.pending, self.features.step(now, state.features)])
+        codes = self._flush_piece(state, rows)
+        state.missing = self._missing(state)
+        return codes
+
+    def provisional(self, state: SpeechTokenizerState) -> Padded:
+        """What `flush` would give now, as far as nothing more is said; the state stays as it is.
+
+        These codes change with every chunk until their block is closed. They cost as much as the end of speech does.
+        """
+        return self.flush(copy.deepcopy(state))
+
+    def _missing(self, state: SpeechTokenizerState) -> Tensor:
+        """How many samples must wait until a step can close a block: (B,) int64.
+
+        The last frame of a block sees 200 samples behind its own place; at the end of a piece these are mirrored ones.
+        """
+        block = self.config.encoder.block_frames
+        end = (state.encoder.start // block + 1) * block * rates.ENCODER_STRIDE * rates.LISTEN_HOP
+        needed = end - rates.LISTEN_HOP + self.features.edge
+        return needed.clamp(max=self.piece_samples) - state.features.num_samples
+
+    def _flush_piece(self, state: SpeechTokenizerState, rows: Tensor) -> Padded:
         num_valid = -(-state.features.num_samples // rates.LISTEN_HOP)
         mel = Padded.concat([state.encoder.pending, self.features.flush(state.features, rows)])
         lengths = mel.lengths * rows
