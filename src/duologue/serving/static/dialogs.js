@@ -1,0 +1,73 @@
+// What opens over the page: the inside of an answer on narrow screens, saving, settings.
+
+import { download, soundOf, wordsOf } from "./save.js";
+import * as settingsOf from "./settings.js";
+
+const narrow = matchMedia("(width < 62rem)");
+const find = (id) => document.getElementById(id);
+
+export function openInside(open) {
+  find("room").classList.toggle("closed", !open);
+  find("room").classList.toggle("over", open && narrow.matches);
+  find("inside-button").setAttribute("aria-expanded", String(open));
+  if (narrow.matches) (open ? find("inside-close") : find("inside-button")).focus();
+}
+
+export const insideIsOver = () => find("room").classList.contains("over");
+export const insideIsClosed = () => find("room").classList.contains("closed");
+
+/** The button of the panel; it begins closed where it would cover the transcript. */
+export function setUpInside() {
+  find("inside-button").addEventListener("click", () => openInside(insideIsClosed()));
+  find("inside-close").addEventListener("click", () => openInside(false));
+  if (!narrow.matches) return;
+  find("room").classList.add("closed");
+  find("inside-button").setAttribute("aria-expanded", "false");
+}
+
+/** @param {() => object} about what `wordsOf` needs besides the conversation, asked for when something is saved */
+export function setUpSave(conversation, recordings, about) {
+  const { you, they } = recordings;
+  const stem = () => `duologue-${about().began.toISOString().slice(0, 19).replaceAll(":", "")}`;
+  const json = () => {
+    const words = JSON.stringify(wordsOf(conversation, { ...about(), you, they }), null, 2);
+    download(new Blob([`${words}\n`], { type: "application/json" }), `${stem()}.json`);
+  };
+  const wav = () => download(soundOf(you, they), `${stem()}.wav`);
+  find("save-json").addEventListener("click", json);
+  find("save-wav").addEventListener("click", wav);
+  find("save-both").addEventListener("click", () => {
+    json();
+    wav();
+  });
+  find("save-button").addEventListener("click", () => {
+    const some = conversation.turns.length > 0;
+    const sounds = Number.isFinite(Math.min(you.start, they.start));
+    find("save-words").textContent = some
+      ? "Made in this page and kept on this device: what was said with its figures, and the sound, you on the left and Duologue on the right."
+      : "There is nothing to save yet.";
+    find("save-both").disabled = find("save-wav").disabled = !sounds;
+    find("save-json").disabled = !some;
+    find("save").showModal();
+  });
+}
+
+const fields = () => find("settings-form").elements;
+
+/** @param {string} name of the field to begin with, if not the first */
+export function openSettings(name = "") {
+  offerDevices();
+  find("settings").showModal();
+  if (name) fields()[name].focus();
+}
+
+export function offerVoices(names, chosen) {
+  settingsOf.offer(fields().voice, [["", "the model's own"], ...names.map((name) => [name, name])], chosen);
+}
+
+export async function offerDevices() {
+  const all = (await navigator.mediaDevices?.enumerateDevices().catch(() => [])) ?? [];
+  const inputs = all.filter((device) => device.kind === "audioinput" && device.deviceId);
+  const options = inputs.map((device, index) => [device.deviceId, device.label || `Microphone ${index + 1}`]);
+  settingsOf.offer(fields().device, [["", "the browser's choice"], ...options], fields().device.value);
+}

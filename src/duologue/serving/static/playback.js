@@ -1,0 +1,100 @@
+// Sound of the server, played without gaps by an AudioWorklet; knows to the sample what was heard of every item.
+
+import { samplesOf } from "./sound.js";
+
+export const RATE = 24000;
+
+/**
+ * Events: "broken"; "started" {id}, "finished" {id, playedMs}, "gap" {id, ms}, "heard" {pcm: Float32Array, id, level, peak, waitingMs}.
+ */
+export class Player extends EventTarget {
+  #node = null;
+  #context = null;
+  #tokens = 0;
+  #cuts = new Map();
+  gaps = 0;
+  gapMs = 0;
+  jitterMs = 0;
+
+  /** Milliseconds held back before the first sample, and the most that repeated gaps may raise it to. */
+  constructor({ jitterMs = 80, jitterMaxMs = 600 } = {}) {
+    super();
+    this.options = { jitter: (jitterMs * RATE) / 1000, jitterMax: (jitterMaxMs * RATE) / 1000 };
+    this.jitterMs = jitterMs;
+  }
+
+  /** Must be called from a press or a key: browsers allow sound only then. */
+  async start() {
+    this.ready ??= this.#start();
+    await this.ready;
+    if (this.#context.state !== "running") await this.#context.resume();
+  }
+
+  async #start() {
+    this.#context = new AudioContext({ sampleRate: RATE, latencyHint: "interactive" });
+    await this.#context.audioWorklet.addModule(new URL("player-worklet.js", import.meta.url));
+    this.#node = new AudioWorkletNode(this.#context, "player", {
+      numberOfInputs: 0,
+      outputChannelCount: [1],
+      processorOptions: this.options,
+    });
+    this.#node.port.onmessage = ({ data }) => this.#told(data);
+    this.#node.onprocessorerror = () => this.#tell("broken");
+    this.#node.connect(this.#context.destination);
+  }
+
+  #tell(name, detail) {
+    this.dispatchEvent(new CustomEvent(name, { detail }));
+  }
+
+  #told(data) {
+    if ("heard" in data) {
+      let peak = 0;
+      let energy = 0;
+      for (const sample of data.heard) {
+        peak = Math.max(peak, Math.abs(sample));
+        energy += sample * sample;
+      }
+      this.jitterMs = (data.jitter * 1000) / RATE;
+      const level = Math.sqrt(energy / data.heard.length);
+      this.#tell("heard", { pcm: data.heard, id: data.id, peak, level, waitingMs: (data.waiting * 1000) / RATE });
+    } else if ("gap" in data) {
+      this.gaps += 1;
+      this.gapMs += (data.gap * 1000) / RATE;
+      this.#tell("gap", { id: data.id, ms: (data.gap * 1000) / RATE });
+    } else if ("cleared" in data) {
+      this.#cuts.get(data.token)(data.cleared);
+      this.#cuts.delete(data.token);
+    } else if ("started" in data) {
+      this.#tell("started", { id: data.started });
+    } else if ("finished" in data) {
+      this.#tell("finished", { id: data.finished, playedMs: (data.played * 1000) / RATE });
+    }
+  }
+
+  /** More of an item; items play one after the other. `base64` is 16-bit little-endian PCM at 24 kHz. Returns its ms. */
+  push(id, base64) {
+    const samples = samplesOf(base64);
+    const ms = (samples.length * 1000) / RATE;
+    this.#node?.port.postMessage({ do: "push", id, samples }, [samples.buffer]);
+    return ms;
+  }
+
+  end(id) {
+    this.#node?.port.postMessage({ do: "end", id });
+  }
+
+  /** Silence at once. Resolves to what was cut: [{id, playedMs, waitingMs}], the item that was playing first. */
+  async clear() {
+    if (!this.#node) return [];
+    const token = (this.#tokens += 1);
+    const cut = new Promise((resolve) => this.#cuts.set(token, resolve));
+    this.#node.port.postMessage({ do: "clear", token });
+    const items = await cut;
+    return items.map(({ id, played, waiting }) => ({
+      id,
+      playedMs: (played * 1000) / RATE,
+      waitingMs: (waiting * 1000) / RATE,
+    }));
+  }
+}

@@ -1,0 +1,167 @@
+// The WebSocket to /v1/realtime of this server: opens when needed, comes back by itself, goes on with the same conversation
+// where the server still has it. Speaks the events of OpenAI's Realtime API.
+
+const KEY_SUBPROTOCOL = "openai-insecure-api-key."; // how a browser, which cannot set headers, shows a key
+const BACK_OFF_S = [0.5, 1, 2, 4, 8, 15];
+const OPEN_TIMEOUT_MS = 10000;
+const MAX_BUFFERED = 512 * 1024; // some 8 s of microphone: the line is too slow to talk
+const NORMAL = 1000;
+const WORDS = {
+  1001: "The server was closed.",
+  1006: "The connection was lost.",
+  1008: "The server refused the connection",
+  1009: "The server refused a message that was too long",
+  1011: "The server had an error",
+  1012: "The server is being restarted",
+  1013: "The server is full",
+};
+// What trying again cannot mend: the person has to act first.
+const FINAL = new Set([1008, 4401, 4403]);
+
+function sentence(code, reason) {
+  const words = WORDS[code] ?? "The server closed the connection";
+  if (!reason) return words.endsWith(".") ? words : `${words}.`;
+  const told = reason.charAt(0).toUpperCase() + reason.slice(1);
+  return told.endsWith(".") ? told : `${told}.`;
+}
+
+/**
+ * Events: "state" {state: "closed" | "connecting" | "open" | "waiting" | "refused", words, retryS, code};
+ * "server" with every event of the server; "sent" with every event that went out.
+ */
+export class Connection extends EventTarget {
+  #socket = null;
+  #attempt = 0;
+  #timer = 0;
+  #number = 0;
+  #opened = null;
+  state = "closed";
+  sessionId = "";
+  key = "";
+  model = "";
+
+  constructor(url = new URL("/v1/realtime", location.href)) {
+    super();
+    this.url = url;
+    addEventListener("online", () => this.state === "waiting" && this.#connect());
+    addEventListener("pagehide", () => this.#socket?.close(NORMAL));
+  }
+
+  #become(state, detail = {}) {
+    this.state = state;
+    this.dispatchEvent(new CustomEvent("state", { detail: { state, ...detail } }));
+  }
+
+  /** Resolves when a session is open, at once if it is; rejects when the person gives up or the server refuses. */
+  open() {
+    if (this.state === "open") return Promise.resolve();
+    if (!this.#opened) {
+      let settle;
+      const promise = new Promise((resolve, reject) => (settle = { resolve, reject }));
+      promise.catch(() => {}); // nobody has to wait for it
+      this.#opened = { promise, ...settle };
+    }
+    const { promise } = this.#opened;
+    if (this.state !== "connecting") {
+      this.#attempt = 0;
+      this.#connect();
+    }
+    return promise;
+  }
+
+  /** Ends the session on purpose; nothing comes back by itself. */
+  close() {
+    this.#drop();
+    this.#settle(new Error("closed"));
+    this.#become("closed", { words: "" });
+  }
+
+  /** Forgets the conversation that the server keeps, so that the next connection begins a new one. */
+  forget() {
+    this.sessionId = "";
+    this.close();
+  }
+
+  #settle(error) {
+    if (error) this.#opened?.reject(error);
+    else this.#opened?.resolve();
+    this.#opened = null;
+  }
+
+  #drop() {
+    clearTimeout(this.#timer);
+    const socket = this.#socket;
+    this.#socket = null;
+    if (!socket) return;
+    socket.onopen = socket.onmessage = socket.onclose = null;
+    socket.close(NORMAL);
+  }
+
+  #connect() {
+    this.#drop();
+    const url = new URL(this.url);
+    url.protocol = url.protocol === "https:" ? "wss:" : "ws:";
+    if (this.model) url.searchParams.set("model", this.model);
+    if (this.sessionId) url.searchParams.set("session_id", this.sessionId);
+    this.#become("connecting", { attempt: this.#attempt });
+    const socket = new WebSocket(url, this.key ? ["realtime", KEY_SUBPROTOCOL + this.key] : []);
+    this.#socket = socket;
+    socket.onmessage = ({ data }) => this.#received(JSON.parse(data));
+    socket.onclose = ({ code, reason }) => this.#lost(code, reason);
+    this.#timer = setTimeout(() => {
+      this.#drop();
+      this.#lost(1006, "the server does not answer");
+    }, OPEN_TIMEOUT_MS);
+  }
+
+  #received(event) {
+    if (event.type === "session.created") {
+      clearTimeout(this.#timer);
+      this.#attempt = 0;
+      const before = this.sessionId;
+      this.sessionId = event.session.id ?? "";
+      this.#become("open", { again: before !== "", resumed: before !== "" && before === this.sessionId });
+    }
+    this.dispatchEvent(new CustomEvent("server", { detail: event }));
+    if (event.type === "session.created") this.#settle();
+  }
+
+  #lost(code, reason) {
+    clearTimeout(this.#timer);
+    const wasOpen = this.state === "open";
+    this.#socket = null;
+    const words = sentence(code, reason);
+    if (FINAL.has(code)) {
+      this.#settle(new Error(words));
+      this.#become("refused", { words, code });
+      return;
+    }
+    if (wasOpen && code === NORMAL) {
+      this.#become("closed", { words: reason ? words : "", code }); // idle for too long, for example: the next use opens it again
+      return;
+    }
+    const retryS = BACK_OFF_S[Math.min(this.#attempt, BACK_OFF_S.length - 1)] * (0.8 + 0.4 * Math.random());
+    this.#attempt += 1;
+    this.#become("waiting", { words, code, retryS, wasOpen });
+    this.#timer = setTimeout(() => this.#connect(), retryS * 1000);
+  }
+
+  /** Tries now instead of after the pause. */
+  retry() {
+    if (this.state !== "open" && this.state !== "connecting") this.#connect();
+  }
+
+  /** Sends an event of the client; returns its id, or "" when there is no line. */
+  send(event) {
+    if (this.state !== "open" || this.#socket?.readyState !== WebSocket.OPEN) return "";
+    if (this.#socket.bufferedAmount > MAX_BUFFERED) {
+      this.#drop();
+      this.#lost(1006, "the connection is too slow to carry sound");
+      return "";
+    }
+    const id = `page_${(this.#number += 1)}`;
+    this.#socket.send(JSON.stringify({ event_id: id, ...event }));
+    this.dispatchEvent(new CustomEvent("sent", { detail: { event_id: id, ...event } }));
+    return id;
+  }
+}

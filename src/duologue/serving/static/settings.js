@@ -1,0 +1,116 @@
+// What the person chose, kept in this browser; and what it means in the words of the protocol.
+
+const PLACE = "duologue.settings";
+const KEY_PLACE = "duologue.key"; // only while the tab is open
+export const INCLUDE = ["duologue.tokens", "duologue.timings"];
+
+export const DEFAULTS = {
+  voice: "",
+  speed: 1,
+  modality: "audio",
+  instructions: "",
+  detection: "server_vad",
+  silence: 500,
+  threshold: 0.5,
+  eagerness: "auto",
+  interrupt: true,
+  transcribe: true,
+  device: "",
+  noiseSuppression: true,
+};
+
+export function load() {
+  const key = sessionStorage.getItem(KEY_PLACE) ?? "";
+  try {
+    const kept = JSON.parse(localStorage.getItem(PLACE) ?? "{}");
+    const known = Object.entries(kept).filter(([name, value]) => typeof value === typeof DEFAULTS[name]);
+    return { ...DEFAULTS, ...Object.fromEntries(known), key };
+  } catch {
+    return { ...DEFAULTS, key };
+  }
+}
+
+export function keep({ key, ...settings }) {
+  localStorage.setItem(PLACE, JSON.stringify(settings));
+  sessionStorage.setItem(KEY_PLACE, key);
+}
+
+/** `turn_detection` of hands-free talk. */
+export function detection(settings) {
+  const both = { create_response: true, interrupt_response: settings.interrupt };
+  if (settings.detection === "semantic_vad") return { type: "semantic_vad", eagerness: settings.eagerness, ...both };
+  return {
+    type: "server_vad",
+    threshold: settings.threshold,
+    silence_duration_ms: settings.silence,
+    prefix_padding_ms: 300,
+    ...both,
+  };
+}
+
+/**
+ * The updates that bring a fresh session to these settings: {what, session}. They go out one by one, so that a server that
+ * refuses one of them still takes the others.
+ */
+export function updates(settings, handsFree) {
+  const format = { type: "audio/pcm", rate: 24000 };
+  const list = [
+    {
+      what: "the basics",
+      session: {
+        output_modalities: [settings.modality],
+        audio: {
+          input: { format, turn_detection: handsFree ? detection(settings) : null },
+          output: { format },
+        },
+      },
+    },
+    { what: "the inside of answers", session: { include: INCLUDE } },
+    {
+      what: "transcription",
+      session: { audio: { input: { transcription: settings.transcribe ? { model: "default" } : null } } },
+    },
+    { what: "speed", session: { audio: { output: { speed: settings.speed } } } },
+  ];
+  if (settings.voice) list.push({ what: "voice", session: { audio: { output: { voice: settings.voice } } } });
+  if (settings.instructions) list.push({ what: "instructions", session: { instructions: settings.instructions } });
+  return list.map(({ what, session }) => ({ what, session: { type: "realtime", ...session } }));
+}
+
+/** How much silence the server's voice detector waits for, as far as the page can know. */
+export function silenceMs(settings) {
+  return settings.detection === "server_vad" ? settings.silence : DEFAULTS.silence;
+}
+
+/** Fills the form and calls `changed(settings, name)` with every change. */
+export function bind(form, settings, changed) {
+  const words = {
+    speed: (value) => `${Number(value).toFixed(2)} ×`,
+    silence: (value) => `${value} ms`,
+    threshold: (value) => Number(value).toFixed(2),
+  };
+  const show = () => {
+    for (const [name, text] of Object.entries(words)) form.elements[`${name}Words`].value = text(settings[name]);
+    for (const row of form.querySelectorAll("[data-for]")) row.hidden = row.dataset.for !== settings.detection;
+  };
+  for (const [name, value] of Object.entries(settings)) {
+    const field = form.elements[name];
+    if (!field) continue;
+    if (field.type === "checkbox") field.checked = value;
+    else field.value = value;
+    field.addEventListener(field.type === "range" || field.type === "checkbox" ? "input" : "change", () => {
+      settings[name] = field.type === "checkbox" ? field.checked : field.type === "range" ? Number(field.value) : field.value;
+      keep(settings);
+      show();
+    });
+    field.addEventListener("change", () => changed(settings, name));
+  }
+  show();
+}
+
+/** Offers these values in a select, keeping what was chosen. */
+export function offer(select, values, chosen) {
+  const options = [...new Map(values).entries()].map(([value, words]) => new Option(words, value, false, value === chosen));
+  select.replaceChildren(...options);
+  if (![...select.options].some((option) => option.value === chosen)) select.selectedIndex = 0;
+}

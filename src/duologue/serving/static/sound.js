@@ -1,0 +1,91 @@
+// Between sound in memory, base64 on the wire and WAV files.
+
+/** 16-bit little-endian PCM in base64 -> samples in [-1, 1]. */
+export function samplesOf(base64) {
+  const bytes = atob(base64);
+  const samples = new Float32Array(bytes.length >> 1);
+  for (let i = 0; i < samples.length; i += 1) {
+    const value = bytes.charCodeAt(2 * i) | (bytes.charCodeAt(2 * i + 1) << 8);
+    samples[i] = (value < 32768 ? value : value - 65536) / 32768;
+  }
+  return samples;
+}
+
+/** Int16Array -> base64 of its little-endian bytes. */
+export function base64Of(pcm) {
+  const view = new DataView(new ArrayBuffer(pcm.length * 2));
+  pcm.forEach((sample, i) => view.setInt16(2 * i, sample, true));
+  let text = "";
+  const bytes = new Uint8Array(view.buffer);
+  for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192));
+  return btoa(text);
+}
+
+/** Samples in [-1, 1] -> Int16Array. */
+export function pcmOf(samples) {
+  return Int16Array.from(samples, (sample) => Math.round(Math.max(-1, Math.min(1, sample)) * 32767));
+}
+
+/** Two channels of Int16Array of any length -> Blob of a stereo WAV file; the shorter one ends in silence. */
+export function wavOf(left, right, rate) {
+  const length = Math.max(left.length, right.length);
+  const view = new DataView(new ArrayBuffer(44 + 4 * length));
+  const text = (at, word) => [...word].forEach((letter, i) => view.setUint8(at + i, letter.charCodeAt(0)));
+  text(0, "RIFF");
+  view.setUint32(4, 36 + 4 * length, true);
+  text(8, "WAVEfmt ");
+  view.setUint32(16, 16, true);
+  view.setUint16(20, 1, true);
+  view.setUint16(22, 2, true);
+  view.setUint32(24, rate, true);
+  view.setUint32(28, rate * 4, true);
+  view.setUint16(32, 4, true);
+  view.setUint16(34, 16, true);
+  text(36, "data");
+  view.setUint32(40, 4 * length, true);
+  for (let i = 0; i < length; i += 1) {
+    view.setInt16(44 + 4 * i, left[i] ?? 0, true);
+    view.setInt16(46 + 4 * i, right[i] ?? 0, true);
+  }
+  return new Blob([view.buffer], { type: "audio/wav" });
+}
+
+/** One side of a conversation on its clock, kept in pieces; the oldest go when there are more than `maxSeconds` of sound. */
+export class Recording {
+  constructor(rate, maxSeconds = 1800) {
+    this.rate = rate;
+    this.maxSamples = maxSeconds * rate;
+    this.pieces = []; // {start, pcm}, in samples of the clock
+    this.kept = 0;
+    this.dropped = false;
+  }
+
+  /** Sound that ended `endS` seconds after the beginning; snaps to what came just before it. */
+  add(pcm, endS) {
+    let start = Math.max(0, Math.round(endS * this.rate) - pcm.length);
+    const last = this.pieces.at(-1);
+    if (last) {
+      const after = last.start + last.pcm.length;
+      if (start < after + 0.15 * this.rate) start = after;
+    }
+    this.pieces.push({ start, pcm });
+    this.kept += pcm.length;
+    while (this.kept > this.maxSamples) {
+      this.kept -= this.pieces.shift().pcm.length;
+      this.dropped = true;
+    }
+  }
+
+  /** Where its first kept sample stands, in samples; Infinity without sound. */
+  get start() {
+    return this.pieces.length ? this.pieces[0].start : Infinity;
+  }
+
+  /** Int16Array from sample `from` of the clock on. */
+  flat(from) {
+    const last = this.pieces.at(-1);
+    const flat = new Int16Array(last ? Math.max(0, last.start + last.pcm.length - from) : 0);
+    for (const { start, pcm } of this.pieces) flat.set(pcm, start - from);
+    return flat;
+  }
+}

@@ -1,0 +1,186 @@
+// What the person sees and what a screen reader hears: the transcript, the status, the notice.
+
+import { seconds, waiting } from "./inside.js";
+import { shapeOf } from "./timeline.js";
+
+const clock = (ms) => `${Math.floor(ms / 60000)}:${String(Math.floor(ms / 1000) % 60).padStart(2, "0")}`;
+
+function node(tag, className = "", text = "") {
+  const made = document.createElement(tag);
+  if (className) made.className = className;
+  if (text) made.textContent = text;
+  return made;
+}
+
+/** Event: "select" {turn}. */
+export class View extends EventTarget {
+  #rows = new Map();
+  #dirty = new Set();
+  #asked = 0;
+  #chosen = null;
+  #longest = 1;
+  #told = new WeakSet();
+
+  constructor(root = document) {
+    super();
+    this.find = (id) => root.getElementById(id);
+    this.list = this.find("turns");
+    this.scroll = this.find("scroll");
+  }
+
+  clear() {
+    this.#rows.clear();
+    this.list.replaceChildren();
+    this.find("welcome").hidden = false;
+  }
+
+  /** A line between two turns, such as "A new conversation". */
+  seam(words) {
+    this.list.append(node("li", "seam", words));
+    this.announce(words);
+    this.#follow(true);
+  }
+
+  choose(turn) {
+    this.#chosen = turn;
+    for (const one of this.#rows.keys()) this.update(one);
+  }
+
+  /** Draws a turn again, once a frame at most. */
+  update(turn) {
+    this.#dirty.add(turn);
+    this.#asked ||= requestAnimationFrame(() => {
+      this.#asked = 0;
+      const atEnd = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight < 80;
+      for (const one of this.#dirty) this.#draw(one);
+      this.#dirty.clear();
+      this.#follow(atEnd);
+    });
+  }
+
+  #follow(wanted) {
+    if (wanted) this.scroll.scrollTop = this.scroll.scrollHeight;
+  }
+
+  #row(turn) {
+    let row = this.#rows.get(turn);
+    if (row) return row;
+    this.find("welcome").hidden = true;
+    const item = node("li", "turn");
+    const who = node("div", "who");
+    const time = node("time", "", clock(turn.startedMs));
+    who.append(node("b", "", turn.role === "user" ? "You" : "Duologue"), time);
+    const body = node("div");
+    row = { item, said: node("p", "said"), note: node("p", "note"), about: node("button", "about") };
+    row.about.type = "button";
+    row.about.addEventListener("click", () => this.dispatchEvent(new CustomEvent("select", { detail: { turn } })));
+    body.append(row.said, row.note, row.about);
+    item.append(who, body);
+    this.list.append(item);
+    this.#rows.set(turn, row);
+    return row;
+  }
+
+  #draw(turn) {
+    const row = this.#row(turn);
+    row.item.className = `turn ${turn.role === "user" ? "you" : "they"} ${turn.status}`;
+    row.item.dataset.item = turn.id;
+    const busy = turn.status === "listening" || turn.status === "answering";
+    const lasted = seconds((turn.endedMs ?? 0) - turn.startedMs);
+    let text = turn.text;
+    const parts = [];
+    if (!text && turn.role === "user" && turn.spoken) {
+      if (turn.peaks?.length > 3) parts.push(shapeOf(turn.peaks));
+      text = busy ? "" : `Spoken, ${lasted}`;
+    }
+    if (!text && turn.status === "interrupted") text = "…";
+    row.said.classList.toggle("pending", !turn.text);
+    if (busy && !text) row.said.setAttribute("aria-label", turn.role === "user" ? "You are speaking" : "Thinking");
+    else row.said.removeAttribute("aria-label");
+    if (text) parts.push(document.createTextNode(text));
+    if (busy) parts.push(node("span", "caret"));
+    row.said.replaceChildren(...parts);
+    const notes = [];
+    if (turn.cutMs !== undefined) notes.push(`Interrupted after ${seconds(turn.cutMs)}.`);
+    else if (turn.status === "interrupted") notes.push("Interrupted.");
+    if (turn.note) notes.push(turn.note);
+    if (turn.gaps) notes.push(turn.gaps === 1 ? "One gap in its sound." : `${turn.gaps} gaps in its sound.`);
+    row.note.textContent = notes.join(" ");
+    row.note.hidden = notes.length === 0;
+    this.#about(turn, row);
+    if (!busy && turn.text && turn.role === "assistant" && !this.#told.has(turn)) {
+      this.#told.add(turn);
+      this.announce(`Duologue: ${turn.text}`);
+    }
+  }
+
+  #about(turn, { about }) {
+    const steps = turn.role === "assistant" ? waiting(turn) : [];
+    const tokens = turn.runs.length > 0;
+    about.hidden = !tokens && steps.length === 0;
+    if (about.hidden) return;
+    about.setAttribute("aria-pressed", String(turn === this.#chosen));
+    const total = steps.reduce((sum, step) => sum + step.ms, 0);
+    const first = turn.heardAfterMs ?? turn.timings?.first_audio_ms;
+    const figures = node("span", "figures");
+    if (Number.isFinite(first)) figures.append(node("b", "", seconds(first)), " to the first sound");
+    else if (tokens) figures.append("Tokens");
+    if (turn.audioMs > 0) figures.append(` · ${seconds(turn.audioMs)} long`);
+    about.replaceChildren(figures);
+    if (tokens) {
+      const mini = node("span", "mini");
+      for (const run of turn.runs) {
+        const bar = node("i", run.kind);
+        bar.style.flex = `${run.count} 1 0`;
+        mini.append(bar);
+      }
+      about.append(mini);
+    }
+    if (steps.length) {
+      // One scale for all turns, so that they can be compared down the page.
+      if (total > this.#longest) {
+        this.#longest = total;
+        for (const one of this.#rows.keys()) if (one !== turn && one.timings) this.update(one);
+      }
+      const mini = node("span", "mini");
+      for (const { ms, colour } of steps) {
+        const bar = node("i", colour);
+        bar.style.width = `${(99 * ms) / this.#longest}%`;
+        mini.append(bar);
+      }
+      about.append(mini);
+      about.title = steps.map(({ name, ms }) => `${name} ${seconds(ms)}`).join("\n");
+    }
+    const words = steps.map(({ name, ms }) => `${name} ${seconds(ms)}`).join(", ");
+    about.setAttribute("aria-label", `${figures.textContent}. ${words}. Show the inside of this answer`);
+  }
+
+  status(words, phase) {
+    const status = this.find("status");
+    if (status.textContent === words) return;
+    status.textContent = words;
+    status.dataset.phase = phase;
+  }
+
+  line(words, state) {
+    this.find("line-words").textContent = words;
+    this.find("line").dataset.state = state;
+  }
+
+  /** A message that stays until it is dismissed; `action` is {words, run}. */
+  notice(words, { action = null, mild = false } = {}) {
+    const box = this.find("notice");
+    const button = this.find("notice-action");
+    box.classList.toggle("mild", mild);
+    box.hidden = words === "";
+    // A screen reader hears an alert when its words change.
+    if (this.find("notice-words").textContent !== words) this.find("notice-words").textContent = words;
+    button.hidden = !action;
+    button.textContent = action?.words ?? "";
+    button.onclick = action?.run ?? null;
+  }
+
+  announce(words) {
+    this.find("announce").textContent = words;
+  }
+}
