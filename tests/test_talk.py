@@ -16,10 +16,11 @@ import soundfile
 from websockets.asyncio.server import ServerConnection, serve
 
 from duologue.cli import main
+from duologue.client.conversation import Summary, Talk, TalkSettings
+from duologue.client.pace import CHUNK, Pace, paced
 from duologue.client.playback import Playback
 from duologue.client.realtime import WIRE_RATE, Connection, encode_pcm, open_connection, realtime_url
-from duologue.talk.conversation import Summary, Talk, TalkSettings
-from duologue.talk.files import CHUNK, Pace, Recorder, paced
+from duologue.talk.files import Recorder
 from duologue.talk.screen import Screen, bar
 from duologue.talk.sounds import Loudspeaker, Microphone, devices
 

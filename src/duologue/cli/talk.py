@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from duologue.cli.parser import FAILED, add_command, checked_output, positive
 
 if TYPE_CHECKING:
-    from duologue.talk.conversation import Summary
+    from duologue.client.conversation import Summary
 
 KEY_VARIABLE = "DUOLOGUE_API_KEY"
 
@@ -48,8 +48,8 @@ def _talk(args: argparse.Namespace) -> int:
         checked_output(args.output)
     import asyncio
 
+    from duologue.client.conversation import TalkSettings
     from duologue.client.process import start_server
-    from duologue.talk.conversation import TalkSettings
     from duologue.talk.terminal import Ends, converse
 
     ends = Ends(args.input, args.output)

@@ -19,6 +19,7 @@ from duologue.client.playback import Playback
 from duologue.client.realtime import WIRE_RATE, Connection, Dropped, ServerEvent, decode_pcm
 
 SILENT_SERVER_S = 60.0
+TRANSCRIBER = "gpt-4o-mini-transcribe"  # a name that other servers know too; ours takes any
 
 Observer = Callable[[ServerEvent], None]
 
@@ -30,6 +31,7 @@ class TalkSettings:
     Attributes:
         voice, instructions: empty leaves the server's.
         manual: turns end where the sound ends, not where the server hears a pause.
+        transcribe: ask for what the server understood.
         barge_in: the user may speak into an answer. Without it the microphone is silent while an answer plays, for
             loudspeakers that the microphone hears.
         silence_ms: pause that ends a turn; None leaves the server's.
@@ -38,6 +40,7 @@ class TalkSettings:
     voice: str = ""
     instructions: str = ""
     manual: bool = False
+    transcribe: bool = True
     barge_in: bool = True
     silence_ms: int | None = None
     max_tokens: int | None = None
@@ -49,6 +52,8 @@ class TalkSettings:
         if self.silence_ms is not None:
             turns["silence_duration_ms"] = self.silence_ms
         listen: dict[str, Any] = {"format": wire, "turn_detection": None if self.manual else turns}
+        if self.transcribe:
+            listen["transcription"] = {"model": TRANSCRIBER}
         speak: dict[str, Any] = {"format": wire}
         if self.voice:
             speak["voice"] = self.voice
@@ -70,6 +75,7 @@ class Exchange:
 
     Attributes:
         first_audio_ms: from the end of the turn (the server's word for it, or ours in manual turns) to the first sound.
+        first_audio_at: when that was, on the client's clock.
         heard_ms: how much of the answer was played, when it was interrupted.
         status: of the response: "completed", "cancelled", "incomplete", "failed"; empty while there is none.
     """
@@ -80,6 +86,7 @@ class Exchange:
     heard_ms: int | None = None
     status: str = ""
     turn_end: float = field(default=0.0, repr=False)
+    first_audio_at: float | None = field(default=None, repr=False)
 
 
 @dataclass
@@ -98,7 +105,7 @@ class Summary:
         """JSON values."""
         values = asdict(self)
         for exchange in values["exchanges"]:
-            del exchange["turn_end"]
+            del exchange["turn_end"], exchange["first_audio_at"]
         return {"type": "talk.summary", **values}
 
 
@@ -184,7 +191,7 @@ class Talk:
         rest = 0
         async for pcm in silence:
             rest += len(pcm)
-            if rest >= tail_s * WIRE_RATE and not self._busy:
+            if rest >= tail_s * WIRE_RATE and not self.busy:
                 return
             if self._clock() - self._last_event > SILENT_SERVER_S:
                 raise Dropped(f"{self._connection.url} said nothing for {SILENT_SERVER_S:.0f} s and owed an answer")
@@ -192,7 +199,8 @@ class Talk:
                 await self._connection.append(pcm)
 
     @property
-    def _busy(self) -> bool:
+    def busy(self) -> bool:
+        """Whether the user is heard speaking, or an answer is owed, comes or plays."""
         return self._user_speaks or self._answer_due or bool(self._responses) or self._playback.active
 
     async def _receive(self) -> None:
@@ -249,7 +257,8 @@ class Talk:
             exchange.answer += event["delta"]
         elif kind == "response.output_audio.delta":
             if exchange.first_audio_ms is None:
-                exchange.first_audio_ms = round((self._clock() - exchange.turn_end) * 1000, 1)
+                exchange.first_audio_at = self._clock()
+                exchange.first_audio_ms = round((exchange.first_audio_at - exchange.turn_end) * 1000, 1)
             if response_id not in self._cut:
                 self._playback.add(event["item_id"], decode_pcm(event["delta"]))
         elif kind == "response.output_audio.done":
