@@ -93,14 +93,16 @@ class ReplyDone:
     """The last event of every reply, whatever ended it.
 
     Attributes:
-        text: the whole transcript.
-        tokens: all speech tokens, codes in [0, codebook_size).
+        text: the whole transcript; of an interrupted reply what was heard of it, an estimate.
+        tokens: all speech tokens, codes in [0, codebook_size); of an interrupted reply those that were heard.
+        text_is_estimate: the reply was interrupted, and `text` is cut where its speech may have been.
     """
 
     text: str
     tokens: tuple[int, ...]
     reason: EndReason
     timings: Timings
+    text_is_estimate: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,14 @@ class Interrupted:
     Attributes:
         num_samples_played: samples of the reply that had been played by then, at the reply's sample rate.
         num_tokens_heard: speech tokens that stay in the history.
+        text: what was heard of the transcript, an estimate where `text_is_estimate`: nothing tells which speech tokens
+            say which word, so words are taken to be spread evenly over the speech.
     """
 
     num_samples_played: int
     num_tokens_heard: int
+    text: str = ""
+    text_is_estimate: bool = True
 
 
 Event: TypeAlias = TextDelta | SpeechDelta | AudioDelta | Interrupted | ReplyDone

@@ -12,26 +12,24 @@ import dataclasses
 import itertools
 import queue
 import threading
-import time
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from duologue import rates
-from duologue.audio import StreamingResampler, check_wav
-from duologue.events import AudioDelta, EndReason, Event, Interrupted, ReplyDone, SpeechDelta, TextDelta, Timings
-from duologue.interleave import INTERLEAVED, TEXT_ONLY, InterleaveState, Kind, legal_prefix
+from duologue.audio import check_wav
+from duologue.events import AudioDelta, EndReason, Event, Interrupted, ReplyDone, Timings
+from duologue.interleave import INTERLEAVED, TEXT_ONLY, Kind, legal_prefix
 from duologue.language.sampling import Sampling
-from duologue.layers import Padded
+from duologue.listening import MAX_BEHIND_S, Ahead, Listening
 from duologue.models import Models
-from duologue.tokenizer.tokenizer import SpeechTokenizer
+from duologue.playback import BlockPolicy
+from duologue.speaking import Speaker, heard_text
 from duologue.turns import Conversation, Modality, Role, Turn
-from duologue.vocabulary import TextStream
 from duologue.worker import Worker
 
 MIN_REPLY_TOKENS = 64
@@ -59,8 +57,14 @@ class Reply:
 class Session:
     """One conversation: what was said, as ids, and the state of listening.
 
-    `feed` may be called at any time, also while a reply is being produced: what is said then belongs to the next turn.
-    Time counts in samples of what was fed and produced, never by a clock.
+    `feed` and `hear` may be called at any time, also while a reply is being produced: what is said then belongs to the
+    next turn. What is heavy is done by the worker and the engine, in threads of their own.
+
+    Args:
+        policy: makes the block policy of a reply.
+
+    Attributes:
+        conversation: may be replaced between replies.
     """
 
     _request_ids = itertools.count()
@@ -74,6 +78,7 @@ class Session:
         language: str = "",
         voice: str = "",
         sampling: Sampling | None = None,
+        policy: Callable[[], BlockPolicy] = BlockPolicy,
     ) -> None:
         card, vocabulary = models.card, models.vocabulary.hash
         if voice and voice not in card.voices:
@@ -83,30 +88,44 @@ class Session:
             raise ValueError(
                 f"the conversation was held in another vocabulary than that of {card.name}; its ids mean nothing"
             )
-        self.models, self.worker = models, worker
+        self.models, self.worker, self.policy = models, worker, policy
         self.language, self.voice = language, voice
         self.sampling = sampling or card.sampling
         self.num_samples_fed = 0
-        self._listening: _Listening | None = None
+        self._listening: Listening | None = None
+        self._ahead: Ahead | None = None
         self._written = ""
         self._replying = False
+        self._speaker: Speaker | None = None
         self._cut_at: int | None = None
 
     def feed(self, pcm: Pcm, sample_rate: int = rates.LISTEN_SAMPLE_RATE) -> None:
         """Hears more of the user: float32 (S,) in [-1, 1], int16 (S,), or the bytes of little-endian int16.
+
+        Returns at once; the worker makes tokens of what is complete.
 
         Raises:
             ValueError: unusable samples, or a rate that changes in the middle of a turn.
         """
         wav = check_wav(_as_float(pcm), sample_rate, "the pcm that was fed")
         if self._listening is None:
-            self._listening = _Listening(self.models.tokenizer, sample_rate)
+            self._ahead = Ahead(self.models.engine, self._open_prompt)
+            self._listening = Listening(self.models.tokenizer, self.worker, sample_rate, self._ahead.notify)
         self._listening.feed(wav, sample_rate)
         self.num_samples_fed += len(wav)
 
     async def hear(self, pcm: Pcm, sample_rate: int = rates.LISTEN_SAMPLE_RATE) -> None:
-        """Hears more of the user as `feed` does, and prepares the reply while the user goes on."""
+        """Hears more of the user as `feed` does, and listens ahead: what is settled is prefilled in the background.
+
+        Waits only when the tokenizer has fallen far behind. Raises ValueError as `feed`.
+        """
         self.feed(pcm, sample_rate)
+        listening, ahead = self._listening, self._ahead
+        assert listening is not None
+        assert ahead is not None
+        ahead.start()
+        while listening.seconds_behind > MAX_BEHIND_S and (step := listening.step) is not None:
+            await asyncio.wait([asyncio.wrap_future(step)])
 
     def write(self, text: str) -> None:
         """Takes more of the user's turn in writing."""
@@ -114,19 +133,24 @@ class Session:
 
     def discard(self) -> None:
         """Forgets what was said and written since the last turn."""
-        self._listening, self._written = None, ""
+        listening, _ = self._close_turn()
+        if listening is not None:
+            listening.drop()
 
     async def commit(self) -> Turn:
-        """Ends the user's turn without a reply and returns it. Raises ValueError when nothing was said."""
-        turn, _ = await self.worker.submit(self.end_user_turn)
+        """Ends the user's turn without a reply and returns it.
+
+        Raises:
+            ValueError: nothing was said.
+            WorkerFull: the device has too much to do; what was said is lost.
+        """
+        turn, _ = await self._commit()
         return turn
 
-    async def question(self) -> tuple[Turn, float]:
-        """The turn that a reply answers, and the seconds that ending it took."""
-        turns = self.conversation.turns
-        if self._listening is None and not self._written and turns and turns[-1].role is not Role.ASSISTANT:
-            return turns[-1], 0.0
-        return await self.worker.submit(self.end_user_turn)
+    def end_user_turn(self) -> Turn:
+        """`commit` for code without an event loop."""
+        listening, written = self._close_turn()
+        return self._add_turn([] if listening is None else listening.end().result(), written)
 
     async def reply(self, *, text_only: bool = False, max_tokens: int | None = None) -> AsyncIterator[Event]:
         """Ends the user's turn, if something was said since the last one, and answers it; `ReplyDone` comes last.
@@ -138,13 +162,55 @@ class Session:
         """
         if self._replying:
             raise ValueError("a reply is under way in this session; interrupt it first")
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         self._replying, self._cut_at = True, None
         try:
-            speaker = _Speaker(self, text_only, max_tokens)
-            async for event in speaker.events():
-                yield event
+            async with aclosing(
+                self._reply(Modality.TEXT if text_only else Modality.INTERLEAVED, max_tokens)
+            ) as events:
+                async for event in events:
+                    yield event
         finally:
-            self._replying = False
+            self._replying, self._speaker = False, None
+            self._notify_ahead()
+
+    async def _reply(self, modality: Modality, max_tokens: int | None) -> AsyncGenerator[Event, None]:
+        speaker = Speaker(
+            self.models, self.worker, TEXT_ONLY if modality is Modality.TEXT else INTERLEAVED, self.policy()
+        )
+        self._speaker = speaker
+        question, is_new = await self._question(speaker)
+        try:
+            prompt, room = self.prompt(modality)
+        except ValueError:
+            if is_new:
+                turns = tuple(turn for turn in self.conversation.turns if turn is not question)
+                self.conversation = dataclasses.replace(self.conversation, turns=turns)
+            raise
+        sampling = dataclasses.replace(self.sampling, max_tokens=min(room, max_tokens or room))
+        async with aclosing(speaker.events(prompt, sampling, f"reply-{next(self._request_ids)}")) as events:
+            async for event in events:
+                yield event
+        text, codes, reason = speaker.text, speaker.codes, speaker.reason
+        self._add_reply(Turn(Role.ASSISTANT, modality, tuple(speaker.ids), question.language, self.voice), question)
+        if self._cut_at is not None:
+            total, reason = speaker.num_speech_estimated, EndReason.INTERRUPTED
+            codes = codes[: self.cut_last_reply(self._cut_at, unfinished=speaker.reason is not EndReason.END)]
+            if modality is not Modality.TEXT:
+                text = heard_text(text, len(codes) / max(total, 1))
+            yield Interrupted(self._cut_at, len(codes), text)
+        yield ReplyDone(text, tuple(codes), reason, speaker.timings, text_is_estimate=self._cut_at is not None)
+
+    async def _question(self, speaker: Speaker) -> tuple[Turn, bool]:
+        """The turn that is answered, and whether it was ended just now."""
+        turns = self.conversation.turns
+        is_open = self._listening is not None or bool(self._written)
+        if turns and turns[-1].role in (Role.USER, Role.OBSERVATION) and not is_open:
+            return turns[-1], False
+        question, seconds = await self._commit()
+        speaker.took_question(seconds)
+        return question, True
 
     def reply_now(self, *, text_only: bool = False, on_event: Callable[[Event], None] | None = None) -> Reply:
         """The whole reply at once, without an event loop of one's own."""
@@ -181,7 +247,7 @@ class Session:
             yield event
 
     def interrupt(self, played_ms: float) -> None:
-        """The user speaks into the reply: it ends, and the history keeps what was heard.
+        """The user speaks into the reply: it ends, and the history keeps what was heard. From any thread, at any time.
 
         Args:
             played_ms: how much of the reply's sound had been played. The reply may be under way or just done.
@@ -191,18 +257,29 @@ class Session:
         played = int(played_ms * rates.SPEAK_SAMPLE_RATE / 1000)
         if self._replying:
             self._cut_at = played
+            if (speaker := self._speaker) is not None:
+                speaker.stop()
         elif self.conversation.turns and self.conversation.turns[-1].role is Role.ASSISTANT:
             self.cut_last_reply(played)
+            self._notify_ahead()
 
-    def cut_last_reply(self, num_samples_played: int) -> int:
-        """Shortens the last turn to what was heard; returns the speech tokens that stay."""
-        *before, last = self.conversation.turns
-        heard = rates.tokens_heard(num_samples_played, rates.SPEAK_SAMPLE_RATE)
+    def cut_last_reply(self, num_samples_played: int, unfinished: bool = False) -> int:
+        """Shortens the last reply to what was heard; returns the speech tokens that stay.
+
+        Args:
+            unfinished: the reply was not complete, so that it counts as interrupted even when all of it was heard.
+        """
+        turns = self.conversation.turns
+        place = max(i for i, turn in enumerate(turns) if turn.role is Role.ASSISTANT)
+        last = turns[place]
         kinds = [self.models.vocabulary.kind(token) for token in last.ids]
-        kept = last.ids[: legal_prefix(kinds, heard)]
-        if len(kept) < len(last.ids):
+        kept = last.ids
+        if last.modality is not Modality.TEXT:  # what was written was read
+            heard = rates.tokens_heard(num_samples_played, rates.SPEAK_SAMPLE_RATE)
+            kept = last.ids[: legal_prefix(kinds, heard)]
+        if unfinished or len(kept) < len(last.ids):
             last = dataclasses.replace(last, ids=kept, interrupted=True)
-        self.conversation = dataclasses.replace(self.conversation, turns=(*before, last))
+        self.conversation = dataclasses.replace(self.conversation, turns=(*turns[:place], last, *turns[place + 1 :]))
         return sum(self.models.vocabulary.kind(token) is Kind.SPEECH for token in kept)
 
     def save(self, path: str | Path) -> None:
@@ -214,203 +291,88 @@ class Session:
         """Goes on with a saved conversation. Raises ValueError when it was held in another vocabulary."""
         return cls(models, worker, Conversation.load(path))
 
-    def end_user_turn(self) -> Turn:
-        """Makes a turn of what was said and written since the last one."""
+    def prompt(self, reply: Modality) -> tuple[list[int], int]:
+        """The prompt's ids, without the oldest turns where they do not fit, and the room for the reply.
+
+        Raises:
+            ValueError: the last turn alone does not fit.
+        """
+        prompt = self._fitting(lambda conversation: self.models.vocabulary.prompt_ids(conversation, reply))
+        return prompt, min(self.sampling.max_tokens, self.models.engine.max_positions - len(prompt))
+
+    def _fitting(self, ids_of: Callable[[Conversation], list[int]], *extra: Turn) -> list[int]:
+        """Ids of the conversation and extra turns, without the oldest turns where they do not fit.
+
+        Turns are left out by quarters of the model's positions, so that the prompts of the next turns begin alike and
+        what the engine has kept of them still serves.
+        """
+        size = self.models.engine.max_positions - MIN_REPLY_TOKENS
+        whole = self.conversation.plus(*extra)
+        prompt = ids_of(whole)
+        if len(prompt) <= size:
+            return prompt
+        quarter = max(size // 4, 1)
+        to_drop = -(-(len(prompt) - size) // quarter) * quarter
+        *past, last = whole.turns
+        dropped = 0
+        oldest = next((i for i, turn in enumerate(past) if turn.role is not Role.SYSTEM), len(past))
+        while len(past) > oldest and (dropped < to_drop or past[oldest].role is Role.ASSISTANT):
+            dropped += len(past.pop(oldest).ids)
+        prompt = ids_of(dataclasses.replace(whole, turns=(*past, last)))
+        if len(prompt) <= size:
+            return prompt
+        raise ValueError(
+            f"the question is too long: its {len(prompt)} tokens do not fit the {self.models.engine.max_positions} "
+            f"positions of {self.models.card.name} (at most about {size / rates.TOKEN_RATE:.0f} seconds of speech)"
+        )
+
+    def _open_prompt(self) -> list[int] | None:
+        """What is certain of the next prompt while the user speaks; None while it depends on a reply under way."""
+        if self._listening is None or self._replying:
+            return None
+        ids = tuple(self.models.vocabulary.speech_ids(self._listening.codes))
+        return self._fitting(self.models.vocabulary.open_prompt_ids, Turn(Role.USER, Modality.SPEECH, ids))
+
+    def _notify_ahead(self) -> None:
+        if self._ahead is not None:
+            self._ahead.notify()
+
+    def _close_turn(self) -> tuple[Listening | None, str]:
+        """Takes what was said and written since the last turn; what comes from now on belongs to the next one."""
+        if self._ahead is not None:
+            self._ahead.stop()
+        listening, written = self._listening, self._written
+        self._listening, self._ahead, self._written = None, None, ""
+        return listening, written
+
+    async def _commit(self) -> tuple[Turn, float]:
+        """The user's turn and the seconds of work that its end took."""
+        listening, written = self._close_turn()
+        if listening is None:
+            return self._add_turn([], written), 0.0
+        ended = asyncio.wrap_future(listening.end())
+
+        async def finish() -> Turn:
+            return self._add_turn(await ended, written)
+
+        # What was said stays said, also when nobody waits for the reply any more.
+        return await asyncio.shield(asyncio.create_task(finish())), listening.seconds
+
+    def _add_turn(self, codes: list[int], written: str) -> Turn:
         vocabulary = self.models.vocabulary
-        spoken = [] if self._listening is None else vocabulary.speech_ids(self._listening.end())
-        written = vocabulary.encode_text(self._written)
-        self._listening, self._written = None, ""
-        if not spoken and not written:
+        spoken, text = vocabulary.speech_ids(codes), vocabulary.encode_text(written)
+        if not spoken and not text:
             raise ValueError("nothing was said: feed speech or write text before asking for a reply")
-        modality = Modality.SPEECH if not written else Modality.INTERLEAVED if spoken else Modality.TEXT
-        turn = Turn(Role.USER, modality, (*spoken, *written), self.language)
+        modality = Modality.SPEECH if not text else Modality.INTERLEAVED if spoken else Modality.TEXT
+        turn = Turn(Role.USER, modality, (*spoken, *text), self.language)
         self.conversation = self.conversation.plus(turn)
         return turn
 
-    def prompt(self, reply: Modality) -> tuple[list[int], int]:
-        """The prompt's ids, without the oldest turns where they do not fit, and the room for the reply."""
-        size = self.models.engine.max_positions
+    def _add_reply(self, reply: Turn, question: Turn) -> None:
+        """Behind its question: the user may have ended the next turn meanwhile."""
         turns = self.conversation.turns
-        while True:
-            shortened = dataclasses.replace(self.conversation, turns=turns)
-            prompt = self.models.vocabulary.prompt_ids(shortened, reply)
-            if len(prompt) + MIN_REPLY_TOKENS <= size:
-                return prompt, min(self.sampling.max_tokens, size - len(prompt))
-            oldest = next((i for i, turn in enumerate(turns[:-1]) if turn.role is not Role.SYSTEM), None)
-            if oldest is None:
-                self.conversation = dataclasses.replace(self.conversation, turns=self.conversation.turns[:-1])
-                seconds = size / rates.TOKEN_RATE
-                raise ValueError(
-                    f"the question is too long: its {len(prompt)} tokens do not fit the {size} positions of "
-                    f"{self.models.card.name} (at most about {seconds:.0f} seconds of speech)"
-                )
-            turns = turns[:oldest] + turns[oldest + 1 :]
-
-    @property
-    def cut_at(self) -> int | None:
-        """Samples of the reply that had been played when the user interrupted it; None while nobody did."""
-        return self._cut_at
-
-    def new_request_id(self) -> str:
-        return f"reply-{next(self._request_ids)}"
-
-
-class _Listening:
-    """The user's turn while it is being said."""
-
-    def __init__(self, tokenizer: SpeechTokenizer, sample_rate: int) -> None:
-        self._tokenizer = tokenizer
-        self._sample_rate = sample_rate
-        self._resampler = StreamingResampler(sample_rate, rates.LISTEN_SAMPLE_RATE)
-        with torch.inference_mode():
-            self._state = tokenizer.init_state(1)
-        self._codes: list[int] = []
-
-    def feed(self, wav: NDArray[np.float32], sample_rate: int) -> None:
-        if sample_rate != self._sample_rate:
-            raise ValueError(f"the sample rate changed from {self._sample_rate} to {sample_rate} Hz within one turn")
-        self._step(self._resampler.step(wav))
-
-    def end(self) -> list[int]:
-        """All codes of the turn."""
-        self._step(self._resampler.step(np.zeros(0, np.float32), last=True))
-        with torch.inference_mode():
-            self._codes += self._tokenizer.flush(self._state).rows()[0].tolist()
-        return self._codes
-
-    def _step(self, wav: NDArray[np.float32]) -> None:
-        device = self._state.features.buffer.values.device
-        with torch.inference_mode():
-            codes = self._tokenizer.step(Padded.full(torch.from_numpy(wav)[None].to(device)), self._state)
-        self._codes += codes.rows()[0].tolist()
-
-
-class _Speaker:
-    """One reply while it is produced: ids from the engine, sound by the worker while the next ids are made."""
-
-    def __init__(self, session: Session, text_only: bool, max_tokens: int | None) -> None:
-        self._session, self._models, self._worker = session, session.models, session.worker
-        self._max_tokens = max_tokens
-        self._modality = Modality.TEXT if text_only else Modality.INTERLEAVED
-        self._schedule = TEXT_ONLY if text_only else INTERLEAVED
-        self._ids: list[int] = []
-        self._codes: list[int] = []
-        self._text = TextStream(self._models.vocabulary)
-        self._transcript = ""
-        self._interleave = InterleaveState(self._schedule)
-        self._blocks: deque[asyncio.Future[tuple[NDArray[np.float32], float]]] = deque()
-        self._num_decoded = 0
-        self._num_samples = 0
-        self._start = time.perf_counter()
-        self._timings = Timings()
-        self._stages = {"tokenizer": 0.0, "language": 0.0, "decoder": 0.0}
-
-    async def events(self) -> AsyncIterator[Event]:
-        session, models = self._session, self._models
-        turn, self._stages["tokenizer"] = await session.question()
-        self._note(tokenize_s=self._stages["tokenizer"])
-        prompt, max_tokens = session.prompt(self._modality)
-        max_tokens = min(max_tokens, self._max_tokens or max_tokens)
-        sampling = dataclasses.replace(session.sampling, max_tokens=max_tokens)
-        card = models.card
-        with torch.inference_mode():
-            self._state = models.decoder.init_state(1, card.num_steps, card.guidance_scale, sampling.seed)
-        request_id = session.new_request_id()
-        stream = models.engine.generate(prompt, sampling, self._schedule, request_id)
-        reason = EndReason.LENGTH
-        asked = time.perf_counter()
-        try:
-            async for token in stream:
-                self._stages["language"] += time.perf_counter() - asked
-                self._note_once("prefill_s", self._stages["language"])
-                if session.cut_at is not None:
-                    reason = EndReason.INTERRUPTED
-                    break
-                kind = models.vocabulary.kind(token)
-                self._interleave.advance(kind)
-                if kind is Kind.END:
-                    reason = EndReason.END
-                    break
-                self._ids.append(token)
-                yield self._take_text(token) if kind is Kind.TEXT else self._take_speech(token)
-                while self._blocks and self._blocks[0].done():
-                    yield await self._sound()
-                asked = time.perf_counter()
-        finally:
-            models.engine.cancel(request_id)
-            await stream.aclose()  # type: ignore[attr-defined]
-        if rest := self._text.flush():
-            self._transcript += rest
-            yield TextDelta(rest)
-        if self._codes and reason is not EndReason.INTERRUPTED:
-            self._decode(last=True)
-        while self._blocks and session.cut_at is None:
-            yield await self._sound()
-        interrupted = self._end_turn(turn)
-        if interrupted:
-            reason = EndReason.INTERRUPTED
-            yield interrupted
-        self._note(
-            total_s=time.perf_counter() - self._start,
-            audio_s=self._num_samples / rates.SPEAK_SAMPLE_RATE,
-            num_text_tokens=self._interleave.num_text,
-            num_speech_tokens=self._interleave.num_speech,
-            stages=self._stages,
-        )
-        yield ReplyDone(self._transcript, tuple(self._codes), reason, self._timings)
-
-    def _take_text(self, token: int) -> TextDelta:
-        text = self._text.push([token])
-        self._note_once("first_text_s", time.perf_counter() - self._start)
-        self._transcript += text
-        return TextDelta(text, (token,))
-
-    def _take_speech(self, token: int) -> SpeechDelta:
-        code = self._models.vocabulary.speech_code(token)
-        self._codes.append(code)
-        if len(self._codes) - self._num_decoded == rates.BLOCK_TOKENS:
-            self._decode(last=False)
-        return SpeechDelta((code,))
-
-    def _decode(self, last: bool) -> None:
-        """Starts the worker on the codes that have come since the last block."""
-        codes = torch.tensor([self._codes[self._num_decoded :]], dtype=torch.int64, device=self._device)
-        self._num_decoded = len(self._codes)
-
-        def work() -> NDArray[np.float32]:
-            wav = self._models.decoder.step(Padded.full(codes), self._state)
-            if last:
-                wav = Padded.concat([wav, self._models.decoder.flush(self._state)])
-            return wav.rows()[0].clamp(-1.0, 1.0).float().cpu().numpy()
-
-        self._blocks.append(self._worker.submit(work))
-
-    async def _sound(self) -> AudioDelta:
-        wav, seconds = await self._blocks.popleft()
-        self._stages["decoder"] += seconds
-        self._note_once("first_audio_s", time.perf_counter() - self._start)
-        self._num_samples += len(wav)
-        return AudioDelta(wav, rates.SPEAK_SAMPLE_RATE, self._num_samples - len(wav))
-
-    def _end_turn(self, user: Turn) -> Interrupted | None:
-        """Adds the reply to the history, cut to what was heard if the user interrupted it."""
-        session = self._session
-        turn = Turn(Role.ASSISTANT, self._modality, tuple(self._ids), user.language, session.voice)
-        session.conversation = session.conversation.plus(turn)
-        if session.cut_at is None:
-            return None
-        return Interrupted(session.cut_at, session.cut_last_reply(session.cut_at))
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self._models.decoder.parameters()).device
-
-    def _note(self, **values: object) -> None:
-        self._timings = dataclasses.replace(self._timings, **values)  # type: ignore[arg-type]
-
-    def _note_once(self, name: str, seconds: float) -> None:
-        if not getattr(self._timings, name):
-            self._note(**{name: seconds})
+        place = max((i + 1 for i, turn in enumerate(turns) if turn is question), default=len(turns))
+        self.conversation = dataclasses.replace(self.conversation, turns=(*turns[:place], reply, *turns[place:]))
 
 
 def _as_float(pcm: Pcm) -> NDArray[np.float32]:

@@ -297,6 +297,14 @@ class Vocabulary:
             raise ValueError("a prompt needs a conversation whose last turn is one of the user or a tool")
         return [*self._history(conversation).ids, *self._reply_opening(reply)]
 
+    def open_prompt_ids(self, conversation: Conversation) -> list[int]:
+        """What `prompt_ids` begins with while the last turn, speech of the user, is still being said: its ids so far
+        without the control that ends them. Raises ValueError as `prompt_ids`, and for a last turn that is no speech."""
+        last = conversation.turns[-1] if conversation.turns else None
+        if last is None or last.role is not Role.USER or last.modality is not Modality.SPEECH:
+            raise ValueError("only a conversation whose last turn is speech of the user has an open prompt")
+        return self._history(conversation).ids[:-1]
+
     def chat_sample(self, conversation: Conversation) -> Sample:
         """A whole conversation for training: the replies are trained, and the control that ends each of them, unless it
         was interrupted. Raises ValueError as `prompt_ids`."""

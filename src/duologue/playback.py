@@ -1,0 +1,106 @@
+"""Which speech tokens of a reply are decoded together, and when: the block policy.
+
+The first block is the smallest there is, 10 tokens, so that sound begins early. From then on sound is played while more
+is made, and a block waits for more tokens as long as the sound that is ready allows: few large blocks cost less than
+many small ones. In short: never run dry, and with that the fewest blocks.
+
+Time is that of a clock that is given, in seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from duologue import rates
+
+MAX_BLOCK_TOKENS = 40
+"""Tokens of a block at most, 3.2 s of sound: what is decoded cannot be taken back when the user interrupts."""
+
+
+class BlockPolicy:
+    """The policy for one reply.
+
+    A block is decoded when waiting for ten more tokens would be too late: when they, at the pace of the last ids, and
+    the decoding after them would be ready less than `margin_s` before playback runs dry. Both are taken `safety` times
+    as long as they lately took, since other sessions use the same device. A block takes all whole tens of tokens that
+    wait and can be decoded in time, at least ten and at most `max_tokens`.
+
+    Args:
+        clock: seconds, by any origin; that of the worker's deadlines.
+        max_tokens: a multiple of 10.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        max_tokens: int = MAX_BLOCK_TOKENS,
+        safety: float = 2.0,
+        margin_s: float = 0.1,
+    ) -> None:
+        if max_tokens < rates.BLOCK_TOKENS or max_tokens % rates.BLOCK_TOKENS:
+            raise ValueError(f"max_tokens must be a multiple of {rates.BLOCK_TOKENS}, got {max_tokens}")
+        if safety < 1 or margin_s < 0:
+            raise ValueError(f"safety must be at least 1 and margin_s not negative, got {safety} and {margin_s}")
+        self._clock, self._max_tokens, self._safety, self._margin_s = clock, max_tokens, safety, margin_s
+        self._ids_at: deque[float] = deque(maxlen=32)
+        self._decode_s: deque[float] = deque(maxlen=4)  # seconds a token, of the last blocks
+        self._runs_dry_at: float | None = None
+
+    @property
+    def runs_dry_at(self) -> float | None:
+        """When playback has used up all sound so far; None before the first sound."""
+        return self._runs_dry_at
+
+    def took_id(self) -> None:
+        """The language model gave one more id, text or speech."""
+        self._ids_at.append(self._clock())
+
+    def took_sound(self, num_tokens: int, seconds: float, audio_s: float) -> None:
+        """A block has become sound and is played behind what there was.
+
+        Args:
+            num_tokens: of the block.
+            seconds: from asking for it to having it.
+            audio_s: length of the sound.
+        """
+        now = self._clock()
+        self._decode_s.append(seconds / max(num_tokens, rates.BLOCK_TOKENS))
+        start = now if self._runs_dry_at is None else max(self._runs_dry_at, now)
+        self._runs_dry_at = start + audio_s
+
+    def block_size(self, num_waiting: int, num_ids_to_next: int | None) -> int:
+        """Tokens to decode now, 0 to wait.
+
+        Args:
+            num_waiting: speech tokens that are not decoded.
+            num_ids_to_next: ids, text among them, until there are ten more of them; None when no more will come.
+        """
+        whole = min(num_waiting // rates.BLOCK_TOKENS * rates.BLOCK_TOKENS, self._max_tokens)
+        if not self._decode_s:
+            return min(num_waiting, rates.BLOCK_TOKENS) if num_ids_to_next is None else min(whole, rates.BLOCK_TOKENS)
+        if num_ids_to_next is None and num_waiting <= self._max_tokens and self._spare_s(num_waiting) >= 0:
+            return num_waiting
+        while whole > rates.BLOCK_TOKENS and self._spare_s(whole) < 0:
+            whole -= rates.BLOCK_TOKENS
+        if num_ids_to_next is None:
+            return whole or num_waiting
+        return 0 if whole < self._max_tokens and self.wait_s(num_waiting, num_ids_to_next) > 0 else whole
+
+    def wait_s(self, num_waiting: int, num_ids_to_next: int) -> float:
+        """How long a block of the tens that wait may be put off; not above 0: no longer."""
+        if not self._decode_s or num_waiting < rates.BLOCK_TOKENS:
+            return 0.0
+        more = num_waiting // rates.BLOCK_TOKENS * rates.BLOCK_TOKENS + rates.BLOCK_TOKENS
+        return self._spare_s(min(more, self._max_tokens)) - self._safety * num_ids_to_next * self._id_s()
+
+    def _spare_s(self, num_tokens: int) -> float:
+        """Seconds by which a block that is begun now would be ready too early."""
+        assert self._runs_dry_at is not None
+        needed = self._safety * max(self._decode_s) * max(num_tokens, rates.BLOCK_TOKENS)
+        return self._runs_dry_at - self._clock() - needed - self._margin_s
+
+    def _id_s(self) -> float:
+        """Seconds between ids lately, the one that is being waited for included."""
+        return (self._clock() - self._ids_at[0]) / len(self._ids_at) if self._ids_at else 0.0
