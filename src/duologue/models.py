@@ -47,6 +47,7 @@ class Card:
         voices: names that a reply's voice can have; the first is the default.
         sampling: how replies are sampled unless told otherwise.
         num_steps, guidance_scale: of the flow's solver; None takes those of its config.
+        follows_instructions: whether it was trained with turns of the system; another one is not shown instructions.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Card:
     sampling: Sampling = field(default_factory=Sampling)
     num_steps: int | None = None
     guidance_scale: float | None = None
+    follows_instructions: bool = False
 
     def save(self, folder: str | Path) -> None:
         write_json(Path(folder) / CARD_FILE, {"kind": "Chatbot", "version": CARD_VERSION, **to_mapping(self)})
@@ -69,7 +71,8 @@ class Card:
         """
         path = Path(folder) / CARD_FILE
         if (released := find_released(folder)) is not None:
-            return cls(path.resolve().parent.name, trained=not released.is_random, languages=("en", "zh"))
+            name = path.resolve().parent.name
+            return cls(name, trained=not released.is_random, languages=("en", "zh"), follows_instructions=True)
         data = read_json(path)
         if data.pop("kind", None) != "Chatbot" or data.pop("version", None) != CARD_VERSION:
             raise ValueError(f"{path} is not the card of a chatbot in version {CARD_VERSION}")
