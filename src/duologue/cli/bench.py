@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import Parser, add_command, add_precision, positive, say_if_untrained
+from duologue.cli.parser import KEY_VARIABLE, Parser, add_command, add_precision, positive, say_if_untrained
 
 if TYPE_CHECKING:
     from duologue.chatbot import Chatbot
@@ -26,6 +27,14 @@ def add(commands: Any) -> None:
     latency.add_argument("--question", type=Path, help="a sound file (default: the one of the package)")
     _add_repetitions(latency, 10)
 
+    server = _add(names, "server", _server, "clients that talk with a real server, and clients that come and go")
+    server.add_argument("--server", metavar="URL", help="a running one (default: start one for the bench)")
+    server.add_argument("--pid", type=positive, help="its process, for --cycles with --server")
+    server.add_argument("--clients", type=int, default=8, metavar="N", help="(default: 8; 0 for none)")
+    server.add_argument("--turns", type=positive, default=3, metavar="N", help="questions of each (default: 3)")
+    server.add_argument("--cycles", type=int, default=0, metavar="N", help="connections that come and go")
+    server.add_argument("--max-tokens", type=positive, metavar="N", help="of an answer")
+
 
 def _latency(args: argparse.Namespace) -> None:
     from duologue.audio import load_audio
@@ -36,6 +45,22 @@ def _latency(args: argparse.Namespace) -> None:
     wav, sample_rate = load_audio(question)  # before the models: what is wrong with a file is said at once
     bot = _load(args)
     _run(args, _model(bot), lambda: measure_latency(bot, wav, sample_rate, args.repetitions, args.warm_up))
+
+
+def _server(args: argparse.Namespace) -> None:
+    import os
+
+    from duologue.bench.server import measure_server
+    from duologue.client.process import start_server
+
+    with contextlib.ExitStack() as stack:
+        url, pid, key = args.server, args.pid, os.environ.get(KEY_VARIABLE, "")
+        if url is None:
+            many = ("--max-sessions", str(args.clients + 8), "--max-sessions-per-key", str(args.clients + 8))
+            server = stack.enter_context(start_server(args.model, ("--device", args.device, *many)))
+            url, pid, key = server.url, server.pid, ""
+        counts = (args.clients, args.turns, args.cycles, args.max_tokens)
+        _run(args, {"name": args.model, "url": args.server}, lambda: measure_server(url, pid, key, *counts))
 
 
 def _add(names: Any, name: str, run: Any, text: str, model: bool = True) -> Parser:

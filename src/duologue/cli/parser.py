@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from duologue.models import Card
 
 FAILED = 1
+KEY_VARIABLE = "DUOLOGUE_API_KEY"  # of a client
 DTYPES = ("float32", "bfloat16", "float16")
 SCHEMES = ("int8", "int4")
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")

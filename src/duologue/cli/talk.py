@@ -10,12 +10,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import FAILED, add_command, checked_output, positive
+from duologue.cli.parser import FAILED, KEY_VARIABLE, add_command, checked_output, positive
 
 if TYPE_CHECKING:
     from duologue.client.conversation import Summary
-
-KEY_VARIABLE = "DUOLOGUE_API_KEY"
 
 
 def add(commands: Any) -> None:
