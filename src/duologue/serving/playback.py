@@ -33,5 +33,9 @@ class Playback:
             return 0.0
         return max(0.0, self.sent_ms - 1000 * max(0.0, self.ends - now))
 
+    def stop(self, played_ms: float) -> None:
+        """The listener plays no more than this."""
+        self.sent_ms, self.ends = played_ms, None if self.ends is None else 0.0
+
     def is_over(self, now: float) -> bool:
         return self.ends is None or now >= self.ends

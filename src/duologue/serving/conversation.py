@@ -1,0 +1,190 @@
+"""The items of a real-time conversation, as clients see it, and the turns of token ids that the model is shown.
+
+An item is one message; its turn holds its ids. A reply keeps all of its ids, whatever was heard of it, so that a client
+which knows better than the server what was played can still say so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from duologue import rates
+from duologue.interleave import Kind, legal_prefix
+from duologue.serving.formats import whole
+from duologue.serving.objects import AnyItem, Content, Format, Message, ProtocolError
+from duologue.turns import Conversation, Modality, Role, Turn
+from duologue.vocabulary import Vocabulary
+
+KEPT_SOUND_S = 300.0  # sound of a conversation's items that can be retrieved; the oldest goes first
+# Behind anything else than the user's words: the model speaks of its own accord, as far as it can.
+NOTHING_SAID = Turn(Role.USER, Modality.TEXT, ())
+
+
+@dataclass(frozen=True, eq=False)
+class Sound:
+    """int16 (S,) as it was heard or spoken."""
+
+    samples: NDArray[np.int16]
+    sample_rate: int
+
+    @classmethod
+    def of(cls, parts: Sequence[NDArray[np.float32]], sample_rate: int) -> Sound:
+        wav = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        return cls((np.clip(wav, -1.0, 1.0) * 32767.0).astype(np.int16), sample_rate)
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / self.sample_rate
+
+    def to_wire(self, wire: Format) -> str:
+        """base64 text."""
+        return whole(self.samples.astype(np.float32) / 32768.0, self.sample_rate, wire)
+
+
+@dataclass(eq=False)
+class Item:
+    """One item.
+
+    Attributes:
+        body: as clients see it, without sound.
+        turn: what the model is shown of it, or None for nothing: a call of a tool, a reply of which nothing was heard.
+        whole: of a reply, the turn with all of its ids.
+        sound: what was heard or spoken, as long as it is kept.
+        spoken_ms: of a reply, the length of its sound as it was sent.
+        speed: of a reply, length of its sound as the model made it over that as it was sent.
+    """
+
+    body: AnyItem
+    turn: Turn | None = None
+    whole: Turn | None = None
+    sound: Sound | None = None
+    spoken_ms: float = 0.0
+    speed: float = 1.0
+
+    @property
+    def id(self) -> str:
+        assert self.body.id is not None  # every item of a conversation has one
+        return self.body.id
+
+    def cut(self, heard_ms: float, vocabulary: Vocabulary) -> float:
+        """Shortens a reply to what was heard of it; returns the milliseconds of sound that stay."""
+        assert self.whole is not None
+        assert isinstance(self.body, Message)
+        heard_ms = min(heard_ms, self.spoken_ms)
+        if heard_ms >= self.spoken_ms and self.body.status == "completed":
+            self.turn, kept = self.whole, self.whole.ids
+        else:
+            num_samples = int(heard_ms * self.speed * rates.SPEAK_SAMPLE_RATE / 1000)
+            kinds = [vocabulary.kind(token) for token in self.whole.ids]
+            kept = self.whole.ids[: legal_prefix(kinds, rates.tokens_heard(num_samples))]
+            short = len(kept) < len(self.whole.ids)
+            self.turn = dataclasses.replace(self.whole, ids=kept, interrupted=short) if kept else None
+        said = vocabulary.decode_text(token for token in kept if vocabulary.kind(token) is Kind.TEXT)
+        content = [part.model_copy(update={"transcript": said}) for part in self.body.content]
+        self.body = self.body.model_copy(update={"content": content})
+        return heard_ms
+
+    def with_sound(self, heard: Format, spoken: Format) -> AnyItem:
+        """The body with its sound as base64 text, where it is kept: the user's in the format of the input, the model's
+        in that of the output. Work for a thread."""
+        if self.sound is None or not isinstance(self.body, Message):
+            return self.body
+        audio = self.sound.to_wire(heard if self.body.role == "user" else spoken)
+        content = [
+            part.model_copy(update={"audio": audio}) if part.type in ("input_audio", "output_audio") else part
+            for part in self.body.content
+        ]
+        return self.body.model_copy(update={"content": content})
+
+
+@dataclass(eq=False)
+class Items:
+    """The items of one conversation in order. What a dropped client comes back to."""
+
+    vocabulary: Vocabulary
+    id: str
+    order: list[Item] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.order)
+
+    @property
+    def last_id(self) -> str | None:
+        return self.order[-1].id if self.order else None
+
+    def get(self, item_id: str, action: str, param: str = "item_id") -> Item:
+        """The item with this id. Raises ProtocolError where there is none; `action` is what was to be done with it."""
+        for item in self.order:
+            if item.id == item_id:
+                return item
+        raise ProtocolError(
+            f"there is no item {item_id[:70]!r} in the conversation to {action}",
+            f"item_{action}_invalid_item_id",
+            param,
+        )
+
+    def before(self, item: Item) -> str | None:
+        """The id of the item before this one."""
+        index = self.order.index(item)
+        return self.order[index - 1].id if index else None
+
+    def check_new(self, item_id: str | None, after: str | None = None) -> int:
+        """Where an item of this id would stand. Raises ProtocolError as `add`."""
+        if any(item.id == item_id for item in self.order):
+            raise ProtocolError(
+                f"there is an item {item_id!r} in the conversation already", "item_create_duplicate_item_id", "item.id"
+            )
+        if after is None:
+            return len(self.order)
+        return 0 if after == "root" else self.order.index(self.get(after, "create", "previous_item_id")) + 1
+
+    def add(self, item: Item, after: str | None = None) -> str | None:
+        """Puts an item at the end, at the beginning (after "root") or after another one; returns the id before it.
+
+        Raises:
+            ProtocolError: there is an item of this id, or none to put it after.
+        """
+        index = self.check_new(item.id, after)
+        self.order.insert(index, item)
+        self.forget_sound()
+        return self.order[index - 1].id if index else None
+
+    def forget_sound(self) -> None:
+        """Drops the oldest sounds beyond what is kept."""
+        seconds = 0.0
+        for item in reversed(self.order):
+            if item.sound is None:
+                continue
+            seconds += item.sound.seconds
+            if seconds > KEPT_SOUND_S:
+                item.sound = None
+
+
+def answerable(vocabulary: Vocabulary, turns: Sequence[Turn | None]) -> Conversation:
+    """A conversation of these turns, ending with one that the model can answer."""
+    shown = [turn for turn in turns if turn is not None]
+    if not shown or shown[-1].role not in (Role.USER, Role.OBSERVATION):
+        shown.append(NOTHING_SAID)
+    return Conversation(tuple(shown), vocabulary.hash)
+
+
+def written(part: Content, role: str, where: str) -> str:
+    """The text of a part of a message of this role. Raises ProtocolError for a part that the role cannot have."""
+    wanted = "output_text" if role == "assistant" else "input_text"
+    if part.type != wanted:
+        also = " or input_audio" if role == "user" else ""
+        raise ProtocolError(
+            f"{where}.type must be {wanted}{also} in a message of the {role}, not {part.type!r}",
+            param=f"{where}.type",
+        )
+    if part.text is None:
+        raise ProtocolError(f"{where}.text is missing", "missing_required_parameter", f"{where}.text")
+    return part.text

@@ -1,0 +1,193 @@
+"""The input audio buffer of one real-time session: sound of the client becomes the user's turn while it comes.
+
+With turn detection the detector says where turns begin and end; sound outside of them waits for a while, because the
+beginning of a turn is known only after it. Without it everything belongs to the turn until the client commits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from duologue import rates
+from duologue.serving.conversation import Sound
+from duologue.serving.formats import Incoming
+from duologue.serving.objects import AudioInput, ProtocolError
+from duologue.serving.turn_detection import (
+    Detection,
+    SileroStream,
+    SpeechProbability,
+    Started,
+    TimedOut,
+    TurnDetector,
+    TurnSettings,
+)
+from duologue.session import Session
+from duologue.turns import Turn
+
+RATE = rates.LISTEN_SAMPLE_RATE
+AT_ONCE = RATE  # samples whose probabilities are computed in one piece of work
+WAITING_S = 30.0  # sound outside of turns that is kept for a client that commits by itself
+MIN_COMMIT_MS = 100
+
+
+@dataclass(frozen=True, eq=False)
+class Heard:
+    """A turn of the user: its ids, its sound, and the seconds that its end took."""
+
+    turn: Turn
+    sound: Sound
+    commit_s: float
+
+
+def to_ms(samples: int) -> int:
+    return samples * 1000 // RATE
+
+
+class Listener:
+    """One client's sound. Positions count samples at 16 kHz since the session began.
+
+    Args:
+        session: hears the user, and is used for nothing else.
+        max_s: length of a turn.
+        on_sound: gets every wav (S,) and its rate, for recording.
+        probability: makes the state of one stream's speech probability.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        config: AudioInput,
+        max_s: float,
+        on_sound: Callable[[NDArray[np.float32], int], None] | None = None,
+        probability: Callable[[], SpeechProbability] = SileroStream,
+    ) -> None:
+        self.session = session
+        self.detector: TurnDetector | None = None
+        self._max_s, self._on_sound, self._new_probability = max_s, on_sound, probability
+        self._probability = probability()
+        self._incoming = Incoming(config.format)
+        self._total = 0
+        self._waiting = np.zeros(0, np.float32)  # ends at `_total`
+        self._parts: list[NDArray[np.float32]] = []
+        self._open = 0  # samples of the open turn
+        self.configure(config)
+
+    def configure(self, config: AudioInput) -> None:
+        """Takes a new configuration. A turn under way goes on."""
+        if config.format != self._incoming.wire:
+            self._incoming = Incoming(config.format)
+        if config.turn_detection is None:
+            self.detector = None
+            self._waiting = self._waiting[:0]
+            return
+        settings = TurnSettings.of(config.turn_detection, self._max_s)
+        if self.detector is None:
+            self._start_detector(settings)
+        else:
+            self.detector.settings = settings
+
+    @property
+    def is_open(self) -> bool:
+        """Does the turn under way hold any sound?"""
+        return self._open > 0
+
+    async def append(self, audio: str) -> AsyncIterator[Detection]:
+        """Takes sound as base64 text and yields what the detector finds, each at once: whoever gets `Stopped` or
+        `TimedOut` ends the turn with `commit` before going on.
+
+        Raises:
+            ProtocolError: not sound of this format, or more of it than a turn may have. Nothing is taken then.
+        """
+        limit = int(self._max_s * RATE)
+        if self.detector is None and self._open >= limit:
+            raise ProtocolError(
+                f"the input audio buffer holds {self._max_s:g} s already; commit or clear it", "input_audio_buffer_full"
+            )
+        wav = await asyncio.to_thread(self._incoming.step, audio)
+        if self._on_sound is not None and len(wav):
+            self._on_sound(wav, RATE)
+        if self.detector is None:
+            self._total += len(wav)
+            await self._hear(wav[: limit - self._open])
+            return
+        for start in range(0, len(wav), AT_ONCE):
+            piece = wav[start : start + AT_ONCE]
+            probabilities = await asyncio.to_thread(self._probability.step, piece)
+            self._waiting = np.concatenate([self._waiting, piece])
+            self._total += len(piece)
+            for probability in probabilities:
+                detection = self.detector.step(probability)
+                if isinstance(detection, Started):
+                    self._drop_until(detection.sample)
+                if isinstance(detection, TimedOut):
+                    # The silence itself means nothing to the model and costs context; a little stands for it.
+                    self._drop_until(
+                        detection.sample - max(self.detector.settings.prefix, MIN_COMMIT_MS * RATE // 1000)
+                    )
+                if detection is not None:
+                    yield detection
+            if self.detector.speaking:
+                await self._hear_until(self.detector.sample)
+        self._drop_until(self._total - int(WAITING_S * RATE))
+
+    async def commit(self, detection: Detection | None = None) -> Heard:
+        """Ends the turn: where the detector said, or here when the client does it.
+
+        Raises:
+            ProtocolError: less than 100 ms are there.
+        """
+        if detection is not None:
+            await self._hear_until(detection.sample)
+        else:
+            await self._hear(np.concatenate([self._waiting, await asyncio.to_thread(self._incoming.end)]))
+            self._restart()
+        if to_ms(self._open) < MIN_COMMIT_MS:
+            have = 1000 * self._open / RATE
+            self.clear()
+            raise ProtocolError(
+                f"the input audio buffer is too small to commit: it holds {have:.0f} ms, and at least "
+                f"{MIN_COMMIT_MS} ms are needed",
+                "input_audio_buffer_commit_empty",
+            )
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        turn = await self.session.commit()
+        heard = Heard(turn, Sound.of(self._parts, RATE), loop.time() - began)
+        self._parts, self._open = [], 0
+        return heard
+
+    def clear(self) -> None:
+        """Forgets all sound that is not committed."""
+        self.session.discard()
+        self._parts, self._open = [], 0
+        self._incoming = Incoming(self._incoming.wire)
+        self._restart()
+
+    def _restart(self) -> None:
+        """Detection begins anew behind the last sample."""
+        self._waiting = self._waiting[:0]
+        if self.detector is not None:
+            self._start_detector(self.detector.settings)
+
+    def _start_detector(self, settings: TurnSettings) -> None:
+        self._probability = self._new_probability()
+        self.detector = TurnDetector(settings, self._total)
+
+    async def _hear(self, wav: NDArray[np.float32]) -> None:
+        if len(wav):
+            self._parts.append(wav)
+            self._open += len(wav)
+            await self.session.hear(wav, RATE)
+
+    async def _hear_until(self, sample: int) -> None:
+        length = max(0, sample - (self._total - len(self._waiting)))
+        wav, self._waiting = self._waiting[:length], self._waiting[length:]
+        await self._hear(wav)
+
+    def _drop_until(self, sample: int) -> None:
+        self._waiting = self._waiting[max(0, sample - (self._total - len(self._waiting))) :]
