@@ -10,6 +10,7 @@ Shapes: B batch, T speech tokens, N characters, D width, V characters of the alp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,14 +116,16 @@ class Recognizer(nn.Module):
     def transcribe(self, values: Padded) -> list[str]:
         """Greedy text of quantized vectors (B, T, D) by the attention decoder."""
         memory = self.memory(values)
-        symbols = torch.zeros(len(values.lengths), 1, dtype=torch.int64, device=values.values.device)
+        steps = _CachedDecoder(self, memory)
+        best = torch.zeros(len(values.lengths), dtype=torch.int64, device=values.values.device)
         done = values.lengths == 0
+        symbols = [best]
         limit = min(self.config.max_chars - 1, 4 + 4 * int(values.lengths.max()))
-        while symbols.shape[1] <= limit and not bool(done.all()):
-            best = self._decode(symbols, memory)[:, -1].argmax(-1) * ~done
+        while len(symbols) <= limit and not bool(done.all()):
+            best = steps.step(best).argmax(-1) * ~done
             done = done | (best == 0)
-            symbols = torch.cat([symbols, best[:, None]], 1)
-        return [self.decode_text(row) for row in symbols.tolist()]
+            symbols.append(best)
+        return [self.decode_text(row) for row in torch.stack(symbols, 1).tolist()]
 
     @torch.inference_mode()
     def transcribe_ctc(self, values: Padded) -> list[str]:
@@ -141,10 +144,63 @@ class Recognizer(nn.Module):
         """Teacher-forced logits (B, N, V) of the next character after each of symbols (B, N)."""
         x = self.embed_chars(symbols) + self.embed_char_positions.weight[: symbols.shape[1]]
         future = torch.ones(symbols.shape[1], symbols.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        # A row without sound sees its first, empty position, so that no softmax is taken over nothing.
-        hidden = ~(memory.mask | (torch.arange(memory.values.shape[1], device=x.device) == 0))
-        x = self.decoder(x, memory.values, tgt_mask=future, memory_key_padding_mask=hidden)
+        x = self.decoder(x, memory.values, tgt_mask=future, memory_key_padding_mask=~_seen(memory))
         return self.characters(x).float()  # type: ignore[no-any-return]
+
+
+class _CachedDecoder:
+    """The attention decoder character by character, with the keys and values of what it has seen. Evaluation only."""
+
+    def __init__(self, recognizer: Recognizer, memory: Padded) -> None:
+        self._recognizer = recognizer
+        self._layers: list[Any] = list(recognizer.decoder.layers)
+        self._norm: Any = recognizer.decoder.norm
+        self._heads = recognizer.config.num_heads
+        self._mask = _seen(memory)[:, None, None]  # (B, 1, 1, T)
+        width = recognizer.config.width
+        self._memory = []
+        for layer in self._layers:
+            weight, bias = layer.multihead_attn.in_proj_weight, layer.multihead_attn.in_proj_bias
+            keys, values = functional.linear(memory.values, weight[width:], bias[width:]).chunk(2, -1)
+            self._memory.append((self._split(keys), self._split(values)))
+        self._past: list[tuple[Tensor, Tensor] | None] = [None] * len(self._layers)
+        self._position = 0
+
+    def step(self, symbols: Tensor) -> Tensor:
+        """(B,) the last characters -> logits (B, V) of the next ones."""
+        recognizer, width = self._recognizer, self._recognizer.config.width
+        x = (recognizer.embed_chars(symbols) + recognizer.embed_char_positions.weight[self._position])[:, None]
+        self._position += 1
+        for index, layer in enumerate(self._layers):
+            own = layer.self_attn
+            projected = functional.linear(layer.norm1(x), own.in_proj_weight, own.in_proj_bias)
+            query, key, value = map(self._split, projected.chunk(3, -1))
+            if (past := self._past[index]) is not None:
+                key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+            self._past[index] = key, value
+            x = x + own.out_proj(self._join(functional.scaled_dot_product_attention(query, key, value)))
+            cross = layer.multihead_attn
+            query = self._split(
+                functional.linear(layer.norm2(x), cross.in_proj_weight[:width], cross.in_proj_bias[:width])
+            )
+            seen = functional.scaled_dot_product_attention(query, *self._memory[index], attn_mask=self._mask)
+            x = x + cross.out_proj(self._join(seen))
+            x = x + layer.linear2(functional.gelu(layer.linear1(layer.norm3(x))))
+        logits: Tensor = recognizer.characters(self._norm(x)).float()[:, 0]
+        return logits
+
+    def _split(self, x: Tensor) -> Tensor:
+        heads: Tensor = x.unflatten(-1, (self._heads, -1))  # (B, T, H, D / H)
+        return heads.transpose(1, 2)
+
+    def _join(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+
+def _seen(memory: Padded) -> Tensor:
+    """bool (B, T): what the decoder may look at. A row without sound sees its first, empty position, so that no softmax
+    is taken over nothing."""
+    return memory.mask | (torch.arange(memory.values.shape[1], device=memory.values.device) == 0)
 
 
 def _ctc_loss(log_probs: Tensor, lengths: Tensor, text: Padded) -> Tensor:
