@@ -20,7 +20,7 @@ from duologue.events import Event
 from duologue.language.backbone import Dtype
 from duologue.language.quantization import Scheme
 from duologue.language.sampling import Sampling
-from duologue.models import Models
+from duologue.models import EngineName, Models
 from duologue.session import Reply, Session
 from duologue.worker import Worker
 
@@ -117,14 +117,18 @@ def _from_hub(name: str) -> Path:
 
 
 def load(
-    name: str | Path = "pocket", device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
+    name: str | Path = "pocket",
+    device: str = "cpu",
+    dtype: Dtype | None = None,
+    quantization: Scheme | None = None,
+    engine: EngineName = "plain",
 ) -> Chatbot:
     """Loads a chatbot: a preset shipped in the package ("pocket"), a model folder, a folder with the released parts,
     or an OWNER/NAME of the model hub.
 
     Args:
-        dtype, quantization: of the language model, see `Models.load`.
+        dtype, quantization, engine: of the language model, see `Models.load`.
     Raises:
         ValueError: one sentence naming what was asked for and what there is, or what is wrong with it.
     """
-    return Chatbot(Models.load(model_folder(name), device, dtype, quantization))
+    return Chatbot(Models.load(model_folder(name), device, dtype, quantization, engine))

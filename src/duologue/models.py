@@ -7,14 +7,15 @@ Or a set of released parts, see `released.py`: every function here takes both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from duologue.checkpoint import file_hash, load_component, read_extra
 from duologue.config import parse_config, read_json, to_mapping, write_json
@@ -23,7 +24,8 @@ from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.released import ReleasedDecoder, load_released_decoder
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.language.backbone import Dtype, Siblings, load_language, load_siblings
-from duologue.language.engine import PlainEngine
+from duologue.language.continuous import ContinuousEngine
+from duologue.language.engine import Engine, PlainEngine
 from duologue.language.quantization import Scheme, check_available, quantize
 from duologue.language.released import is_released, load_released_language
 from duologue.language.sampling import Sampling
@@ -36,6 +38,8 @@ from duologue.vocabulary import Vocabulary
 
 CARD_FILE = "duologue.json"
 CARD_VERSION = 1
+
+EngineName = Literal["plain", "continuous"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ class Models:
 
     tokenizer: SpeechTokenizer
     vocabulary: Vocabulary
-    engine: PlainEngine
+    engine: Engine
     decoder: Decoder
     card: Card
     recognizer: Recognizer | None = None
@@ -123,23 +127,31 @@ class Models:
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
+        cls,
+        folder: str | Path,
+        device: str = "cpu",
+        dtype: Dtype | None = None,
+        quantization: Scheme | None = None,
+        engine: EngineName = "plain",
     ) -> Models:
         """Reads a model folder.
 
         Args:
             dtype: of the language model; bfloat16 for released ones and float32 for ours by default.
             quantization: "int8" or "int4" for the matrices of the language model's layers.
+            engine: what runs the language model, "plain" or "continuous": see docs/engines.md.
         Raises:
             ValueError: one sentence: a part is missing, damaged, of other sizes or made for another tokenizer; no
                 library for the quantization.
         """
         folder = Path(folder)
         card = Card.load(folder)
+        if engine not in _ENGINES:
+            raise ValueError(f"unknown engine {engine!r}; the choices are {', '.join(_ENGINES)}")
         if quantization is not None:
             check_available(quantization, torch.device(device))
         if (released := find_released(folder)) is not None:
-            return cls._load_released(released, card, device, dtype or "bfloat16", quantization)
+            return cls._load_released(released, card, device, dtype or "bfloat16", quantization, engine)
         vocabulary = Vocabulary.load(folder / "vocabulary")
         tokenizer = load_tokenizer(folder, device)  # first, so that damage is called damage and not another tokenizer
         own = Siblings(file_hash(folder / "tokenizer"), vocabulary.hash)
@@ -151,7 +163,12 @@ class Models:
         if quantization is not None:
             quantize(language.model, quantization)
         return cls(
-            tokenizer, vocabulary, PlainEngine(language, vocabulary), decoder, card, load_recognizer(folder, device)
+            tokenizer,
+            vocabulary,
+            _ENGINES[engine](language, vocabulary),
+            decoder,
+            card,
+            load_recognizer(folder, device),
         )
 
     @torch.inference_mode()
@@ -174,7 +191,13 @@ class Models:
 
     @classmethod
     def _load_released(
-        cls, folders: ReleasedFolders, card: Card, device: str, dtype: Dtype, quantization: Scheme | None
+        cls,
+        folders: ReleasedFolders,
+        card: Card,
+        device: str,
+        dtype: Dtype,
+        quantization: Scheme | None,
+        engine: EngineName,
     ) -> Models:
         folders.check()  # all headers before any weight
         vocabulary = folders.load_vocabulary()
@@ -186,7 +209,13 @@ class Models:
             language = load_language(folders.language, dtype).to(device)
             if quantization is not None:
                 quantize(language.model, quantization)
-        return cls(tokenizer, vocabulary, PlainEngine(language, vocabulary), decoder, card)
+        return cls(tokenizer, vocabulary, _ENGINES[engine](language, vocabulary), decoder, card)
+
+
+_ENGINES: dict[str, Callable[[PreTrainedModel, Vocabulary], Engine]] = {
+    "plain": PlainEngine,
+    "continuous": ContinuousEngine,
+}
 
 
 def tokenizer_folder(folder: str | Path) -> Path:

@@ -317,7 +317,7 @@ class PlainEngine:
 
     def _draw(self, row: _Row) -> None:
         assert row.request is not None
-        row.waiting = [row.request.choose(row.kept.scores)]
+        row.waiting = [row.request.choose(row.kept.scores)[0]]
 
     def _dismiss(self) -> list[_Row]:
         """Takes out the rows that have ended and keeps their conversations as the last used ones. Gives the warmed."""

@@ -50,7 +50,7 @@ class Request:
         self._state = InterleaveState(schedule)
         self._max_unread = max_unread
         self._unread: deque[int] = deque()
-        self._held = self._ended = False
+        self._held = self._ended = self._complete = False
         self._error: Exception | None = None
         self._wake: Callable[[], object] | None = None  # of the reader that waits
         self._lock = threading.Lock()
@@ -59,6 +59,11 @@ class Request:
     def ended(self) -> bool:
         """No further id will be drawn."""
         return self._ended
+
+    @property
+    def complete(self) -> bool:
+        """The reply has come to its own end; it was not cut."""
+        return self._complete
 
     @property
     def held(self) -> bool:
@@ -70,8 +75,9 @@ class Request:
         """Ids whose keys and values the request may need at most."""
         return 0 if self._ended else len(self.prompt) + self.sampling.max_tokens
 
-    def choose(self, scores: Tensor) -> int:
-        """Draws the next id from scores (V,) float32 and hands it to the reader."""
+    def choose(self, scores: Tensor) -> tuple[int, bool]:
+        """Draws the next id from scores (V,) float32 and hands it to the reader. Gives the id, and whether the reply
+        is held from now on."""
         remaining = self.sampling.max_tokens - len(self.ids)
         allowed = within_budget(self._state, remaining)
         token = choose(
@@ -84,14 +90,15 @@ class Request:
         self._state.advance(self._vocabulary.kind(token))
         with self._lock:
             if self._ended:  # cancelled while the step ran
-                return token
+                return token, False
             self.ids.append(token)
             self._unread.append(token)
             self._ended = self._state.ended or remaining == 1
             self._held = not self._ended and len(self._unread) >= self._max_unread
+            held, self._complete = self._held, self._ended
             wake, self._wake = self._wake, None
         self._call(wake)
-        return token
+        return token, held
 
     def cancel(self) -> None:
         """Ends the reply here; ids that were not read are dropped."""
