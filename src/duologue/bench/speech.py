@@ -1,0 +1,30 @@
+"""What the benches listen to: the recorded questions of the package."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from duologue import rates
+from duologue.audio import load_audio, resample
+from duologue.chatbot import model_folder
+
+
+def questions() -> list[NDArray[np.float32]]:
+    """All recorded questions of the package, each wav (S,) at 16 kHz."""
+    folder = model_folder()
+    paths = [folder / "question.wav", *sorted((folder / "questions").glob("*.flac"))]
+    return [resample(*load_audio(path), rates.LISTEN_SAMPLE_RATE) for path in paths]
+
+
+def speech_of(seconds: float) -> NDArray[np.float32]:
+    """Wav (S,) at 16 kHz of exactly that length: the questions one after the other, from the first again at the end."""
+    num_samples = round(seconds * rates.LISTEN_SAMPLE_RATE)
+    said = np.concatenate(questions())
+    return np.tile(said, -(-num_samples // len(said)))[:num_samples]
+
+
+def chunks(wav: NDArray[np.float32], chunk_ms: float) -> list[NDArray[np.float32]]:
+    """A wav at 16 kHz as a microphone gives it; the last chunk may be shorter."""
+    size = round(chunk_ms * rates.LISTEN_SAMPLE_RATE / 1000)
+    return [wav[at : at + size] for at in range(0, len(wav), size)]
