@@ -1,155 +1,113 @@
-"""The account of a loudspeaker: what was heard, where it ran dry, what a cut leaves."""
+"""The block policy, simulated: sound never stops before the reply does, with few blocks."""
 
-import threading
+from dataclasses import dataclass, field
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from duologue.client.playback import Cut, Playback
-
-RATE = 1000  # one sample is one millisecond
+from duologue.interleave import INTERLEAVED
+from duologue.playback import BlockPolicy
+from duologue.rates import TOKEN_RATE
 
 
-class Clock:
-    """Seconds that only a test moves."""
+@dataclass
+class Talk:
+    """One simulated reply: ids come at a pace, decoding takes a base and a share for each token."""
 
-    def __init__(self) -> None:
-        self.now = 100.0
+    id_s: float
+    base_s: float
+    token_s: float
+    num_speech: int = 200
+    jitter: tuple[float, ...] = (1.0,)
+    fixed: bool = False
+    now: float = 0.0
+    blocks: list[int] = field(default_factory=list)
+    underruns: int = 0
+    first_sound: float | None = None
 
-    def __call__(self) -> float:
-        return self.now
+    def arrivals(self) -> list[float]:
+        """When each speech token comes: runs of text stand between those of speech, for half of the reply."""
+        times, time = [], 0.0
+        for index in range(self.num_speech):
+            if index % INTERLEAVED.speech_run == 0 and index < self.num_speech / 2:
+                time += INTERLEAVED.text_run * self.id_s
+            time += self.id_s
+            times.append(time)
+        return times
 
-
-def sound(first: int, num: int) -> np.ndarray:
-    return np.arange(first, first + num, dtype=np.int16) + 1
-
-
-def test_plays_what_was_added_in_order_and_silence_after_it() -> None:
-    playback = Playback(RATE, ahead_ms=0)
-    playback.add("a", sound(0, 5))
-    playback.add("a", sound(5, 5))
-    playback.end("a")
-    playback.add("b", sound(100, 4))
-    playback.end("b")
-    assert playback.take(8).tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert playback.take(8).tolist() == [9, 10, 101, 102, 103, 104, 0, 0]
-    assert playback.num_gaps == 0
-    assert playback.gap_ms == 0
-
-
-def test_an_item_starts_once_enough_of_it_waits_or_all_of_it_has_come() -> None:
-    playback = Playback(RATE, ahead_ms=60)
-    playback.add("a", sound(0, 59))
-    assert not playback.take(10).any()
-    playback.add("a", sound(59, 1))
-    assert playback.take(10).tolist() == sound(0, 10).tolist()
-    playback.cut()
-    playback.add("b", sound(0, 3))
-    assert not playback.take(10).any()
-    playback.end("b")
-    assert playback.take(4).tolist() == [1, 2, 3, 0]
-    assert playback.num_gaps == 0  # waiting to start is no gap
-
-
-def test_running_dry_in_the_middle_is_a_gap_and_at_the_end_it_is_not() -> None:
-    playback = Playback(RATE, ahead_ms=0)
-    playback.add("a", sound(0, 10))
-    assert playback.take(15).tolist() == [*range(1, 11), 0, 0, 0, 0, 0]
-    playback.take(20)
-    assert playback.num_gaps == 0  # nobody knows yet
-    playback.add("a", sound(10, 5))
-    assert (playback.num_gaps, playback.gap_ms) == (1, 25.0)
-    playback.take(30)
-    playback.end("a")
-    assert (playback.num_gaps, playback.gap_ms) == (1, 25.0)
-    assert not playback.take(5).any()
-
-
-def test_a_cut_says_what_was_heard_and_not_what_was_given_to_the_device() -> None:
-    clock = Clock()
-    playback = Playback(RATE, ahead_ms=0, clock=clock)
-    playback.add("a", sound(0, 1000))
-    playback.take(100, delay_s=0.05)  # heard from 50 ms from now on, until 150 ms
-    clock.now += 0.02
-    playback.take(100, delay_s=0.13)  # until 230 ms from here
-    clock.now += 0.1  # 130 ms in the device still, 70 were heard
-    assert playback.active
-    assert playback.cut() == [Cut("a", 70)]
-    assert not playback.active
-    playback.add("a", sound(0, 10))  # on the way when the cut came
-    assert not playback.take(10).any()
+    def run(self) -> "Talk":
+        policy = BlockPolicy(clock=lambda: self.now)
+        arrivals = self.arrivals()
+        decoded, come, done_at, begun, dry = 0, 0, None, 0.0, None
+        while decoded < self.num_speech or done_at is not None:
+            while come < self.num_speech and arrivals[come] <= self.now:
+                come += 1
+                policy.took_id()
+            ended = come == self.num_speech
+            if done_at is not None and self.now >= done_at:
+                done_at, size = None, self.blocks[-1]
+                audio_s = size / TOKEN_RATE
+                if dry is not None and self.now > dry:
+                    self.underruns += 1
+                if self.first_sound is None:
+                    self.first_sound = self.now
+                dry = max(dry or self.now, self.now) + audio_s
+                policy.took_sound(size, self.now - begun, audio_s)
+                assert policy.runs_dry_at == pytest.approx(dry)
+            if done_at is None and decoded < self.num_speech:
+                waiting = come - decoded
+                to_next = None if ended else 10 - waiting % 10 + INTERLEAVED.text_run
+                size = policy.block_size(waiting, to_next)
+                if self.fixed:
+                    size = 10 if waiting >= 10 else waiting if ended else 0
+                if size:
+                    assert size <= waiting
+                    assert size % 10 == 0 or (ended and size == waiting)
+                    slow = self.jitter[len(self.blocks) % len(self.jitter)]
+                    begun, done_at = self.now, self.now + slow * (self.base_s + self.token_s * size)
+                    self.blocks.append(size)
+                    decoded += size
+            self.now += 0.005
+        assert sum(self.blocks) == self.num_speech
+        return self
 
 
-def test_an_item_in_the_device_counts_as_unheard_though_nothing_of_it_waits() -> None:
-    clock = Clock()
-    playback = Playback(RATE, ahead_ms=0, clock=clock)
-    playback.add("a", sound(0, 100))
-    playback.end("a")
-    playback.add("b", sound(0, 100))
-    playback.end("b")
-    playback.take(200)
-    clock.now += 0.04
-    assert playback.cut() == [Cut("a", 40), Cut("b", 0)]
+@pytest.mark.parametrize("jitter", [(1.0,), (1.0, 1.6, 0.8, 1.3)])
+@pytest.mark.parametrize("base_s", [0.01, 0.1])
+@pytest.mark.parametrize("id_s", [0.002, 0.01, 0.03, 0.045])
+def test_never_dry_and_fewer_blocks_than_ten_each(id_s: float, base_s: float, jitter: tuple[float, ...]) -> None:
+    talk = Talk(id_s, base_s, 0.012, jitter=jitter).run()
+    fixed = Talk(id_s, base_s, 0.012, jitter=jitter, fixed=True).run()
+    assert talk.blocks[0] == 10
+    assert talk.first_sound == fixed.first_sound
+    assert talk.underruns == 0
+    if id_s <= 0.01:
+        assert len(talk.blocks) <= 0.5 * len(fixed.blocks)
+    assert len(talk.blocks) < len(fixed.blocks)
 
 
-def test_nothing_is_cut_when_everything_was_heard() -> None:
-    clock = Clock()
-    playback = Playback(RATE, ahead_ms=0, clock=clock)
-    playback.add("a", sound(0, 100))
-    playback.end("a")
-    playback.take(100)
-    clock.now += 0.1
-    assert not playback.active
-    assert playback.cut() == []
+def test_a_device_at_its_limit_gets_the_smallest_blocks_at_once() -> None:
+    """Ids as fast as they are spoken and decoding as slow: nothing can be saved up, so nothing waits."""
+    talk = Talk(id_s=0.07, base_s=0.0, token_s=0.06, num_speech=100).run()
+    assert set(talk.blocks[:-1]) == {10}
 
 
-def test_more_than_the_stated_most_is_refused() -> None:
-    playback = Playback(RATE, max_s=1.0)
-    playback.add("a", sound(0, 900))
-    with pytest.raises(ValueError, match="more than 1 s of sound ahead"):
-        playback.add("a", sound(0, 101))
+def test_a_block_is_bounded() -> None:
+    now = 0.0
+    policy = BlockPolicy(clock=lambda: now, max_tokens=30)
+    assert policy.block_size(9, 5) == 0
+    assert policy.block_size(25, 5) == 10
+    assert policy.block_size(7, None) == 7
+    for _ in range(10):
+        policy.took_id()
+    policy.took_sound(10, 0.01, 100.0)
+    assert policy.block_size(200, 5) == 30
+    assert policy.block_size(200, None) == 30
+    assert policy.block_size(29, 1) == 0
+    now = 99.0
+    assert policy.block_size(29, 100) == 20
 
 
-@given(
-    st.lists(st.integers(1, 50), min_size=1, max_size=8),
-    st.lists(st.integers(1, 40), min_size=1, max_size=30),
-    st.integers(0, 30),
-)
-def test_whatever_the_chunks_every_sample_is_played_once_and_a_cut_is_exact(
-    added: list[int], taken: list[int], cut_after: int
-) -> None:
-    clock = Clock()
-    playback = Playback(RATE, ahead_ms=0, clock=clock)
-    total = sum(added)
-    first = 0
-    for num in added:
-        playback.add("a", sound(first, num))
-        first += num
-    played = []
-    for num in taken[:cut_after]:
-        played += playback.take(num).tolist()
-        clock.now += num / RATE
-    heard = min(len(played), total)
-    assert played[:heard] == sound(0, heard).tolist()
-    assert not any(played[heard:])
-    assert playback.cut() == [Cut("a", heard)]
-
-
-def test_two_threads_lose_nothing() -> None:
-    playback = Playback(RATE, ahead_ms=0)
-    total, played = 30_000, []
-
-    def receive() -> None:
-        for first in range(0, total, 100):
-            playback.add("a", sound(first, 100))
-        playback.end("a")
-
-    thread = threading.Thread(target=receive)
-    thread.start()
-    while thread.is_alive() or playback.num_waiting:
-        played += playback.take(37).tolist()
-    thread.join()
-    played += playback.take(37).tolist()
-    assert [sample for sample in played if sample] == sound(0, total).tolist()
+@pytest.mark.parametrize("wrong", [{"max_tokens": 15}, {"max_tokens": 0}, {"safety": 0.5}, {"margin_s": -1.0}])
+def test_bad_settings_name_the_value(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        BlockPolicy(**wrong)  # type: ignore[arg-type]

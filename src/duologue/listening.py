@@ -147,8 +147,9 @@ class Listening:
         tokenizer = self._tokenizer
         piece, rest = divmod(num_samples, tokenizer.piece_samples)
         block = tokenizer.block_tokens * rates.SAMPLES_PER_TOKEN
-        num_blocks = max(rest - LogMel.edge, 0) // block
-        return piece * tokenizer.piece_samples + (num_blocks * block + LogMel.edge if num_blocks else 0)
+        edge = LogMel.edge - rates.LISTEN_HOP  # the last frame of a block sees so far beyond it
+        num_blocks = max(rest - edge, 0) // block
+        return piece * tokenizer.piece_samples + (num_blocks * block + edge if num_blocks else 0)
 
 
 class Ahead:

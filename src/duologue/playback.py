@@ -45,7 +45,7 @@ class BlockPolicy:
             raise ValueError(f"safety must be at least 1 and margin_s not negative, got {safety} and {margin_s}")
         self._clock, self._max_tokens, self._safety, self._margin_s = clock, max_tokens, safety, margin_s
         self._ids_at: deque[float] = deque(maxlen=32)
-        self._decode_s: deque[float] = deque(maxlen=4)  # seconds a token, of the last blocks
+        self._decoded: deque[tuple[int, float]] = deque(maxlen=4)  # tokens and seconds of the last blocks
         self._runs_dry_at: float | None = None
 
     @property
@@ -66,7 +66,7 @@ class BlockPolicy:
             audio_s: length of the sound.
         """
         now = self._clock()
-        self._decode_s.append(seconds / max(num_tokens, rates.BLOCK_TOKENS))
+        self._decoded.append((max(num_tokens, rates.BLOCK_TOKENS), seconds))
         start = now if self._runs_dry_at is None else max(self._runs_dry_at, now)
         self._runs_dry_at = start + audio_s
 
@@ -78,7 +78,7 @@ class BlockPolicy:
             num_ids_to_next: ids, text among them, until there are ten more of them; None when no more will come.
         """
         whole = min(num_waiting // rates.BLOCK_TOKENS * rates.BLOCK_TOKENS, self._max_tokens)
-        if not self._decode_s:
+        if not self._decoded:
             return min(num_waiting, rates.BLOCK_TOKENS) if num_ids_to_next is None else min(whole, rates.BLOCK_TOKENS)
         if num_ids_to_next is None and num_waiting <= self._max_tokens and self._spare_s(num_waiting) >= 0:
             return num_waiting
@@ -90,7 +90,7 @@ class BlockPolicy:
 
     def wait_s(self, num_waiting: int, num_ids_to_next: int) -> float:
         """How long a block of the tens that wait may be put off; not above 0: no longer."""
-        if not self._decode_s or num_waiting < rates.BLOCK_TOKENS:
+        if not self._decoded or num_waiting < rates.BLOCK_TOKENS:
             return 0.0
         more = num_waiting // rates.BLOCK_TOKENS * rates.BLOCK_TOKENS + rates.BLOCK_TOKENS
         return self._spare_s(min(more, self._max_tokens)) - self._safety * num_ids_to_next * self._id_s()
@@ -98,8 +98,9 @@ class BlockPolicy:
     def _spare_s(self, num_tokens: int) -> float:
         """Seconds by which a block that is begun now would be ready too early."""
         assert self._runs_dry_at is not None
-        needed = self._safety * max(self._decode_s) * max(num_tokens, rates.BLOCK_TOKENS)
-        return self._runs_dry_at - self._clock() - needed - self._margin_s
+        # A larger block is taken to last longer in proportion, a smaller one as long as the larger.
+        decode_s = max(seconds * max(1.0, num_tokens / known) for known, seconds in self._decoded)
+        return self._runs_dry_at - self._clock() - self._safety * decode_s - self._margin_s
 
     def _id_s(self) -> float:
         """Seconds between ids lately, the one that is being waited for included."""
