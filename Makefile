@@ -13,6 +13,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # Debian packages of the tests that listen to free synthesizers. Without them those tests skip and say why.
 SYNTHESIZERS := flite festival festvox-us-slt-hts festvox-kallpc16k espeak-ng
 
+# Debian's browser for the test of the page, which skips without it.
+BROWSER := chromium
+
 .PHONY: help demo test check bench pocket clean
 
 help:
@@ -26,7 +29,7 @@ help:
 demo: $(VENV)/.core
 	$(BIN)/duologue chat $(QUESTION) -o $(ANSWER)
 
-test: $(VENV)/.dev $(VENV)/.synthesizers check
+test: $(VENV)/.dev $(VENV)/.synthesizers $(VENV)/.browser check
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.dev
@@ -55,8 +58,16 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,eval,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,eval,browser,dev]"
 	@touch $(VENV)/.core $@
+
+$(VENV)/.browser: | $(BIN)/python
+	@if command -v chromium >/dev/null; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(BROWSER) >/dev/null || \
+			echo "Chromium could not be installed: the test of the page will skip"; \
+	else echo "no Chromium (sudo apt-get install $(BROWSER)): the test of the page will skip"; fi
+	@touch $@
 
 $(VENV)/.synthesizers: | $(BIN)/python
 	@if dpkg -s $(SYNTHESIZERS) >/dev/null 2>&1; then :; \

@@ -71,11 +71,13 @@ class Script:
 
 @dataclass
 class PageServer:
-    """Runs in a thread of its own. `received` holds every event of every client, sound left out."""
+    """Runs in a thread of its own. `received` holds every event of every client, with the length of its sound only;
+    `sound` all sound that came, as bytes; `asked` the path of every request."""
 
     script: Script = field(default_factory=Script)
     received: list[dict[str, Any]] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
+    sound: bytearray = field(default_factory=bytearray)
     port: int = 0
     _sockets: set[ServerConnection] = field(default_factory=set)
     _known: set[str] = field(default_factory=set)
@@ -134,7 +136,7 @@ class PageServer:
 
     def _page(self, connection: ServerConnection, request: Request) -> Response | None:
         path = urlsplit(request.path).path
-        self.requests.append(path)
+        self.asked.append(request.path)
         if path == "/v1/realtime":
             return None
         if path == "/v1/models":
@@ -198,8 +200,8 @@ class _Talk:
         try:
             async for message in self.socket:
                 event = json.loads(message)
-                await self.take(event)
                 self.server.received.append({**event, "audio": len(event["audio"])} if "audio" in event else event)
+                await self.take(event)
         finally:
             if self.answering:
                 self.answering.cancel()
@@ -214,7 +216,9 @@ class _Talk:
                 [self.modality] = session.get("output_modalities", [self.modality])
                 await self.send("session.updated", session=session)
             case "input_audio_buffer.append":
-                await self.hear(np.frombuffer(base64.b64decode(event["audio"]), "<i2"))
+                pcm = base64.b64decode(event["audio"])
+                self.server.sound += pcm
+                await self.hear(np.frombuffer(pcm, "<i2"))
             case "input_audio_buffer.commit":
                 await self.commit(self._id("item"))
             case "conversation.item.create":

@@ -64,7 +64,7 @@ connection.addEventListener("state", ({ detail }) => {
     sent.ms = 0;
     sent.marks = [];
     view.line(state.model || "Connected", "open");
-    view.notice("");
+    view.settled();
     if (detail.resumed) view.announce("Connected again.");
     else if (detail.again) view.seam("A new conversation: the server no longer has the earlier one");
     configure();
@@ -78,13 +78,17 @@ connection.addEventListener("state", ({ detail }) => {
   if (line === "connecting") view.line("Connecting", "connecting");
   if (line === "closed") {
     view.line(state.model || "Ready", "ready");
-    if (words) view.notice(`${words} The conversation goes on when you do.`, { mild: true });
-    if (state.mode === "hands-free") quiet();
+    // Who is still talking goes on at once; a session may have reached its longest length.
+    if (state.mode === "hands-free") words ? connection.open().catch(() => {}) : quiet();
+    else if (words) view.notice(`${words} The conversation goes on when you do.`, { mild: true });
   }
   if (line === "waiting") {
     view.line("Not connected", "waiting");
     const soon = Math.max(1, Math.round(retryS));
-    view.notice(`${words} Trying again in ${soon} s.`, { action: { words: "Try now", run: () => connection.retry() } });
+    view.notice(`${words} Trying again in ${soon} s.`, {
+      action: { words: "Try now", run: () => connection.retry() },
+      passing: true,
+    });
   }
   if (line === "refused") {
     view.line("Refused", "refused");
@@ -454,7 +458,8 @@ async function look(attempt = 0) {
     const answer = await fetch(new URL("/v1/models", location.href), { headers });
     if (answer.status === 401) {
       view.line("Needs a key", "refused");
-      view.notice("This server needs an API key.", { action: { words: "Enter a key", run: () => dialogs.openSettings("key") } });
+      const action = { words: "Enter a key", run: () => dialogs.openSettings("key") };
+      view.notice("This server needs an API key.", { action, passing: true });
       return;
     }
     if (!answer.ok) throw new Error(answer.statusText);
@@ -467,10 +472,11 @@ async function look(attempt = 0) {
       find("model-words").hidden = false;
     }
     if (connection.state === "closed") view.line(model.id, "ready");
-    view.notice("");
+    view.settled();
   } catch {
     view.line("No answer", "waiting");
-    view.notice("The server does not answer. Is it running?", { action: { words: "Try now", run: () => look() } });
+    const action = { words: "Try now", run: () => look() };
+    view.notice("The server does not answer. Is it running?", { action, passing: true });
     setTimeout(() => connection.state === "closed" && !state.model && look(attempt + 1), Math.min(15000, 1000 * 2 ** attempt));
   }
 }

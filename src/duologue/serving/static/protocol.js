@@ -35,6 +35,7 @@ export class Connection extends EventTarget {
   #timer = 0;
   #number = 0;
   #opened = null;
+  #since = 0; // when this session began
   state = "closed";
   sessionId = "";
   key = "";
@@ -118,6 +119,7 @@ export class Connection extends EventTarget {
     if (event.type === "session.created") {
       clearTimeout(this.#timer);
       this.#attempt = 0;
+      this.#since = performance.now();
       const before = this.sessionId;
       this.sessionId = event.session.id ?? "";
       this.#become("open", { again: before !== "", resumed: before !== "" && before === this.sessionId });
@@ -136,7 +138,7 @@ export class Connection extends EventTarget {
       this.#become("refused", { words, code });
       return;
     }
-    if (wasOpen && code === NORMAL) {
+    if (wasOpen && code === NORMAL && performance.now() - this.#since > 5000) {
       this.#become("closed", { words: reason ? words : "", code }); // idle for too long, for example: the next use opens it again
       return;
     }

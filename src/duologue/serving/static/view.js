@@ -20,6 +20,7 @@ export class View extends EventTarget {
   #chosen = null;
   #longest = 1;
   #told = new WeakSet();
+  #passing = false;
 
   constructor(root = document) {
     super();
@@ -167,8 +168,14 @@ export class View extends EventTarget {
     this.find("line").dataset.state = state;
   }
 
-  /** A message that stays until it is dismissed; `action` is {words, run}. */
-  notice(words, { action = null, mild = false } = {}) {
+  /** Takes a passing message away: the line is there again. */
+  settled() {
+    if (this.#passing) this.notice("");
+  }
+
+  /** A message that stays until it is dismissed, or `settled` if it is passing; `action` is {words, run}. */
+  notice(words, { action = null, mild = false, passing = false } = {}) {
+    this.#passing = passing;
     const box = this.find("notice");
     const button = this.find("notice-action");
     box.classList.toggle("mild", mild);

@@ -1,0 +1,442 @@
+"""The page in a real browser: headless Chromium with a fake microphone, driven through playwright, against a scripted
+server (`page_server.py`). What the page says it heard is checked against the files that it saves.
+
+`DUOLOGUE_CHROMIUM` names the browser where it is not on the path; `DUOLOGUE_SCREENSHOTS` a folder for pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from numpy.typing import NDArray
+
+from tests.page_server import PageServer, tone
+
+playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: browser)")
+from playwright.sync_api import (  # noqa: E402
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Error,
+    Page,
+    Request,
+    expect,
+    sync_playwright,
+)
+
+CHROMIUM = os.environ.get("DUOLOGUE_CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (apt-get install chromium, or DUOLOGUE_CHROMIUM)")
+
+LOOP_S, SPEAKS_S = 4.0, (0.6, 1.4)  # the fake microphone's file, which loops, and when it speaks
+HERTZ = 180.0
+DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    microphone = tmp_path_factory.mktemp("microphone") / "voice.wav"
+    time_s = np.arange(round(LOOP_S * 48_000)) / 48_000
+    voice = 0.25 * np.sin(2 * np.pi * HERTZ * time_s) * (0.7 + 0.3 * np.sin(2 * np.pi * 4 * time_s))
+    voice *= (time_s > SPEAKS_S[0]) & (time_s < SPEAKS_S[1])
+    soundfile.write(microphone, voice, 48_000, subtype="PCM_16")
+    arguments = [
+        "--headless=new",
+        "--no-sandbox",
+        "--use-fake-device-for-media-stream",
+        f"--use-file-for-fake-audio-capture={microphone}",
+        "--autoplay-policy=no-user-gesture-required",
+    ]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def server() -> Iterator[PageServer]:
+    with PageServer().running() as running:
+        yield running
+
+
+@dataclass
+class Visit:
+    """A page in a context of its own, and what must not happen in it."""
+
+    page: Page
+    context: BrowserContext
+    home: str
+    errors: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+
+    def said(self, message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            self.errors.append(message.text)
+
+    def threw(self, error: Error) -> None:
+        self.errors.append(str(error))
+
+    def requested(self, request: Request) -> None:
+        if not request.url.startswith((self.home, "blob:")):
+            self.foreign.append(request.url)
+
+    def type(self, words: str) -> None:
+        self.page.get_by_label("Message").fill(words)
+        self.page.keyboard.press("Enter")
+
+    def turn(self, who: str, words: str) -> Any:
+        return self.page.locator(f".turn.{who}").filter(has_text=words)
+
+    def saved(self, tmp_path: Path) -> tuple[dict[str, Any], NDArray[np.float64]]:
+        """The conversation as the page saves it: its words, and (samples, 2) of sound."""
+        page = self.page
+        page.get_by_role("button", name="Save").click()
+        with page.expect_download() as words:
+            page.get_by_role("button", name="Words, JSON").click()
+        with page.expect_download() as sound:
+            page.get_by_role("button", name="Sound, WAV").click()
+        page.keyboard.press("Escape")
+        words.value.save_as(tmp_path / "talk.json")
+        sound.value.save_as(tmp_path / "talk.wav")
+        wav, rate = soundfile.read(tmp_path / "talk.wav")
+        assert rate == 24_000
+        return json.loads((tmp_path / "talk.json").read_text()), wav
+
+
+Open = Callable[..., Visit]
+
+
+@pytest.fixture
+def visit(browser: Browser, server: PageServer) -> Iterator[Open]:
+    """Opens pages; at the end none may have asked another server, thrown or complained (a dropped line may)."""
+    visits: list[Visit] = []
+
+    def open_page(microphone: bool = True, script: str = "", **options: Any) -> Visit:
+        context = browser.new_context(
+            **{"viewport": DESKTOP, "permissions": ["microphone"] if microphone else [], **options}
+        )
+        page = context.new_page()
+        visit = Visit(page, context, server.url)
+        page.on("console", visit.said)
+        page.on("pageerror", visit.threw)
+        page.on("request", visit.requested)
+        if script:
+            page.add_init_script(script)
+        page.goto(server.url)
+        expect(page.locator("#line-words")).to_have_text("mock")
+        visits.append(visit)
+        return visit
+
+    yield open_page
+    for one in visits:
+        one.context.close()
+        assert one.foreign == []
+        assert [error for error in one.errors if "WebSocket connection" not in error] == []
+
+
+def wait_for(found: Callable[[], Any], page: Page, seconds: float = 10.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (result := found()):
+        assert time.monotonic() < end, "nothing came"
+        page.wait_for_timeout(20)
+    return result
+
+
+def stretches(side: NDArray[np.float64]) -> list[tuple[int, int]]:
+    """(first, end) of every stretch of sound, in samples; pauses of less than 5 ms belong to it."""
+    loud = np.flatnonzero(np.abs(side) > 0.002)
+    if not len(loud):
+        return []
+    breaks = np.flatnonzero(np.diff(loud) > 120)
+    firsts, ends = loud[np.r_[0, breaks + 1]], loud[np.r_[breaks, len(loud) - 1]] + 1
+    return list(zip(firsts.tolist(), ends.tolist(), strict=True))
+
+
+def test_typed_question_is_answered_aloud_without_gaps(visit: Open, server: PageServer, tmp_path: Path) -> None:
+    one = visit()
+    one.type("What is two plus three?")
+    expect(one.turn("you", "What is two plus three?")).to_have_count(1)
+    expect(one.turn("they", server.script.answer)).to_have_count(1)
+    expect(one.page.locator("#status")).to_have_text("Speaking")
+    expect(one.page.locator("#status")).to_have_text("Ready", timeout=10_000)
+    [created] = server.of("conversation.item.create")
+    assert created["item"]["content"] == [{"type": "input_text", "text": "What is two plus three?"}]
+    words, wav = one.saved(tmp_path)
+    [(first, end)] = stretches(wav[:, 1])
+    sent = np.concatenate([tone(0.4, 500)] * 6) / 32768
+    assert abs(end - first - len(sent)) < 30
+    heard = wav[first - 1 : first - 1 + len(sent), 1]
+    assert np.abs(heard - sent).max() < 2e-4  # every sample, in its place
+    assert words["playback"]["gaps"] == 0
+    user, reply = words["turns"]
+    assert (user["role"], user["spoken"], reply["role"], reply["status"]) == ("user", False, "assistant", "done")
+    assert reply["text"] == server.script.answer
+    assert reply["audio_ms"] == 2400
+    assert 50 < reply["heard_after_ms"] < 3000
+    assert [run["kind"] for run in reply["tokens"]] == ["text", "speech"] * 6
+    assert reply["timings"]["first_audio_ms"] == 322
+
+
+def test_talks_hands_free_and_interrupts_to_the_millisecond(visit: Open, server: PageServer, tmp_path: Path) -> None:
+    server.script.seconds = 9.0
+    one = visit()
+    one.page.get_by_role("button", name="Talk hands-free").click()
+    expect(one.page.locator("#status")).to_have_text("Listening")
+    [cut] = wait_for(lambda: server.of("conversation.item.truncate"), one.page, 15)
+    one.page.get_by_role("button", name="Stop listening").click()
+    expect(one.turn("you", server.script.heard)).to_have_count(1)
+    expect(one.turn("they", "Interrupted after")).to_have_count(1)
+
+    # What the server heard is the microphone's file at 24 kHz.
+    heard = np.frombuffer(bytes(server.sound), "<i2") / 32768
+    spectrum = np.abs(np.fft.rfft(heard * np.hanning(len(heard))))
+    assert abs(np.argmax(spectrum) * 24_000 / len(heard) - HERTZ) < 5
+    assert np.abs(heard).max() > 0.1  # the browser's gain control may raise it
+
+    words, wav = one.saved(tmp_path)
+    [(first, end)] = stretches(wav[:, 1])
+    assert 800 < cut["audio_end_ms"] < 8000
+    assert abs((end - first) / 24 - cut["audio_end_ms"]) < 8  # the fade of 4 ms is beyond what counts as heard
+    reply = next(turn for turn in words["turns"] if turn["role"] == "assistant")
+    assert (reply["status"], reply["cut_ms"]) == ("interrupted", cut["audio_end_ms"])
+    assert 480 < reply["pause_ms"] < 800
+    assert reply["heard_after_ms"] > reply["pause_ms"]
+    detection = [
+        update["session"]["audio"]["input"]["turn_detection"]
+        for update in server.of("session.update")
+        if "turn_detection" in update["session"].get("audio", {}).get("input", {})
+    ]
+    assert detection[0]["type"] == "server_vad"
+    assert detection[-1] is None  # nobody listens after Stop
+
+
+def test_gaps_are_counted_and_shown(visit: Open, server: PageServer) -> None:
+    server.script.seconds, server.script.pause_s = 1.2, 0.75
+    one = visit()
+    one.type("Slowly, please.")
+    expect(one.turn("they", "2 gaps in its sound")).to_have_count(1, timeout=10_000)
+    expect(one.page.locator("#gaps")).to_contain_text("2, ")
+    jitter = one.page.locator("#jitter").inner_text()
+    assert int(jitter.removesuffix(" ms")) > 80  # it waits longer from now on
+
+
+def test_push_to_talk_by_keyboard_and_escape(visit: Open, server: PageServer) -> None:
+    server.script.seconds = 8.0
+    one = visit()
+    page = one.page
+    page.keyboard.down("Space")
+    expect(page.locator("#status")).to_have_text("Listening while you hold")
+    wait_for(lambda: len(server.of("input_audio_buffer.append")) > 15, page)
+    page.keyboard.up("Space")
+    expect(one.turn("you", server.script.heard)).to_have_count(1)
+    expect(page.locator("#status")).to_have_text("Speaking")
+    page.wait_for_timeout(300)
+    page.keyboard.press("Escape")
+    [cut] = wait_for(lambda: server.of("conversation.item.truncate"), page)
+    assert len(server.of("response.cancel")) <= 1
+    assert 100 < cut["audio_end_ms"] < 3000
+    expect(page.locator("#status")).to_have_text("Ready")
+    order = [event["type"] for event in server.received if "append" not in event["type"]]
+    assert order.index("input_audio_buffer.commit") < order.index("response.create")
+    page.get_by_role("button", name="Hold to talk").focus()
+    page.keyboard.press("Enter")  # switches, as a screen reader does
+    expect(page.get_by_role("button", name="Hold to talk")).to_have_attribute("aria-pressed", "true")
+    page.wait_for_timeout(400)
+    page.keyboard.press("Enter")
+    wait_for(lambda: len(server.of("input_audio_buffer.commit")) == 2, page)
+
+
+def test_reconnects_and_goes_on_with_the_conversation(visit: Open, server: PageServer) -> None:
+    server.script.seconds = 0.4
+    one = visit()
+    one.type("One.")
+    expect(one.turn("they", server.script.answer)).to_have_count(1)
+    server.drop()
+    expect(one.page.get_by_role("alert")).to_contain_text("The connection was lost")
+    wait_for(lambda: any("session_id=sess_" in path for path in server.asked), one.page)
+    expect(one.page.get_by_role("alert")).to_be_hidden()
+    one.type("Two.")
+    expect(one.turn("they", server.script.answer)).to_have_count(2)
+    expect(one.page.locator(".seam")).to_have_count(0)
+    server.script.keeps = False
+    server.drop()
+    expect(one.page.locator(".seam")).to_have_text("A new conversation: the server no longer has the earlier one")
+
+
+def test_full_server_in_words_until_there_is_a_place(visit: Open, server: PageServer) -> None:
+    server.script.full = True
+    one = visit()
+    one.type("Hello?")
+    expect(one.page.get_by_role("alert")).to_contain_text("The server is full: it holds 2 conversations at a time")
+    expect(one.page.locator("#line-words")).to_have_text("Not connected")
+    server.script.full = False
+    one.page.get_by_role("button", name="Try now").click()
+    expect(one.turn("they", server.script.answer)).to_have_count(1)  # the question was not lost
+
+
+def test_server_with_a_key_asks_for_it(visit: Open, server: PageServer) -> None:
+    server.script.key = "a-key-of-the-page"
+    one = visit()
+    one.type("Hello?")
+    expect(one.page.get_by_role("alert")).to_have_text("This server needs an API key.")
+    one.page.get_by_role("button", name="Enter a key").click()
+    one.page.get_by_label("API key").fill(server.script.key)
+    one.page.get_by_role("button", name="Done").click()
+    one.type("Hello again?")
+    expect(one.turn("they", server.script.answer)).to_have_count(1)
+
+
+def test_refused_and_missing_microphone_in_words(visit: Open, server: PageServer) -> None:
+    one = visit(microphone=False)
+    devtools = one.context.new_cdp_session(one.page)
+    devtools.send("Browser.setPermission", {"permission": {"name": "microphone"}, "setting": "denied"})
+    one.page.get_by_role("button", name="Talk hands-free").click()
+    expect(one.page.get_by_role("alert")).to_contain_text("does not let this page use the microphone")
+    expect(one.page.get_by_role("button", name="Talk hands-free")).to_be_visible()  # not stuck in listening
+    one.type("Then I write.")
+    expect(one.turn("they", server.script.answer)).to_have_count(1)
+
+    missing = "navigator.mediaDevices.getUserMedia = async () => { throw new DOMException('', 'NotFoundError') }"
+    two = visit(script=missing)
+    two.page.get_by_role("button", name="Hold to talk").dispatch_event("click")
+    expect(two.page.get_by_role("alert")).to_contain_text("No microphone was found")
+
+
+def test_settings_reach_the_server_and_stay(visit: Open, server: PageServer) -> None:
+    one = visit()
+    page = one.page
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Answer with").select_option("text")
+    page.get_by_label("It ends").select_option("semantic_vad")
+    page.get_by_label("It answers").select_option("low")
+    page.get_by_label("Instructions").fill("Be brief.")
+    page.get_by_role("button", name="Done").click()
+    page.get_by_role("button", name="Talk hands-free").click()
+    wait_for(lambda: len(server.of("session.update")) >= 5, page)
+    sessions = [update["session"] for update in server.of("session.update")]
+    assert sessions[0]["output_modalities"] == ["text"]
+    detection = sessions[0]["audio"]["input"]["turn_detection"]
+    assert (detection["type"], detection["eagerness"]) == ("semantic_vad", "low")
+    assert any(session.get("instructions") == "Be brief." for session in sessions)
+    assert any(session.get("include") == ["duologue.tokens", "duologue.timings"] for session in sessions)
+    assert all(session["type"] == "realtime" for session in sessions)
+    page.get_by_role("button", name="Stop listening").click()
+    one.type("In writing.")
+    expect(one.turn("they", server.script.answer)).to_have_count(1)
+    page.reload()
+    page.get_by_role("button", name="Settings").click()
+    expect(page.get_by_label("Answer with")).to_have_value("text")
+
+
+def test_names_order_and_contrast(visit: Open) -> None:
+    for scheme in ("light", "dark"):
+        page = visit(color_scheme=scheme).page
+        contrasts = page.evaluate(CONTRASTS)
+        assert {pair: ratio for pair, ratio in contrasts.items() if ratio < 4.5} == {}
+    names = []
+    for _ in range(9):
+        page.keyboard.press("Tab")
+        names.append(
+            page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.innerText")
+        )
+    wanted = ["Skip to the talk button", "Inside", "Save", "Settings", "Transcript", "Talk hands-free", "Hold to talk"]
+    assert names[:7] == wanted
+    unnamed = page.evaluate(
+        "[...document.querySelectorAll('button')].filter(b => !b.innerText.trim() && !b.ariaLabel && !b.hidden"
+        " && b.offsetParent && !b.textContent.trim()).map(b => b.id)"
+    )
+    assert unnamed == []
+    assert page.evaluate("document.documentElement.lang") == "en"
+
+
+CONTRASTS = """() => {
+  const style = getComputedStyle(document.documentElement);
+  const light = (name) => {
+    const [r, g, b] = style.getPropertyValue(name).match(/[0-9a-f]{2}/gi).map((two) => parseInt(two, 16) / 255)
+      .map((value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const result = {};
+  const pairs = [];
+  for (const ink of ["--ink", "--ink-2", "--you", "--they"])
+    for (const ground of ["--paper", "--surface", "--sunken"]) pairs.push([ink, ground]);
+  pairs.push(["--on-accent", "--they"], ["--bad", "--bad-soft"], ["--bad", "--paper"], ["--ink", "--they-soft"]);
+  pairs.push(["--they", "--they-soft"]);
+  for (const [one, two] of pairs) {
+    const [low, high] = [light(one), light(two)].sort((a, b) => a - b);
+    result[`${one} on ${two}`] = (high + 0.05) / (low + 0.05);
+  }
+  return result;
+}"""
+
+
+def test_phone_fits_and_the_inside_opens_over_it(visit: Open, server: PageServer) -> None:
+    one = visit(viewport=PHONE, has_touch=True, is_mobile=True)
+    page = one.page
+    one.type("What is two plus three?")
+    expect(one.turn("they", server.script.answer)).to_have_count(1)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    expect(page.get_by_role("heading", name="Inside the answer")).to_be_hidden()
+    page.get_by_role("button", name="Inside", exact=True).click()
+    expect(page.get_by_role("heading", name="Inside the answer")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.get_by_role("heading", name="Inside the answer")).to_be_hidden()
+    sizes = page.evaluate(
+        "[...document.querySelectorAll('.dock button, .bar button')].filter(b => b.offsetParent)"
+        ".map(b => Math.min(b.offsetWidth, b.offsetHeight))"
+    )
+    assert min(sizes) >= 40  # for a finger
+
+
+def test_resampler_and_wire_format(visit: Open) -> None:
+    measured = visit().page.evaluate(UNITS)
+    assert measured["error"] < 2e-3
+    assert measured["alias"] < 2e-3
+    assert measured["chunked"] == 0
+    assert measured["roundTrip"] == 0
+    assert measured["rates"] == [24000, 24000, 24000, 24000]
+
+
+UNITS = """async () => {
+  const { Resampler } = await import("/resampler.js");
+  const { base64Of, samplesOf, pcmOf } = await import("/sound.js");
+  const sine = (rate, hertz, count) =>
+    Float32Array.from({ length: count }, (_, i) => Math.sin((2 * Math.PI * hertz * i) / rate));
+  const out = {};
+  out.error = 0;
+  for (const rate of [48000, 44100, 16000]) {
+    const made = new Resampler(rate, 24000).process(sine(rate, 1000, rate / 10));
+    for (let i = 200; i < made.length - 10; i += 1) {
+      out.error = Math.max(out.error, Math.abs(made[i] - Math.sin((2 * Math.PI * 1000 * i) / 24000)));
+    }
+  }
+  const high = new Resampler(48000, 24000).process(sine(48000, 17000, 9600)).slice(200);
+  out.alias = Math.max(...high.map(Math.abs));
+  const wave = sine(44100, 700, 4410);
+  const whole = new Resampler(44100, 24000).process(wave);
+  const pieces = new Resampler(44100, 24000);
+  const parts = [];
+  for (let at = 0, size = 1; at < wave.length; at += size, size = (size * 7) % 129 || 1) {
+    parts.push(...pieces.process(wave.subarray(at, at + size)));
+  }
+  const apart = (one, two) => Math.max(...Array.from(one, (value, i) => Math.abs(value - two[i])));
+  out.chunked = parts.length === whole.length ? apart(parts, whole) : -1;
+  const pcm = pcmOf(sine(24000, 440, 500));
+  out.roundTrip = apart(samplesOf(base64Of(pcm)).map((value) => value * 32768), pcm);
+  out.rates = [48000, 44100, 16000, 24000].map((rate) => {
+    const one = new Resampler(rate, 24000);
+    return one.process(new Float32Array(rate + (rate === 24000 ? 0 : one.half))).length; // a second of sound
+  });
+  return out;
+}"""
