@@ -71,7 +71,9 @@ class Padded:
         parts = [part for part in parts if part.values.shape[1]] or list(parts[:1])
         if len(parts) == 1:
             return parts[0]
-        lengths = torch.stack([part.lengths for part in parts]).sum(0)
+        lengths = parts[0].lengths
+        for part in parts[1:]:
+            lengths = lengths + part.lengths
         if all(bool((part.lengths == part.values.shape[1]).all()) for part in parts[:-1]):
             return Padded(torch.cat([part.values for part in parts], 1), lengths)
         first = parts[0].values
@@ -111,8 +113,8 @@ def roll_in(cache: Tensor, x: Padded, width: int) -> tuple[Tensor, Tensor]:
         (B, W + T, ...) cache and new values side by side, and the new cache (B, width, ...).
     """
     joined = torch.cat([cache, x.values], 1)
-    # Where all rows are full, as when one session is alone, the new cache is the end of the joined one as it lies there.
-    # Asking costs a wait for the device, so only where that is the processor.
+    # Where all rows are full, as when a session is alone, the new cache is the end of the joined one as it lies there.
+    # To ask is to wait for the device, so only where that is the processor.
     if joined.device.type == "cpu" and width <= joined.shape[1] and bool((x.lengths == x.values.shape[1]).all()):
         return joined, joined[:, joined.shape[1] - width :]
     index = cache.shape[1] - width + x.lengths[:, None] + torch.arange(width, device=cache.device)

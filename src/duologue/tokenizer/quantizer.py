@@ -54,12 +54,22 @@ class Quantizer(nn.Module):
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
+    def codes(self, x: Padded) -> Padded:
+        """(B, T, D) -> codes alone, as a conversation needs them; always computed in float32."""
+        scores = self._scores(x.values.float(), self.codebook.weight.float())
+        return Padded(scores.argmin(1).unflatten(0, x.values.shape[:2]), x.lengths)
+
+    def _scores(self, values: Tensor, table: Tensor) -> Tensor:
+        """Squared distances without |x|^2, which does not change the order of the codes: (B T, codebook_size)."""
+        return torch.addmm(table.square().sum(1), values.flatten(0, 1), table.T, alpha=-2.0)
+
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
     def forward(self, x: Padded) -> Quantized:
         """(B, T, D) -> codes, vectors and loss; always computed in float32."""
         values = x.values.float()
         table = self.codebook.weight.float()
-        # |x|^2 does not change the order of the codes, only the scale of the margin's rounding.
-        scores = torch.addmm(table.square().sum(1), values.flatten(0, 1), table.T, alpha=-2.0)
+        scores = self._scores(values, table)
         best = scores.topk(2, largest=False)
         codes = scores.argmin(1).unflatten(0, values.shape[:2])
         margin = (best.values[:, 1] - best.values[:, 0]).unflatten(0, values.shape[:2])

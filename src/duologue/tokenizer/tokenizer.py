@@ -87,7 +87,9 @@ class SpeechTokenizer(nn.Module):
         while bool((closing := state.waiting.lengths >= state.missing).any()):
             room = self.piece_samples - state.features.num_samples
             now, state.waiting = split_at(state.waiting, torch.minimum(state.waiting.lengths, room) * closing)
-            codes.append(self._quantize(self._encode_closed(self.features.step(now, state.features), state.encoder)))
+            codes.append(
+                self.quantizer.codes(self._encode_closed(self.features.step(now, state.features), state.encoder))
+            )
             full = state.features.num_samples == self.piece_samples
             if bool(full.any()):
                 codes.append(self._flush_piece(state, full))
@@ -128,14 +130,17 @@ class SpeechTokenizer(nn.Module):
         mel = Padded.concat([state.encoder.pending, self.features.flush(state.features, rows)])
         lengths = mel.lengths * rows
         ending = Padded(mel.values[:, : int(lengths.max())], lengths)  # whole tokens, whatever the other rows hold
-        codes = self._quantize(self.encoder.encode(ending, state.encoder, num_valid))
+        codes = self.quantizer.codes(self.encoder.encode(ending, state.encoder, num_valid))
         state.encoder.pending = mel
         reset_rows(state.encoder, self.encoder.init_state(len(rows)), rows)
         return codes
 
     def forward(self, x: Padded) -> Padded:
         """wav (B, S) -> codes (B, T); what a stream gives, at once."""
-        return Padded.concat([self.quantize_piece(piece).codes for piece in self._pieces(x)])
+        codes = []
+        for piece in self._pieces(x):
+            codes.append(self.quantizer.codes(self.encode_piece(piece, self.encoder.init_state(len(x.lengths)))))
+        return Padded.concat(codes)
 
     def quantize_piece(self, x: Padded) -> Quantized:
         """wav (B, S) of at most 30 s a row -> codes, vectors and commitment loss."""
@@ -159,7 +164,3 @@ class SpeechTokenizer(nn.Module):
         mel = Padded.concat([state.pending, mel])
         closed, state.pending = split_at(mel, mel.lengths // block * block)
         return self.encoder.encode(closed, state)
-
-    def _quantize(self, x: Padded) -> Padded:
-        quantized: Quantized = self.quantizer(x)
-        return quantized.codes
