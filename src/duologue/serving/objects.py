@@ -370,9 +370,11 @@ def _explained(error: ValidationError, data: Any, where: str) -> ProtocolError:
         return ProtocolError(f"{param} is missing", "missing_required_parameter", param)
     if faults[0]["type"] == "extra_forbidden":
         return ProtocolError(f"{param} is not a field of this protocol", "unknown_parameter", param)
-    if faults[0]["type"].startswith("union_tag"):
-        wanted = f"must be one of {faults[0]['ctx']['expected_tags']}" if "ctx" in faults[0] else "is needed"
-        return ProtocolError(f"{param} {wanted}, not {_short(value)}", "invalid_value", param)
+    if faults[0]["type"] == "union_tag_not_found":
+        return ProtocolError(f"{param} is missing", "missing_required_parameter", param)
+    if faults[0]["type"] == "union_tag_invalid":
+        wanted = faults[0]["ctx"]["expected_tags"]
+        return ProtocolError(f"{param} must be one of {wanted}, not {_short(value)}", param=param)
     # Each branch of a union has a fault of its own at the same place.
     texts = [fault["msg"] for fault in faults if _place(fault, data, where)[0] == param]
     wanted = " or ".join(dict.fromkeys(text.removeprefix("Value error, ").removeprefix("Input ") for text in texts))
