@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from duologue.cli import bench, chat, evaluate, folders, speech, talk, train
+from duologue.cli import bench, chat, evaluate, folders, serve, speech, talk, train
 from duologue.cli.parser import FAILED, Parser, checked_device
 from duologue.machine import version_of
 
@@ -50,7 +50,7 @@ def _parser() -> Parser:
     parser = Parser(prog="duologue", description="A spoken chatbot: it listens, thinks and answers aloud.")
     parser.add_argument("--version", action="version", version=f"duologue {version_of('duologue')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for group in (chat, talk, speech, train, evaluate, folders, bench):
+    for group in (chat, talk, serve, speech, train, evaluate, folders, bench):
         group.add(commands)
     return parser
 

@@ -1,0 +1,115 @@
+"""`duologue serve`: the real-time server and its page."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from duologue.cli.parser import add_command, add_precision, positive, say_if_untrained
+
+KEYS_VARIABLE = "DUOLOGUE_API_KEYS"
+
+
+def add(commands: Any) -> None:
+    """Adds `serve`."""
+    serve = add_command(commands, "serve", _serve, "real-time server and web page", model=True)
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    serve.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument(
+        "--keys", type=Path, metavar="FILE", help=f"API keys, one a line; or set {KEYS_VARIABLE} (with commas)"
+    )
+    serve.add_argument(
+        "--origin", action="append", default=[], metavar="URL", help="a page of another server that may come in"
+    )
+    serve.add_argument("--record", type=Path, metavar="FOLDER", help="keep the sound and text of every conversation")
+    serve.add_argument("--sessions", type=positive, metavar="N", help="conversations at a time")
+    serve.add_argument("--sessions-per-key", type=positive, metavar="N", help="of them under one API key")
+    serve.add_argument("--idle-s", type=_seconds, metavar="S", help="close conversations without a word for so long")
+    serve.add_argument("--session-s", type=_seconds, metavar="S", help="the longest conversation")
+    serve.add_argument("--resume-s", type=_seconds, metavar="S", help="keep dropped conversations so long")
+    serve.add_argument("--drain-s", type=_seconds, metavar="S", help="let answers finish so long after SIGTERM")
+    serve.add_argument("--verbose", action="store_true", help="log who comes and goes; never what is said")
+    add_precision(serve)
+    serve.add_argument("--engine", choices=("plain", "continuous"), default="plain", help="of the language model")
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from duologue.serving.server import Server, listen, url_of
+    from duologue.serving.settings import Settings
+
+    settings = Settings(**_given(args))
+    listening = listen(settings)
+    logging.basicConfig(
+        level=logging.INFO if args.verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    from duologue.chatbot import load
+    from duologue.serving.app import create_app
+    from duologue.serving.warm_up import warm_up
+
+    bot = load(args.model, args.device, args.dtype, args.quantize, args.engine)
+    say_if_untrained(bot.models.card)
+    warm_up(bot)
+
+    def tell() -> None:
+        url, card = url_of(listening), bot.models.card
+        if args.json:
+            told = {"url": url, "model": card.name, "trained": card.trained, "pid": os.getpid()}
+            print(json.dumps({**told, "keys": len(settings.api_keys)}), flush=True)
+            return
+        keys = f", {len(settings.api_keys)} API keys" if settings.api_keys else ""
+        print(f"{card.name} listens ({args.device}{keys}): open {url} and talk. Ctrl+C stops it.", flush=True)
+
+    Server(create_app(bot, settings), on_ready=tell).run([listening])
+
+
+def _given(args: argparse.Namespace) -> dict[str, Any]:
+    """What was said on the command line and in the environment, as fields of Settings."""
+    names = {
+        "sessions": "max_sessions",
+        "sessions_per_key": "max_sessions_per_key",
+        "idle_s": "idle_s",
+        "session_s": "session_s",
+        "resume_s": "resume_s",
+        "drain_s": "drain_s",
+        "record": "record_folder",
+    }
+    given = {field: getattr(args, name) for name, field in names.items() if getattr(args, name) is not None}
+    keys = _keys(args.keys)
+    return {"host": args.host, "port": args.port, "api_keys": keys, "allowed_origins": tuple(args.origin), **given}
+
+
+def _keys(file: Path | None) -> tuple[str, ...]:
+    """API keys from a file and the environment. Never from the command line, which other users can read."""
+    keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",")]
+    if file is not None:
+        if not file.is_file():
+            raise ValueError(f"{file}: there is no such file of API keys")
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise ValueError(f"{file} is not a text file of API keys") from None
+        keys += [line.strip() for line in lines if not line.lstrip().startswith("#")]
+        if not any(line for line in keys):
+            raise ValueError(f"{file} holds no API key")
+        if os.name == "posix" and file.stat().st_mode & 0o077:
+            print(f"duologue: other users can read {file}: chmod 600 {file}", file=sys.stderr)
+    return tuple(dict.fromkeys(key for key in keys if key))
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: 0 to 65535")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None

@@ -1,0 +1,181 @@
+"""The web application: every route in one FastAPI app.
+
+GET  /                          the page to talk to
+WS   /v1/realtime               live conversations
+POST /v1/audio/speech           a text, said
+POST /v1/audio/transcriptions   what is said, written
+POST /v1/chat/completions       one answer, text and sound in and out
+GET  /v1/models                 the one model
+GET  /healthz /readyz /metrics  for those who run it
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from fastapi import APIRouter, Depends, FastAPI, Response
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+from pydantic import BaseModel
+from starlette.routing import Match, Mount
+from starlette.types import Scope
+
+from duologue.chatbot import Chatbot
+from duologue.machine import version_of
+from duologue.serving.completions import completion_routes
+from duologue.serving.conversations import realtime_routes
+from duologue.serving.errors import ApiError, add_error_handlers, documented
+from duologue.serving.gate import Gate
+from duologue.serving.recording import remove_leftovers
+from duologue.serving.service import Service
+from duologue.serving.settings import Settings
+from duologue.serving.speech import speech_routes
+from duologue.serving.transcriptions import transcription_routes
+
+PAGE = Path(__file__).parent / "static"
+
+
+class ModelObject(BaseModel):
+    """The model that is served, with what clients may choose."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "duologue"
+    trained: bool
+    languages: list[str]
+    voices: list[str]
+    transcribes: bool
+
+
+class ModelList(BaseModel):
+    """All models: there is one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class Status(BaseModel):
+    """How the server is."""
+
+    status: str
+
+
+class _Page(Mount):
+    """Files at the root, which leave the API to its routes: a wrong method there is told as such."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return (Match.NONE, {}) if scope["path"].startswith("/v1/") else super().matches(scope)
+
+
+def create_app(bot: Chatbot, settings: Settings | None = None) -> FastAPI:
+    """The app that serves one chatbot.
+
+    `app.state.service` holds what the routes share; `app.state.service.admission.drain()` closes the door, and
+    `await app.state.service.admission.empty()` waits until everybody has left.
+    """
+    service = Service(bot, settings or Settings())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if service.settings.record_folder is not None:
+            service.settings.record_folder.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(service.settings.record_folder)
+        yield
+        service.admission.drain()
+        service.shelf.clear()
+
+    app = FastAPI(title="Duologue", lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    add_error_handlers(app, service.metrics)
+    guarded = [Depends(service.key)]
+    for routes in (speech_routes, transcription_routes, completion_routes):
+        app.include_router(routes(service), dependencies=guarded)
+    app.include_router(_model_routes(service), dependencies=guarded)
+    app.include_router(_status_routes(service))
+    app.include_router(realtime_routes(service))
+    app.router.routes.append(_Page("/", StaticFiles(directory=PAGE, html=True), name="page"))
+    if service.settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(service.settings.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    app.add_middleware(Gate, settings=service.settings, admission=service.admission, metrics=service.metrics)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    return app
+
+
+def _model_routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["models"])
+    models = service.bot.models
+    served = ModelObject(
+        id=service.model,
+        trained=models.card.trained,
+        languages=list(models.card.languages),
+        voices=list(models.card.voices),
+        transcribes=models.recognizer is not None,
+    )
+
+    @router.get("/v1/models", summary="The models", responses=documented())
+    async def all_models() -> ModelList:
+        return ModelList(data=[served])
+
+    @router.get("/v1/models/{model}", summary="One model", responses=documented(404))
+    async def one_model(model: str) -> ModelObject:
+        if model != served.id:
+            raise ApiError(f"there is no model {model!r} here, only {served.id!r}", "model_not_found", "model", 404)
+        return served
+
+    return router
+
+
+def _status_routes(service: Service) -> APIRouter:
+    router = APIRouter(tags=["server"])
+
+    @router.get("/healthz", summary="Does the process live?")
+    async def healthz() -> Status:
+        return Status(status="ok")
+
+    @router.get("/readyz", summary="Does it take new conversations?", responses={503: {"model": Status}})
+    async def readyz() -> JSONResponse:
+        if service.admission.draining.is_set():
+            return JSONResponse(Status(status="stopping").model_dump(), 503)
+        return JSONResponse(Status(status="ready").model_dump())
+
+    @router.get(
+        "/metrics",
+        summary="Figures for Prometheus",
+        response_class=Response,
+        dependencies=[Depends(service.key)],
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **documented()},
+    )
+    async def metrics() -> Response:
+        return Response(service.metrics.exposition(), media_type=service.metrics.content_type)
+
+    return router
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document: errors are ours (400), not FastAPI's own (422)."""
+    if app.openapi_schema is None:
+        document = get_openapi(
+            title=app.title,
+            version=version_of("duologue"),
+            summary="A spoken chatbot: it listens, thinks and answers aloud.",
+            description="Live conversations are at the WebSocket `/v1/realtime`, see docs/protocol.md.",
+            routes=app.routes,
+        )
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(unused, None)
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,198 @@
+"""What `/v1/chat/completions` takes and gives, as OpenAI's clients know it.
+
+Strict: what would change the answer and cannot be done here is an error that names its field. What changes nothing
+(`user`, `metadata`, `store` and the like) is taken.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, field_validator, model_validator
+
+from duologue.language.sampling import Sampling
+from duologue.serving.encoders import FileFormat
+from duologue.serving.objects import Strict, VoiceId
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class InputAudio(Strict):
+    """A sound file in base64; its own header tells what it is."""
+
+    data: str = Field(repr=False)
+    format: Literal["wav", "mp3", "flac", "opus"] = "wav"
+
+
+class AudioPart(Strict):
+    type: Literal["input_audio"]
+    input_audio: InputAudio
+
+
+UserPart: TypeAlias = Annotated[TextPart | AudioPart, Field(discriminator="type")]
+
+
+class SystemMessage(Strict):
+    """Instructions: shown to a model that was trained to follow them, and to no other."""
+
+    role: Literal["system", "developer"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class UserMessage(Strict):
+    role: Literal["user"]
+    content: str | list[UserPart]
+    name: str | None = None
+
+
+class AudioReference(Strict):
+    id: str
+
+
+class AssistantMessage(Strict):
+    """An earlier answer: its text, or the id of its sound. A message that was received may be sent back as it is."""
+
+    role: Literal["assistant"]
+    content: str | list[TextPart] | None = None
+    audio: AudioReference | None = None
+    name: str | None = None
+    refusal: None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_received(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("audio"), dict) and "id" in value["audio"]:
+            return {**value, "audio": {"id": value["audio"]["id"]}}
+        return value
+
+    @model_validator(mode="after")
+    def _says_something(self) -> AssistantMessage:
+        if self.content is None and self.audio is None:
+            raise ValueError("an assistant's message needs content or audio")
+        return self
+
+
+Message: TypeAlias = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+
+
+class AudioOptions(Strict):
+    voice: str | VoiceId | None = None
+    format: Literal["wav", "flac", "mp3", "opus", "pcm16"] = "wav"
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class ChatRequest(Strict):
+    """A conversation that ends with a message of the user."""
+
+    messages: list[Message] = Field(min_length=1, max_length=1000)
+    model: str | None = Field(None, description="Any name: the server has one model.")
+    modalities: list[Literal["text", "audio"]] = Field(default=["text"], min_length=1, max_length=2)
+    audio: AudioOptions | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_completion_tokens: int | None = Field(None, ge=1, le=100_000, description="Of text and speech together.")
+    max_tokens: int | None = Field(None, ge=1, le=100_000, description="The old name of max_completion_tokens.")
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    n: Literal[1] | None = None
+    response_format: TextFormat | None = None
+    logprobs: Literal[False] | None = None
+    user: str | None = None
+    store: bool | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _known_roles(cls, value: Any) -> Any:
+        for message in value if isinstance(value, list) else []:
+            if isinstance(message, dict) and message.get("role") in ("tool", "function"):
+                raise ValueError("messages of tools are not supported yet")
+        return value
+
+    @property
+    def token_limit(self) -> int | None:
+        """Ids of the answer at most, if the client said so."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def file_format(self) -> FileFormat:
+        """Of the sound."""
+        asked = "wav" if self.audio is None else self.audio.format
+        return "pcm" if asked == "pcm16" else asked
+
+    def sampling(self, usual: Sampling) -> Sampling:
+        """The model's own sampling with what the client wants otherwise."""
+        wanted: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        return dataclasses.replace(usual, **{name: value for name, value in wanted.items() if value is not None})
+
+
+class AssistantAudio(Strict):
+    """`data` is a sound file in base64."""
+
+    id: str
+    data: str = Field(repr=False)
+    transcript: str
+    expires_at: int
+
+
+class Answered(Strict):
+    role: Literal["assistant"]
+    content: str | None = None
+    audio: AssistantAudio | None = None
+    refusal: None = None
+
+
+class Choice(Strict):
+    index: int = 0
+    message: Answered
+    finish_reason: Literal["stop", "length"]
+    logprobs: None = None
+
+
+class PromptDetails(Strict):
+    audio_tokens: int = 0
+    cached_tokens: int = 0
+
+
+class CompletionDetails(Strict):
+    audio_tokens: int = 0
+    text_tokens: int = 0
+    reasoning_tokens: int = 0
+
+
+class CompletionUsage(Strict):
+    """Token ids; control ids of the prompt are among its tokens."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    total_tokens: int = 0
+    prompt_tokens_details: PromptDetails = Field(default_factory=PromptDetails)
+    completion_tokens_details: CompletionDetails = Field(default_factory=CompletionDetails)
+
+
+class ChatCompletion(Strict):
+    """One answer."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: CompletionUsage

@@ -1,0 +1,272 @@
+"""`/v1/chat/completions`: one answer to a conversation that the client holds, text and sound in, text and sound out.
+
+What the assistant said aloud is referred to by `audio.id`, as OpenAI's clients do; the server keeps those turns as ids
+for an hour, so that the model remembers its own speech and not a transcript of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import JSONResponse
+
+from duologue.events import AudioDelta, EndReason, ReplyDone, TextDelta
+from duologue.interleave import Kind
+from duologue.serving.chat_types import (
+    AssistantAudio,
+    AssistantMessage,
+    AudioPart,
+    ChatCompletion,
+    ChatRequest,
+    Choice,
+    CompletionDetails,
+    CompletionUsage,
+    Message,
+    PromptDetails,
+    TextPart,
+    UserMessage,
+)
+from duologue.serving.encoders import Encoder, encode
+from duologue.serving.errors import ApiError, documented, error_json, told
+from duologue.serving.service import Service, read_sound, streamed, unless_gone
+from duologue.session import Session
+from duologue.turns import Conversation, Modality, Role, Turn
+
+AUDIO_KEPT_S = 3600
+MAX_AUDIO_KEPT = 1000
+
+
+@dataclass(eq=False)
+class SpokenAnswers:
+    """Turns that were spoken, by id and the name of the key that they belong to, for a while."""
+
+    _turns: OrderedDict[str, tuple[float, str, Turn]] = field(default_factory=OrderedDict)
+
+    def put(self, audio_id: str, key: str, turn: Turn) -> int:
+        """Keeps a turn; returns the Unix time until when."""
+        expires = time.time() + AUDIO_KEPT_S
+        self._turns[audio_id] = expires, key, turn
+        while len(self._turns) > MAX_AUDIO_KEPT or next(iter(self._turns.values()))[0] < time.time():
+            self._turns.popitem(last=False)
+        return int(expires)
+
+    def get(self, audio_id: str, key: str) -> Turn | None:
+        """The turn, if it is kept and belongs to this key."""
+        expires, owner, turn = self._turns.get(audio_id, (0.0, "", None))
+        return turn if expires >= time.time() and owner == key else None
+
+
+class Completion:
+    """One answer under way."""
+
+    def __init__(self, service: Service, asked: ChatRequest, spoken: SpokenAnswers, key: str) -> None:
+        self._service, self._asked, self._spoken, self._key = service, asked, spoken, key
+        self.text_only = "audio" not in asked.modalities
+        voice = service.voice(None if asked.audio is None else asked.audio.voice, "audio.voice")
+        card = service.bot.models.card
+        self.session: Session = service.bot.session(voice=voice, sampling=asked.sampling(card.sampling))
+        self.id, self.audio_id = f"chatcmpl-{secrets.token_hex(12)}", f"audio_{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self.usage = CompletionUsage()
+        self.finish_reason = "stop"
+        self.expires_at = 0
+
+    async def prepare(self) -> None:
+        """Makes turns of the messages. Raises ApiError naming the message at fault."""
+        turns: list[Turn] = []
+        follows = self._service.bot.models.card.follows_instructions
+        for index, message in enumerate(self._asked.messages):
+            turn = await self._turn(message, f"messages.{index}")
+            # A model that never saw a turn of the system takes its text for a question.
+            if turn.role is not Role.SYSTEM or follows:
+                turns.append(turn)
+        if not turns or turns[-1].role is not Role.USER:
+            raise ApiError("the last message must be one of the user", param="messages")
+        vocabulary = self._service.bot.models.vocabulary
+        self.session.conversation = Conversation(tuple(turns), vocabulary.hash)
+        prompt, _ = await asyncio.to_thread(
+            self.session.prompt, Modality.TEXT if self.text_only else Modality.INTERLEAVED
+        )
+        audio = sum(vocabulary.kind(token) is Kind.SPEECH for token in prompt)
+        self.usage = CompletionUsage(prompt_tokens=len(prompt), prompt_tokens_details=PromptDetails(audio_tokens=audio))
+
+    async def _turn(self, message: Message, where: str) -> Turn:
+        vocabulary, role = self._service.bot.models.vocabulary, Role(message.role.replace("developer", "system"))
+        if isinstance(message, AssistantMessage) and message.audio is not None:
+            turn = self._spoken.get(message.audio.id, self._key)
+            if turn is None:
+                text = f"there is no sound {message.audio.id!r} any more; send the message's text instead"
+                raise ApiError(text, "audio_not_found", f"{where}.audio.id")
+            return turn
+        ids: list[int] = []
+        content = message.content
+        parts: list[TextPart | AudioPart] = []
+        if isinstance(content, str):
+            parts = [TextPart(type="text", text=content)]
+        elif content is not None:
+            parts = list(content)
+        for index, part in enumerate(parts):
+            if isinstance(part, AudioPart):
+                ids += await self._heard(part, f"{where}.content.{index}.input_audio.data")
+            else:
+                ids += self._read(part.text, where)
+        if not ids and isinstance(message, UserMessage):
+            raise ApiError(f"{where} says nothing", param=f"{where}.content")
+        kinds = {vocabulary.kind(token) for token in ids}
+        both = Modality.SPEECH if kinds == {Kind.SPEECH} else Modality.INTERLEAVED
+        return Turn(role, both if Kind.SPEECH in kinds else Modality.TEXT, tuple(ids))
+
+    def _read(self, text: str, where: str) -> list[int]:
+        most = self._service.settings.max_input_chars
+        if len(text) > most:
+            raise ApiError(f"{where}: a text may have {most} characters, got {len(text)}", "input_too_long", where)
+        return self._service.bot.models.vocabulary.encode_text(text)
+
+    async def _heard(self, part: AudioPart, where: str) -> list[int]:
+        try:
+            data = base64.b64decode(part.input_audio.data, validate=True)
+        except ValueError:
+            raise ApiError(f"{where} is not base64", "invalid_audio", where) from None
+        wav = await asyncio.to_thread(read_sound, data, self._service.settings.audio_buffer_s, where)
+        return self._service.bot.models.vocabulary.speech_ids(await self._service.codes(wav))
+
+    async def events(self) -> AsyncGenerator[TextDelta | AudioDelta, None]:
+        """Text and sound as they are made; behind them usage, reason and what is kept are known."""
+        reply = self._service.replying(
+            "chat", self.session, text_only=self.text_only, max_tokens=self._asked.token_limit
+        )
+        async with aclosing(reply) as events:
+            async for event in events:
+                if (isinstance(event, TextDelta) and event.text) or isinstance(event, AudioDelta):
+                    yield event
+                elif isinstance(event, ReplyDone):
+                    self._finish(event)
+
+    def _finish(self, done: ReplyDone) -> None:
+        text, speech = done.timings.num_text_tokens, done.timings.num_speech_tokens
+        self.finish_reason = "length" if done.reason is EndReason.LENGTH else "stop"
+        details = CompletionDetails(audio_tokens=speech, text_tokens=text)
+        self.usage = self.usage.model_copy(
+            update={
+                "completion_tokens": text + speech,
+                "total_tokens": self.usage.prompt_tokens + text + speech,
+                "completion_tokens_details": details,
+            }
+        )
+        if not self.text_only:
+            self.expires_at = self._spoken.put(self.audio_id, self._key, self.session.conversation.turns[-1])
+
+    async def whole(self) -> ChatCompletion:
+        """The answer at once."""
+        with self._service.admission.request():
+            await self.prepare()
+            texts: list[str] = []
+            sound: list[Any] = [np.zeros(0, np.float32)]
+            async with aclosing(self.events()) as events:
+                async for event in events:
+                    if isinstance(event, TextDelta):
+                        texts.append(event.text)
+                    else:
+                        sound.append(event.wav)
+            text = "".join(texts)
+            message: dict[str, Any] = {"role": "assistant", "content": text}
+            if not self.text_only:
+                file = await asyncio.to_thread(encode, np.concatenate(sound), self._asked.file_format)
+                data = base64.b64encode(file).decode("ascii")
+                audio = AssistantAudio(id=self.audio_id, data=data, transcript=text, expires_at=self.expires_at)
+                message |= {"content": None, "audio": audio}
+        choice = Choice.model_validate({"message": message, "finish_reason": self.finish_reason})
+        return ChatCompletion(
+            id=self.id, created=self.created, model=self._service.model, choices=[choice], usage=self.usage
+        )
+
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The answer as server-sent events."""
+        with self._service.admission.request():
+            await self.prepare()
+            begun = False
+            try:
+                async with aclosing(self._chunks()) as chunks:
+                    async for chunk in chunks:
+                        yield _event(chunk)
+                        begun = True
+            except Exception as error:
+                if not begun:
+                    raise
+                message, status, code, param = told(error)
+                yield _event(error_json(message, status, code, param))
+                return
+            yield b"data: [DONE]\n\n"
+
+    async def _chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        encoder = Encoder(self._asked.file_format)
+        first: dict[str, Any] = {"role": "assistant", "content": "" if self.text_only else None}
+        if not self.text_only:
+            first["audio"] = {"id": self.audio_id}
+        async with aclosing(self.events()) as events:
+            async for event in events:
+                if first:
+                    yield self._chunk(first)
+                    first = {}
+                if isinstance(event, AudioDelta):
+                    if data := await asyncio.to_thread(encoder.step, event.wav):
+                        yield self._sound(data)
+                else:
+                    yield self._chunk(
+                        {"content": event.text} if self.text_only else {"audio": {"transcript": event.text}}
+                    )
+        if not self.text_only:
+            if data := await asyncio.to_thread(encoder.step, np.zeros(0, np.float32), True):
+                yield self._sound(data)
+            yield self._chunk({"audio": {"expires_at": self.expires_at}})
+        yield self._chunk({}, self.finish_reason)
+        if self._asked.stream_options is not None and self._asked.stream_options.include_usage:
+            yield {**self._chunk({}), "choices": [], "usage": self.usage.model_dump()}
+
+    def _sound(self, data: bytes) -> dict[str, Any]:
+        return self._chunk({"audio": {"data": base64.b64encode(data).decode("ascii")}})
+
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
+        head = {"id": self.id, "object": "chat.completion.chunk", "created": self.created}
+        return {**head, "model": self._service.model, "choices": [choice]}
+
+
+def _event(data: dict[str, Any]) -> bytes:
+    return f"data: {json.dumps(data)}\n\n".encode()
+
+
+def completion_routes(service: Service) -> APIRouter:
+    """`/v1/chat/completions`."""
+    router = APIRouter()
+    spoken = SpokenAnswers()
+
+    @router.post(
+        "/v1/chat/completions",
+        tags=["chat"],
+        summary="Answer a conversation",
+        response_model=ChatCompletion,
+        responses={
+            200: {"description": "The answer.", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+            **documented(400, 413, 429, 503),
+        },
+    )
+    async def completions(asked: ChatRequest, request: Request, key: str = Depends(service.key)) -> Response:
+        completion = Completion(service, asked, spoken, key)
+        if asked.stream:
+            return await streamed(completion.chunks(), "text/event-stream")
+        answer = await unless_gone(request, completion.whole())
+        return JSONResponse(answer.model_dump(exclude_none=False))
+
+    return router

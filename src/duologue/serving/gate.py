@@ -1,0 +1,83 @@
+"""What every HTTP request passes before its route: the address it came to, the page it came from, the size of its body;
+and what every answer gets: headers that keep browsers careful, and a count."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from duologue.serving.admission import Admission, Refused
+from duologue.serving.errors import error_response
+from duologue.serving.metrics import Metrics
+from duologue.serving.settings import Settings
+
+# Probes come under any name, and learn nothing but that the server lives.
+OPEN_PATHS = ("/healthz", "/readyz")
+
+# The page is whole in itself: nothing of it comes from elsewhere, and nobody frames it.
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "Permissions-Policy": "microphone=(self), camera=(), geolocation=()",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-cache",
+}
+HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
+class Gate:
+    """ASGI middleware around the app. WebSockets pass: their route refuses in their own words."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, admission: Admission, metrics: Metrics) -> None:
+        self._app, self._settings, self._admission, self._metrics = app, settings, admission, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                route = getattr(scope.get("route"), "path", None) or "other"
+                self._metrics.requests.labels(route, str(message["status"])).inc()
+                given = MutableHeaders(scope=message)
+                own = HEADERS if scope["path"].startswith("/v1/") else {**HEADERS, **PAGE_HEADERS}
+                for name, value in own.items():
+                    given.setdefault(name, value)
+            await send(message)
+
+        try:
+            if scope["path"] not in OPEN_PATHS:
+                self._admission.check_address(headers.get("host"), headers.get("origin"))
+            self._check_length(headers.get("content-length"))
+        except Refused as error:
+            self._metrics.errors.labels(error.code).inc()
+            await error_response(error.message, error.status, error.code)(scope, receive, counted)
+            return
+        await self._app(scope, self._bounded(receive), counted)
+
+    def _check_length(self, length: str | None) -> None:
+        if length is not None and length.isdecimal() and int(length) > self._settings.max_upload_bytes:
+            raise Refused(413, "too_large", self._too_large)
+
+    def _bounded(self, receive: Receive) -> Receive:
+        """Counts a body that did not tell its length."""
+        received = 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._settings.max_upload_bytes:
+                raise HTTPException(413, self._too_large)
+            return message
+
+        return bounded
+
+    @property
+    def _too_large(self) -> str:
+        return f"a request may have at most {self._settings.max_upload_bytes} bytes"
