@@ -16,10 +16,11 @@ SYNTHESIZERS := flite festival festvox-us-slt-hts festvox-kallpc16k espeak-ng
 # Debian's browser for the test of the page, which skips without it.
 BROWSER := chromium
 
-.PHONY: help demo test check bench pocket clean
+.PHONY: help demo serve test check bench pocket clean
 
 help:
 	@echo "make demo    answer a recorded spoken question aloud with the bundled model (sets up $(VENV) first)"
+	@echo "make serve   talk with the bundled model in the browser, on this machine (open the address that it prints)"
 	@echo "make test    everything CI runs: ruff, mypy, pytest"
 	@echo "make check   ruff and mypy only"
 	@echo "make bench   time to first audio and real-time factor, stage by stage"
@@ -28,6 +29,9 @@ help:
 
 demo: $(VENV)/.core
 	$(BIN)/duologue chat $(QUESTION) -o $(ANSWER)
+
+serve: $(VENV)/.serve
+	$(BIN)/duologue serve
 
 test: $(VENV)/.dev $(VENV)/.synthesizers $(VENV)/.browser check
 	$(BIN)/python -m pytest
@@ -57,8 +61,12 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	@touch $@
 
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[serve]"
+	@touch $(VENV)/.core $@
+
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,eval,browser,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,eval,serve,talk,clients,browser,dev]"
 	@touch $(VENV)/.core $@
 
 $(VENV)/.browser: | $(BIN)/python

@@ -19,9 +19,14 @@ MIN_DISK_GB = 1.0
 
 # extra -> (what it is for, distributions)
 EXTRAS = {
+    "serve": (
+        "duologue serve",
+        ("fastapi", "uvicorn", "websockets", "python-multipart", "prometheus-client", "onnxruntime"),
+    ),
+    "talk": ("duologue talk", ("websockets", "sounddevice", "rich")),
     "train": ("training", ("tensorboard", "matplotlib", "pyarrow", "jiwer")),
     "eval": ("evaluation", ("pocketsphinx", "speechmos", "librosa", "onnxruntime", "matplotlib")),
-    "dev": ("tests and checks", ("pytest", "hypothesis", "ruff", "mypy")),
+    "dev": ("tests and checks", ("pytest", "hypothesis", "schemathesis", "httpx", "ruff", "mypy")),
 }
 # program -> (what it is for, Debian packages)
 PROGRAMS = {
