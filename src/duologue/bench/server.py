@@ -300,13 +300,14 @@ async def _until(source: AsyncIterator[NDArray[np.int16]], talk: Talk) -> AsyncI
 
 async def _cycles(url: str, key: str, pid: int, num: int, question: NDArray[np.int16]) -> Cycles:
     failed: list[str] = []
-    await _come_and_go(url, key, WARM_UP_CYCLES, question, failed)
-    before = await _settled(url, pid, None)
+    warm_up = min(num, WARM_UP_CYCLES)
+    await _come_and_go(url, key, warm_up, question, failed)
+    before = await _settled(url, key, pid, None)
     begun = time.monotonic()
     await _come_and_go(url, key, num, question, failed)
     duration_s = time.monotonic() - begun
-    after = await _settled(url, pid, before)
-    return Cycles(num, WARM_UP_CYCLES, duration_s, before, after, tuple(failed))
+    after = await _settled(url, key, pid, before)
+    return Cycles(num, warm_up, duration_s, before, after, tuple(failed))
 
 
 async def _come_and_go(url: str, key: str, num: int, question: NDArray[np.int16], failed: list[str]) -> None:
@@ -337,11 +338,11 @@ async def _visit(connection: Connection, number: int, question: NDArray[np.int16
         connection.socket.transport.abort()
 
 
-async def _settled(url: str, pid: int, wanted: Footprint | None) -> Footprint:
+async def _settled(url: str, key: str, pid: int, wanted: Footprint | None) -> Footprint:
     """The footprint, once it is as small as before in what can be counted, or after `SETTLE_S`."""
     deadline = time.monotonic() + SETTLE_S
     while True:
-        found = await asyncio.to_thread(footprint, url, pid)
+        found = await asyncio.to_thread(footprint, url, pid, key)
         small = found.sessions in (0, None)
         if wanted is not None:
             small = small and found.descriptors <= wanted.descriptors and (found.tasks or 0) <= (wanted.tasks or 0)
@@ -350,7 +351,7 @@ async def _settled(url: str, pid: int, wanted: Footprint | None) -> Footprint:
         await asyncio.sleep(0.1)
 
 
-def footprint(url: str, pid: int) -> Footprint:
+def footprint(url: str, pid: int, key: str = "") -> Footprint:
     """What the server's process holds now. Raises ValueError where that cannot be read."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
@@ -358,23 +359,29 @@ def footprint(url: str, pid: int) -> Footprint:
     except OSError as error:
         raise ValueError(f"the server's process {pid} cannot be looked at: {error.strerror}") from None
     values = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-    gauges = _gauges(url)
+    metrics = metrics_of(url, key)
+
+    def count(name: str) -> int | None:
+        return int(metrics[name]) if name in metrics else None
+
     return Footprint(
         memory_mb=int(values["VmRSS"].split()[0]) * 1024 / 1e6,
         descriptors=descriptors,
         threads=int(values["Threads"]),
-        tasks=gauges.get("duologue_tasks"),
-        sessions=gauges.get("duologue_sessions"),
+        tasks=count("duologue_tasks"),
+        sessions=count("duologue_sessions"),
     )
 
 
-def _gauges(url: str) -> dict[str, int]:
-    """The gauges without labels on the server's /metrics; none where it has no such page."""
+def metrics_of(url: str, key: str = "") -> dict[str, float]:
+    """The values on the server's page for Prometheus, by name with labels; none where it has no such page."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    request = urllib.request.Request(f"{url.rstrip('/')}/metrics", headers=headers)
     found = {}
-    with contextlib.suppress(OSError), opener.open(f"{url.rstrip('/')}/metrics", timeout=10) as page:
+    with contextlib.suppress(OSError), opener.open(request, timeout=10) as page:
         for line in page.read().decode("utf-8").splitlines():
-            name, _, value = line.partition(" ")
-            if line.startswith("duologue_") and "{" not in name:
-                found[name] = int(float(value))
+            if not line.startswith("#"):
+                name, _, value = line.rpartition(" ")
+                found[name] = float(value)
     return found

@@ -32,6 +32,7 @@ def add(commands: Any) -> None:
     serve.add_argument("--idle-s", type=_seconds, metavar="S", help="close conversations without a word for so long")
     serve.add_argument("--session-s", type=_seconds, metavar="S", help="the longest conversation")
     serve.add_argument("--resume-s", type=_seconds, metavar="S", help="keep dropped conversations so long")
+    serve.add_argument("--stall-s", type=_seconds, metavar="S", help="drop clients that read nothing for so long")
     serve.add_argument("--drain-s", type=_seconds, metavar="S", help="let answers finish so long after SIGTERM")
     serve.add_argument("--verbose", action="store_true", help="log who comes and goes; never what is said")
     add_precision(serve)
@@ -76,6 +77,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         "idle_s": "idle_s",
         "session_s": "session_s",
         "resume_s": "resume_s",
+        "stall_s": "stall_s",
         "drain_s": "drain_s",
         "record": "record_folder",
     }

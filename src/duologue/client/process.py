@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 HOST = "127.0.0.1"
-START_S = 180.0
+START_S = 300.0
 STOP_S = 15.0
 
 
@@ -31,7 +29,7 @@ class ServerProcess:
 
     url: str
     process: subprocess.Popen[bytes]
-    log: Path
+    log: Path  # everything it printed
 
     @property
     def pid(self) -> int:
@@ -47,28 +45,19 @@ class ServerProcess:
                 self.process.kill()
         return self.process.wait()
 
-    def last_words(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
-        said = [line.strip() for line in lines if line.strip()]
-        return said[-1].removeprefix("duologue: ") if said else f"exit code {self.process.poll()}"
-
 
 @contextlib.contextmanager
-def start_server(
-    model: str, arguments: Sequence[str] = (), env: dict[str, str] | None = None
-) -> Iterator[ServerProcess]:
-    """Starts `duologue serve` and waits until it is ready.
+def start_server(model: str, arguments: Sequence[str] = ()) -> Iterator[ServerProcess]:
+    """Starts `duologue serve` on this machine, without API keys, and waits until it is ready.
 
     Args:
         arguments: more of the command line of `duologue serve`.
-        env: more of the environment.
     Raises:
         ValueError: it did not come up; the sentence is its own last one.
     """
-    port = free_port()
     source = str(Path(__file__).parents[2])
     paths = os.pathsep.join(path for path in (source, os.environ.get("PYTHONPATH", "")) if path)
-    command = [sys.executable, "-m", "duologue", "serve", "--host", HOST, "--port", str(port), "--model", model]
+    command = [sys.executable, "-m", "duologue", "serve", "--host", HOST, "--port", "0", "--model", model, "--json"]
     with tempfile.TemporaryDirectory(prefix="duologue-") as folder:
         log = Path(folder) / "server.log"
         with log.open("wb") as file:
@@ -77,30 +66,29 @@ def start_server(
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(env or {}), "PYTHONPATH": paths},
+                env={**os.environ, "PYTHONPATH": paths, "DUOLOGUE_API_KEYS": ""},
                 start_new_session=True,  # Ctrl-C in the terminal is for the client, which then ends the server
             )
-        server = ServerProcess(f"http://{HOST}:{port}", process, log)
+        server = ServerProcess("", process, log)
         try:
-            _wait_until_ready(server)
-            yield server
+            yield ServerProcess(_url_when_ready(process, log), process, log)
         finally:
             server.stop()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_until_ready(server: ServerProcess) -> None:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def _url_when_ready(process: subprocess.Popen[bytes], log: Path) -> str:
+    """The address in the line of JSON that the server prints when clients can come."""
     deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            raise ValueError(f"the server did not start: {server.last_words()}")
-        with contextlib.suppress(urllib.error.URLError, OSError), opener.open(f"{server.url}/readyz", timeout=5):
-            return
-        time.sleep(0.1)
-    raise ValueError(f"the server was not ready within {START_S:.0f} s: {server.last_words()}")
+    while True:
+        ended = process.poll() is not None
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                told = json.loads(line)
+                if isinstance(told, dict) and "url" in told:
+                    return str(told["url"]).rstrip("/")
+        if ended or time.monotonic() > deadline:
+            said = [line.strip() for line in lines if line.strip()] or [f"it ended with code {process.poll()}"]
+            why = said[-1].removeprefix("duologue: ")
+            raise ValueError(f"the server did not start{'' if ended else f' within {START_S:.0f} s'}: {why}")
+        time.sleep(0.05)

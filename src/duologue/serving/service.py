@@ -52,6 +52,7 @@ class Service:
         self.shelf = Shelf(self.settings.resume_s, self.settings.max_sessions)
         worker, watch = self.bot.worker, self.metrics.watch
         watch("sessions_kept", "Dropped conversations that can be resumed.", lambda: len(self.shelf))
+        watch("tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
         watch("worker_waiting", "Jobs that wait for the device.", lambda: worker.stats().num_waiting)
         watch("worker_busy_seconds", "Work of the device so far.", lambda: worker.stats().busy_s)
 
