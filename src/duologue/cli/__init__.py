@@ -32,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error), BAD_INPUT)
     except ImportError as error:
-        return _fail(f'{error.name or error} is not installed: pip install "duologue[serve,talk,train,eval]"', BAD_INPUT)
+        return _fail(
+            f'{error.name or error} is not installed: pip install "duologue[serve,talk,train,eval]"', BAD_INPUT
+        )
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
