@@ -107,25 +107,29 @@ class Session:
         Raises:
             ValueError: unusable samples, or a rate that changes in the middle of a turn.
         """
-        wav = check_wav(_as_float(pcm), sample_rate, "the pcm that was fed")
-        if self._listening is None:
-            self._ahead = Ahead(self.models.engine, self._open_prompt)
-            self._listening = Listening(self.models.tokenizer, self.worker, sample_rate, self._ahead.notify)
-        self._listening.feed(wav, sample_rate)
-        self.num_samples_fed += len(wav)
+        self._feed(check_wav(_as_float(pcm), sample_rate, "the pcm that was fed"), sample_rate)
 
     async def hear(self, pcm: Pcm, sample_rate: int = rates.LISTEN_SAMPLE_RATE) -> None:
         """Hears more of the user as `feed` does, and listens ahead: what is settled is prefilled in the background.
 
         Waits only when the tokenizer has fallen far behind. Raises ValueError as `feed`.
         """
-        self.feed(pcm, sample_rate)
-        listening, ahead = self._listening, self._ahead
-        assert listening is not None
-        assert ahead is not None
-        ahead.start()
-        while listening.seconds_behind > MAX_BEHIND_S and (step := listening.step) is not None:
-            await asyncio.wait([asyncio.wrap_future(step)])
+        wav = check_wav(_as_float(pcm), sample_rate, "the pcm that was heard")
+        for start in range(0, len(wav), sample_rate):  # by the second, so that nobody waits for a long piece
+            if start:
+                await asyncio.sleep(0)
+            listening, ahead = self._feed(wav[start : start + sample_rate], sample_rate)
+            ahead.start()
+            while listening.seconds_behind > MAX_BEHIND_S and (step := listening.step) is not None:
+                await asyncio.wait([asyncio.wrap_future(step)])
+
+    def _feed(self, wav: NDArray[np.float32], sample_rate: int) -> tuple[Listening, Ahead]:
+        if self._listening is None or self._ahead is None:
+            self._ahead = Ahead(self.models.engine, self._open_prompt)
+            self._listening = Listening(self.models.tokenizer, self.worker, sample_rate, self._ahead.notify)
+        self._listening.feed(wav, sample_rate)
+        self.num_samples_fed += len(wav)
+        return self._listening, self._ahead
 
     def write(self, text: str) -> None:
         """Takes more of the user's turn in writing."""
