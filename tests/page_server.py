@@ -29,7 +29,11 @@ from websockets.typing import Subprotocol
 
 RATE = 24_000
 STATIC = Path(__file__).parent.parent / "src" / "duologue" / "serving" / "static"
-POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'"
+# As the real server sends it.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 LOUD, SILENCE_MS = 0.02, 500
 
 ANSWER = "Two and three make five. Shall we go on with something harder?"

@@ -1,47 +1,29 @@
 """The page in a real browser: headless Chromium with a fake microphone, driven through playwright, against a scripted
 server (`page_server.py`). What the page says it heard is checked against the files that it saves.
 
-`DUOLOGUE_CHROMIUM` names the browser where it is not on the path; `DUOLOGUE_SCREENSHOTS` a folder for pictures.
+`test_page_live.py` does the same with the real server.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-from numpy.typing import NDArray
 
+from tests.browser import PHONE, Visit, launch, needs_chromium, stretches, wait_for
 from tests.page_server import PageServer, tone
 
-playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: browser)")
-from playwright.sync_api import (  # noqa: E402
-    Browser,
-    BrowserContext,
-    ConsoleMessage,
-    Error,
-    Page,
-    Request,
-    expect,
-    sync_playwright,
-)
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: browser)")
+from playwright.sync_api import Browser, expect, sync_playwright
 
-CHROMIUM = os.environ.get("DUOLOGUE_CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (apt-get install chromium, or DUOLOGUE_CHROMIUM)")
+pytestmark = needs_chromium
 
 LOOP_S, SPEAKS_S = 4.0, (0.6, 1.4)  # the fake microphone's file, which loops, and when it speaks
 HERTZ = 180.0
-DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +33,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     voice = 0.25 * np.sin(2 * np.pi * HERTZ * time_s) * (0.7 + 0.3 * np.sin(2 * np.pi * 4 * time_s))
     voice *= (time_s > SPEAKS_S[0]) & (time_s < SPEAKS_S[1])
     soundfile.write(microphone, voice, 48_000, subtype="PCM_16")
-    arguments = [
-        "--headless=new",
-        "--no-sandbox",
-        "--use-fake-device-for-media-stream",
-        f"--use-file-for-fake-audio-capture={microphone}",
-        "--autoplay-policy=no-user-gesture-required",
-    ]
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        browser = launch(playwright, microphone)
         yield browser
         browser.close()
 
@@ -70,50 +45,6 @@ def server() -> Iterator[PageServer]:
         yield running
 
 
-@dataclass
-class Visit:
-    """A page in a context of its own, and what must not happen in it."""
-
-    page: Page
-    context: BrowserContext
-    home: str
-    errors: list[str] = field(default_factory=list)
-    foreign: list[str] = field(default_factory=list)
-
-    def said(self, message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
-            self.errors.append(message.text)
-
-    def threw(self, error: Error) -> None:
-        self.errors.append(str(error))
-
-    def requested(self, request: Request) -> None:
-        if not request.url.startswith((self.home, "blob:")):
-            self.foreign.append(request.url)
-
-    def type(self, words: str) -> None:
-        self.page.get_by_label("Message").fill(words)
-        self.page.keyboard.press("Enter")
-
-    def turn(self, who: str, words: str) -> Any:
-        return self.page.locator(f".turn.{who}").filter(has_text=words)
-
-    def saved(self, tmp_path: Path) -> tuple[dict[str, Any], NDArray[np.float64]]:
-        """The conversation as the page saves it: its words, and (samples, 2) of sound."""
-        page = self.page
-        page.get_by_role("button", name="Save").click()
-        with page.expect_download() as words:
-            page.get_by_role("button", name="Words, JSON").click()
-        with page.expect_download() as sound:
-            page.get_by_role("button", name="Sound, WAV").click()
-        page.keyboard.press("Escape")
-        words.value.save_as(tmp_path / "talk.json")
-        sound.value.save_as(tmp_path / "talk.wav")
-        wav, rate = soundfile.read(tmp_path / "talk.wav")
-        assert rate == 24_000
-        return json.loads((tmp_path / "talk.json").read_text()), wav
-
-
 Open = Callable[..., Visit]
 
 
@@ -122,45 +53,14 @@ def visit(browser: Browser, server: PageServer) -> Iterator[Open]:
     """Opens pages; at the end none may have asked another server, thrown or complained (a dropped line may)."""
     visits: list[Visit] = []
 
-    def open_page(microphone: bool = True, script: str = "", **options: Any) -> Visit:
-        context = browser.new_context(
-            **{"viewport": DESKTOP, "permissions": ["microphone"] if microphone else [], **options}
-        )
-        page = context.new_page()
-        visit = Visit(page, context, server.url)
-        page.on("console", visit.said)
-        page.on("pageerror", visit.threw)
-        page.on("request", visit.requested)
-        if script:
-            page.add_init_script(script)
-        page.goto(server.url)
-        expect(page.locator("#line-words")).to_have_text("mock")
-        visits.append(visit)
-        return visit
+    def open_page(**options: Any) -> Visit:
+        visits.append(Visit.open(browser, server.url, **options))
+        expect(visits[-1].page.locator("#line-words")).to_have_text("mock")
+        return visits[-1]
 
     yield open_page
     for one in visits:
-        one.context.close()
-        assert one.foreign == []
-        assert [error for error in one.errors if "WebSocket connection" not in error] == []
-
-
-def wait_for(found: Callable[[], Any], page: Page, seconds: float = 10.0) -> Any:
-    end = time.monotonic() + seconds
-    while not (result := found()):
-        assert time.monotonic() < end, "nothing came"
-        page.wait_for_timeout(20)
-    return result
-
-
-def stretches(side: NDArray[np.float64]) -> list[tuple[int, int]]:
-    """(first, end) of every stretch of sound, in samples; pauses of less than 5 ms belong to it."""
-    loud = np.flatnonzero(np.abs(side) > 0.002)
-    if not len(loud):
-        return []
-    breaks = np.flatnonzero(np.diff(loud) > 120)
-    firsts, ends = loud[np.r_[0, breaks + 1]], loud[np.r_[breaks, len(loud) - 1]] + 1
-    return list(zip(firsts.tolist(), ends.tolist(), strict=True))
+        one.close()
 
 
 def test_typed_question_is_answered_aloud_without_gaps(visit: Open, server: PageServer, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ const state = {
   speaking: false, // sound of an answer is being played
   sending: false, // a question is on its way
   model: "",
-  refused: false, // the server would not take the transcription
+  transcribes: true, // can the server write down what is said?
 };
 const silenced = new Set(); // items whose further sound is not to be heard
 const ended = new Map(); // item -> when the question before it ended, ms of the page's clock
@@ -48,7 +48,7 @@ const purposes = new Map(); // event id of an update -> what it was for
 // --- The line -------------------------------------------------------------------------------------------------------
 
 function configure(handsFree = state.mode === "hands-free") {
-  for (const { what, session } of settingsOf.updates(settings, handsFree)) {
+  for (const { what, session } of settingsOf.updates(settings, handsFree, state.transcribes)) {
     purposes.set(connection.send({ type: "session.update", session }), what);
   }
 }
@@ -118,8 +118,7 @@ connection.addEventListener("server", ({ detail: event }) => {
 function refused({ message, code, event_id: id, param }) {
   const what = purposes.get(id);
   if (HARMLESS.has(code)) return;
-  if (what === "transcription" && !state.refused) state.refused = true; // the turn shows its length instead
-  else if (what) view.notice(`The server did not take the setting “${what}”: ${message}`, { mild: true });
+  if (what) view.notice(`The server did not take the setting “${what}”: ${message}`, { mild: true });
   else view.notice(param ? `${message} (${param})` : message);
   if (!what) state.sending = false;
   phase();
@@ -396,15 +395,15 @@ find("write").addEventListener("submit", async (event) => {
   interrupt();
   const id = `msg_${crypto.getRandomValues(new Uint32Array(3)).join("")}`;
   const turn = conversation.typed(id, words);
-  await player.start();
+  const endedMs = now();
   try {
-    await connection.open();
+    await Promise.all([connection.open(), player.start()]);
   } catch {
     turn.note = "Not sent: there is no connection.";
     conversation.changed(turn);
     return;
   }
-  question = { endedMs: now(), pauseMs: 0 };
+  question = { endedMs, pauseMs: 0 };
   const content = [{ type: "input_text", text: words }];
   connection.send({ type: "conversation.item.create", item: { id, type: "message", role: "user", content } });
   ask();
@@ -464,14 +463,16 @@ async function look(attempt = 0) {
     }
     if (!answer.ok) throw new Error(answer.statusText);
     const [model] = (await answer.json()).data;
-    state.model = model.id;
+    state.model = model.trained === false ? `${model.id}, not trained` : model.id;
+    state.transcribes = model.transcribes !== false;
     voices(model.voices ?? []);
-    find("server-words").textContent = `Model: ${model.id}`;
+    find("transcribe-row").hidden = !state.transcribes;
+    find("server-words").textContent = `Model: ${state.model}`;
     if (model.trained === false) {
       find("model-words").textContent = `The model “${model.id}” is not trained: it shows how everything works, but its answers mean nothing.`;
       find("model-words").hidden = false;
     }
-    if (connection.state === "closed") view.line(model.id, "ready");
+    if (["closed", "open"].includes(connection.state)) view.line(state.model, "ready");
     view.settled();
   } catch {
     view.line("No answer", "waiting");

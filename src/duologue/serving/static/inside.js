@@ -10,8 +10,9 @@ export const STAGES = {
   language: "Language model",
   flow: "Flow matching",
   vocoder: "Vocoder",
+  decoder: "Speech decoder",
 };
-const COLOURS = { tokenizer: "s1", language: "s2", flow: "s3", vocoder: "s4" };
+const COLOURS = { tokenizer: "s1", language: "s2", flow: "s3", vocoder: "s4", decoder: "s3" };
 
 export function seconds(ms) {
   if (!Number.isFinite(ms)) return "–";
@@ -141,17 +142,14 @@ export class Inside {
   #stages(timings) {
     const stages = Object.entries(timings?.stages ?? {});
     const total = stages.reduce((sum, [, ms]) => sum + ms, 0);
-    const whole = Math.max(timings?.audio_ms ?? 0, ...stages.map(([, ms]) => ms), 1);
-    bars(
-      this.work,
-      stages.map(([name, ms]) => ({ name: STAGES[name] ?? name, ms, colour: COLOURS[name] ?? "s5" })),
-      whole,
-    );
-    this.parts["work-words"].textContent = timings?.audio_ms
-      ? `${seconds(total)} of work for ${seconds(timings.audio_ms)} of sound, the width of the bars; done after ${seconds(timings.total_ms)}.`
-      : timings
-        ? `Done after ${seconds(timings.total_ms)}.`
-        : "";
+    const rows = stages.map(([name, ms]) => ({ name: STAGES[name] ?? name, ms, colour: COLOURS[name] ?? "s5" }));
+    const sound = timings?.audio_ms ?? 0;
+    if (sound > 0) rows.push({ name: "Length of the sound", ms: sound, colour: "s6" });
+    bars(this.work, rows, Math.max(1, ...rows.map(({ ms }) => ms)));
+    const rate = sound > 0 ? `, ${(timings.total_ms / sound).toFixed(2)} × its length` : "";
+    this.parts["work-words"].textContent = timings
+      ? `${seconds(total)} of work. Done after ${seconds(timings.total_ms)}${rate}.`
+      : "";
   }
 
   // Every text run begins a row, as far as there is room: then each row is one round of the interleave.

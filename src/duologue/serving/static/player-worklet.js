@@ -23,7 +23,7 @@ class PlayerProcessor extends AudioWorkletProcessor {
   item(id) {
     let item = this.items.find((one) => one.id === id);
     if (!item) {
-      item = { id, parts: [], offset: 0, waiting: 0, played: 0, ended: false };
+      item = { id, parts: [], offset: 0, waiting: 0, played: 0, ended: false, gaps: 0 };
       this.items.push(item);
     }
     return item;
@@ -81,6 +81,7 @@ class PlayerProcessor extends AudioWorkletProcessor {
         this.playing = false;
         if (!item.ended) break;
         this.gap = 0;
+        if (!item.gaps) this.jitter = Math.max(this.smallest, Math.round(this.jitter * 0.8));
         this.items.shift();
         this.port.postMessage({ finished: item.id, played: item.played });
         continue;
@@ -98,6 +99,7 @@ class PlayerProcessor extends AudioWorkletProcessor {
     this.playing = true;
     if (item.played === 0) this.port.postMessage({ started: item.id });
     if (!this.dry) return;
+    item.gaps += 1;
     this.port.postMessage({ gap: this.gap, id: item.id });
     this.jitter = Math.min(this.largest, Math.round(this.jitter * 1.5));
     this.dry = false;

@@ -52,7 +52,7 @@ export function detection(settings) {
  * The updates that bring a fresh session to these settings: {what, session}. They go out one by one, so that a server that
  * refuses one of them still takes the others.
  */
-export function updates(settings, handsFree) {
+export function updates(settings, handsFree, transcribes) {
   const format = { type: "audio/pcm", rate: 24000 };
   const list = [
     {
@@ -66,12 +66,12 @@ export function updates(settings, handsFree) {
       },
     },
     { what: "the inside of answers", session: { include: INCLUDE } },
-    {
-      what: "transcription",
-      session: { audio: { input: { transcription: settings.transcribe ? { model: "default" } : null } } },
-    },
     { what: "speed", session: { audio: { output: { speed: settings.speed } } } },
   ];
+  if (transcribes) {
+    const transcription = settings.transcribe ? { model: "default" } : null;
+    list.push({ what: "transcription", session: { audio: { input: { transcription } } } });
+  }
   if (settings.voice) list.push({ what: "voice", session: { audio: { output: { voice: settings.voice } } } });
   if (settings.instructions) list.push({ what: "instructions", session: { instructions: settings.instructions } });
   return list.map(({ what, session }) => ({ what, session: { type: "realtime", ...session } }));

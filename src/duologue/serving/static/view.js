@@ -88,7 +88,7 @@ export class View extends EventTarget {
     row.item.dataset.item = turn.id;
     const busy = turn.status === "listening" || turn.status === "answering";
     const lasted = seconds((turn.endedMs ?? 0) - turn.startedMs);
-    let text = turn.text;
+    let text = turn.text.trim();
     const parts = [];
     if (!text && turn.role === "user" && turn.spoken) {
       if (turn.peaks?.length > 3) parts.push(shapeOf(turn.peaks));

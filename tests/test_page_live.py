@@ -1,0 +1,126 @@
+"""The page, a real browser and the real server: a recorded question is asked aloud, answered, the answer interrupted.
+
+With `DUOLOGUE_SCREENSHOTS=FOLDER` pictures are made of a conversation with the pocket model (those of `docs/images`);
+they wait as long as a busy machine needs.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: browser)")
+pytest.importorskip("fastapi", reason="fastapi is not installed (extra: serve)")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra: serve)")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra: serve)")
+
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+import duologue
+from duologue.serving.app import create_app
+from duologue.serving.server import Server, listen, url_of
+from duologue.serving.settings import Settings
+from tests.browser import DESKTOP, PHONE, Visit, launch, needs_chromium, stretches
+
+pytestmark = needs_chromium
+QUESTION = Path(duologue.__file__).parent / "pocket" / "question.wav"
+PICTURES = os.environ.get("DUOLOGUE_SCREENSHOTS")
+
+
+@contextmanager
+def serving(model: Path | str) -> Iterator[str]:
+    """The real server in a thread; its address."""
+    settings = Settings(port=0)
+    ready = threading.Event()
+    server = Server(create_app(duologue.load(model), settings), on_ready=ready.set)
+    listening = listen(settings)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    assert ready.wait(60)
+    yield url_of(listening)
+    server.should_exit = True
+    thread.join(20)
+    assert not thread.is_alive()
+
+
+@contextmanager
+def browsing(folder: Path, before_s: float, after_s: float) -> Iterator[Browser]:
+    """A browser into whose microphone the recorded question is spoken again and again."""
+    wav, rate = soundfile.read(QUESTION)
+    wav = soxr.resample(wav / np.abs(wav).max() / 2, rate, 48_000)
+    silence = [np.zeros(round(seconds * 48_000)) for seconds in (before_s, after_s)]
+    soundfile.write(folder / "question.wav", np.concatenate([silence[0], wav, silence[1]]), 48_000, subtype="PCM_16")
+    with sync_playwright() as playwright:
+        browser = launch(playwright, folder / "question.wav")
+        yield browser
+        browser.close()
+
+
+def test_a_question_is_asked_answered_and_interrupted(tiny_folder: Path, tmp_path: Path) -> None:
+    with serving(tiny_folder) as url, browsing(tmp_path, 0.6, 1.2) as browser:
+        visit = Visit.open(browser, url)
+        page = visit.page
+        expect(page.locator("#line-words")).to_contain_text("not trained", timeout=20_000)
+        page.get_by_role("button", name="Talk hands-free").click()
+        interrupted = page.locator(".turn.they").filter(has_text="Interrupted after")
+        expect(interrupted.first).to_be_visible(timeout=60_000)
+        page.get_by_role("button", name="Stop listening").click()
+        visit.type("One more, in writing.")
+        expect(visit.turn("you", "One more, in writing.")).to_have_count(1)
+        expect(page.locator(".turn.they").last).not_to_have_class("answering", timeout=60_000)
+        words, wav = visit.saved(tmp_path)
+        visit.close()
+    replies = [turn for turn in words["turns"] if turn["role"] == "assistant"]
+    cut = next(turn for turn in replies if turn["cut_ms"] is not None)
+    assert cut["status"] == "interrupted"
+    assert {run["kind"] for turn in replies for run in turn["tokens"]} == {"text", "speech"}
+    assert any(turn["timings"] and turn["timings"]["first_audio_ms"] > 0 for turn in replies)
+    asked = next(turn for turn in words["turns"] if turn["role"] == "user")
+    assert asked["spoken"]
+    assert stretches(wav[:, 0])
+    assert stretches(wav[:, 1])
+
+
+@pytest.mark.skipif(not PICTURES, reason="pictures are made when DUOLOGUE_SCREENSHOTS names a folder")
+def test_pictures(tmp_path: Path) -> None:
+    folder = Path(PICTURES or "")
+    folder.mkdir(parents=True, exist_ok=True)
+    with serving("pocket") as url, browsing(tmp_path, 1.0, 14.0) as browser:
+        for name, scheme, viewport in (
+            ("page-light", "light", DESKTOP),
+            ("page-dark", "dark", DESKTOP),
+            ("page-phone", "light", PHONE),
+        ):
+            phone = viewport is PHONE
+            visit = Visit.open(
+                browser,
+                url,
+                color_scheme=scheme,
+                viewport=viewport,
+                device_scale_factor=2 if phone else 1.5,
+                is_mobile=phone,
+                has_touch=phone,
+            )
+            _converse(visit, visit.page)
+            visit.page.screenshot(path=folder / f"{name}.png")
+            visit.close()
+
+
+def _converse(visit: Visit, page: Page) -> None:
+    """One typed question and one spoken, until the second answer is being heard."""
+    finished = page.locator(".turn.they.done, .turn.they.incomplete")
+    visit.type("What is two plus three?")
+    expect(finished).to_have_count(1, timeout=120_000)
+    expect(page.locator("#status")).to_have_text("Ready", timeout=60_000)
+    page.get_by_role("button", name="Talk hands-free").click()
+    expect(page.locator("#status")).to_contain_text("Speaking", timeout=120_000)
+    expect(finished).to_have_count(2, timeout=120_000)
+    page.wait_for_timeout(300)
