@@ -1,0 +1,646 @@
+"""Conversations with the real server over a WebSocket: the order of events, turns, items, responses, interruption."""
+
+import base64
+import itertools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from duologue import rates
+from duologue.audio import resample
+from duologue.interleave import INTERLEAVED, Kind
+from duologue.serving.formats import pack
+from duologue.serving.live import Kept
+from duologue.serving.objects import Pcma, Pcmu
+from tests.live_server import (
+    NUM_SPEECH,
+    TEXT,
+    LiveServer,
+    Talk,
+    question,
+    scripted_bot,
+    serving,
+    silence,
+    sound,
+    talking,
+    types,
+)
+
+BEGIN = [
+    "response.created",
+    "response.output_item.added",
+    "conversation.item.added",
+    "response.content_part.added",
+]
+DELTAS = ["response.output_audio_transcript.delta", "response.output_audio.delta"]
+END = [
+    "response.output_audio.done",
+    "response.output_audio_transcript.done",
+    "response.content_part.done",
+    "conversation.item.done",
+    "response.output_item.done",
+    "response.done",
+]
+WRITTEN = [name.replace("audio_transcript", "text") for name in [*BEGIN, DELTAS[0], *END[1:]]]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder: Path) -> Iterator[LiveServer]:
+    with serving(*scripted_bot(tiny_folder)) as running:
+        yield running
+
+
+@pytest.fixture
+def talk(server: LiveServer) -> Iterator[Talk]:
+    server.engine.release()
+    server.engine.failure = None
+    with talking(server) as client:
+        yield client
+    server.engine.release()
+
+
+def kept(server: LiveServer, session_id: str) -> Kept:
+    """What the server keeps of a conversation whose client has gone."""
+    for _ in range(2000):
+        if session_id in server.service.shelf._kept:
+            state = server.service.shelf._kept[session_id].state
+            assert isinstance(state, Kept)
+            return state
+        time.sleep(0.005)
+    raise AssertionError("the server has not noticed that its client is gone")
+
+
+# A whole exchange.
+
+
+def test_a_spoken_question_is_answered_aloud_in_the_right_order(server: LiveServer, talk: Talk) -> None:
+    talk.append(question())
+    events = talk.until("response.done")
+    assert types(events) == [
+        "input_audio_buffer.speech_started",
+        "input_audio_buffer.speech_stopped",
+        "input_audio_buffer.committed",
+        "conversation.item.added",
+        "conversation.item.done",
+        *BEGIN,
+        *DELTAS,
+        *END,
+    ]
+    ids = [event["event_id"] for event in events]
+    assert len(set(ids)) == len(ids)
+    by_type = {event["type"]: event for event in events}
+    started, stopped, committed = events[:3]
+    assert started["audio_start_ms"] == pytest.approx(500 - 300 + 100, abs=200)
+    spoken_ms = len(question(0, 0)) / 24
+    assert stopped["audio_end_ms"] == pytest.approx(500 + spoken_ms + 500, abs=250)
+    assert started["item_id"] == stopped["item_id"] == committed["item_id"] == events[3]["item"]["id"]
+    assert events[3]["item"]["content"][0]["type"] == "input_audio"
+    response = by_type["response.done"]["response"]
+    item = response["output"][0]
+    assert response["status"] == "completed"
+    assert response["conversation_id"].startswith("conv_")
+    assert item["status"] == "completed"
+    assert by_type["conversation.item.done"]["previous_item_id"] == committed["item_id"]
+    assert item["content"][0] == {"type": "output_audio", "transcript": TEXT, "text": None, "audio": None}
+    assert by_type["response.output_audio_transcript.done"]["transcript"] == TEXT
+    transcript = [event["delta"] for event in events if event["type"] == DELTAS[0]]
+    assert "".join(transcript) == TEXT
+    num_samples = rates.speak_samples_for_tokens(NUM_SPEECH) * 24_000 / rates.SPEAK_SAMPLE_RATE
+    assert len(sound(events)) / 2 == pytest.approx(num_samples, abs=24_000 * 0.02)
+
+
+def test_usage_counts_the_ids(server: LiveServer, talk: Talk) -> None:
+    talk.append(question())
+    usage = talk.until("response.done")[-1]["response"]["usage"]
+    prompt = server.engine.prompts[-1]
+    heard = sum(server.vocabulary.kind(token) is Kind.SPEECH for token in prompt)
+    said = server.engine.reply(INTERLEAVED)
+    assert usage["input_tokens"] == len(prompt)
+    assert usage["input_token_details"]["audio_tokens"] == heard > 10
+    assert usage["output_tokens"] == len(said)
+    assert usage["output_token_details"] == {"audio_tokens": NUM_SPEECH, "text_tokens": len(said) - NUM_SPEECH}
+    assert usage["total_tokens"] == len(prompt) + len(said)
+
+
+def test_a_written_question_is_answered_in_writing(server: LiveServer, talk: Talk) -> None:
+    talk.write("What is seven plus five?")
+    talk.send("response.create", response={"output_modalities": ["text"]})
+    events = talk.until("response.done")
+    assert types(events) == WRITTEN
+    assert events[-1]["response"]["output"][0]["content"][0]["text"] == TEXT
+    assert events[3]["part"]["type"] == "text"
+
+
+def test_the_next_prompt_goes_on_from_the_last(server: LiveServer, talk: Talk) -> None:
+    talk.write("Hello.")
+    talk.send("response.create")
+    talk.until("response.done")
+    talk.write("And now?")
+    talk.send("response.create")
+    talk.until("response.done")
+    first, second = server.engine.prompts[-2:]
+    assert second[: len(first)] == first
+    assert second[len(first) :][: len(server.engine.reply(INTERLEAVED))] == server.engine.reply(INTERLEAVED)
+
+
+# Turns.
+
+
+def test_manual_turns(server: LiveServer, talk: Talk) -> None:
+    talk.update_input(turn_detection=None)
+    talk.append(question())
+    talk.send("input_audio_buffer.commit")
+    events = talk.until("conversation.item.done")
+    assert types(events) == ["input_audio_buffer.committed", "conversation.item.added", "conversation.item.done"]
+    talk.send("response.create")
+    assert types(talk.until("response.done")) == [*BEGIN, *DELTAS, *END]
+    heard = sum(server.vocabulary.kind(token) is Kind.SPEECH for token in server.engine.prompts[-1])
+    assert heard == rates.tokens_for_samples(len(question()) * 2 // 3)
+
+
+def test_what_is_too_short_or_cleared_cannot_be_committed(talk: Talk) -> None:
+    talk.update_input(turn_detection=None)
+    empty = talk.ask("input_audio_buffer.commit", "error", event_id="mine")["error"]
+    assert (empty["code"], empty["event_id"]) == ("input_audio_buffer_commit_empty", "mine")
+    talk.append(question())
+    talk.ask("input_audio_buffer.clear", "input_audio_buffer.cleared")
+    talk.ask("input_audio_buffer.commit", "error")
+
+
+def test_a_client_may_commit_what_the_detector_does_not_take_for_speech(server: LiveServer, talk: Talk) -> None:
+    talk.append(silence(0.5))
+    talk.ask("input_audio_buffer.commit", "input_audio_buffer.committed")
+
+
+def test_without_create_response_nobody_answers(talk: Talk) -> None:
+    talk.update_input(turn_detection={"type": "server_vad", "create_response": False})
+    talk.append(question())
+    talk.until("conversation.item.done")
+    talk.update(instructions="x")  # its answer is the next event
+
+
+def test_a_pause_ends_the_turn_by_silence_duration(talk: Talk) -> None:
+    vad = {"type": "server_vad", "silence_duration_ms": 1500, "create_response": False, "prefix_padding_ms": 0}
+    talk.update_input(turn_detection=vad)
+    talk.append(question(after_s=2.0))
+    started, stopped = talk.until("input_audio_buffer.speech_stopped")
+    spoken_ms = len(question(0, 0)) / 24
+    assert started["audio_start_ms"] == pytest.approx(600, abs=150)
+    assert stopped["audio_end_ms"] == pytest.approx(500 + spoken_ms + 1500, abs=250)
+
+
+def test_milliseconds_count_from_the_first_sound(talk: Talk) -> None:
+    vad = {"type": "server_vad", "create_response": False}
+    talk.update_input(turn_detection=vad)
+    talk.append(question())
+    first = talk.until("conversation.item.done")
+    talk.append(question())
+    second = talk.until("conversation.item.done")
+    assert second[0]["audio_start_ms"] - first[0]["audio_start_ms"] == pytest.approx(len(question()) / 24, abs=64)
+    assert second[0]["item_id"] != first[0]["item_id"]
+
+
+def test_semantic_vad(talk: Talk) -> None:
+    talk.update_input(turn_detection={"type": "semantic_vad", "eagerness": "high"})
+    talk.append(question())
+    assert types(talk.until("response.done"))[-1] == "response.done"
+
+
+def test_silence_after_a_reply_times_out(talk: Talk) -> None:
+    talk.update(
+        output_modalities=["text"],
+        audio={"input": {"turn_detection": {"type": "server_vad", "idle_timeout_ms": 1000}}},
+    )
+    talk.append(question())
+    talk.until("response.done")
+    talk.append(silence(1.5))
+    events = talk.until("response.done")
+    assert types(events)[:2] == ["input_audio_buffer.timeout_triggered", "input_audio_buffer.committed"]
+    assert events[0]["audio_end_ms"] - events[0]["audio_start_ms"] == pytest.approx(1000, abs=40)
+
+
+@pytest.mark.parametrize("kind", ["audio/pcmu", "audio/pcma"])
+def test_telephone_sound(talk: Talk, kind: str) -> None:
+    talk.update(audio={"input": {"format": {"type": kind}}, "output": {"format": {"type": kind}}})
+    wire = Pcmu(type="audio/pcmu") if kind == "audio/pcmu" else Pcma(type="audio/pcma")
+    talk.append(pack(resample((question() / 32768).astype(np.float32), 24_000, 8000), wire))
+    events = talk.until("response.done")
+    assert events[0]["type"] == "input_audio_buffer.speech_started"
+    num_samples = rates.speak_samples_for_tokens(NUM_SPEECH) * 8000 / rates.SPEAK_SAMPLE_RATE
+    assert len(sound(events)) == pytest.approx(num_samples, abs=8000 * 0.02)
+
+
+def test_fast_speech_is_shorter(talk: Talk) -> None:
+    talk.update(audio={"output": {"speed": 1.5}})
+    talk.write("Hello.")
+    talk.send("response.create")
+    num_samples = rates.speak_samples_for_tokens(NUM_SPEECH) * 24_000 / rates.SPEAK_SAMPLE_RATE / 1.5
+    assert len(sound(talk.until("response.done"))) / 2 == pytest.approx(num_samples, abs=24_000 * 0.02)
+
+
+def test_transcripts_of_the_user(talk: Talk) -> None:
+    talk.update_input(transcription={"model": "whisper-1"}, turn_detection=None)
+    talk.append(question())
+    talk.send("input_audio_buffer.commit")
+    item_id = talk.until("conversation.item.done")[-1]["item"]["id"]
+    told = talk.until("conversation.item.input_audio_transcription.completed")[-1]
+    assert told["item_id"] == item_id
+    assert told["usage"] == {"type": "duration", "seconds": pytest.approx(len(question()) / 24_000, abs=0.01)}
+    item = talk.ask("conversation.item.retrieve", "conversation.item.retrieved", item_id=item_id)["item"]
+    assert item["content"][0]["transcript"] == told["transcript"]
+
+
+def test_own_events_come_when_asked_for(talk: Talk) -> None:
+    talk.update(include=["duologue.tokens", "duologue.timings"])
+    talk.write("Hello.")
+    talk.send("response.create")
+    events = talk.until("response.done")
+    runs = [event for event in events if event["type"] == "duologue.tokens"]
+    kinds = [kind for kind, _ in itertools.groupby(runs, lambda run: run["kind"])]
+    assert kinds[:2] == ["text", "speech"]
+    assert sum(run["count"] for run in runs if run["kind"] == "speech") == NUM_SPEECH
+    timings = next(event for event in events if event["type"] == "duologue.timings")
+    assert 0 < timings["first_text_ms"] < timings["first_audio_ms"] <= timings["total_ms"]
+    assert timings["audio_ms"] == pytest.approx(len(sound(events)) / 48, abs=20)
+
+
+# Interruption.
+
+
+def test_speech_into_a_reply_ends_it_and_cuts_the_history(server: LiveServer, talk: Talk) -> None:
+    server.engine.hold(35)
+    talk.write("Hello.")
+    talk.send("response.create")
+    before = talk.until("response.output_audio.delta")
+    talk.append(question(before_s=0.0))
+    events = talk.until("conversation.item.truncated")  # while the model still holds its breath
+    assert types(events)[0] == "input_audio_buffer.speech_started"
+    assert types(events)[1:] == [*END, "conversation.item.truncated"]
+    response = events[-2]["response"]
+    assert response["status"] == "cancelled"
+    assert response["status_details"] == {"type": "cancelled", "reason": "turn_detected", "error": None}
+    assert response["output"][0]["status"] == "incomplete"
+    sent_ms = len(sound(before)) / 48
+    assert 0 <= events[-1]["audio_end_ms"] <= sent_ms
+    server.engine.release()
+    talk.until("response.done")
+    # The next prompt holds of the reply what was heard of it.
+    heard = rates.tokens_heard(int(events[-1]["audio_end_ms"] * 22.05))
+    speech = [token for token in server.engine.prompts[-1] if server.vocabulary.kind(token) is Kind.SPEECH]
+    spoken = server.vocabulary.speech_ids(range(heard))
+    assert speech[: len(spoken)] == spoken
+    talk.socket.close()
+    item = kept(server, talk.session["id"]).items.order[1]
+    assert item.body.id == response["output"][0]["id"]
+    assert item.turn is None or item.turn.interrupted
+
+
+def test_a_reply_that_is_still_heard_is_cut_though_it_is_done(server: LiveServer, talk: Talk) -> None:
+    talk.write("Hello.")
+    talk.send("response.create")
+    item_id = talk.until("response.done")[-1]["response"]["output"][0]["id"]
+    talk.append(question(before_s=0.0, after_s=0.0))
+    started, truncated = talk.until("conversation.item.truncated")
+    assert started["type"] == "input_audio_buffer.speech_started"
+    assert truncated["item_id"] == item_id
+    assert truncated["audio_end_ms"] < NUM_SPEECH * 80
+
+
+def test_without_interrupt_response_a_reply_goes_on(server: LiveServer, talk: Talk) -> None:
+    vad = {"type": "server_vad", "interrupt_response": False, "create_response": False}
+    talk.update_input(turn_detection=vad)
+    server.engine.hold(35)
+    talk.write("Hello.")
+    talk.send("response.create")
+    talk.until("response.output_audio.delta")
+    talk.append(question(before_s=0.0))
+    talk.until("input_audio_buffer.committed")
+    server.engine.release()
+    assert talk.until("response.done")[-1]["response"]["status"] == "completed"
+
+
+def test_cancelled_before_the_first_sound(server: LiveServer, talk: Talk) -> None:
+    server.engine.hold(3)
+    talk.write("Hello.")
+    talk.send("response.create")
+    talk.until("response.output_audio_transcript.delta")
+    talk.send("response.cancel")
+    response = talk.until("response.done")[-1]["response"]
+    assert response["status_details"]["reason"] == "client_cancelled"
+    assert talk.until("conversation.item.truncated")[-1]["audio_end_ms"] == 0
+    refused = talk.ask("response.cancel", "error")["error"]
+    assert refused["code"] == "response_cancel_not_active"
+    server.engine.release()
+    talk.send("response.create")
+    assert talk.until("response.done")[-1]["response"]["status"] == "completed"
+
+
+def test_cancelled_before_the_first_token(server: LiveServer, talk: Talk) -> None:
+    server.engine.hold(0)
+    talk.write("Hello.")
+    talk.send("response.create")
+    created = talk.until("response.created")[-1]["response"]
+    talk.send("response.cancel", response_id=created["id"])
+    done = talk.receive()
+    assert done["type"] == "response.done"
+    assert done["response"]["status"] == "cancelled"
+    assert done["response"]["output"] == []
+
+
+def test_two_barge_ins_in_a_row(server: LiveServer, talk: Talk) -> None:
+    server.engine.hold(35)
+    talk.append(question())
+    talk.until("response.output_audio.delta")
+    for _ in range(2):
+        talk.append(question())
+        done = talk.until("response.done")[-1]["response"]
+        assert done["status"] == "cancelled"
+        talk.until("response.output_audio.delta")
+    server.engine.release()
+    assert talk.until("response.done")[-1]["response"]["status"] == "completed"
+
+
+def test_a_client_knows_better_what_was_heard(server: LiveServer, talk: Talk) -> None:
+    talk.write("Hello.")
+    talk.send("response.create")
+    item_id = talk.until("response.done")[-1]["response"]["output"][0]["id"]
+    place = {"item_id": item_id, "content_index": 0}
+    for asked_ms, kept_tokens in ((1000, 12), (1600, 20), (90_000, NUM_SPEECH)):
+        told = talk.ask("conversation.item.truncate", "conversation.item.truncated", **place, audio_end_ms=asked_ms)
+        assert told["audio_end_ms"] == min(asked_ms, told["audio_end_ms"])
+        talk.write("Go on.", id=f"go_{asked_ms}")
+        talk.send("response.create", response={"conversation": "none", "output_modalities": ["text"]})
+        talk.until("response.done")
+        spoken = [token for token in server.engine.prompts[-1] if server.vocabulary.kind(token) is Kind.SPEECH]
+        assert len(spoken) == pytest.approx(kept_tokens, abs=1)
+
+
+# Responses.
+
+
+def test_one_response_at_a_time_and_others_out_of_band(server: LiveServer, talk: Talk) -> None:
+    server.engine.hold(20)
+    talk.write("Hello.")
+    talk.send("response.create")
+    first = talk.until("response.output_audio_transcript.delta")[0]["response"]
+    talk.send("response.create")
+    assert talk.until("error")[-1]["error"]["code"] == "conversation_already_has_active_response"
+    server.engine.hold_after = None  # the first one has seen it and waits on; later ones run
+    asked: dict[str, Any] = {"conversation": "none", "metadata": {"topic": "sums"}, "output_modalities": ["text"]}
+    asked["input"] = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Sums?"}]}]
+    talk.send("response.create", response=asked)
+    events = talk.until("response.done")
+    while events[-1]["response"]["id"] == first["id"]:
+        events = talk.until("response.done")
+    done = events[-1]["response"]
+    assert done["conversation_id"] is None
+    assert done["metadata"] == {"topic": "sums"}
+    own = [event for event in events if event.get("response_id") == done["id"] or event["type"].startswith("conv")]
+    assert not any(event["type"].startswith("conversation.item") and event["item"]["id"] == done["output"][0]["id"]
+                   for event in own)  # fmt: skip
+
+
+def test_input_replaces_the_conversation(server: LiveServer, talk: Talk) -> None:
+    item = talk.write("The capital of France is Paris.")
+    talk.write("Hello.")
+    talk.send("response.create", response={"input": [{"type": "item_reference", "id": item["id"]}]})
+    talk.until("response.done")
+    text = server.vocabulary.render(server.engine.prompts[-1])
+    assert "France" in text
+    assert "Hello" not in text
+
+
+def test_a_bound_of_tokens_makes_a_response_incomplete(talk: Talk) -> None:
+    talk.write("Hello.")
+    talk.send("response.create", response={"max_output_tokens": 30})
+    response = talk.until("response.done")[-1]["response"]
+    assert response["status"] == "incomplete"
+    assert response["status_details"]["reason"] == "max_output_tokens"
+    assert response["usage"]["output_tokens"] == 30
+
+
+def test_a_failing_model_fails_its_response_alone(server: LiveServer, talk: Talk) -> None:
+    talk.write("Hello.")
+    server.engine.failure = RuntimeError("the device is on fire")
+    talk.send("response.create")
+    response = talk.until("response.done")[-1]["response"]
+    assert response["status"] == "failed"
+    assert response["status_details"]["error"]["type"] == "server_error"
+    assert "fire" not in str(response)
+    server.engine.failure = None
+    talk.send("response.create")
+    assert talk.until("response.done")[-1]["response"]["status"] == "completed"
+
+
+def test_a_question_that_is_too_long_fails_in_clear_words(talk: Talk) -> None:
+    talk.update_input(turn_detection=None)
+    talk.append(silence(60.0), chunk=480_000)
+    talk.send("input_audio_buffer.commit")
+    talk.until("conversation.item.done")
+    talk.send("response.create")
+    response = talk.until("response.done")[-1]["response"]
+    assert response["status"] == "failed"
+    assert "too long" in response["status_details"]["error"]["message"]
+
+
+def test_a_response_without_a_question(server: LiveServer, talk: Talk) -> None:
+    talk.send("response.create")
+    assert talk.until("response.done")[-1]["response"]["status"] == "completed"
+
+
+# Items.
+
+
+def test_items_are_made_found_and_deleted(talk: Talk) -> None:
+    talk.write("Two.", id="two")
+    message = {"type": "message", "role": "system", "content": [{"type": "input_text", "text": "One."}], "id": "one"}
+    added = talk.ask("conversation.item.create", "conversation.item.added", item=message, previous_item_id="root")
+    assert added["previous_item_id"] is None
+    talk.until("conversation.item.done")
+    found = talk.ask("conversation.item.retrieve", "conversation.item.retrieved", item_id="two")["item"]
+    assert found["content"][0]["text"] == "Two."
+    twice = talk.ask("conversation.item.create", "error", item=message)["error"]
+    assert twice["param"] == "item.id"
+    nowhere = {**message, "id": "three"}
+    lost = talk.ask("conversation.item.create", "error", item=nowhere, previous_item_id="gone")["error"]
+    assert lost["param"] == "previous_item_id"
+    assert talk.ask("conversation.item.delete", "conversation.item.deleted", item_id="one")["item_id"] == "one"
+    for action in ("retrieve", "delete", "truncate"):
+        fields = {"content_index": 0, "audio_end_ms": 0} if action == "truncate" else {}
+        missing = talk.ask(f"conversation.item.{action}", "error", item_id="one", **fields)["error"]
+        assert missing["code"] == f"item_{action}_invalid_item_id"
+
+
+def test_what_was_said_can_be_retrieved(talk: Talk) -> None:
+    talk.append(question())
+    events = talk.until("response.done")
+    asked, answered = events[2]["item_id"], events[-1]["response"]["output"][0]["id"]
+    found = talk.ask("conversation.item.retrieve", "conversation.item.retrieved", item_id=asked)["item"]
+    heard_ms = events[1]["audio_end_ms"] - events[0]["audio_start_ms"]
+    assert len(base64.b64decode(found["content"][0]["audio"])) / 48 == pytest.approx(heard_ms, abs=2)
+    found = talk.ask("conversation.item.retrieve", "conversation.item.retrieved", item_id=answered)["item"]
+    assert len(base64.b64decode(found["content"][0]["audio"])) == pytest.approx(len(sound(events)), abs=100)
+
+
+def test_sound_in_a_message(server: LiveServer, talk: Talk) -> None:
+    part = {"type": "input_audio", "audio": base64.b64encode(question().tobytes()).decode(), "transcript": "a sum"}
+    talk.send("conversation.item.create", item={"type": "message", "role": "user", "content": [part]})
+    added = talk.until("conversation.item.done")[0]["item"]
+    assert added["content"][0]["audio"] is None
+    assert added["content"][0]["transcript"] == "a sum"
+    talk.send("response.create")
+    talk.until("response.done")
+    heard = sum(server.vocabulary.kind(token) is Kind.SPEECH for token in server.engine.prompts[-1])
+    assert heard == rates.tokens_for_samples(len(question()) * 2 // 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "role", "param"),
+    [
+        ({"type": "input_text"}, "user", "item.content.0.text"),
+        ({"type": "input_audio"}, "user", "item.content.0.audio"),
+        ({"type": "input_audio", "audio": "!!!!"}, "user", "item.content.0.audio"),
+        ({"type": "output_text", "text": "x"}, "user", "item.content.0.type"),
+        ({"type": "input_text", "text": "x"}, "assistant", "item.content.0.type"),
+        ({"type": "input_audio", "audio": "AAAA"}, "system", "item.content.0.type"),
+        ({"type": "input_text", "text": "x" * 5000}, "user", "item.content.0.text"),
+    ],
+)
+def test_a_bad_message_is_refused(talk: Talk, content: dict[str, Any], role: str, param: str) -> None:
+    item = {"type": "message", "role": role, "content": [content]}
+    assert talk.ask("conversation.item.create", "error", item=item)["error"]["param"] == param
+
+
+def test_a_call_of_a_tool_is_kept_and_not_shown(server: LiveServer, talk: Talk) -> None:
+    call = {"type": "function_call", "name": "sum", "arguments": "{}", "call_id": "call_1", "id": "call"}
+    talk.send("conversation.item.create", item=call)
+    assert talk.until("conversation.item.done")[-1]["item"]["name"] == "sum"
+    found = talk.ask("conversation.item.retrieve", "conversation.item.retrieved", item_id="call")["item"]
+    assert found["call_id"] == "call_1"
+
+
+# What is refused, and what goes on.
+
+
+def test_a_refusal_leaves_the_session_as_it_was(talk: Talk) -> None:
+    talk.update(instructions="Be brief.")
+    bad = {"type": "realtime", "instructions": "Be long.", "audio": {"output": {"voice": "nobody"}}}
+    error = talk.ask("session.update", "error", session=bad, event_id="mine")["error"]
+    assert (error["param"], error["event_id"]) == ("session.audio.output.voice", "mine")
+    assert "default" in error["message"]  # the voice that there is
+    session = talk.update(tracing="auto", model="gpt-realtime", audio={"output": {"voice": "marin"}})
+    assert session["instructions"] == "Be brief."
+    assert session["audio"]["output"]["voice"] == "marin"
+
+
+def test_what_is_no_event_is_answered_and_the_session_goes_on(talk: Talk) -> None:
+    for message in (b"\x00\x01", "{", "[]", '{"type": "dance"}', '{"type": "input_audio_buffer.append", "audio": "$"}'):
+        talk.socket.send(message)
+        assert talk.receive()["type"] == "error"
+    talk.write("Hello.")
+
+
+def test_instructions_are_shown_to_a_model_that_follows_them(tiny_folder: Path) -> None:
+    bot, engine = scripted_bot(tiny_folder)
+    object.__setattr__(bot.models.card, "follows_instructions", True)
+    with serving(bot, engine) as server, talking(server) as talk:
+        talk.update(instructions="Be brief.")
+        talk.write("Hello.")
+        talk.send("response.create", response={"output_modalities": ["text"]})
+        talk.until("response.done")
+        talk.send("response.create", response={"output_modalities": ["text"], "instructions": "Be long."})
+        talk.until("response.done")
+        first, second = (server.vocabulary.render(prompt) for prompt in engine.prompts)
+        assert "<|system|>Be brief.<|user|>Hello." in first
+        assert "<|system|>Be long.<|user|>Hello." in second
+
+
+def test_a_model_that_follows_none_is_not_shown_instructions(server: LiveServer, talk: Talk) -> None:
+    talk.update(instructions="Be brief.")
+    talk.write("Hello.")
+    talk.send("response.create")
+    talk.until("response.done")
+    assert "brief" not in server.vocabulary.render(server.engine.prompts[-1])
+
+
+def test_without_a_recogniser_transcripts_fail_in_clear_words(tiny_folder: Path) -> None:
+    with serving(*scripted_bot(tiny_folder, recognizer=None)) as server, talking(server) as talk:
+        talk.update_input(transcription={"model": "whisper-1"}, turn_detection=None)
+        talk.append(question())
+        talk.send("input_audio_buffer.commit")
+        failed = talk.until("conversation.item.input_audio_transcription.failed")[-1]
+        assert "no recognizer" in failed["error"]["message"]
+
+
+def test_no_turn_is_longer_than_the_buffer(tiny_folder: Path) -> None:
+    with serving(*scripted_bot(tiny_folder), audio_buffer_s=1.0) as server, talking(server) as talk:
+        talk.update_input(turn_detection=None)
+        talk.append(silence(1.5), chunk=24_000)
+        talk.append(silence(0.1))
+        assert talk.receive()["error"]["code"] == "input_audio_buffer_full"
+        talk.ask("input_audio_buffer.commit", "input_audio_buffer.committed")
+
+
+def test_the_oldest_items_go_when_there_are_too_many(tiny_folder: Path) -> None:
+    with serving(*scripted_bot(tiny_folder), max_items=2) as server, talking(server) as talk:
+        for name in ("a", "b"):
+            talk.write("Hello.", id=name)
+        message = {"type": "message", "role": "user", "id": "c", "content": [{"type": "input_text", "text": "x"}]}
+        assert talk.ask("conversation.item.create", "conversation.item.deleted", item=message)["item_id"] == "a"
+
+
+# The end.
+
+
+def test_a_dropped_client_comes_back_to_its_conversation(server: LiveServer) -> None:
+    with talking(server) as talk:
+        talk.write("Hello.", id="hello")
+        talk.update(instructions="Be brief.")
+    kept(server, talk.session["id"])
+    with talking(server, f"model=tiny&session_id={talk.session['id']}") as again:
+        assert again.session["id"] == talk.session["id"]
+        assert again.session["instructions"] == "Be brief."
+        assert again.until("conversation.item.done")[-1]["item"]["id"] == "hello"
+
+
+def test_a_client_that_goes_in_the_middle_leaves_what_it_heard(server: LiveServer) -> None:
+    server.engine.hold(35)
+    with talking(server) as talk:
+        talk.write("Hello.")
+        talk.send("response.create")
+        talk.until("response.output_audio.delta")
+    item = kept(server, talk.session["id"]).items.order[-1]
+    server.engine.release()
+    assert item.body.status == "incomplete"
+    assert item.turn is None or item.turn.interrupted
+
+
+def test_idle_clients_are_let_go_with_a_reason(tiny_folder: Path) -> None:
+    with serving(*scripted_bot(tiny_folder), idle_s=0.2) as server, talking(server) as talk:
+        with pytest.raises(Exception, match="sent nothing"):
+            talk.receive()
+        assert talk.socket.close_code == 1000
+
+
+def test_a_stopping_server_finishes_the_answer(tiny_folder: Path) -> None:
+    bot, engine = scripted_bot(tiny_folder)
+    with serving(bot, engine) as server, talking(server) as talk, talking(server) as idle:
+        engine.hold(20)
+        talk.write("Hello.")
+        talk.send("response.create")
+        talk.until("response.output_audio_transcript.delta")
+        server.loop.call_soon_threadsafe(server.server.drain)
+        with pytest.raises(Exception, match="stopping"):
+            idle.receive()
+        assert idle.socket.close_code == 1012
+        talk.send("response.create", response={"conversation": "none"})
+        assert talk.until("error")[-1]["error"]["code"] == "server_stopping"
+        engine.release()
+        assert talk.until("response.done")[-1]["response"]["status"] == "completed"
+        with pytest.raises(Exception, match="stopping"):
+            talk.receive()
+        assert talk.socket.close_code == 1012
