@@ -16,12 +16,17 @@ SYNTHESIZERS := flite festival festvox-us-slt-hts festvox-kallpc16k espeak-ng
 # Debian's browser for the test of the page, which skips without it.
 BROWSER := chromium
 
-.PHONY: help demo serve test check bench pocket clean
+# The oldest transformers that pyproject.toml allows, and the tests that stand on it most.
+OLDEST := $(VENV)/transformers-5.17
+OLDEST_TESTS := tests/test_engine.py tests/test_engines.py tests/test_language.py
+
+.PHONY: help demo serve test test-oldest check bench pocket clean
 
 help:
 	@echo "make demo    answer a recorded spoken question aloud with the bundled model (sets up $(VENV) first)"
 	@echo "make serve   talk with the bundled model in the browser, on this machine (open the address that it prints)"
 	@echo "make test    everything CI runs: ruff, mypy, pytest"
+	@echo "make test-oldest  the tests of the language model with the oldest transformers that is supported"
 	@echo "make check   ruff and mypy only"
 	@echo "make bench   time to first audio and real-time factor, stage by stage"
 	@echo "make pocket  regenerate the corpus and train the bundled model from nothing (hours; stop and resume as you like)"
@@ -35,6 +40,10 @@ serve: $(VENV)/.serve
 
 test: $(VENV)/.dev $(VENV)/.synthesizers $(VENV)/.browser check
 	$(BIN)/python -m pytest
+
+# The folder holds transformers and the hub's client that it needs; everything else is that of the environment.
+test-oldest: $(VENV)/.dev $(OLDEST)/.installed
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(OLDEST_TESTS)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -64,6 +73,10 @@ $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[serve]"
 	@touch $(VENV)/.core $@
+
+$(OLDEST)/.installed: | $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) "transformers==5.17.*" "huggingface-hub<2"
+	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,eval,serve,talk,clients,browser,dev]"
