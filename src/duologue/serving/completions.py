@@ -95,9 +95,11 @@ class Completion:
             raise ApiError("the last message must be one of the user", param="messages")
         vocabulary = self._service.bot.models.vocabulary
         self.session.conversation = Conversation(tuple(turns), vocabulary.hash)
-        prompt, _ = await asyncio.to_thread(
-            self.session.prompt, Modality.TEXT if self.text_only else Modality.INTERLEAVED
-        )
+        modality = Modality.TEXT if self.text_only else Modality.INTERLEAVED
+        try:
+            prompt, _ = await asyncio.to_thread(self.session.prompt, modality)
+        except ValueError as error:
+            raise ApiError(str(error), "context_length_exceeded", "messages") from None
         audio = sum(vocabulary.kind(token) is Kind.SPEECH for token in prompt)
         self.usage = CompletionUsage(prompt_tokens=len(prompt), prompt_tokens_details=PromptDetails(audio_tokens=audio))
 

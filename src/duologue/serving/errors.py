@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -104,7 +104,7 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(*_explained(error.errors()))
+        return answer(*_explained(error.errors()[0], error.body))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -122,11 +122,9 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         app.add_exception_handler(kind, ours)
 
 
-def _explained(errors: Sequence[Any]) -> tuple[str, int, str, str | None]:
-    """The first fault of a request's body, with the path of its field."""
-    fault = errors[0]
-    path = ".".join(str(part) for part in fault["loc"] if part not in ("body", "query", "path", "header"))
-    param = _sendable(path) or None
+def _explained(fault: dict[str, Any], body: Any) -> tuple[str, int, str, str | None]:
+    """A fault of a request, with the path of its field."""
+    param = _sendable(".".join(_path(fault["loc"][1:], body))) or None
     if fault["type"] == "missing":
         return (f"{param} is missing" if param else "the request has no body"), 400, "missing_required_parameter", param
     if fault["type"] == "extra_forbidden":
@@ -135,6 +133,18 @@ def _explained(errors: Sequence[Any]) -> tuple[str, int, str, str | None]:
     if fault["type"] == "json_invalid":
         return f"the body is not JSON: {fault.get('ctx', {}).get('error', text)}", 400, "invalid_json", None
     return f"{param or 'the body'}: {text[:1].lower()}{text[1:]}", 400, "invalid_value", param
+
+
+def _path(location: Sequence[str | int], body: Any) -> list[str]:
+    """Keys and positions in the body: the location also holds names of a union's branches, which no client knows."""
+    path, value = [], body
+    for index, part in enumerate(location):
+        inside = part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int)
+        if inside:
+            value = value[part]
+        if inside or (index == len(location) - 1 and (body is None or isinstance(value, Mapping))):
+            path.append(str(part))
+    return path
 
 
 def _sendable(text: str) -> str:

@@ -104,6 +104,9 @@ class Service:
                     status = "completed" if event.reason is EndReason.END else "incomplete"
                     self.metrics.reply(route, status, event.timings)
                 yield event
+        except ValueError as error:
+            status = "failed"
+            raise ApiError(str(error), "request_failed") from None
         except Exception:
             status = "failed"
             raise
