@@ -70,7 +70,7 @@ connection.addEventListener("state", ({ detail }) => {
     configure();
     for (const pcm of early.splice(0)) append(pcm);
   } else {
-    conversation.lost();
+    conversation.lost(state.sending);
     for (const turn of conversation.turns) player.end(turn.id);
     state.sending = false;
     purposes.clear();
@@ -127,8 +127,11 @@ function refused({ message, code, event_id: id, param }) {
 function answered(id) {
   state.sending = false;
   const turn = conversation.turn(id);
-  if (question) Object.assign(turn, { pauseMs: question.pauseMs });
-  ended.set(id, question?.endedMs);
+  if (question) {
+    turn.pauseMs = question.pauseMs;
+    ended.set(id, question.endedMs);
+  }
+  question = null;
   choose(turn);
 }
 
@@ -158,11 +161,11 @@ function append(pcm) {
   if (sent.marks.length > 2000) sent.marks.splice(0, 1000);
 }
 
-microphone.addEventListener("chunk", ({ detail: { pcm, peak, level } }) => {
+microphone.addEventListener("chunk", ({ detail: { pcm, at, stream, peak, level } }) => {
   if (state.mode === "off") return;
   timeline.add("you", peak, level);
   find("talk").style.setProperty("--level", Math.min(1, Math.sqrt(level) * 1.6).toFixed(2));
-  recordings.you.add(pcm, now() / 1000);
+  recordings.you.add(pcm, { endS: now() / 1000, at, stream });
   held += pcm.length;
   if (connection.state === "open") append(pcm);
   else if (state.mode === "holding") early.push(pcm);
@@ -186,6 +189,7 @@ async function handsFree() {
   if (state.mode !== "off") return quiet();
   state.mode = "hands-free";
   view.notice("");
+  view.announce("Listening.");
   phase();
   connection.open().catch(() => {});
   if (connection.state === "open") turns(true);
@@ -205,6 +209,7 @@ function quiet() {
     connection.send({ type: "input_audio_buffer.clear" });
     turns(false);
   }
+  if (state.mode === "hands-free") view.announce("Stopped listening.");
   state.mode = "off";
   early = [];
   microphone.stop();
@@ -291,12 +296,12 @@ function interrupt() {
 
 // --- The answer's sound ---------------------------------------------------------------------------------------------
 
-player.addEventListener("started", ({ detail: { id } }) => {
+player.addEventListener("started", ({ detail: { id, latencyMs } }) => {
   state.speaking = true;
   const turn = conversation.turn(id);
   const from = ended.get(id);
   if (turn && from !== undefined) {
-    turn.heardAfterMs = now() - from;
+    turn.heardAfterMs = now() - from + latencyMs;
     conversation.changed(turn);
   }
   phase();
@@ -318,9 +323,9 @@ player.addEventListener("gap", ({ detail: { id } }) => {
   conversation.changed(turn);
 });
 
-player.addEventListener("heard", ({ detail: { pcm, peak, level, waitingMs } }) => {
+player.addEventListener("heard", ({ detail: { pcm, at, stream, peak, level, waitingMs } }) => {
   if (state.speaking) timeline.add("they", peak, level);
-  recordings.they.add(pcmOf(pcm), now() / 1000);
+  recordings.they.add(pcmOf(pcm), { endS: now() / 1000, at, stream });
   inside.playback({ gaps: player.gaps, gapMs: player.gapMs, jitterMs: player.jitterMs, waitingMs });
 });
 

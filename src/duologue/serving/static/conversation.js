@@ -57,8 +57,10 @@ export class Conversation extends EventTarget {
     return this.#add(id, "user", "done", { text, endedMs: this.now() });
   }
 
-  /** Ends every turn that a lost line left open. */
-  lost() {
+  /** Ends every turn that a lost line left open. @param {boolean} asked was a question still on its way? */
+  lost(asked) {
+    const last = this.turns.at(-1);
+    if (asked && last?.role === "user") this.#update(last, { note: "The line dropped before this was answered." });
     for (const turn of this.turns) {
       if (turn.status === "answering" || turn.status === "listening") {
         turn.status = turn.status === "answering" ? "failed" : "heard";

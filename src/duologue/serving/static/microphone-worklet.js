@@ -8,6 +8,7 @@ class MicrophoneProcessor extends AudioWorkletProcessor {
     this.resampler = new Resampler(sampleRate, processorOptions.rate);
     this.chunk = new Int16Array(processorOptions.chunk);
     this.filled = 0;
+    this.sent = 0;
     this.port.onmessage = () => {
       this.send(this.chunk.slice(0, this.filled));
       this.filled = 0;
@@ -24,7 +25,9 @@ class MicrophoneProcessor extends AudioWorkletProcessor {
       peak = Math.max(peak, Math.abs(value));
       energy += value * value;
     }
-    this.port.postMessage({ pcm, peak, level: Math.sqrt(energy / pcm.length) }, [pcm.buffer]);
+    const at = this.sent;
+    this.sent += pcm.length;
+    this.port.postMessage({ pcm, at, peak, level: Math.sqrt(energy / pcm.length) }, [pcm.buffer]);
   }
 
   process([channels]) {

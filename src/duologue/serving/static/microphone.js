@@ -22,7 +22,7 @@ export class MicrophoneError extends Error {
   }
 }
 
-/** Events: "chunk" {pcm: Int16Array, level, peak}; "lost" when it is unplugged or taken away. */
+/** Events: "chunk" {pcm: Int16Array, at, stream, level, peak}, `at` samples after its stream began; "lost" when it is unplugged or taken away. */
 export class Microphone extends EventTarget {
   #stream = null;
   #context = null;
@@ -75,7 +75,7 @@ export class Microphone extends EventTarget {
     });
     this.#node.port.onmessage = ({ data }) => {
       if (data.flushed) this.#flushed?.();
-      else this.dispatchEvent(new CustomEvent("chunk", { detail: data }));
+      else this.dispatchEvent(new CustomEvent("chunk", { detail: { ...data, stream: context } }));
     };
     stream.getAudioTracks()[0].onended = () => {
       this.stop();

@@ -5,7 +5,8 @@ import { samplesOf } from "./sound.js";
 export const RATE = 24000;
 
 /**
- * Events: "broken"; "started" {id}, "finished" {id, playedMs}, "gap" {id, ms}, "heard" {pcm: Float32Array, id, level, peak, waitingMs}.
+ * Events: "broken"; "started" {id, latencyMs}, "finished" {id, playedMs}, "gap" {id, ms}; and "heard" {pcm: Float32Array, at,
+ * stream, id, level, peak, waitingMs} with all that was played, `at` samples after its stream began.
  */
 export class Player extends EventTarget {
   #node = null;
@@ -57,7 +58,8 @@ export class Player extends EventTarget {
       }
       this.jitterMs = (data.jitter * 1000) / RATE;
       const level = Math.sqrt(energy / data.heard.length);
-      this.#tell("heard", { pcm: data.heard, id: data.id, peak, level, waitingMs: (data.waiting * 1000) / RATE });
+      const waitingMs = (data.waiting * 1000) / RATE;
+      this.#tell("heard", { pcm: data.heard, at: data.at, stream: this.#context, id: data.id, peak, level, waitingMs });
     } else if ("gap" in data) {
       this.gaps += 1;
       this.gapMs += (data.gap * 1000) / RATE;
@@ -66,7 +68,9 @@ export class Player extends EventTarget {
       this.#cuts.get(data.token)(data.cleared);
       this.#cuts.delete(data.token);
     } else if ("started" in data) {
-      this.#tell("started", { id: data.started });
+      // What was rendered now leaves the loudspeaker a little later.
+      const latencyMs = 1000 * (this.#context.outputLatency || this.#context.baseLatency || 0);
+      this.#tell("started", { id: data.started, latencyMs });
     } else if ("finished" in data) {
       this.#tell("finished", { id: data.finished, playedMs: (data.played * 1000) / RATE });
     }

@@ -124,7 +124,7 @@ class PlayerProcessor extends AudioWorkletProcessor {
     const heard = this.report.slice(0, this.filled);
     this.filled = 0;
     const about = { id: item ? item.id : null, played: item ? item.played : 0, waiting, jitter: this.jitter };
-    this.port.postMessage({ heard, ...about }, [heard.buffer]);
+    this.port.postMessage({ heard, at: currentFrame + 128 - heard.length, ...about }, [heard.buffer]);
   }
 }
 

@@ -50,8 +50,13 @@ export function wavOf(left, right, rate) {
   return new Blob([view.buffer], { type: "audio/wav" });
 }
 
+const ADRIFT_S = 1; // a stream that stood still (a machine asleep, a page stopped) is put in its place again
+
 /** One side of a conversation on its clock, kept in pieces; the oldest go when there are more than `maxSeconds` of sound. */
 export class Recording {
+  #stream = null;
+  #offset = 0; // from samples of the stream to samples of the clock
+
   constructor(rate, maxSeconds = 1800) {
     this.rate = rate;
     this.maxSamples = maxSeconds * rate;
@@ -60,14 +65,18 @@ export class Recording {
     this.dropped = false;
   }
 
-  /** Sound that ended `endS` seconds after the beginning; snaps to what came just before it. */
-  add(pcm, endS) {
-    let start = Math.max(0, Math.round(endS * this.rate) - pcm.length);
-    const last = this.pieces.at(-1);
-    if (last) {
-      const after = last.start + last.pcm.length;
-      if (start < after + 0.15 * this.rate) start = after;
+  /**
+   * Sound that came to an end about `endS` seconds after the beginning. `at` counts the samples of its stream before it: pieces
+   * of one stream lie as they were, however late a busy page hears of them.
+   */
+  add(pcm, { endS, at, stream }) {
+    const about = Math.round(endS * this.rate) - pcm.length;
+    if (stream !== this.#stream || Math.abs(about - at - this.#offset) > ADRIFT_S * this.rate) {
+      this.#stream = stream;
+      this.#offset = about - at;
     }
+    const last = this.pieces.at(-1);
+    const start = Math.max(0, at + this.#offset, last ? last.start + last.pcm.length : 0);
     this.pieces.push({ start, pcm });
     this.kept += pcm.length;
     while (this.kept > this.maxSamples) {

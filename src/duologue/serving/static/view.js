@@ -109,7 +109,8 @@ export class View extends EventTarget {
     row.note.textContent = notes.join(" ");
     row.note.hidden = notes.length === 0;
     this.#about(turn, row);
-    if (!busy && turn.text && turn.role === "assistant" && !this.#told.has(turn)) {
+    // What is heard anyway is not read out a second time.
+    if (!busy && turn.text && turn.role === "assistant" && !turn.audioMs && !this.#told.has(turn)) {
       this.#told.add(turn);
       this.announce(`Duologue: ${turn.text}`);
     }
