@@ -16,6 +16,7 @@ from duologue.language.backbone import (
     load_siblings,
     new_glm,
     save_language,
+    start_speech_embeddings,
 )
 from duologue.vocabulary import Vocabulary
 from recipes.pocket.text import train_text_tokenizer
@@ -151,3 +152,26 @@ def test_bad_folders_are_one_sentence(folder: Path, tmp_path: Path) -> None:
 def test_head_counts_must_divide() -> None:
     with pytest.raises(ValueError, match="multiple of num_kv_heads"):
         LanguageConfig(num_heads=5, num_kv_heads=2)
+
+
+@pytest.mark.parametrize("codebook_width", [8, 32, 64])
+def test_speech_embeddings_start_from_the_codebook(vocabulary: Vocabulary, codebook_width: int) -> None:
+    """Codes that are alike start alike, whatever the widths; text rows stay, and the scale is that of the model."""
+    model, plain = new_glm(vocabulary, TINY), new_glm(vocabulary, TINY)
+    generator = torch.Generator().manual_seed(3)
+    sounds = torch.randn(vocabulary.codebook_size // 2, codebook_width, generator=generator)
+    codebook = torch.cat([sounds, sounds + 0.05 * torch.randn(sounds.shape, generator=generator)]) + 7.0
+    start_speech_embeddings(model, vocabulary, codebook)
+    table, before = model.get_input_embeddings().weight.detach(), plain.get_input_embeddings().weight.detach()
+    speech = table[vocabulary.speech_offset : vocabulary.speech_offset + vocabulary.codebook_size]
+    alike, other = speech.chunk(2)
+    likeness = torch.nn.functional.cosine_similarity(alike, other)
+    strangers = torch.nn.functional.cosine_similarity(alike, other.roll(1, 0))
+    assert likeness.mean() > 0.8
+    assert strangers.mean().abs() < 0.2
+    assert float(speech.std()) == pytest.approx(float(before.std()), rel=0.1)
+    untouched = torch.ones(len(table), dtype=torch.bool)
+    untouched[vocabulary.speech_offset : vocabulary.speech_offset + vocabulary.codebook_size] = False
+    assert torch.equal(table[untouched], before[untouched])
+    with pytest.raises(ValueError, match="codebook has"):
+        start_speech_embeddings(model, vocabulary, codebook[1:])

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GlmConfig, GlmForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -97,6 +97,34 @@ def new_glm(vocabulary: Vocabulary, config: LanguageConfig, seed: int = 0) -> Pr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GlmForCausalLM(glm)
+
+
+@torch.no_grad()
+def start_speech_embeddings(model: PreTrainedModel, vocabulary: Vocabulary, codebook: Tensor, seed: int = 0) -> None:
+    """Starts the embeddings of the speech tokens from the tokenizer's codebook (codes, D): codes that sound alike begin
+    alike, where from a random start each has to be learned from its own occurrences.
+
+    The vectors are centred, half whitened (so that loudness does not drown the rest), turned into the model's width by
+    a random orthogonal matrix, brought to the standard deviation of the embeddings, and given a quarter of noise.
+
+    Raises:
+        ValueError: the codebook has another number of codes than the vocabulary.
+    """
+    if len(codebook) != vocabulary.codebook_size:
+        raise ValueError(f"the codebook has {len(codebook)} codes, the vocabulary {vocabulary.codebook_size}")
+    table = model.get_input_embeddings().weight
+    rows = slice(vocabulary.speech_offset, vocabulary.speech_offset + vocabulary.codebook_size)
+    generator = torch.Generator().manual_seed(seed)
+    centred = codebook.double().cpu() - codebook.double().cpu().mean(0)
+    basis, variances, _ = torch.linalg.svd(centred.T @ centred / len(centred))
+    scaled = centred @ basis * variances.clamp(min=1e-6 * float(variances[0])) ** -0.25
+    width = table.shape[1]
+    size = max(width, scaled.shape[1])
+    turn = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
+    turned = scaled @ turn[: scaled.shape[1], :width]
+    noise = torch.randn(turned.shape, generator=generator, dtype=torch.float64)
+    std = float(table.float().std())
+    table[rows] = (turned / turned.std() * std + 0.25 * std * noise).to(table)
 
 
 def load_language(folder: str | Path, dtype: Dtype = "float32") -> PreTrainedModel:

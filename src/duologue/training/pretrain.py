@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from duologue.checkpoint import file_hash, load_component
 from duologue.interleave import TEXT_ONLY, Kind, weave
 from duologue.language.backbone import (
     SIBLINGS_FILE,
@@ -26,9 +27,11 @@ from duologue.language.backbone import (
     load_siblings,
     new_glm,
     save_language,
+    start_speech_embeddings,
 )
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
+from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.training.corpus import CorpusSample, TokenCorpus, Uttered
 from duologue.training.loop import Batch, LoopConfig
 from duologue.training.packing import SPEECH, TEXT, UNTRAINED, Example, fill, losses, mean_losses, pack
@@ -66,6 +69,7 @@ class PretrainRecipe:
     """Attributes:
     corpus, vocabulary: folders of the token corpus and of the vocabulary it was made with.
     start_from: folder of a causal LM of any architecture to start from; empty for a new Glm of the sizes in `language`.
+    tokenizer: folder of the frozen tokenizer, whose codebook a new Glm starts its speech embeddings from; may be empty.
     length, num_rows: ids in a row, rows in a batch.
     text_weight, speech_weight: of the loss on every text id and every speech id.
     """
@@ -74,6 +78,7 @@ class PretrainRecipe:
     vocabulary: str
     loop: LoopConfig
     start_from: str = ""
+    tokenizer: str = ""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     mixture: Mixture = field(default_factory=Mixture)
     length: int = 512
@@ -225,6 +230,14 @@ class PretrainStage:
             extend(self.model, self.vocabulary)
         else:
             self.model = new_glm(self.vocabulary, recipe.language, recipe.loop.seed)
+            if recipe.tokenizer:
+                self.siblings.check(
+                    Siblings(file_hash(recipe.tokenizer), self.vocabulary.hash),
+                    f"the corpus {recipe.corpus}",
+                    f"the tokenizer {recipe.tokenizer}",
+                )
+                tokenizer = load_component(recipe.tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
+                start_speech_embeddings(self.model, self.vocabulary, tokenizer.quantizer.codebook.weight)
         self.phases = {"language": self.model}
         self.weights = {"text": recipe.text_weight, "speech": recipe.speech_weight, "text_nll": 0.0, "speech_nll": 0.0}
         self._padding_id = self.vocabulary.control_id(END_OF_TEXT)
