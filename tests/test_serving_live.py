@@ -1,0 +1,353 @@
+"""Who may hold a live conversation, what remains of it, and how the server stops."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import soundfile
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Subprotocol
+
+from duologue.audio import load_audio, resample
+from duologue.chatbot import Chatbot, load, model_folder
+from duologue.serving.recording import SAMPLE_RATE, Recorder, remove_leftovers
+from duologue.turns import Conversation, Role
+from tests.serving import Running, running
+from tests.tiny import write_tiny_chatbot
+
+KEYS = ("first-key-of-the-tests", "second-key-of-the-tests")
+WAIT_S = 60.0
+
+
+@pytest.fixture(scope="module")
+def bot(tmp_path_factory: pytest.TempPathFactory) -> Chatbot:
+    return load(write_tiny_chatbot(tmp_path_factory.mktemp("tiny"), max_tokens=80))
+
+
+class Client:
+    """One live conversation."""
+
+    def __init__(
+        self, server: Running, query: str = "", key: str = "", origin: str | None = None, offered: tuple[str, ...] = ()
+    ) -> None:
+        self.socket: ClientConnection = connect(
+            f"{server.live_url}{query}",
+            additional_headers={"Authorization": f"Bearer {key}"} if key else None,
+            origin=origin,  # type: ignore[arg-type]
+            subprotocols=[Subprotocol(name) for name in offered] or None,
+            proxy=None,
+            open_timeout=WAIT_S,
+        )
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def send(self, kind: str, **fields: Any) -> None:
+        self.socket.send(json.dumps({"type": kind, **fields}))
+
+    def read(self) -> dict[str, Any]:
+        event: dict[str, Any] = json.loads(self.socket.recv(WAIT_S))
+        return event
+
+    def until(self, kind: str) -> dict[str, Any]:
+        """The next event of this type; an error on the way fails the test."""
+        while (event := self.read())["type"] != kind:
+            assert event["type"] != "error", event
+        return event
+
+    def closed(self) -> tuple[int, str]:
+        """Reads until the server closes; code and reason."""
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                self.read()
+        assert self.socket.close_code is not None
+        return self.socket.close_code, self.socket.close_reason or ""
+
+    def write(self, text: str) -> None:
+        item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
+        self.send("conversation.item.create", item=item)
+        self.until("conversation.item.done")
+
+    def manual(self) -> None:
+        self.send("session.update", session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
+        self.until("session.updated")
+
+    def ask(self, **response: Any) -> dict[str, Any]:
+        self.send("response.create", response=response)
+        return self.until("response.done")["response"]  # type: ignore[no-any-return]
+
+
+def eventually(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not true():
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.02)
+
+
+def spoken_question() -> str:
+    wav, rate = load_audio(model_folder() / "question.wav")
+    samples = (resample(wav, rate, SAMPLE_RATE) * 32767).astype("<i2")
+    return base64.b64encode(samples.tobytes()).decode()
+
+
+# Who comes in.
+
+
+def test_keys_open_a_conversation_in_both_ways(bot: Chatbot) -> None:
+    with running(bot, api_keys=KEYS) as server:
+        with Client(server, key=KEYS[1]) as client:
+            assert client.until("session.created")["session"]["id"].startswith("sess_")
+        browser = ("realtime", f"openai-insecure-api-key.{KEYS[0]}", "openai-beta.realtime-v1")
+        with Client(server, offered=browser, origin=server.url) as client:
+            assert client.socket.subprotocol == "realtime"
+            client.until("session.created")
+        for key in ("", "wrong-key-of-the-tests", KEYS[0][:-1]):
+            with pytest.raises(InvalidStatus) as refused:
+                Client(server, key=key)
+            assert refused.value.response.status_code == 401
+            assert json.loads(refused.value.response.body)["error"]["code"] == "invalid_api_key"
+        with Client(server, offered=("realtime", "openai-insecure-api-key.nope"), origin=server.url) as page:
+            event = page.read()
+            assert (event["type"], event["error"]["code"]) == ("error", "invalid_api_key")
+            code, reason = page.closed()
+            assert code == 1008
+            assert "API key" in reason
+            assert KEYS[0] not in json.dumps(event) + reason
+
+
+def test_a_page_of_another_server_opens_no_conversation(bot: Chatbot) -> None:
+    with running(bot, allowed_origins=("https://talk.example.org",)) as server:
+        with pytest.raises(InvalidStatus) as refused:
+            Client(server, origin="https://evil.example.org")
+        assert refused.value.response.status_code == 403
+        for origin in (server.url, "https://talk.example.org", None):
+            with Client(server, origin=origin) as client:
+                client.until("session.created")
+
+
+def test_a_full_server_says_so(bot: Chatbot) -> None:
+    with running(bot, api_keys=KEYS, max_sessions=2, max_sessions_per_key=1) as server:
+        with Client(server, key=KEYS[0]) as first:
+            first.until("session.created")
+            with pytest.raises(InvalidStatus) as refused:
+                Client(server, key=KEYS[0])
+            assert refused.value.response.status_code == 429
+            assert "this API key can hold 1 conv" in json.loads(refused.value.response.body)["error"]["message"]
+            with Client(server, key=KEYS[1]) as second:
+                second.until("session.created")
+                with pytest.raises(InvalidStatus) as refused:
+                    Client(server, key=KEYS[1])
+                assert refused.value.response.status_code == 503
+                assert refused.value.response.headers["Retry-After"]
+                offered = ("realtime", f"openai-insecure-api-key.{KEYS[1]}")
+                with Client(server, offered=offered, origin=server.url) as page:
+                    assert page.read()["error"]["code"] == "server_full"
+                    assert page.closed()[0] == 1013
+        eventually(lambda: server.service.admission.num_inside == 0)
+        with Client(server, key=KEYS[0]) as again:
+            again.until("session.created")
+
+
+def test_limits_of_time_and_size_close_with_a_reason(bot: Chatbot) -> None:
+    with running(bot, idle_s=0.3, max_message_bytes=5000) as server:
+        with Client(server) as client:
+            client.until("session.created")
+            code, reason = client.closed()
+            assert (code, "has sent nothing for 0.3 s" in reason) == (1000, True)
+        with Client(server) as client:
+            client.send("input_audio_buffer.append", audio="A" * 8000)
+            assert client.closed()[0] == 1009
+    with running(bot, session_s=0.3) as server, Client(server) as client:
+        assert "may last at most 0.3 s" in client.closed()[1]
+
+
+# What remains.
+
+
+def test_a_dropped_client_goes_on_with_its_conversation(bot: Chatbot) -> None:
+    with running(bot, api_keys=KEYS) as server:
+        with Client(server, key=KEYS[0]) as client:
+            session = client.until("session.created")["session"]
+            client.write("Hello")
+            first = client.ask()
+            client.socket.socket.close()  # without a word, as a lost network does
+        eventually(lambda: len(server.service.shelf) == 1)
+        query = f"?model=x&session_id={session['id']}"
+        with Client(server, query, KEYS[1]) as stranger:
+            assert stranger.until("session.created")["session"]["id"] != session["id"]
+        with Client(server, query, KEYS[0]) as client:
+            assert client.until("session.created")["session"]["id"] == session["id"]
+            items = [client.until("conversation.item.done")["item"] for _ in range(2)]
+            assert [item["role"] for item in items] == ["user", "assistant"]
+            assert items[1]["id"] == first["output"][0]["id"]
+            second = client.ask(output_modalities=["text"])
+            assert second["usage"]["input_tokens"] > first["usage"]["input_tokens"]
+
+
+def test_a_client_that_comes_back_before_it_was_missed(bot: Chatbot) -> None:
+    with running(bot) as server, Client(server) as old:
+        session = old.until("session.created")["session"]["id"]
+        old.write("Hello")
+        with Client(server, f"?session_id={session}") as new:
+            assert new.until("session.created")["session"]["id"] == session
+            assert new.until("conversation.item.done")["item"]["content"][0]["text"] == "Hello"
+            old.closed()
+        assert server.service.metrics.sessions_resumed._value.get() == 1
+
+
+def test_the_time_to_come_back_ends(bot: Chatbot) -> None:
+    with running(bot, resume_s=0.2) as server:
+        with Client(server) as client:
+            session = client.until("session.created")["session"]["id"]
+        eventually(lambda: len(server.service.shelf) == 1)
+        eventually(lambda: len(server.service.shelf) == 0)
+        with Client(server, f"?session_id={session}") as client:
+            assert client.until("session.created")["session"]["id"] != session
+
+
+def test_a_conversation_is_recorded_when_asked_for(bot: Chatbot, tmp_path: Path) -> None:
+    with running(bot, record_folder=tmp_path) as server:
+        with Client(server) as client:
+            session = client.until("session.created")["session"]["id"]
+            client.manual()
+            client.send("input_audio_buffer.append", audio=spoken_question())
+            client.send("input_audio_buffer.commit")
+            client.until("conversation.item.done")
+            assert client.ask()["status"] in ("completed", "incomplete")
+            assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
+        eventually(lambda: server.service.admission.num_inside == 0)
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith(session)
+    assert {path.name for path in folder.iterdir()} == {"conversation.wav", "conversation.json", "session.json"}
+    told = json.loads((folder / "session.json").read_text())
+    assert told["session_id"] == session
+    assert [item["role"] for item in told["items"]] == ["user", "assistant"]
+    conversation = Conversation.load(folder / "conversation.json")
+    assert conversation.turns[0].role is Role.USER
+    sound, rate = soundfile.read(folder / "conversation.wav")
+    assert rate == SAMPLE_RATE
+    assert sound.shape[1] == 2
+    assert np.abs(sound[:, 0]).max() > 0.05, "the user is not heard"
+    assert len(sound) / rate == pytest.approx(told["audio_s"], abs=0.01)
+
+
+def test_nothing_is_recorded_otherwise(bot: Chatbot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with running(bot) as server, Client(server) as client:
+        client.write("Hello")
+        client.ask()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_both_sides_stand_where_they_sounded(tmp_path: Path) -> None:
+    now = 0.0
+    recorder = Recorder(tmp_path, "sess_1", "tiny", clock=lambda: now)
+    half = np.full(SAMPLE_RATE // 2, 0.5, np.float32)
+    now = 1.5
+    recorder.heard(half, SAMPLE_RATE)  # 1.0 to 1.5
+    now = 2.0
+    recorder.begin_reply()
+    recorder.spoke(half, SAMPLE_RATE)  # 2.0 to 2.5
+    recorder.spoke(half, SAMPLE_RATE)  # 2.5 to 3.0, made ahead
+    recorder.cut(750)  # heard until 2.75
+    now = 4.0
+    recorder.begin_reply()
+    recorder.spoke(half, SAMPLE_RATE)
+    folder = recorder.finish(Conversation(), {"note": "x"})
+    sound, _ = soundfile.read(folder / "conversation.wav")
+
+    def stretches(side: int) -> list[tuple[float, float]]:
+        loud = np.flatnonzero(np.diff(np.concatenate([[0], np.abs(sound[:, side]) > 0.1, [0]]).astype(int)))
+        return [(a / SAMPLE_RATE, b / SAMPLE_RATE) for a, b in loud.reshape(-1, 2).tolist()]
+
+    assert stretches(0) == [(1.0, 1.5)]
+    assert stretches(1) == [(2.0, 2.75), (4.0, 4.5)]
+    assert json.loads((folder / "session.json").read_text())["note"] == "x"
+    Recorder(tmp_path, "sess_2", "tiny")
+    assert remove_leftovers(tmp_path) == 1
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+# The end.
+
+
+def test_a_server_that_stops_finishes_its_answer_and_takes_nothing_new(bot: Chatbot) -> None:
+    with running(bot) as server, Client(server) as client, Client(server) as idle:
+        idle.until("session.created")
+        client.write("Hello")
+        client.send("response.create")
+        client.until("response.output_audio_transcript.delta")
+        server.drain()
+        assert client.until("response.done")["response"]["status"] in ("completed", "incomplete")
+        code, reason = client.closed()
+        assert code == 1012
+        assert "stopping" in reason
+        assert idle.closed()[0] == 1012
+        eventually(lambda: server.server.drained)
+
+
+def test_nobody_comes_in_while_it_stops(bot: Chatbot) -> None:
+    with running(bot) as server, server.client() as http:
+        server.service.admission.drain()
+        ready = http.get("/readyz")
+        assert (ready.status_code, ready.json()) == (503, {"status": "stopping"})
+        assert http.get("/healthz").status_code == 200
+        for path, body in (
+            ("/v1/audio/speech", {"input": "Hello"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
+        ):
+            refused = http.post(path, json=body)
+            assert refused.status_code == 503, path
+            assert refused.json()["error"]["code"] == "server_stopping"
+            assert refused.headers["Retry-After"]
+        with pytest.raises(InvalidStatus) as closed:
+            Client(server)
+        assert closed.value.response.status_code == 503
+        with Client(server, origin=server.url) as page:
+            assert page.read()["error"]["code"] == "server_stopping"
+            assert page.closed()[0] == 1012
+
+
+def test_what_does_not_end_is_ended(bot: Chatbot) -> None:
+    with running(bot, drain_s=0.2) as server:
+        server.service.admission._requests += 1  # a request that never ends
+        server.drain()
+        eventually(lambda: server.server.should_exit)
+        assert not server.server.drained
+
+
+def test_requests_beyond_the_limit_are_told_to_come_back(bot: Chatbot) -> None:
+    with running(bot, max_requests=1) as server, server.client() as http:
+        server.service.admission._requests += 1
+        refused = http.post("/v1/audio/speech", json={"input": "Hello"})
+        server.service.admission._requests -= 1
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "server_busy"
+        assert http.post("/v1/audio/speech", json={"input": "Hello"}).status_code == 200
+
+
+def test_a_reader_that_goes_away_ends_its_answer(bot: Chatbot) -> None:
+    with running(bot) as server:
+        with server.client() as http:
+            asked = {"input": "Hello, how are you? " * 20, "response_format": "pcm"}
+            with http.stream("POST", "/v1/audio/speech", json=asked) as response:
+                next(response.iter_raw())
+        eventually(lambda: server.service.admission.num_inside == 0)
+        eventually(lambda: not server.service.bot.models.engine.running)
+        question: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
+        with server.client() as http, pytest.raises(httpx.ReadTimeout):
+            http.post("/v1/chat/completions", json=question, timeout=httpx.Timeout(30, read=0.001))
+        eventually(lambda: server.service.admission.num_inside == 0)
