@@ -30,6 +30,9 @@ class ScriptedEngine:
     prompts: list[list[int]] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     max_positions: int = 1000
+    max_sessions: int = 4
+    cached_tokens: int = 0
+    running: int = 0
 
     async def warm(self, prompt_ids: Sequence[int]) -> None: ...
 
@@ -141,8 +144,8 @@ def test_what_cannot_be_read_is_refused(bot: Chatbot) -> None:
 def test_a_session_says_the_text(bot: Chatbot) -> None:
     """The reading engine stands where the model's own engine stands: the session turns its reply into sound."""
     models = bot.models
-    engine: object = ReadingEngine(models.engine, models.vocabulary, tuple(models.vocabulary.encode_text("Hello.")))
-    session = type(bot.session())(replace(models, engine=engine), bot.worker)  # type: ignore[arg-type]
+    engine = ReadingEngine(models.engine, models.vocabulary, tuple(models.vocabulary.encode_text("Hello.")))
+    session = type(bot.session())(replace(models, engine=engine), bot.worker)
     session.write("say Hello.")
     reply = session.reply_now()
     assert reply.text == "Hello."

@@ -39,6 +39,21 @@ class ReadingEngine:
         """See the engine inside."""
         return self.engine.max_positions
 
+    @property
+    def max_sessions(self) -> int:
+        """See the engine inside."""
+        return self.engine.max_sessions
+
+    @property
+    def cached_tokens(self) -> int:
+        """See the engine inside."""
+        return self.engine.cached_tokens
+
+    @property
+    def running(self) -> int:
+        """See the engine inside."""
+        return self.engine.running
+
     async def warm(self, prompt_ids: Sequence[int]) -> None:
         """See `Engine.warm`."""
         await self.engine.warm(prompt_ids)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from duologue.events import Timings
@@ -20,6 +20,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)  # memory, file descriptors, processor time
         self.sessions = Gauge("duologue_sessions", "Real-time sessions that are open.", registry=registry)
         self.sessions_opened = Counter("duologue_sessions_opened", "Real-time sessions so far.", registry=registry)
         self.sessions_resumed = Counter(
@@ -106,5 +107,5 @@ class Metrics:
             self.tokens_per_second.observe((timings.num_text_tokens + timings.num_speech_tokens) / timings.total_s)
 
     def exposition(self) -> bytes:
-        """The page that Prometheus reads."""
+        """The page that Prometheus reads; asked for on the event loop, whose tasks are among the figures."""
         return generate_latest(self.registry)

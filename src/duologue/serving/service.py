@@ -54,7 +54,12 @@ class Service:
         watch("sessions_kept", "Dropped conversations that can be resumed.", lambda: len(self.shelf))
         watch("tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
         watch("worker_waiting", "Jobs that wait for the device.", lambda: worker.stats().num_waiting)
+        watch("worker_batch_size", "Rows of a batch of steps on average.", lambda: worker.stats().mean_batch_size)
         watch("worker_busy_seconds", "Work of the device so far.", lambda: worker.stats().busy_s)
+        engine = self.bot.models.engine
+        watch("engine_running", "Replies that the engine makes now.", lambda: engine.running)
+        watch("engine_cached_tokens", "Ids whose keys and values are kept.", lambda: engine.cached_tokens)
+        watch("tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
 
     def key(
         self, request: Request, bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)] = None

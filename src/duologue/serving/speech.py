@@ -119,7 +119,7 @@ class Speaker:
         """A conversation of one question, whose answer is the chunk."""
         models, bot = self._models, self._service.bot
         ids = tuple(models.vocabulary.encode_text(chunk))
-        reading: Any = ReadingEngine(models.engine, models.vocabulary, ids)
+        reading = ReadingEngine(models.engine, models.vocabulary, ids)
         most = len(ids) * (1 + SPEECH_PER_TEXT) + SPARE_IDS
         sampling = dataclasses.replace(models.card.sampling, max_tokens=most)
         session = Session(dataclasses.replace(models, engine=reading), bot.worker, voice=self._voice, sampling=sampling)
