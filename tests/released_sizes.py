@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from duologue.decoder.conformer import ConformerConfig
 from duologue.decoder.hift import HiFTConfig, PitchConfig
 from duologue.decoder.released import ReleasedDecoder, build_released_decoder
-from duologue.decoder.released_flow import ReleasedFlowConfig, Streaming
+from duologue.decoder.released_blocks import Streaming
+from duologue.decoder.released_flow import ReleasedFlowConfig
 from duologue.decoder.unet import UNetConfig
 
 VOCAB = 32

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from duologue.decoder.hift_stream import speak_as_released
-from duologue.decoder.released_flow import OFFLINE, Streaming
+from duologue.decoder.released_blocks import OFFLINE, Streaming
 from duologue.decoder.released_stream import init_released, released_mel, released_noise, step_released
 from duologue.layers import Padded
 from tests.released_sizes import formula, small_decoder, small_tokens
@@ -46,7 +46,7 @@ def outputs() -> dict[str, Tensor]:
     start, additive = formula(torch.Size([1, harmonics]), 4), formula(torch.Size([1, 24 * 256, harmonics]), 5)
     found["pitch"] = network.pitch(Padded.full(mel))
     found["wav"], found["source"] = speak_as_released(network, mel, start, additive, formula(torch.Size([1, 256]), 6))
-    for name, streaming in (("offline", OFFLINE), ("stream", Streaming((7,), 12))):
+    for name, streaming in (("offline", OFFLINE), ("stream", Streaming((7,), 12, None))):
         found[f"{name}.mel"] = flow(whole, flow.init_state(1, seed=3, streaming=streaming)).values
     found["stream.wav"] = decoder.vocoder(Padded.full(mel), decoder.vocoder.init_state(1, seed=3)).values
     return {name: tensor[0].contiguous().clone() for name, tensor in found.items()}

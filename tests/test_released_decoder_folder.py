@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from duologue.decoder.hift import HiFTConfig
 from duologue.decoder.released import ReleasedDecoder, load_released_decoder, save_released_decoder
-from duologue.decoder.released_flow import OFFLINE, ReleasedFlowConfig
+from duologue.decoder.released_blocks import OFFLINE
+from duologue.decoder.released_flow import ReleasedFlowConfig
 from duologue.decoder.released_folder import read_decoder_config, read_weights, write_decoder_config
 from duologue.layers import Padded
 from tests.released_sizes import FLOW, HIFT, small_decoder, small_tokens

@@ -19,7 +19,7 @@ from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.encoder import TokenEncoderConfig
 from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import Flow, FlowConfig
-from duologue.decoder.released_flow import Streaming
+from duologue.decoder.released_blocks import Streaming
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded, join_states, state_row
 from duologue.tokenizer.encoder import EncoderConfig
@@ -174,7 +174,7 @@ CASES: dict[str, Case] = {
         num_final=lambda n: 256 * max(n - 19, 0),
     ),
     "released decoder": Case(
-        build=lambda: small_decoder(Streaming((5, 8), 12)).double(),
+        build=lambda: small_decoder(Streaming((5, 8), 12, 40)).double(),
         make=lambda length, generator: torch.randint(32, (length,), generator=generator),
         lengths=(22, 0, 1, 5, 14),
         chunks=(3, 8),

@@ -1,9 +1,11 @@
 """The released token encoder: a block-causal conformer without convolutions, with ESPnet's relative positions.
 
+A block sees itself and the past, so keys and values of closed blocks can be kept and encoding goes on exactly.
+
 Modules carry the names of the released state dict, `encoder.*` of flow.pt (checkpoints.md 3.2 step 3 and 3.4); the
 configuration carries the names of its config.yaml.
 
-Shapes: B batch, T tokens, D width, H heads.
+Shapes: B batch, T tokens, W cached tokens, D width, H heads.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from duologue.layers import Padded
+from duologue.layers import AttentionCache, Padded, attention_mask, drop_padding, roll_in
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,40 @@ class ConformerConfig:
             )
 
 
-def relative_positions(num_tokens: int, width: int, like: Tensor) -> Tensor:
-    """Sinusoids of the distances T - 1 down to -(T - 1): (2 T - 1, D), sines at even and cosines at odd places."""
-    distance = torch.arange(num_tokens - 1, -num_tokens, -1, device=like.device, dtype=torch.float32)
+def relative_positions(furthest: int, num_tokens: int, width: int, like: Tensor) -> Tensor:
+    """Sinusoids of the distances from `furthest` down to -(T - 1): (furthest + T, D), sines at even places."""
+    distance = torch.arange(furthest, -num_tokens, -1, device=like.device, dtype=torch.float32)
     scale = torch.exp(torch.arange(0, width, 2, device=like.device) * -(math.log(10000.0) / width))
-    angle = distance[:, None] * scale  # (2 T - 1, D / 2)
+    angle = distance[:, None] * scale  # (furthest + T, D / 2)
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(like.dtype)
 
 
-def block_causal_mask(tokens: Padded, block_size: int) -> Tensor:
-    """(B, 1, T, T) bool: query i sees key j if j <= i or both lie in one block, and j is a real token."""
-    place = torch.arange(tokens.values.shape[1], device=tokens.lengths.device)
-    query, key = place[:, None], place[None, :]
-    seen = (key <= query) | (key // block_size == query // block_size)
-    return (seen & tokens.mask[:, None, :])[:, None]
+@dataclass
+class ConformerState:
+    """Attributes:
+    start: (B,) tokens of closed blocks so far.
+    layers: keys and values of those tokens, one cache per layer.
+    """
+
+    start: Tensor
+    layers: list[AttentionCache]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What the layers of one call share.
+
+    Attributes:
+        positions: (W + 2 T - 1, D), see `relative_positions`.
+        mask: (B, 1, T, W + T) bool, see `layers.attention_mask`.
+        closed: (B,) how many of the new tokens go into the caches.
+        width: of the caches afterwards.
+    """
+
+    positions: Tensor
+    mask: Tensor
+    closed: Tensor
+    width: int
 
 
 class RelativeAttention(nn.Module):
@@ -86,23 +108,27 @@ class RelativeAttention(nn.Module):
         nn.init.xavier_uniform_(self.pos_bias_u)
         nn.init.xavier_uniform_(self.pos_bias_v)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """x (B, T, D), positions (2 T - 1, D), mask (B, 1, T, T) -> (B, T, D)."""
+    def forward(self, x: Tensor, reach: Reach, cache: AttentionCache) -> Tensor:
+        """x (B, T, D) -> (B, T, D); the cache takes in the closed blocks."""
         time = x.shape[1]
         heads = (self.num_heads, -1)
         query = self.linear_q(x).unflatten(-1, heads)  # (B, T, H, D / H)
-        key = self.linear_k(x).unflatten(-1, heads).transpose(1, 2)
-        value = self.linear_v(x).unflatten(-1, heads).transpose(1, 2)
-        place = self.linear_pos(positions).unflatten(-1, heads).permute(1, 2, 0)  # (H, D / H, 2 T - 1)
+        key = Padded(self.linear_k(x).unflatten(-1, heads), reach.closed)
+        value = Padded(self.linear_v(x).unflatten(-1, heads), reach.closed)
+        keys, cache.keys = roll_in(cache.keys.to(x.dtype), key, reach.width)
+        values, cache.values = roll_in(cache.values.to(x.dtype), value, reach.width)
+        place = self.linear_pos(reach.positions).unflatten(-1, heads).permute(1, 2, 0)  # (H, D / H, W + 2 T - 1)
         scale = query.shape[-1] ** -0.5
-        by_distance = (query + self.pos_bias_v).transpose(1, 2) @ place  # (B, H, T, 2 T - 1)
-        # The distance i - j stands at place T - 1 - i + j.
-        index = torch.arange(time, device=x.device)
-        index = time - 1 - index[:, None] + index[None, :]
+        by_distance = (query + self.pos_bias_v).transpose(1, 2) @ place  # (B, H, T, W + 2 T - 1)
+        # From query i to key j, which may be a cached one, the distance W + i - j stands at place T - 1 - i + j.
+        query_index = torch.arange(time, device=x.device)
+        key_index = torch.arange(keys.shape[1], device=x.device)
+        index = time - 1 - query_index[:, None] + key_index
         bias = by_distance.gather(-1, index.expand(*by_distance.shape[:2], -1, -1)) * scale
-        bias = bias.masked_fill(~mask, -torch.inf)
+        bias = bias.masked_fill(~reach.mask, -torch.inf)
         query = (query + self.pos_bias_u).transpose(1, 2)
-        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        out = functional.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
         return self.linear_out(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -126,8 +152,8 @@ class ConformerLayer(nn.Module):
         self.norm_mha = nn.LayerNorm(config.output_size, eps=1e-5)
         self.norm_ff = nn.LayerNorm(config.output_size, eps=1e-5)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        x = x + self.self_attn(self.norm_mha(x), positions, mask)
+    def forward(self, x: Tensor, reach: Reach, cache: AttentionCache) -> Tensor:
+        x = x + self.self_attn(self.norm_mha(x), reach, cache)
         return x + self.feed_forward(self.norm_ff(x))  # type: ignore[no-any-return]
 
 
@@ -156,11 +182,34 @@ class BlockConformer(nn.Module):
         self.encoders = nn.ModuleList(ConformerLayer(config) for _ in range(config.num_blocks))
         self.after_norm = nn.LayerNorm(config.output_size, eps=1e-5)
 
-    def forward(self, x: Padded) -> Padded:
-        width = self.config.output_size
-        mask = block_causal_mask(x, self.config.block_size)
+    def init_state(self, batch_size: int) -> ConformerState:
+        weight, config = self.after_norm.weight, self.config
+        empty = weight.new_zeros(batch_size, 0, config.attention_heads, config.output_size // config.attention_heads)
+        start = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        return ConformerState(start, [AttentionCache(empty, empty) for _ in self.encoders])
+
+    def step(self, x: Padded, state: ConformerState, max_cached: int | None = None) -> Padded:
+        """Embedded tokens (B, T, input_size) that follow the closed blocks -> (B, T, output_size).
+
+        Only whole blocks go into the state: what an open one gave is provisional, and its tokens must be given again
+        before those that follow them.
+
+        Args:
+            max_cached: tokens of the past that are kept at most; None for all, which is what the released code sees.
+        """
+        block_size, width = self.config.block_size, self.config.output_size
+        closed = x.lengths // block_size * block_size
+        cached = drop_padding(state.layers, state.start)
+        mask = attention_mask(state.start, x, cached, lambda token: token // block_size)
+        kept = int((state.start + closed).max())
         h = self.embed(x.values) * math.sqrt(width)
-        positions = relative_positions(h.shape[1], width, h)
-        for layer in self.encoders:
-            h = layer(h, positions, mask)
+        positions = relative_positions(cached + h.shape[1] - 1, h.shape[1], width, h)
+        reach = Reach(positions, mask, closed, kept if max_cached is None else min(kept, max_cached))
+        for layer, cache in zip(self.encoders, state.layers, strict=True):
+            h = layer(h, reach, cache)
+        state.start = state.start + closed
         return Padded(self.after_norm(h), x.lengths)
+
+    def forward(self, x: Padded) -> Padded:
+        """A whole utterance (B, T, input_size) -> (B, T, output_size)."""
+        return self.step(x, self.init_state(len(x.lengths)))

@@ -40,13 +40,16 @@ class RaggedGroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is None:
             return super().forward(x)
-        grouped = x.unflatten(1, (self.num_groups, -1))  # (B, G, C / G, T)
+        # Sums over time want more digits than bfloat16 has.
+        grouped = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(
+            1, (self.num_groups, -1)
+        )  # (B, G, C / G, T)
         real = mask[:, None]
         count = mask.sum((1, 2)).clamp(min=1)[:, None, None, None] * grouped.shape[2]
         mean = (grouped * real).sum((2, 3), keepdim=True) / count
         centred = (grouped - mean) * real
         variance = centred.square().sum((2, 3), keepdim=True) / count
-        normed = (centred * (variance + self.eps).rsqrt()).flatten(1, 2)
+        normed = (centred * (variance + self.eps).rsqrt()).flatten(1, 2).to(x.dtype)
         scaled: Tensor = normed * self.weight[:, None] + self.bias[:, None]
         return scaled
 

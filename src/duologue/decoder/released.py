@@ -19,7 +19,8 @@ from duologue import rates
 from duologue.checkpoint import load_weights, save_tensors
 from duologue.decoder.hift import HiFT, HiFTConfig
 from duologue.decoder.hift_stream import HiFTState, HiFTVocoder
-from duologue.decoder.released_flow import ReleasedFlow, ReleasedFlowConfig, ReleasedFlowState, Streaming
+from duologue.decoder.released_blocks import Streaming
+from duologue.decoder.released_flow import ReleasedFlow, ReleasedFlowConfig, ReleasedFlowState
 from duologue.decoder.released_folder import CONFIG_FILE, read_decoder_config, read_weights, write_decoder_config
 from duologue.layers import Padded
 
@@ -92,6 +93,8 @@ def load_released_decoder(
 ) -> ReleasedDecoder:
     """Reads a folder in the released format: config.yaml, and flow and hift as .pt or .safetensors.
 
+    Args:
+        dtype: of the U-Net, where nearly all of the work is; the rest stays in float32, and so do the solver's sums.
     Returns:
         the decoder on the CPU, in evaluation mode.
     Raises:
@@ -104,11 +107,12 @@ def load_released_decoder(
             decoder = build_released_decoder(flow, hift, streaming)
     except ValueError as error:
         raise ValueError(f"{Path(folder) / CONFIG_FILE}: {error}") from None
-    decoder.to_empty(device="cpu").to(dtype)
+    decoder.to_empty(device="cpu")
     for module, name in ((decoder.flow, "flow"), (decoder.vocoder.network, "hift")):
         tensors, file = read_weights(folder, name)
         load_weights(module, tensors, file)
     decoder.vocoder.network.fuse()
+    decoder.flow.estimate_in(dtype)
     return decoder.eval().requires_grad_(False)
 
 

@@ -1,9 +1,12 @@
 """The released flow: speech tokens -> log-mel, by a U-Net over the whole utterance (checkpoints.md 3.1 to 3.4).
 
-Modules carry the names of the released state dict flow.pt. Since attention and normalisation of the U-Net run over all
-frames, every block of a stream decodes all tokens so far, with the mel that was given out as its prompt. The streaming
-here keeps every frame: frames count by absolute index, the last ones of a block are held back and faded into the next
-block's by weights that sum to one, and whatever ends an utterance brings the rest.
+Modules carry the names of the released state dict flow.pt. Attention and normalisation of the U-Net run over all frames
+that it is given, so it has no exact incremental form: a block of a stream is decoded with the mel that was given out
+before it as its prompt, all of it as in the released code, or only the last frames of it, which bounds the cost of a
+block (`Streaming.window_frames`). What comes before the U-Net is the same either way: the encoder keeps keys and values
+of closed blocks, and the length regulator runs over all tokens. Frames count by absolute index, the noise too; the last
+frames of a block are held back and faded into the next block's by weights that sum to one, and whatever ends an
+utterance brings the rest.
 
 Shapes: B batch, N tokens, T mel frames, M mels, S speaker channels.
 """
@@ -18,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from duologue import rates
-from duologue.decoder.conformer import BlockConformer, ConformerConfig
+from duologue.decoder.conformer import BlockConformer, ConformerConfig, ConformerState
 from duologue.decoder.encoder import check_tokens, frames_for_tokens
 from duologue.decoder.flow import noise_at
 from duologue.decoder.regulator import LengthRegulator, RegulatorConfig, mask_of
+from duologue.decoder.released_blocks import FORGET_TOKENS, Streaming, fade, last_of, select, where_rows
 from duologue.decoder.solvers import solve_euler
 from duologue.decoder.unet import UNet, UNetConfig
 from duologue.layers import Padded, reset_rows, split_at
@@ -78,59 +82,30 @@ class ReleasedFlowConfig:
         return self.vocab_size
 
 
-@dataclass(frozen=True)
-class Streaming:
-    """How a stream is cut; the borders depend on counts of tokens alone, never on how they arrive.
-
-    Attributes:
-        block_tokens: sizes of the blocks, the last one again and again; empty for a single block at the end.
-        overlap_frames: mel frames held back at the end of a block and faded into the next one's.
-        context_tokens: once more tokens than this were decoded, the oldest 320 are forgotten, which bounds memory and
-            the cost of a block; None never forgets.
-    """
-
-    block_tokens: tuple[int, ...] = (25, 50, 100, 150, 200)
-    overlap_frames: int = 34
-    context_tokens: int | None = 1280
-
-    def __post_init__(self) -> None:
-        if any(size < 1 for size in self.block_tokens):
-            raise ValueError(f"block_tokens must be positive, got {list(self.block_tokens)}")
-        if self.overlap_frames < 0:
-            raise ValueError(f"overlap_frames must not be negative, got {self.overlap_frames}")
-        if self.context_tokens is not None and self.context_tokens < 2 * _FORGET_TOKENS:
-            raise ValueError(f"context_tokens must be at least {2 * _FORGET_TOKENS}, got {self.context_tokens}")
-
-    def size_of(self, block: Tensor) -> Tensor:
-        """Tokens of the block with each of these numbers (B,)."""
-        if not self.block_tokens:
-            return torch.full_like(block, torch.iinfo(torch.int64).max)
-        sizes = torch.tensor(self.block_tokens, device=block.device)
-        return sizes[block.clamp(max=len(self.block_tokens) - 1)]
-
-
-# Whole frames and whole blocks of 10: 320 tokens are exactly 2205 frames.
-_FORGET_TOKENS = 320
-OFFLINE = Streaming(block_tokens=())
-
-
 @dataclass
 class ReleasedFlowState:
-    """Attributes:
-    tokens: (B, N) that were decoded; `start` (B,) counts those before them that are forgotten.
-    pending: (B, N) of the open block.
-    mel: (B, T, M) prompt and what was given out, from the first of `tokens` on.
-    held: (B, T, M) frames of the last block that wait for the next one's.
-    num_blocks: (B,) decoded so far.
-    seed: (B,) of the noise.
-    speaker: (B, S).
-    streaming: in a tuple of one, for settings are not reset.
+    """Bounded where the streaming is: then nothing of it grows beyond the first `context_tokens`.
+
+    Attributes:
+        encoder: keys and values of the closed encoder blocks, of 10 tokens each.
+        encoded: (B, N, M) of their tokens; `start` (B,) counts those before them that are forgotten.
+        open: (B, N) tokens after the closed blocks: a decoder block or a prompt may end inside of an encoder block.
+        pending: (B, N) of the open decoder block.
+        mel: (B, T, M) the last frames of the prompt and of what was given out; `num_given` (B,) counts all of them.
+        held: (B, T, M) frames of the last block that wait for the next one's.
+        num_blocks: (B,) decoded so far.
+        seed: (B,) of the noise.
+        speaker: (B, S).
+        streaming: in a tuple of one, for settings are not reset.
     """
 
-    tokens: Padded
+    encoder: ConformerState
+    encoded: Padded
     start: Tensor
+    open: Padded
     pending: Padded
     mel: Padded
+    num_given: Tensor
     held: Padded
     num_blocks: Tensor
     seed: Tensor
@@ -166,9 +141,19 @@ class ReleasedFlow(nn.Module):
         self.length_regulator = LengthRegulator(config.length_regulator, config.output_size)
         self.decoder = nn.ModuleDict({"estimator": UNet(config.estimator)})
 
+    def estimate_in(self, dtype: torch.dtype) -> ReleasedFlow:
+        """Turns the U-Net, where nearly all of the work is, into this type; all else stays, the solver's sums too."""
+        self.decoder.to(dtype)
+        return self
+
     def encode(self, tokens: Padded) -> Padded:
-        """Tokens (B, N) -> (B, N, M), at 12.5/s."""
-        h = self.encoder(Padded(self.input_embedding(tokens.zeroed().values), tokens.lengths))
+        """A whole utterance (B, N) -> (B, N, M), at 12.5/s."""
+        return self.encode_on(tokens, self.encoder.init_state(len(tokens.lengths)), None)
+
+    def encode_on(self, tokens: Padded, state: ConformerState, max_cached: int | None) -> Padded:
+        """Tokens (B, N) that follow the closed blocks -> (B, N, M); see `BlockConformer.step`."""
+        embedded = Padded(self.input_embedding(tokens.zeroed().values), tokens.lengths)
+        h = self.encoder.step(embedded, state, max_cached)
         return Padded(self.encoder_proj(h.values), h.lengths)
 
     def condition(self, tokens: Padded) -> Padded:
@@ -190,7 +175,7 @@ class ReleasedFlow(nn.Module):
             prompt: (B, P, M) mel of the first frames, P at most T.
             noise: (B, T, M).
         Returns:
-            mel (B, T, M), the prompt's frames included.
+            mel (B, T, M) in the type of the noise, the prompt's frames included.
         """
         time = mu.values.shape[1]
         mask = mask_of(mu.lengths, time)
@@ -200,11 +185,14 @@ class ReleasedFlow(nn.Module):
         if guided:  # both branches in one call; the second one knows nothing, not even the speaker layer's bias
             inputs = [torch.cat([x, torch.zeros_like(x)]) for x in inputs]
             mask = None if mask is None else torch.cat([mask, mask])
+        estimator = self.decoder["estimator"]
+        dtype = next(estimator.parameters()).dtype
+        inputs = [x.to(dtype) for x in inputs]
 
         def velocity(k: int, t: float, x: Tensor) -> Tensor:
-            x = torch.cat([x, x]) if guided else x
-            estimator = self.decoder["estimator"]
-            out: Tensor = estimator(x, x.new_full((len(x),), t), *inputs, mask)
+            now = (torch.cat([x, x]) if guided else x).to(dtype)
+            times = torch.full((len(now),), t, device=x.device)  # float32: 1000 t has more digits than bfloat16
+            out: Tensor = estimator(now, times, *inputs, mask).to(x.dtype)
             if not guided:
                 return out
             conditional, unconditional = out.chunk(2)
@@ -239,10 +227,13 @@ class ReleasedFlow(nn.Module):
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
         no_tokens, no_mel = Padded(zeros[:, None][:, :0], zeros), like.new_zeros(batch_size, 0, self.config.output_size)
         return ReleasedFlowState(
-            tokens=no_tokens,
+            encoder=self.encoder.init_state(batch_size),
+            encoded=Padded(no_mel, zeros),
             start=zeros,
+            open=no_tokens,
             pending=no_tokens,
             mel=Padded(no_mel, zeros),
+            num_given=zeros,
             held=Padded(no_mel, zeros),
             num_blocks=zeros,
             seed=zeros + seed,
@@ -258,24 +249,20 @@ class ReleasedFlow(nn.Module):
         The output begins after the prompt: after min(P, 441 N // 64) frames. Rows without a prompt have no tokens.
         """
         given = tokens.lengths > 0
-        if bool(((state.start + state.tokens.lengths + state.pending.lengths > 0) & given).any()):
+        if bool(((state.encoder.start + state.open.lengths + state.pending.lengths > 0) & given).any()):
             raise ValueError("a prompt can only be given before the first token")
         check_tokens(tokens, self.config.vocab_size)
         lengths = torch.minimum(mel.lengths, frames_for_tokens(tokens.lengths))
-        state.tokens = Padded.concat([state.tokens, tokens])
-        state.mel = Padded.concat([state.mel, Padded(mel.values[:, : int(lengths.max())], lengths)])
+        state.open = Padded.concat([state.open, tokens])
+        self._give(Padded(mel.values[:, : int(lengths.max())], lengths), state)
 
     def step(self, x: Padded, state: ReleasedFlowState) -> Padded:
         """Tokens (B, N) -> mel frames (B, T, M) that the blocks they close make final."""
         check_tokens(x, self.config.vocab_size)
         state.pending = Padded.concat([state.pending, x])
         parts = []
-        while True:
-            size = state.streaming[0].size_of(state.num_blocks)
-            ready = state.pending.lengths >= size
-            if not bool(ready.any()):
-                break
-            parts.append(self._decode(torch.where(ready, size, 0), state, torch.zeros_like(ready)))
+        while bool((size := state.streaming[0].ready(state.pending.lengths, state.num_blocks)).any()):
+            parts.append(self._decode(size, state, torch.zeros_like(size, dtype=torch.bool)))
         return Padded.concat(parts) if parts else self._nothing(state)
 
     def flush(self, state: ReleasedFlowState, rows: Tensor | None = None) -> Padded:
@@ -305,67 +292,67 @@ class ReleasedFlow(nn.Module):
         """Decodes this many pending tokens (B,) of the rows that have any; returns the frames that become final."""
         new, state.pending = split_at(state.pending, num_tokens)
         active = num_tokens > 0
-        state.tokens = Padded.concat([state.tokens, new])
         state.num_blocks = state.num_blocks + active
-        raw = self._frames_of(active.nonzero()[:, 0], state)  # after those given out
-        raw = _fade(state.held, raw)
+        raw = fade(state.held, self._frames_of(new, active, state))
         keep = raw.lengths.clamp(max=state.streaming[0].overlap_frames) * ~ending
         final, held = split_at(raw, raw.lengths - keep)
         state.held = Padded(
-            _where_rows(active, held.values, state.held.values), torch.where(active, held.lengths, state.held.lengths)
+            where_rows(active, held.values, state.held.values), torch.where(active, held.lengths, state.held.lengths)
         )
-        state.mel = Padded.concat([state.mel, final])
+        self._give(final, state)
         self._forget(state)
         return final
 
-    def _frames_of(self, index: Tensor, state: ReleasedFlowState) -> Padded:
-        """Mel of the rows with these numbers, without what was given out before; the other rows get no frames."""
-        tokens, given = _select(state.tokens, index), _select(state.mel, index)
-        mu = self.condition(tokens)
-        first = frames_for_tokens(state.start[index])
+    def _frames_of(self, new: Padded, active: Tensor, state: ReleasedFlowState) -> Padded:
+        """Mel of the active rows (B,) without what was given out before; the other rows get no frames."""
+        encoded = self._encode(new, active, state)
+        index = active.nonzero()[:, 0]
+        encoded, given = select(encoded, index), state.num_given[index]
+        forgotten = frames_for_tokens(state.start[index])
+        mu = self.length_regulator(encoded, frames_for_tokens(encoded.lengths))
+        first = state.streaming[0].first_frame(given, forgotten)
+        mu = split_at(mu, first - forgotten)[1]
         frame = first[:, None] + torch.arange(mu.values.shape[1], device=first.device)
-        noise = noise_at(state.seed[index], frame, self.config.output_size).to(mu.values.dtype)
-        mel = self.solve(mu, state.speaker[index], given, noise, state.num_steps, state.guidance_scale)
-        raw = split_at(Padded(mel, mu.lengths), given.lengths)[1]
+        noise = noise_at(state.seed[index], frame, self.config.output_size)
+        noise = noise.to(torch.promote_types(noise.dtype, mu.values.dtype))
+        prompt = last_of(select(state.mel, index), given - first)
+        mel = self.solve(mu, state.speaker[index], prompt, noise, state.num_steps, state.guidance_scale)
+        raw = split_at(Padded(mel, mu.lengths), prompt.lengths)[1]
         values = raw.values.new_zeros(len(state.start), *raw.values.shape[1:]).index_copy(0, index, raw.values)
         return Padded(values, torch.zeros_like(state.start).index_copy(0, index, raw.lengths))
+
+    def _encode(self, new: Padded, active: Tensor, state: ReleasedFlowState) -> Padded:
+        """All tokens of the active rows from `start` on, encoded (B, N, M); closed blocks go into the state."""
+        tokens = Padded.concat([state.open, new])
+        tokens = Padded(tokens.values, tokens.lengths * active)
+        before = state.encoder.start
+        fresh = self.encode_on(tokens, state.encoder, state.streaming[0].context_tokens)
+        closed = state.encoder.start - before
+        whole = Padded.concat([state.encoded, fresh])
+        state.encoded = Padded.concat([state.encoded, split_at(fresh, closed)[0]])
+        rest = split_at(tokens, closed)[1]
+        state.open = Padded(
+            where_rows(active, rest.values, state.open.values), torch.where(active, rest.lengths, state.open.lengths)
+        )
+        return whole
+
+    def _give(self, mel: Padded, state: ReleasedFlowState) -> None:
+        """Takes in frames that are given out, or were given as the prompt."""
+        state.num_given = state.num_given + mel.lengths
+        state.mel = Padded.concat([state.mel, mel])
+        if (window := state.streaming[0].window_frames) is not None:
+            state.mel = last_of(state.mel, state.mel.lengths.clamp(max=window + 1))
 
     def _forget(self, state: ReleasedFlowState) -> None:
         limit = state.streaming[0].context_tokens
         if limit is None:
             return
-        excess = (state.tokens.lengths - limit).clamp(min=0)
-        drop = -(-excess // _FORGET_TOKENS) * _FORGET_TOKENS
+        excess = (state.encoded.lengths + state.open.lengths - limit).clamp(min=0)
+        drop = -(-excess // FORGET_TOKENS) * FORGET_TOKENS
         # Only what was given out can be forgotten; the frames held back are not in `mel`.
-        known = state.mel.lengths // rates.frames_for_tokens(_FORGET_TOKENS) * _FORGET_TOKENS
-        drop = torch.minimum(drop, known)
-        state.tokens = split_at(state.tokens, drop)[1]
-        state.mel = split_at(state.mel, frames_for_tokens(drop))[1]
+        given = state.num_given - frames_for_tokens(state.start)
+        drop = torch.minimum(drop, given // rates.frames_for_tokens(FORGET_TOKENS) * FORGET_TOKENS)
+        state.encoded = split_at(state.encoded, drop)[1]
         state.start = state.start + drop
-
-
-def _select(x: Padded, index: Tensor) -> Padded:
-    """Some rows of a batch, no wider than they need."""
-    lengths = x.lengths[index]
-    return Padded(x.values[index, : int(lengths.max())], lengths)
-
-
-def _where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Rows of the one or the other (B, T, M), padded to one width."""
-    width = max(new.shape[1], old.shape[1])
-    new, old = (functional.pad(x, (0, 0, 0, width - x.shape[1])) for x in (new, old))
-    return torch.where(rows[:, None, None], new, old)
-
-
-def _fade(held: Padded, raw: Padded) -> Padded:
-    """Goes over from the last block's idea of the first frames to this one's, by weights that sum to one.
-
-    The first frame is almost the last block's: the step from what was given out is as small as within that block.
-    """
-    overlap = torch.minimum(held.lengths, raw.lengths)
-    width = int(overlap.max())
-    place = torch.arange(width, device=overlap.device)
-    weight = ((place + 1) / (overlap[:, None] + 1)).clamp(max=1)[:, :, None].to(raw.values.dtype)
-    mixed = raw.values[:, :width] * weight + held.values[:, :width] * (1 - weight)
-    mixed = torch.where((place < overlap[:, None])[:, :, None], mixed, raw.values[:, :width])
-    return Padded(torch.cat([mixed, raw.values[:, width:]], 1), raw.lengths)
+        kept = state.num_given - frames_for_tokens(state.start)
+        state.mel = last_of(state.mel, state.mel.lengths.minimum(kept))
