@@ -10,29 +10,23 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Kind, Schedule, split
-from duologue.language.backbone import LanguageConfig, new_glm
 from duologue.language.engine import Engine, PlainEngine
 from duologue.language.sampling import GREEDY, KindMasks, Sampling, choose, within_budget
 from duologue.vocabulary import Vocabulary
-from recipes.pocket.text import train_text_tokenizer
+from tests.tiny_language import tiny_model, tiny_vocabulary
 
-TINY = LanguageConfig(width=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, ffn_dim=48, max_positions=512)
 PROMPT = list(range(3, 20))
 SHORT = Schedule(3, 5)
 
 
 @pytest.fixture(scope="module")
 def vocabulary() -> Vocabulary:
-    tokenizer = train_text_tokenizer(["one and two is three", "what is the capital of France?"], 320)
-    return Vocabulary.extend(tokenizer, codebook_size=64, multiple_of=16)
+    return tiny_vocabulary()
 
 
 @pytest.fixture(scope="module")
 def model(vocabulary: Vocabulary) -> PreTrainedModel:
-    model = new_glm(vocabulary, TINY).eval()
-    with torch.no_grad():  # sharper than a fresh model, so that replies differ with their prompts
-        model.get_input_embeddings().weight.mul_(20.0)
-    return model
+    return tiny_model(vocabulary)
 
 
 @pytest.fixture

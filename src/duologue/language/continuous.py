@@ -73,7 +73,6 @@ class ContinuousEngine:
         self._requests = running_requests(model, vocabulary, max_sessions, max_cached_tokens, max_unread)
         self._page_size, self._max_step_tokens = page_size, max(max_step_tokens, 2 * max_sessions)
         self._drawing = _Drawing()
-        self._warming: dict[str, tuple[list[int], Future[None]]] = {}
         self._names = map(str, itertools.count())
         self._manager: ContinuousBatchingManager | None = None
         self._lock = threading.Lock()
@@ -133,8 +132,9 @@ class ContinuousEngine:
             return
         self._end_warming(prompt)
         name, warmed = f"warm-{next(self._names)}", Future[None]()
-        self._warming[name] = prompt, warmed
-        self._add(name, prompt, 1)
+        self._drawing.warming[name] = prompt, warmed
+        # The library shares no page of a request's last step: with two ids to draw this is not its last.
+        self._add(name, prompt, 2)
         await asyncio.wrap_future(warmed)
 
     def cancel(self, request_id: str) -> None:
@@ -162,8 +162,9 @@ class ContinuousEngine:
 
     def _end_warming(self, prompt: list[int]) -> None:
         """Gives up warming beginnings of this prompt: it goes on with the pages that they have filled."""
-        for name, (beginning, warmed) in list(self._warming.items()):
-            if prompt[: len(beginning)] == beginning and self._warming.pop(name, None) is not None:
+        warming = self._drawing.warming
+        for name, (beginning, warmed) in warming.copy().items():
+            if prompt[: len(beginning)] == beginning and warming.pop(name, None) is not None:
                 with self._lock:
                     if self._manager is not None:
                         self._manager.cancel_request(name)
@@ -213,15 +214,14 @@ class ContinuousEngine:
         return manager
 
     def _take(self, output: Any) -> None:
-        """What the library says at the end of a request. Replies have ended themselves before, unless one failed."""
-        if (warming := self._warming.pop(output.request_id, None)) is not None:
-            if output.error is None:
-                warming[1].set_result(None)
-            else:
-                warming[1].set_exception(engine_failed(RuntimeError(output.error)))
-        request = self._drawing.pop(output.request_id)
-        if request is not None and output.error is not None:
-            request.fail(RuntimeError(output.error))
+        """What the library says at the end of a request, which has ended for us before unless it failed."""
+        if output.error is None:
+            return
+        error = RuntimeError(output.error)
+        if (warming := self._drawing.warming.pop(output.request_id, None)) is not None:
+            warming[1].set_exception(engine_failed(error))
+        if (request := self._drawing.pop(output.request_id)) is not None:
+            request.fail(error)
 
     def _stopped(self, manager: ContinuousBatchingManager) -> None:
         """The library's thread has ended: so does everything that ran in it, with its error."""
@@ -231,8 +231,8 @@ class ContinuousEngine:
         error = manager.background_thread_status.fatal_error or RuntimeError("it was closed")
         self._drawing.clear()
         self._requests.fail(error)
-        while self._warming:
-            self._warming.popitem()[1][1].set_exception(engine_failed(error))
+        while self._drawing.warming:
+            self._drawing.warming.popitem()[1][1].set_exception(engine_failed(error))
 
 
 class _Drawing(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
@@ -243,6 +243,7 @@ class _Drawing(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
         self.do_processing = True
         self.num_computed = 0
         self.manager: ContinuousBatchingManager | None = None
+        self.warming: dict[str, tuple[list[int], Future[None]]] = {}
         self._requests: dict[str, Request] = {}
         self._cached: dict[str, int] = {}
         self._batch: list[str] = []
@@ -283,17 +284,23 @@ class _Drawing(ContinuousBatchingLogitsProcessorList):  # type: ignore[misc]
         """Draws the next id of every row of scores (N, V) float32; gives scores that leave nothing else to take."""
         drawn = torch.zeros_like(scores)
         for row, name in enumerate(self._batch):
+            if (warming := self.warming.pop(name, None)) is not None:
+                self._take_out(name)
+                warming[1].set_result(None)
             if (request := self._requests.get(name)) is None or request.ended:
-                continue  # a prompt that is warmed, or a reply that was cancelled while the step ran
+                continue  # nobody's, or that of a reply that was cancelled while the step ran
             token, held = request.choose(scores[row])
             drawn[row, token] = 1.0
             if request.complete:
                 self.pop(name)
             elif held:
                 self.pop(name)
-                assert self.manager is not None
-                self.manager.cancel_request(name)
+                self._take_out(name)
         return drawn
+
+    def _take_out(self, name: str) -> None:
+        assert self.manager is not None
+        self.manager.cancel_request(name)
 
 
 def _watch(manager: ContinuousBatchingManager, engine: weakref.ref[ContinuousEngine]) -> None:

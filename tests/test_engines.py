@@ -1,0 +1,406 @@
+"""What both engines promise: a request's ids are its own, limits are told, cancelled and failed streams end."""
+
+import asyncio
+import copy
+import gc
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import duologue
+from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Schedule
+from duologue.language.continuous import ContinuousEngine
+from duologue.language.engine import Engine, PlainEngine
+from duologue.language.keyvalues import KeyValues, SideBySide
+from duologue.language.requests import EngineFull
+from duologue.language.sampling import Sampling, within_budget
+from duologue.vocabulary import Vocabulary
+from tests.tiny import write_tiny_chatbot
+from tests.tiny_language import tiny_model, tiny_vocabulary
+
+AnyEngine = PlainEngine | ContinuousEngine
+Job = tuple[list[int], Sampling, Schedule]
+
+PROMPT = list(range(3, 20))
+SHORT = Schedule(3, 5)
+LONG = [3 + i % 290 for i in range(300)]
+# Two ways to the same scores differ by rounding. Where the best id leads by more than this the engines agree on it.
+MARGIN = 1e-3
+JOBS: list[Job] = [
+    (PROMPT, Sampling(temperature=0.0, max_tokens=70), INTERLEAVED),
+    (PROMPT[:6], Sampling(temperature=1.0, top_p=0.9, max_tokens=90, seed=3), SHORT),
+    (LONG, Sampling(temperature=0.0, max_tokens=33), SHORT),
+    ([*PROMPT, 7, 8], Sampling(temperature=0.7, top_k=5, max_tokens=40, seed=4), TEXT_ONLY),
+    (PROMPT, Sampling(temperature=0.0, speech_temperature=2.0, top_p=1.0, max_tokens=55, seed=5), INTERLEAVED),
+    (LONG[:100], Sampling(temperature=5.0, top_p=1.0, max_tokens=25, seed=6), SPEECH_ONLY),
+]
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Vocabulary:
+    return tiny_vocabulary()
+
+
+@pytest.fixture(scope="module")
+def model(vocabulary: Vocabulary) -> PreTrainedModel:
+    return tiny_model(vocabulary)
+
+
+@pytest.fixture(scope="module")
+def own_model(vocabulary: Vocabulary) -> PreTrainedModel:
+    """That of the continuous engine, which may change how it attends."""
+    return tiny_model(vocabulary)
+
+
+@pytest.fixture(params=["plain", "continuous"])
+def make(
+    request: pytest.FixtureRequest, model: PreTrainedModel, own_model: PreTrainedModel, vocabulary: Vocabulary
+) -> Iterator[Callable[..., AnyEngine]]:
+    made: list[AnyEngine] = []
+
+    def make(**limits: int) -> AnyEngine:
+        if request.param == "plain":
+            engine: AnyEngine = PlainEngine(model, vocabulary, **limits)
+        else:
+            engine = ContinuousEngine(own_model, vocabulary, **{"max_cached_tokens": 4096, **limits})
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        if isinstance(engine, ContinuousEngine):
+            engine.close()
+
+
+@pytest.fixture
+def solo(model: PreTrainedModel, vocabulary: Vocabulary) -> Callable[[Job], list[int]]:
+    return lambda job: list(PlainEngine(model, vocabulary).stream(*job))
+
+
+async def collect(engine: Engine, job: Job, name: str | None = None) -> list[int]:
+    return [token async for token in engine.generate(*job, name)]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it never came to that")
+
+
+def agree(got: Sequence[int], expected: Sequence[int], job: Job, model: PreTrainedModel, vocab: Vocabulary) -> bool:
+    """Whether two greedy replies are equal as far as no choice was closer than the margin."""
+    prompt, sampling, schedule = job
+    state = InterleaveState(schedule)
+    for i, (a, b) in enumerate(zip(got, expected, strict=False)):
+        if a != b:
+            with torch.no_grad():
+                scores = model(torch.tensor([[*prompt, *expected[:i]]])).logits[0, -1]
+            allowed = within_budget(state, sampling.max_tokens - i)
+            best = scores[[j for j in range(vocab.size) if vocab.kind(j) in allowed]].topk(2).values
+            return float(best[0] - best[1]) <= MARGIN
+        state.advance(vocab.kind(b))
+    return len(got) == len(expected)
+
+
+def test_every_reply_of_a_mixed_batch_equals_its_solo_run(
+    make: Callable[..., AnyEngine],
+    solo: Callable[[Job], list[int]],
+    model: PreTrainedModel,
+    vocabulary: Vocabulary,
+) -> None:
+    """Different schedules, temperatures, seeds and lengths; some join late, when others are under way."""
+    engine = make(max_step_tokens=64)
+
+    async def late(job: Job, after: int) -> list[int]:
+        await until(lambda: engine.num_computed >= after)
+        return await collect(engine, job)
+
+    async def together() -> list[list[int]]:
+        return await asyncio.gather(*(late(job, 60 * (i // 2)) for i, job in enumerate(JOBS)))
+
+    replies = asyncio.run(together())
+    for job, reply in zip(JOBS, replies, strict=True):
+        if job[1].temperature == 0.0 and job[1].speech_temperature is None:
+            assert agree(reply, solo(job), job, model, vocabulary)
+        else:
+            assert reply == solo(job)
+    assert engine.running == 0
+
+
+def test_a_turn_that_goes_on_computes_little_of_what_was_there(
+    make: Callable[..., AnyEngine], solo: Callable[[Job], list[int]]
+) -> None:
+    engine = make()
+    sampling = Sampling(temperature=0.0, max_tokens=20)
+
+    async def run() -> None:
+        first = await collect(engine, (LONG, sampling, SHORT))
+        before = engine.num_computed
+        job = ([*LONG, *first, 5, 6, 7], sampling, SHORT)
+        assert await collect(engine, job) == solo(job)
+        assert engine.num_computed - before <= 32 + 3 + 20 + 1  # a page at most that is not whole
+        before = engine.num_computed
+        job = ([*LONG[:200], 9, 9], sampling, SHORT)  # another way from the same beginning
+        assert await collect(engine, job) == solo(job)
+        assert engine.num_computed - before <= 32 + 2 + 20
+
+    asyncio.run(run())
+
+
+def test_warming_leaves_only_what_is_new(make: Callable[..., AnyEngine], solo: Callable[[Job], list[int]]) -> None:
+    engine = make(max_step_tokens=64)
+    sampling = Sampling(temperature=0.0, max_tokens=5)
+
+    async def run() -> None:
+        await engine.warm(LONG[:250])
+        assert engine.num_computed == 250
+        job = (LONG, sampling, INTERLEAVED)
+        assert await collect(engine, job) == solo(job)
+        assert engine.num_computed - 250 <= 50 + 32 + 5
+        other = [*reversed(LONG)]
+        warming = asyncio.create_task(engine.warm(other))
+        before = engine.num_computed
+        await until(lambda: engine.num_computed > before)  # it is under way: the reply takes it over
+        job = ([*other, 3], sampling, INTERLEAVED)
+        assert await collect(engine, job) == solo(job)
+        await warming
+        assert engine.num_computed - before <= 301 + 64 + 32 + 5
+        await engine.warm(LONG * 2 if len(LONG) * 2 <= engine.max_positions else LONG)
+        with pytest.raises(ValueError, match="512 positions"):
+            await engine.warm(LONG * 2)
+
+    asyncio.run(run())
+
+
+def test_beyond_the_limits_a_request_is_refused_in_one_sentence(make: Callable[..., AnyEngine]) -> None:
+    engine = make(max_sessions=2, max_cached_tokens=300, max_unread=4)
+    assert (engine.max_sessions, engine.max_cached_tokens, engine.max_positions) == (2, 300, 512)
+
+    async def run() -> None:
+        job = (PROMPT, Sampling(temperature=1.0, max_tokens=100), SPEECH_ONLY)
+        first, second = engine.generate(*job, "first"), engine.generate(*job, "second")
+        await anext(first), await anext(second)
+        assert engine.running == 2
+        with pytest.raises(EngineFull, match="2 replies are under way.* at most 2 at a time"):
+            await collect(engine, job)
+        await second.aclose()  # type: ignore[attr-defined]
+        assert engine.running == 1
+        with pytest.raises(EngineFull, match="reply of up to 200 have no room beside the 117 .* at most 300 ids"):
+            await collect(engine, (PROMPT, Sampling(max_tokens=200), SPEECH_ONLY))
+        engine.cancel("first")
+        assert engine.running == 0
+        assert [token async for token in first] == []
+        assert await collect(engine, (PROMPT, Sampling(max_tokens=200), SPEECH_ONLY))
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("limit", ["max_sessions", "max_cached_tokens", "max_unread"])
+def test_limits_below_one_are_refused(make: Callable[..., AnyEngine], limit: str) -> None:
+    with pytest.raises(ValueError, match=f"{limit} must be at least 1, got 0"):
+        make(**{limit: 0})
+
+
+def test_cancel_ends_the_stream_at_once_and_frees_its_place_within_a_step(
+    make: Callable[..., AnyEngine], solo: Callable[[Job], list[int]]
+) -> None:
+    engine = make()
+    job = (PROMPT, Sampling(temperature=1.0, max_tokens=300), SPEECH_ONLY)
+    other = (LONG[:60], Sampling(temperature=1.0, max_tokens=80, seed=2), SHORT)
+
+    async def run() -> None:
+        beside = asyncio.create_task(collect(engine, other))
+        got = []
+        async for token in engine.generate(*job, "a"):
+            got.append(token)
+            if len(got) == 4:
+                engine.cancel("a")
+        assert len(got) == 4
+        assert engine.running <= 1
+        computed = engine.num_computed
+        await until(lambda: beside.done() or engine.num_computed >= computed + 2)
+        if isinstance(engine, ContinuousEngine) and engine._manager is not None:
+            assert len(engine._manager.batch_processor.scheduler.active_requests) <= 1
+        assert await beside == solo(other)
+        engine.cancel("a")  # nothing is running any more
+        assert await collect(engine, (PROMPT, Sampling(max_tokens=3), SPEECH_ONLY), "a")
+        assert engine.running == 0
+        if isinstance(engine, ContinuousEngine):
+            assert engine.cached_tokens == 0
+
+    asyncio.run(run())
+
+
+def test_a_reader_that_does_not_read_holds_up_itself_alone(
+    make: Callable[..., AnyEngine], solo: Callable[[Job], list[int]]
+) -> None:
+    engine = make(max_unread=8)
+    slow = (PROMPT, Sampling(temperature=1.0, max_tokens=60, seed=1), SPEECH_ONLY)
+    quick = (PROMPT, Sampling(temperature=1.0, max_tokens=40, seed=2), SPEECH_ONLY)
+
+    async def run() -> None:
+        stream = engine.generate(*slow)
+        got = [await anext(stream)]
+        for _ in range(2):
+            before = engine.num_computed
+            assert await collect(engine, quick) == solo(quick)
+            assert engine.num_computed - before <= len(PROMPT) + 40 + 9  # nine more of the slow one at most
+        got += [token async for token in stream]
+        assert got == solo(slow)
+        # Left while it is held: its place is free at once.
+        stream = engine.generate(*slow)
+        await anext(stream)
+        await stream.aclose()  # type: ignore[attr-defined]
+        assert engine.running == 0
+
+    asyncio.run(run())
+
+
+def test_an_error_in_the_thread_ends_all_streams_with_it_and_the_next_request_works(
+    make: Callable[..., AnyEngine], solo: Callable[[Job], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    job = (PROMPT, Sampling(temperature=1.0, max_tokens=40), SPEECH_ONLY)
+    broken = threading.Event()
+    forward = engine.model.forward
+
+    def breaking(*args: Any, **kwargs: Any) -> Any:
+        if broken.is_set():
+            raise ArithmeticError("the sum did not come out")
+        return forward(*args, **kwargs)
+
+    async def run() -> None:
+        streams = [engine.generate(*job), engine.generate(*job)]
+        for stream in streams:
+            await anext(stream)
+        broken.set()
+        for stream in streams:
+            with pytest.raises(RuntimeError, match="engine failed: ArithmeticError: the sum") as caught:
+                async for _ in stream:
+                    pass
+            assert isinstance(caught.value.__cause__, ArithmeticError)
+        with pytest.raises(RuntimeError, match="engine failed"):
+            await engine.warm(LONG)
+        broken.clear()
+        await asyncio.sleep(0.2)
+        assert engine.running == 0
+        assert await collect(engine, job) == solo(job)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.model, "forward", breaking)
+        asyncio.run(run())
+
+
+def test_readers_have_event_loops_of_their_own_and_one_that_is_gone_harms_nobody(
+    make: Callable[..., AnyEngine], solo: Callable[[Job], list[int]]
+) -> None:
+    engine = make()
+    jobs = [(PROMPT, Sampling(temperature=1.0, max_tokens=60, seed=seed), SPEECH_ONLY) for seed in range(3)]
+    replies: dict[int, list[int]] = {}
+
+    def read(number: int) -> None:
+        replies[number] = asyncio.run(collect(engine, jobs[number]))
+
+    def read_and_leave() -> None:
+        loop = asyncio.new_event_loop()
+        stream = engine.generate(*jobs[0], "left")
+        loop.run_until_complete(anext(stream))
+        pending: Awaitable[int] = anext(stream)
+        task: asyncio.Task[int] = loop.create_task(pending)  # type: ignore[arg-type]
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+        del task
+        loop.close()  # with a reader that waits
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(3)]
+    for thread in [threading.Thread(target=read_and_leave), *threads]:
+        thread.start()
+        thread.join() if thread not in threads else None
+    for thread in threads:
+        thread.join()
+    assert [replies[number] for number in range(3)] == [solo(job) for job in jobs]
+    engine.cancel("left")
+    assert engine.running == 0
+
+
+def test_same_name_twice_and_bad_prompts_are_refused(make: Callable[..., AnyEngine]) -> None:
+    engine = make()
+
+    async def run() -> None:
+        stream = engine.generate(PROMPT, Sampling(max_tokens=100), SPEECH_ONLY, "b")
+        await anext(stream)
+        for prompt, sampling, match in (
+            (PROMPT, Sampling(max_tokens=3), "'b' is running"),
+            ([], Sampling(max_tokens=3), "at least one id"),
+            ([10**6], Sampling(max_tokens=3), "outside of the vocabulary"),
+            (PROMPT, Sampling(max_tokens=500), "do not fit the 512 positions"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                await anext(engine.generate(prompt, sampling, SPEECH_ONLY, "b"))
+        await stream.aclose()  # type: ignore[attr-defined]
+        assert engine.running == 0
+
+    asyncio.run(run())
+
+
+def test_the_library_threads_end_with_their_engine(own_model: PreTrainedModel, vocabulary: Vocabulary) -> None:
+    before = threading.active_count()
+    engine = ContinuousEngine(own_model, vocabulary, max_cached_tokens=1024)
+    asyncio.run(collect(engine, (PROMPT, Sampling(max_tokens=3), SPEECH_ONLY)))
+    assert threading.active_count() == before + 2
+    gone = weakref.ref(engine)
+    del engine
+    gc.collect()
+    for _ in range(100):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.05)
+    assert gone() is None
+    assert threading.active_count() == before
+
+
+def test_scores_side_by_side_equal_those_of_whole_sequences(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
+    """Rows that begin, go on by several ids and by one, in one step; other programs use the model as ever."""
+    side_by_side = SideBySide(model)
+    sequences = [LONG[:40], LONG[50:57], LONG[100:102], LONG[9:10]]
+    kept = [KeyValues() for _ in sequences]
+    side_by_side.step([s[:-1] for s in sequences[:3]], kept[:3])
+    grown = [[*s, *LONG[i : i + 300 * (i == 0)]] for i, s in enumerate(sequences)]
+    lengths = [k.length for k in kept]
+    scores = side_by_side.step([s[n:] for s, n in zip(grown, lengths, strict=True)], kept)
+    with torch.no_grad():
+        expected = torch.stack([model(torch.tensor([s])).logits[0, -1] for s in grown])
+    torch.testing.assert_close(scores, expected, atol=2e-4, rtol=0.0)
+    with torch.inference_mode():
+        copied = kept[0].copy(30)
+    again = side_by_side.step([grown[0][30:]], [copied])
+    torch.testing.assert_close(again[0], expected[0], atol=2e-4, rtol=0.0)
+    assert kept[0].length == len(grown[0])
+
+
+def test_a_model_with_other_attention_is_refused(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
+    sliding = copy.deepcopy(model)
+    sliding.config.layer_types = ["sliding_attention", "full_attention"]
+    with pytest.raises(ValueError, match="full_attention, sliding_attention cannot run here"):
+        PlainEngine(sliding, vocabulary)
+
+
+def test_a_chatbot_answers_alike_with_both_engines(tmp_path: Path) -> None:
+    folder = write_tiny_chatbot(tmp_path, max_tokens=40)
+    question = {"text": "What is seven plus five?", "text_only": True}
+    plain = duologue.load(folder).chat(**question)  # type: ignore[arg-type]
+    bot = duologue.load(folder, engine="continuous")
+    assert isinstance(bot.models.engine, ContinuousEngine)
+    assert bot.chat(**question).text == plain.text  # type: ignore[arg-type]
+    bot.models.engine.close()
+    with pytest.raises(ValueError, match="unknown engine 'fast'; the choices are plain, continuous"):
+        duologue.load(folder, engine="fast")  # type: ignore[arg-type]
