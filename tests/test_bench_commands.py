@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import soundfile
 
+from duologue.bench.commit import CommitTimes
+from duologue.bench.harness import Spread
 from duologue.cli import main
 
 Capture = pytest.CaptureFixture[str]
@@ -37,8 +39,17 @@ def bench(capsys: Capture, name: str, model: Path, *argv: str | Path) -> dict[st
     return record
 
 
-def test_bench_latency(question: Path, tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:
-    few = ("--question", question, "--repetitions", "2", "--warm-up", "1")
+def commits() -> CommitTimes:
+    """In place of minutes of listening, which tests/test_benches.py has in short."""
+    spread = Spread.of([20.0])
+    return CommitTimes(((2.5, spread), (29.0, spread)), ((1, spread), (10, spread)), ((2.5, 0.1), (29.0, 0.2)))
+
+
+def test_bench_latency(
+    question: Path, tiny_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("--question", question, "--repetitions", "1", "--warm-up", "0")
+    monkeypatch.setattr("duologue.bench.latency.measure_commits", lambda *_: commits())
     picture = tmp_path / "new" / "latency.png"
     record = bench(capsys, "latency", tiny_folder, *few, "--plot", picture, "-o", tmp_path)
     assert json.loads((tmp_path / "latency.json").read_text()) == record
@@ -55,13 +66,53 @@ def test_bench_latency(question: Path, tiny_folder: Path, tmp_path: Path, capsys
     assert all(0 < stage["median_ms"] <= stage["p95_ms"] for stage in stages.values())
     assert result["chain_ms"] == pytest.approx(sum(stage["median_ms"] for stage in stages.values()))
     assert result["first_audio_s"]["median"] > 0
+    assert result["baseline_first_audio_s"]["median"] > 0
     assert result["real_time_factor"]["median"] > 0
+    assert [check["ok"] for check in record["checks"]] == [True, True]
+    assert result["commit"]["by_speech"][0][0] == 2.5
 
 
-def test_a_bench_as_a_table(question: Path, tiny_folder: Path, capsys: Capture) -> None:
-    few = ["--question", str(question), "--repetitions", "1", "--warm-up", "0"]
-    assert main(["bench", "latency", *few, "--model", str(tiny_folder)]) == 0
+def test_bench_tokenizer(tiny_folder: Path, capsys: Capture) -> None:
+    record = bench(capsys, "tokenizer", tiny_folder, "--seconds", "4", "--repetitions", "1", "--warm-up", "0")
+    assert [check["name"] for check in record["checks"]] == ["tokenizer.stream_over_offline", "tokenizer.flat"]
+    assert record["results"]["speech_s"] == 4.0
+
+
+def test_bench_decoder(tiny_folder: Path, capsys: Capture) -> None:
+    record = bench(capsys, "decoder", tiny_folder, "--seconds", "8", "--repetitions", "1", "--replies", "1")
+    assert [check["name"] for check in record["checks"]] == ["decoder.pocket.last_over_second"]
+    assert record["results"]["num_steps"] == 2
+
+
+def test_bench_sessions_as_a_table(tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    argv = ["--sessions", "1", "--seconds", "0.2", "-o", str(tmp_path), "--plot", str(tmp_path / "s.svg")]
+    assert main(["bench", "sessions", *argv, "--model", str(tiny_folder)]) == 0
     out, err = capsys.readouterr()
-    assert "time to first audio" in out
+    assert "sessions.p95_ttfa_s: " in out
     assert "peak memory" in out
+    assert f"-> {tmp_path / 's.svg'}" in out
     assert "untrained" in err
+    record = json.loads((tmp_path / "sessions.json").read_text())
+    assert record["model"]["engine"] == "plain"
+    assert [crowd["num_sessions"] for crowd in record["results"]["crowds"]] == [1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("sessions", "--sessions", "0"), "'0' is no whole number"),
+        (("decoder", "--seconds", "-1"), "'-1' is no number of seconds"),
+        (("decoder", "--seconds", "nan"), "no number of seconds"),
+        (("tokenizer", "--seconds", "1"), "at least four blocks"),
+        (("tokenizer", "--preset", "glm-5"), "glm-4-voice-9b"),
+        (("latency", "--repetitions", "1", "--warm-up", "-1"), "warm_up"),
+        (("nothing",), "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_sentence(argv: tuple[str, ...], words: str, tiny_folder: Path, capsys: Capture) -> None:
+    model = () if argv[0] == "nothing" else ("--model", str(tiny_folder))
+    assert main(["bench", *argv, *model]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert len([line for line in err.splitlines() if "untrained" not in line]) == 1

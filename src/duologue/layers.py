@@ -74,7 +74,7 @@ class Padded:
         lengths = parts[0].lengths
         for part in parts[1:]:
             lengths = lengths + part.lengths
-        if all(bool((part.lengths == part.values.shape[1]).all()) for part in parts[:-1]):
+        if all(int(part.lengths.min()) == part.values.shape[1] for part in parts[:-1]):
             return Padded(torch.cat([part.values for part in parts], 1), lengths)
         first = parts[0].values
         out = first.new_zeros(first.shape[0], int(lengths.max()), *first.shape[2:])

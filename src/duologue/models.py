@@ -120,7 +120,7 @@ class Models:
         sizes = {
             "tokenizer": self.tokenizer.config.quantizer.codebook_size,
             "vocabulary": self.vocabulary.codebook_size,
-            "decoder": _codebook_size(self.decoder),
+            "decoder": codebook_size(self.decoder),
         }
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the parts of {self.card.name} have codebooks of unequal sizes: {sizes}")
@@ -251,7 +251,8 @@ def load_decoder(folder: str | Path, device: str = "cpu") -> Decoder:
     return ready  # type: ignore[no-any-return]
 
 
-def _codebook_size(decoder: Decoder) -> int:
+def codebook_size(decoder: Decoder) -> int:
+    """Speech tokens that a decoder knows are below it."""
     if isinstance(decoder, ReleasedDecoder):
         return decoder.flow.config.codebook_size
     return int(decoder.flow.config.encoder.codebook_size)

@@ -175,6 +175,11 @@ def now(device: torch.device | str = "cpu") -> float:
     return time.perf_counter()
 
 
+def computed(device: torch.device | str = "cpu") -> float:
+    """Seconds of computation so far: those of the processor in all threads; of another device its clock, see `now`."""
+    return time.process_time() if torch.device(device).type == "cpu" else now(device)
+
+
 def timed(work: Callable[[], object], device: torch.device | str = "cpu") -> float:
     """Seconds that the work takes, on the device too."""
     start = now(device)

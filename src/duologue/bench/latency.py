@@ -3,14 +3,17 @@
 The stages are measured alone, each with the work that lies between the end of the question and the first sound: the
 last block of the tokenizer, prefill, the decode steps of one text run and one block of speech tokens, the first block
 of the flow, and its vocoder. Whole replies are measured through a session that hears its question in chunks, as from a
-microphone, so what can be computed while the user talks is not counted.
+microphone, so what can be computed while the user talks is not counted; the baseline gets its question at once, when it
+has been said, as the released code does. Last, the time to the first token by the length of the question and of the
+conversation, see `commit.py`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +23,9 @@ from numpy.typing import NDArray
 
 from duologue import rates
 from duologue.audio import resample
+from duologue.bench.commit import NUM_TURNS, SPEECH_S, CommitTimes, measure_commits, say
 from duologue.bench.harness import Check, Spread, now
+from duologue.bench.plots import draw_lines, draw_stack
 from duologue.chatbot import Chatbot
 from duologue.decoder.flow import state_bytes
 from duologue.events import AudioDelta, ReplyDone, Timings
@@ -46,20 +51,23 @@ class Latency:
     """Attributes:
     stages: by name, in the order in which they run.
     chain_ms: sum of the medians: the least possible time to first audio.
-    first_audio_s, real_time_factor: of whole replies; None when none had any sound.
+    first_audio_s: of whole replies; None when none had any sound.
+    baseline_first_audio_s: the same when nothing was heard ahead.
+    real_time_factor: seconds of work by all stages for each second of the reply's sound.
     reply_s: median length of the replies.
+    commit: from the end of speech to the first token.
     state_mb: megabytes of the states of one session.
     """
 
-    model: str
-    trained: bool
     question_s: float
     repetitions: int
     stages: dict[str, Timing]
     chain_ms: float
     first_audio_s: Spread | None
+    baseline_first_audio_s: Spread | None
     real_time_factor: Spread | None
     reply_s: float
+    commit: CommitTimes
     state_mb: dict[str, float] = field(default_factory=dict)
     checks: tuple[Check, ...] = ()
 
@@ -77,32 +85,50 @@ class Latency:
             lines.append(
                 f"time to first audio: {first.median:.2f} s (p95 {first.p95:.2f} s) after the end of the question"
             )
+            if (later := self.baseline_first_audio_s) is not None:
+                lines.append(f"  nothing heard ahead: {later.median:.2f} s (p95 {later.p95:.2f} s)")
             lines.append(
                 f"real-time factor: {factor.median:.2f} (p95 {factor.p95:.2f}), replies of {self.reply_s:.1f} s"
             )
+        lines.append("end of speech to first token:")
+        for (seconds, spread), (_, rest) in zip(self.commit.by_speech, self.commit.open_block_s, strict=True):
+            open_block = f"{rest:.1f} s of it in the open block"
+            lines.append(
+                f"  {seconds:4.1f} s of speech {spread.median:8.1f} ms (p95 {spread.p95:.1f} ms), {open_block}"
+            )
+        for turn, spread in self.commit.by_turn:
+            lines.append(f"  turn {turn:2} {spread.median:16.1f} ms (p95 {spread.p95:.1f} ms)")
         memory = ", ".join(f"{name} {size:.1f} MB" for name, size in self.state_mb.items())
         lines.append(f"state of one session: {memory}")
         return "\n".join(lines)
 
     def draw(self, figure: Any) -> None:
-        """The stages as one bar."""
-        axes = figure.subplots()
-        start = 0.0
-        for name, timing in self.stages.items():
-            axes.barh([0], [timing.median_ms], left=start, label=f"{name}: {timing.median_ms:.1f} ms")
-            start += timing.median_ms
-        axes.set_yticks([])
-        axes.set_xlabel("ms from the end of the question to the first sound")
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8)
+        """The stages as one bar, and the time to the first token by the length of the speech."""
+        bar, curve = figure.subplots(1, 2, width_ratios=[3, 2])
+        parts = {name: timing.median_ms for name, timing in self.stages.items()}
+        draw_stack(bar, parts, "what lies between question and first sound", "ms")
+        at = [seconds for seconds, _ in self.commit.by_speech]
+        waits = {
+            "median": (at, [spread.median for _, spread in self.commit.by_speech]),
+            "p95": (at, [spread.p95 for _, spread in self.commit.by_speech]),
+        }
+        draw_lines(curve, waits, "end of speech to first token", "seconds of speech", "ms")
 
 
 def measure_latency(
-    bot: Chatbot, question: NDArray[np.float32], sample_rate: int, repetitions: int = 10, warm_up: int = 2
+    bot: Chatbot,
+    question: NDArray[np.float32],
+    sample_rate: int,
+    repetitions: int = 10,
+    warm_up: int = 2,
+    speech_s: Sequence[float] = SPEECH_S,
+    num_turns: int = NUM_TURNS,
 ) -> Latency:
     """Runs every stage, then whole replies, `warm_up` times uncounted and `repetitions` times counted.
 
     Args:
         question: wav (S,) float32.
+        speech_s, num_turns: of `measure_commits`, which repeats half as often.
 
     Raises:
         ValueError: fewer than one repetition, or a question that the chatbot cannot use.
@@ -125,19 +151,22 @@ def measure_latency(
         "flow, first block": _timing(flow, f"{models.card.num_steps or models.decoder.flow.config.num_steps} steps"),
         "vocoder, first block": _timing(vocoder),
     }
-    replies = [_time_reply(bot, wav, index) for index in range(rounds)][warm_up:]
-    spoken = [timings for timings in replies if timings.first_audio_s is not None and timings.audio_s > 0]
+    replies = [asyncio.run(_time_reply(bot, wav, index, ahead=True)) for index in range(rounds)][warm_up:]
+    at_once = [asyncio.run(_time_reply(bot, wav, index, ahead=False)) for index in range(rounds, 2 * rounds)][warm_up:]
+    spoken = [timings for timings in replies if timings.audio_s > 0]
+    commit = measure_commits(bot, max(repetitions // 2, 1), min(warm_up, 1), speech_s, num_turns)
     return Latency(
-        model=models.card.name,
-        trained=models.card.trained,
         question_s=len(wav) / rates.LISTEN_SAMPLE_RATE,
         repetitions=repetitions,
         stages=stages,
         chain_ms=sum(timing.median_ms for timing in stages.values()),
-        first_audio_s=_spread([timings.first_audio_s or 0.0 for timings in spoken]),
-        real_time_factor=_spread([timings.total_s / timings.audio_s for timings in spoken]),
+        first_audio_s=_first_audio(replies),
+        baseline_first_audio_s=_first_audio(at_once),
+        real_time_factor=_spread([sum(timings.stages.values()) / timings.audio_s for timings in spoken]),
         reply_s=statistics.median(timings.audio_s for timings in replies),
+        commit=commit,
         state_mb={"tokenizer": listen_mb, "decoder": speak_mb},
+        checks=commit.checks(),
     )
 
 
@@ -175,11 +204,7 @@ def _time_language(models: Models, codes: list[int], rounds: int, warm_up: int) 
         changed = [(codes[0] + 1 + index) % size, *codes[1:]]
         turn = Turn(Role.USER, Modality.SPEECH, tuple(models.vocabulary.speech_ids(changed)))
         prompt = models.vocabulary.prompt_ids(Conversation((turn,)))
-        sampling = replace(models.card.sampling, max_tokens=num_steps + 1, seed=index)
-        times = [_now(models)]
-        # Speech alone: a reply of any model lasts long enough, and a step costs the same whatever it says.
-        for _ in models.engine.stream(prompt, sampling, SPEECH_ONLY):
-            times.append(_now(models))
+        times = asyncio.run(_id_times(models, prompt, num_steps + 1, index))
         if len(times) < 3:
             continue
         if index >= warm_up:
@@ -188,6 +213,16 @@ def _time_language(models: Models, codes: list[int], rounds: int, warm_up: int) 
     if not steps:
         raise ValueError(f"{models.card.name} ended every reply at once, so no decode step could be measured")
     return prefill, steps
+
+
+async def _id_times(models: Models, prompt: list[int], max_tokens: int, seed: int) -> list[float]:
+    """The moment of asking, then that of each id of the reply."""
+    sampling = replace(models.card.sampling, max_tokens=max_tokens, seed=seed)
+    times = [_now(models)]
+    # Speech alone: a reply of any model lasts long enough, and a step costs the same whatever it says.
+    async for _ in models.engine.generate(prompt, sampling, SPEECH_ONLY):
+        times.append(_now(models))
+    return times
 
 
 def _time_decoder(
@@ -210,23 +245,28 @@ def _time_decoder(
     return flow[warm_up:], vocoder[warm_up:], state_bytes(state) / 1e6
 
 
-def _time_reply(bot: Chatbot, wav: NDArray[np.float32], index: int) -> Timings:
+async def _time_reply(bot: Chatbot, wav: NDArray[np.float32], index: int, ahead: bool) -> Timings:
     """One whole reply. The question begins with a moment of faint noise, never the same: see `_time_language`."""
     noise = np.random.default_rng(index).standard_normal(rates.SAMPLES_PER_TOKEN).astype(np.float32) * 1e-3
     session = bot.session(sampling=replace(bot.models.card.sampling, seed=index))
-    size = int(CHUNK_S * rates.LISTEN_SAMPLE_RATE)
     said = np.concatenate([noise, wav])
-    for at in range(0, len(said), size):
-        session.feed(said[at : at + size])
+    if ahead:
+        await say(session, said)
     timings = Timings()
     start = time.perf_counter()
+    if not ahead:
+        session.feed(said)
     first_audio_s: float | None = None
-    for event in session.events():
+    async for event in session.reply():
         if isinstance(event, AudioDelta) and first_audio_s is None and len(event.wav):
             first_audio_s = time.perf_counter() - start
         if isinstance(event, ReplyDone):
             timings = event.timings
     return replace(timings, first_audio_s=first_audio_s)
+
+
+def _first_audio(replies: list[Timings]) -> Spread | None:
+    return _spread([timings.first_audio_s for timings in replies if timings.first_audio_s is not None])
 
 
 def _times(rounds: int, warm_up: int, work: Callable[[int], float]) -> list[float]:

@@ -10,10 +10,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import KEY_VARIABLE, Parser, add_command, add_precision, positive, say_if_untrained
+from duologue.cli.parser import (
+    DTYPES,
+    KEY_VARIABLE,
+    Parser,
+    add_command,
+    add_device,
+    add_precision,
+    positive,
+    say_if_untrained,
+)
 
 if TYPE_CHECKING:
     from duologue.chatbot import Chatbot
+    from duologue.models import EngineName
+
+PRESETS = ("glm-4-voice-9b",)
+ENGINES = ("plain", "continuous")
 
 
 def add(commands: Any) -> None:
@@ -26,6 +39,44 @@ def add(commands: Any) -> None:
     add_precision(latency)
     latency.add_argument("--question", type=Path, help="a sound file (default: the one of the package)")
     _add_repetitions(latency, 10)
+
+    tokenizer = _add(names, "tokenizer", _tokenizer, "listening in small chunks against one offline pass")
+    _add_preset(tokenizer)
+    tokenizer.add_argument("--seconds", type=_seconds, default=30.0, metavar="S", help="of speech (default: 30)")
+    _add_repetitions(tokenizer, 5)
+
+    decoder = _add(names, "decoder", _decoder, "cost of block k of a long reply, against decoding all again")
+    _add_preset(decoder)
+    decoder.add_argument("--seconds", type=_seconds, default=60.0, metavar="S", help="of the reply (default: 60)")
+    decoder.add_argument("--replies", type=positive, default=2, metavar="N", help="in each block size (default: 2)")
+    decoder.add_argument(
+        "--repetitions", type=positive, default=15, metavar="N", help="of the second and the last block (default: 15)"
+    )
+
+    sessions = _add(names, "sessions", _sessions, "live conversations at once, in real time, against one alone")
+    add_precision(sessions)
+    sessions.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help=f"(default: {ENGINES[0]})")
+    sessions.add_argument(
+        "--sessions",
+        type=positive,
+        nargs="+",
+        default=[8],
+        metavar="N",
+        help="how many, one run each; the last is judged, one alone comes before (default: 8)",
+    )
+    sessions.add_argument("--seconds", type=_seconds, default=45.0, metavar="S", help="of the last run (default: 45)")
+    sessions.add_argument("--seed", type=int, default=0, help="of pauses, questions and sampling")
+
+    engine = _add(names, "engine", _engine, "the plain engine against continuous batching", model=False)
+    engine.add_argument("--model", help="a preset or a model folder (default: random weights of pocket's size)")
+    add_device(engine)
+    engine.add_argument("--dtype", choices=DTYPES, help="of a --model (default: bfloat16 if released)")
+    engine.add_argument(
+        "--requests", type=positive, nargs="+", default=[1, 4, 8, 16], metavar="N", help="at once (default: 1 4 8 16)"
+    )
+    engine.add_argument("--prompt", type=positive, default=200, metavar="N", help="ids (default: 200)")
+    engine.add_argument("--reply", type=positive, default=64, metavar="N", help="ids (default: 64)")
+    engine.add_argument("--repetitions", type=positive, default=3, metavar="N", help="(default: 3)")
 
     server = _add(names, "server", _server, "clients that talk with a real server, and clients that come and go")
     server.add_argument("--server", metavar="URL", help="a running one (default: start one for the bench)")
@@ -47,6 +98,66 @@ def _latency(args: argparse.Namespace) -> None:
     _run(args, _model(bot), lambda: measure_latency(bot, wav, sample_rate, args.repetitions, args.warm_up))
 
 
+def _tokenizer(args: argparse.Namespace) -> None:
+    from duologue.bench.tokenizer import measure_tokenizer, random_tokenizer
+    from duologue.chatbot import model_folder
+    from duologue.models import Card, load_tokenizer
+
+    name = args.bench
+    if args.preset is not None:
+        tokenizer, model = random_tokenizer(args.preset).to(args.device), {"name": args.preset, "trained": False}
+        name = f"{name}-{args.preset}"
+    else:
+        folder = model_folder(args.model)
+        card = Card.load(folder)
+        tokenizer, model = load_tokenizer(folder, args.device), {"name": card.name, "trained": card.trained}
+    counts = args.seconds, args.repetitions, args.warm_up
+    _run(args, model, lambda: measure_tokenizer(tokenizer, *counts), name)
+
+
+def _decoder(args: argparse.Namespace) -> None:
+    from duologue.bench.decoder import measure_decoder
+    from duologue.chatbot import model_folder
+    from duologue.models import Card, codebook_size, load_decoder
+
+    folder = model_folder(args.model)
+    card = Card.load(folder)
+    decoder = load_decoder(folder, args.device)
+    solver = card.num_steps, card.guidance_scale
+    counts = args.seconds, args.repetitions, args.replies
+    model = {"name": card.name, "trained": card.trained}
+    _run(args, model, lambda: measure_decoder(decoder, codebook_size(decoder), *counts, *solver))
+
+
+def _sessions(args: argparse.Namespace) -> None:
+    from duologue.bench.sessions import measure_sessions
+
+    bot = _load(args, args.engine)
+    counts = args.sessions if args.sessions[0] == 1 else [1, *args.sessions]
+    model = {**_model(bot), "engine": args.engine}
+    _run(args, model, lambda: measure_sessions(bot, counts, args.seconds, args.seed))
+
+
+def _engine(args: argparse.Namespace) -> None:
+    from duologue.bench.engine import measure_engine, random_language, stored_language
+    from duologue.chatbot import model_folder
+    from duologue.models import Card
+    from duologue.vocabulary import Vocabulary
+
+    if args.model is None:
+        if args.dtype is not None:
+            raise ValueError("--dtype is of a stored model: give it together with --model")
+        vocabulary = Vocabulary.load(model_folder() / "vocabulary")
+        make_model, model = random_language(vocabulary, args.device), {"name": "pocket's size", "trained": False}
+    else:
+        folder = model_folder(args.model)
+        card = Card.load(folder)
+        make_model, vocabulary = stored_language(folder, args.device, args.dtype)
+        model = {"name": card.name, "trained": card.trained}
+    sizes = args.requests, args.prompt, args.reply, args.repetitions
+    _run(args, model, lambda: measure_engine(make_model, vocabulary, *sizes))
+
+
 def _server(args: argparse.Namespace) -> None:
     import os
 
@@ -56,7 +167,7 @@ def _server(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         url, pid, key = args.server, args.pid, os.environ.get(KEY_VARIABLE, "")
         if url is None:
-            many = ("--max-sessions", str(args.clients + 8), "--max-sessions-per-key", str(args.clients + 8))
+            many = ("--sessions", str(args.clients + 8), "--sessions-per-key", str(args.clients + 8))
             server = stack.enter_context(start_server(args.model, ("--device", args.device, *many)))
             url, pid, key = server.url, server.pid, ""
         counts = (args.clients, args.turns, args.cycles, args.max_tokens)
@@ -76,10 +187,24 @@ def _add_repetitions(parser: Parser, default: int) -> None:
     parser.add_argument("--warm-up", type=int, default=2, metavar="N", help="repetitions that are not counted")
 
 
-def _load(args: argparse.Namespace) -> Chatbot:
+def _add_preset(parser: Parser) -> None:
+    parser.add_argument("--preset", choices=PRESETS, help="the published size with random weights, in place of a model")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return seconds
+
+
+def _load(args: argparse.Namespace, engine: EngineName = "plain") -> Chatbot:
     from duologue.chatbot import load
 
-    bot = load(args.model, args.device, args.dtype, args.quantize)
+    bot = load(args.model, args.device, args.dtype, args.quantize, engine)
     say_if_untrained(bot.models.card)
     return bot
 

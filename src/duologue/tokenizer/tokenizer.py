@@ -83,7 +83,7 @@ class SpeechTokenizer(nn.Module):
     def step(self, x: Padded, state: SpeechTokenizerState) -> Padded:
         """wav (B, S) -> codes that have become final."""
         state.waiting = Padded.concat([state.waiting, x])
-        codes = []
+        codes: list[Padded] = []
         while bool((closing := state.waiting.lengths >= state.missing).any()):
             room = self.piece_samples - state.features.num_samples
             now, state.waiting = split_at(state.waiting, torch.minimum(state.waiting.lengths, room) * closing)
@@ -95,8 +95,7 @@ class SpeechTokenizer(nn.Module):
                 codes.append(self._flush_piece(state, full))
             state.missing = self._missing(state)
         if not codes:
-            none = torch.zeros_like(state.missing)
-            return Padded(none[:, None][:, :0], none)
+            return Padded(x.lengths.new_zeros(len(x.lengths), 0), torch.zeros_like(x.lengths))
         return Padded.concat(codes)
 
     def flush(self, state: SpeechTokenizerState, rows: Tensor | None = None) -> Padded:
@@ -130,14 +129,14 @@ class SpeechTokenizer(nn.Module):
         mel = Padded.concat([state.encoder.pending, self.features.flush(state.features, rows)])
         lengths = mel.lengths * rows
         ending = Padded(mel.values[:, : int(lengths.max())], lengths)  # whole tokens, whatever the other rows hold
-        codes = self.quantizer.codes(self.encoder.encode(ending, state.encoder, num_valid))
+        codes: Padded = self.quantizer.codes(self.encoder.encode(ending, state.encoder, num_valid))
         state.encoder.pending = mel
         reset_rows(state.encoder, self.encoder.init_state(len(rows)), rows)
         return codes
 
     def forward(self, x: Padded) -> Padded:
         """wav (B, S) -> codes (B, T); what a stream gives, at once."""
-        codes = []
+        codes: list[Padded] = []
         for piece in self._pieces(x):
             codes.append(self.quantizer.codes(self.encode_piece(piece, self.encoder.init_state(len(x.lengths)))))
         return Padded.concat(codes)
