@@ -59,7 +59,6 @@ class Service:
         engine = self.bot.models.engine
         watch("engine_running", "Replies that the engine makes now.", lambda: engine.running)
         watch("engine_cached_tokens", "Ids whose keys and values are kept.", lambda: engine.cached_tokens)
-        watch("tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
 
     def key(
         self, request: Request, bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)] = None
