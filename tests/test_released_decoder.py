@@ -354,7 +354,7 @@ def test_seeds_and_speakers_belong_to_rows() -> None:
         (lambda decoder: Streaming(block_tokens=(25, 0)), "block_tokens must be positive"),
         (lambda decoder: Streaming(context_tokens=100), "context_tokens must be at least 640"),
         (lambda decoder: Streaming(window_frames=-1), "window_frames must not be negative, got -1"),
-        (lambda decoder: Streaming(window_frames=7000), "window_frames is 7000; context_tokens 1280 .* leave 6581"),
+        (lambda decoder: Streaming(None, 34, 7000), "window_frames is 7000; context_tokens 1280 .* leave 6581"),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(call: Callable[[ReleasedDecoder], object], words: str) -> None:
