@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from duologue import events, rates
 from duologue.interleave import Kind
+from duologue.language.requests import EngineFull
 from duologue.serving import protocol
 from duologue.serving.conversation import Item, Items, Sound
 from duologue.serving.formats import Outgoing
@@ -135,7 +136,7 @@ class Answer:
             await self._reply()
         except ProtocolError as error:
             await self._fail(error.message, error.code, error.kind)
-        except (ValueError, WorkerFull) as error:  # one sentence in the user's words
+        except (ValueError, EngineFull, WorkerFull) as error:  # one sentence in the user's words
             await self._fail(str(error), "response_failed", "invalid_request_error")
         except Exception:
             log.exception("a reply failed")

@@ -75,6 +75,7 @@ class Conversations:
             visit.recorder = await asyncio.to_thread(Recorder, settings.record_folder, visit.session_id, service.model)
         task = asyncio.create_task(converse(socket, service.bot, settings, service.metrics, model, visit))
         there = self._open[visit.session_id] = _Open(key, task)
+        log.info("a conversation begins (%s), %d now", key or "no key", len(self._open))
         try:
             await asyncio.wait([task])
         finally:
@@ -85,6 +86,7 @@ class Conversations:
                 service.shelf.put(visit.session_id, key, visit.kept)
             await _finish_recording(visit)
             del self._open[visit.session_id]
+            log.info("a conversation ends (%s), %d now", key or "no key", len(self._open))
             there.left.set()
 
     async def _refuse(self, socket: WebSocket, error: Refused) -> None:

@@ -84,7 +84,7 @@ class Recorder:
         self._folder, self._clock, self._start = folder, clock, clock()
         self._about = {"session_id": session_id, "model": model, "began": self._began.isoformat()}
         self._partial = folder / f".{self._name}.partial"
-        self._partial.mkdir(parents=True)
+        self._partial.mkdir(0o700, parents=True)
         self._files = [(self._partial / name).open("w+b") for name in ("user.pcm", "assistant.pcm")]
         self._user, self._assistant = map(_Side, self._files)
         self._begins = True

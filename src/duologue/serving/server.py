@@ -66,7 +66,9 @@ class Server(uvicorn.Server):
                 settings.host,
                 settings.port,
                 log_config=None,
-                access_log=False,  # addresses of conversations and their ids stay out of the log
+                # Below warnings uvicorn logs addresses with the ids of conversations, and what is said in them.
+                log_level="warning",
+                access_log=False,
                 server_header=False,
                 ws="websockets-sansio",
                 ws_max_size=settings.max_message_bytes,
