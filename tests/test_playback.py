@@ -37,7 +37,7 @@ class Talk:
     def run(self) -> "Talk":
         policy = BlockPolicy(clock=lambda: self.now)
         arrivals = self.arrivals()
-        decoded, come, done_at, begun, dry = 0, 0, None, 0.0, None
+        decoded, come, done_at, dry = 0, 0, None, None
         while decoded < self.num_speech or done_at is not None:
             while come < self.num_speech and arrivals[come] <= self.now:
                 come += 1
@@ -51,7 +51,7 @@ class Talk:
                 if self.first_sound is None:
                     self.first_sound = self.now
                 dry = max(dry or self.now, self.now) + audio_s
-                policy.took_sound(size, self.now - begun, audio_s)
+                policy.took_sound(audio_s)
                 assert policy.runs_dry_at == pytest.approx(dry)
             if done_at is None and decoded < self.num_speech:
                 waiting = come - decoded
@@ -63,7 +63,8 @@ class Talk:
                     assert size <= waiting
                     assert size % 10 == 0 or (ended and size == waiting)
                     slow = self.jitter[len(self.blocks) % len(self.jitter)]
-                    begun, done_at = self.now, self.now + slow * (self.base_s + self.token_s * size)
+                    done_at = self.now + slow * (self.base_s + self.token_s * size)
+                    policy.gave_block(size)
                     self.blocks.append(size)
                     decoded += size
             self.now += 0.005
@@ -99,7 +100,8 @@ def test_a_block_is_bounded() -> None:
     assert policy.block_size(7, None) == 7
     for _ in range(10):
         policy.took_id()
-    policy.took_sound(10, 0.01, 100.0)
+    policy.gave_block(10)
+    policy.took_sound(100.0)
     assert policy.block_size(200, 5) == 30
     assert policy.block_size(200, None) == 30
     assert policy.block_size(29, 1) == 0

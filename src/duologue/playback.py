@@ -46,6 +46,7 @@ class BlockPolicy:
         self._clock, self._max_tokens, self._safety, self._margin_s = clock, max_tokens, safety, margin_s
         self._ids_at: deque[float] = deque(maxlen=32)
         self._decoded: deque[tuple[int, float]] = deque(maxlen=4)  # tokens and seconds of the last blocks
+        self._given = rates.BLOCK_TOKENS, 0.0
         self._runs_dry_at: float | None = None
 
     @property
@@ -57,16 +58,15 @@ class BlockPolicy:
         """The language model gave one more id, text or speech."""
         self._ids_at.append(self._clock())
 
-    def took_sound(self, num_tokens: int, seconds: float, audio_s: float) -> None:
-        """A block has become sound and is played behind what there was.
+    def gave_block(self, num_tokens: int) -> None:
+        """So many tokens have been given to the decoder, the only ones that it has now."""
+        self._given = max(num_tokens, rates.BLOCK_TOKENS), self._clock()
 
-        Args:
-            num_tokens: of the block.
-            seconds: from asking for it to having it.
-            audio_s: length of the sound.
-        """
+    def took_sound(self, audio_s: float) -> None:
+        """The block that was given has become sound of this length, which is played behind what there was."""
+        num_tokens, begun = self._given
         now = self._clock()
-        self._decoded.append((max(num_tokens, rates.BLOCK_TOKENS), seconds))
+        self._decoded.append((num_tokens, now - begun))
         start = now if self._runs_dry_at is None else max(self._runs_dry_at, now)
         self._runs_dry_at = start + audio_s
 

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,15 +19,6 @@ from duologue.models import Models
 from duologue.playback import BlockPolicy
 from duologue.vocabulary import TextStream
 from duologue.worker import Stepped, Worker
-
-
-@dataclass(frozen=True)
-class _Block:
-    """A block of tokens with the worker."""
-
-    num_tokens: int
-    begun: float
-    step: asyncio.Future[Stepped]
 
 
 class Speaker:
@@ -50,7 +40,7 @@ class Speaker:
         self._start, self._due = time.perf_counter(), time.monotonic() + RESPONSE_S
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
-        self._block: _Block | None = None
+        self._block: asyncio.Future[Stepped] | None = None  # with the worker
         self._num_decoded = self._num_samples = 0
         self._is_flushed = False
         self._request_id = ""
@@ -101,7 +91,7 @@ class Speaker:
             while not self.is_stopped and (coming is not None or not self._is_complete):
                 self._go_on(ended=coming is None)
                 await self._wait(coming)
-                if self._block is not None and self._block.step.done() and not self.is_stopped:
+                if self._block is not None and self._block.done() and not self.is_stopped:
                     yield self._take_sound(self._block)
                 if coming is None or not coming.done() or self.is_stopped:
                     continue
@@ -127,7 +117,7 @@ class Speaker:
         if self._request_id:
             self._models.engine.cancel(self._request_id)
         if self._block is not None:
-            self._block.step.cancel()
+            self._block.cancel()
         if not self._stopped.done():
             self._stopped.set_result(None)
 
@@ -138,7 +128,7 @@ class Speaker:
         if coming is not None:
             waited.add(coming)
         if self._block is not None:
-            waited.add(self._block.step)
+            waited.add(self._block)
         elif coming is not None and self._num_waiting >= rates.BLOCK_TOKENS:
             timeout = max(self._policy.wait_s(self._num_waiting, self._num_ids_to_next), 0.001)
         await asyncio.wait(waited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -195,15 +185,16 @@ class Speaker:
         runs_dry_at = self._policy.runs_dry_at
         due = self._due if runs_dry_at is None else runs_dry_at
         step = self._worker.step(self._models.decoder, codes, self._state, last, due)
-        self._block = _Block(size, time.perf_counter(), asyncio.wrap_future(step))
+        self._block = asyncio.wrap_future(step)
+        self._policy.gave_block(size)
         self._num_decoded += size
         self._is_flushed = last
 
-    def _take_sound(self, block: _Block) -> AudioDelta:
+    def _take_sound(self, block: asyncio.Future[Stepped]) -> AudioDelta:
         self._block = None
-        values, seconds = block.step.result()
+        values, seconds = block.result()
         wav = values.clamp(-1.0, 1.0).float().numpy()
-        self._policy.took_sound(block.num_tokens, time.perf_counter() - block.begun, len(wav) / rates.SPEAK_SAMPLE_RATE)
+        self._policy.took_sound(len(wav) / rates.SPEAK_SAMPLE_RATE)
         self._stages["decoder"] += seconds
         self._note_once("first_audio_s", time.perf_counter() - self._start)
         self._num_samples += len(wav)
