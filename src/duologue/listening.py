@@ -191,9 +191,9 @@ class Ahead:
     async def _warm(self) -> None:
         while self._stale and not self._stopped:
             self._stale = False
-            if (ids := self._prompt()) is None:
-                return
             try:
+                if (ids := self._prompt()) is None:
+                    return
                 await self._engine.warm(ids)
             except (ValueError, RuntimeError):
                 # Too long a prompt, or no room for it now: the reply will say so. Nothing was promised here.

@@ -129,9 +129,12 @@ class Answer:
     def id(self) -> str:
         return self.wish.response.id
 
+    async def announce(self) -> None:
+        """Tells that the response begins; before `run`, so that nothing that ends it can come first."""
+        await self.outbox.put(protocol.ResponseCreated(response=self.wish.response))
+
     async def run(self) -> None:
         """Produces the reply. Never raises, but for cancellation."""
-        await self.outbox.put(protocol.ResponseCreated(response=self.wish.response))
         try:
             await self._reply()
         except ProtocolError as error:

@@ -345,6 +345,7 @@ class Live:
                 self.listener.detector.stop_waiting()
         else:
             self._others[answer.id] = answer
+        await answer.announce()
         self.tasks.create_task(answer.run())
 
     async def _wish(self, params: ResponseParams, asked: float, commit_s: float, in_conversation: bool) -> Wish:

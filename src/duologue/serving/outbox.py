@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Protocol
 
+from starlette.websockets import WebSocketDisconnect
+
 from duologue.serving.metrics import Metrics
 from duologue.serving.protocol import ServerEvent
 
@@ -54,7 +56,7 @@ class Outbox:
         await self._queue.put((event, unless, when_sent))
 
     async def send(self) -> None:
-        """Sends for ever. Raises Ended when the client has stalled."""
+        """Sends for ever. Raises Ended when the client has stalled or is gone."""
         while True:
             event, unless, when_sent = await self._queue.get()
             try:
@@ -68,6 +70,8 @@ class Outbox:
                 raise Ended(
                     STALLED_CODE, f"the client has read nothing for {self._stall_s:g} s while events waited", "stalled"
                 ) from None
+            except WebSocketDisconnect:
+                raise Ended(1000, "the client is gone", "client") from None
             finally:
                 self._queue.task_done()
 
