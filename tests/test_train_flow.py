@@ -13,9 +13,12 @@ from duologue import rates
 from duologue.audio import LogMelConfig, SpeakMel
 from duologue.checkpoint import file_hash, load_component, read_extra, save_component
 from duologue.config import load_config
+from duologue.decoder.conformer import ConformerConfig
 from duologue.decoder.encoder import TokenEncoderConfig
 from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import Flow, FlowConfig
+from duologue.decoder.released_flow import ReleasedFlow, ReleasedFlowConfig
+from duologue.decoder.unet import UNetConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded
 from duologue.tokenizer.encoder import EncoderConfig
@@ -27,13 +30,21 @@ from duologue.training.data import Clips
 from duologue.training.flow import REPLY, FlowModel, FlowRecipe, FlowStage
 from duologue.training.loop import LoopConfig, run
 
-RECIPES = Path(__file__).parent.parent / "recipes" / "pocket"
+RECIPES = Path(__file__).parent.parent / "recipes"
 TINY = FlowConfig(
     encoder=TokenEncoderConfig(width=16, num_heads=2, ffn_dim=24, num_layers=1),
     estimator=EstimatorConfig(width=16, num_heads=2, ffn_dim=24, num_layers=1, kernel_size=3, time_dim=8),
     condition_dim=80,
     speaker_dim=4,
     num_steps=2,
+)
+
+
+RELEASED = ReleasedFlowConfig(
+    input_size=16,
+    spk_embed_dim=4,
+    encoder=ConformerConfig(input_size=16, output_size=16, attention_heads=2, linear_units=24, num_blocks=1),
+    estimator=UNetConfig(channels=(16, 16), attention_head_dim=8, n_blocks=1, num_mid_blocks=1, num_heads=2),
 )
 
 
@@ -92,6 +103,11 @@ def recipe(tmp_path: Path) -> FlowRecipe:
         num_valid_clips=2,
         num_generated=2,
     )
+
+
+def flow_of(stage: FlowStage) -> Flow:
+    assert isinstance(stage.flow, Flow)
+    return stage.flow
 
 
 def store_of(recipe: FlowRecipe) -> CodeStore:
@@ -202,7 +218,7 @@ def test_loss_is_on_what_is_not_given_and_padding_does_not_count(recipe: FlowRec
     garbage = {**batch, "mel": torch.where(behind[:, :, None], 50.0, batch["mel"])}
     assert fixed_losses(stage, garbage) == pytest.approx(plain, rel=1e-4)
     # What is given counts for the coarse loss only: the velocity at the given frames is not asked for.
-    hidden = stage.flow.estimator.out
+    hidden = flow_of(stage).estimator.out
     masked: list[Tensor] = []
     handle = hidden.register_forward_hook(lambda module, args, out: masked.append(out))
     fixed_losses(stage, batch)
@@ -251,11 +267,11 @@ def test_training_lowers_the_loss_and_writes_a_flow_that_streams(recipe: FlowRec
     assert {"mels.png", "0-generated.wav", "0-from-reference-mel.wav"} <= names
     flow = load_component(tmp_path / "run" / "final" / "flow", Flow, FlowConfig)
     assert flow.config.encoder.codebook_size == 30
-    assert flow.config.mel_mean == stage.flow.config.mel_mean != TINY.mel_mean
+    assert flow.config.mel_mean == flow_of(stage).config.mel_mean != TINY.mel_mean
     assert read_extra(tmp_path / "run" / "final" / "flow")["tokenizer"] == file_hash(recipe.tokenizer)
     tokens = Padded.full(torch.randint(0, 30, (1, 23)))
     with torch.no_grad():
-        assert torch.equal(flow(tokens).values, stage.flow.eval()(tokens).values)
+        assert torch.equal(flow(tokens).values, flow_of(stage).eval()(tokens).values)
 
     second = dataclasses.replace(
         recipe, start_from=str(tmp_path / "run" / "final"), roles=("reply",), prefix_probability=0.5
@@ -264,10 +280,47 @@ def test_training_lowers_the_loss_and_writes_a_flow_that_streams(recipe: FlowRec
     assert voice.voices == []
     assert {one.clip.role for one in voice.train} == {"reply"}
     assert (voice.batch(3)["voice"] == REPLY).all()
-    assert voice.flow.config == flow.config
+    assert flow_of(voice).config == flow.config
     assert all(torch.equal(a, b) for a, b in zip(voice.flow.parameters(), flow.parameters(), strict=True))
     short = dataclasses.replace(recipe.loop, num_steps=2)
     assert np.isfinite(run(voice, short, tmp_path / "voice")["velocity"])
+
+
+def test_the_released_architecture_is_trained_by_the_same_stage(recipe: FlowRecipe, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(recipe, released=RELEASED, joined_tokens=30, max_tokens=30)
+    stage = FlowStage(recipe)
+    batch = stage.batch(0)
+    before = fixed_losses(stage, batch)
+    batch["mel"][:, -1][batch["num_frames"] < batch["mel"].shape[1]] = 99.0  # behind the end
+    assert fixed_losses(stage, batch) == pytest.approx(before, rel=1e-6)
+    run(stage, dataclasses.replace(recipe.loop, evaluate_every=100), tmp_path / "run")
+    trained = fixed_losses(stage, stage.batch(0))
+    assert trained["velocity"] < 0.9 * before["velocity"]
+    assert trained["coarse"] < 0.9 * before["coarse"]
+    flow = load_component(tmp_path / "run" / "final" / "flow", ReleasedFlow, ReleasedFlowConfig)
+    assert flow.config.vocab_size == 30
+    again = FlowStage(dataclasses.replace(recipe, start_from=str(tmp_path / "run" / "final")))
+    assert all(torch.equal(a, b) for a, b in zip(again.flow.parameters(), flow.parameters(), strict=True))
+    tokens, mels = again.whole(again.valid)
+    assert [len(mel) for mel in mels] == [rates.frames_for_tokens(n) for n in tokens.lengths.tolist()]
+
+
+def test_clips_of_one_voice_are_joined(recipe: FlowRecipe) -> None:
+    apart, joined = FlowStage(recipe), FlowStage(dataclasses.replace(recipe, joined_tokens=30))
+    places = [index for one in joined.train for index in one.indices]
+    assert sorted(places) == sorted(index for one in apart.train for index in one.indices)
+    assert max(len(one.indices) for one in joined.train) > 1
+    for one in joined.train:
+        clips = [clip for clip in apart.train if clip.indices[0] in one.indices]
+        assert len({(clip.clip.voice, clip.clip.role) for clip in clips}) == 1
+        assert one.num_tokens == sum(clip.num_tokens for clip in clips) <= 30
+    one = max(joined.train, key=lambda one: len(one.indices))
+    tokens, (mel,) = joined.whole([one])
+    store = store_of(recipe)
+    assert tokens.values[0].tolist() == [code for index in one.indices for code in store.codes(index).tolist()]
+    assert len(mel) == rates.frames_for_tokens(one.num_tokens)
+    assert np.array_equal(mel[: len(store.mel(one.indices[0]))].numpy(), store.mel(one.indices[0]))
+    assert np.array_equal(mel[-10:].numpy(), np.concatenate([store.mel(one.indices[-1])] * 2)[-10:])
 
 
 def test_resumed_run_equals_an_uninterrupted_one(recipe: FlowRecipe, tmp_path: Path) -> None:
@@ -292,7 +345,7 @@ def test_gradient_reaches_every_weight(recipe: FlowRecipe) -> None:
     stage = FlowStage(recipe)
     model: FlowModel = stage.model
     # The time's modulation starts at zero; a step away from there shows whether everything is connected.
-    torch.nn.init.normal_(stage.flow.estimator.time2.weight, std=0.1)
+    torch.nn.init.normal_(flow_of(stage).estimator.time2.weight, std=0.1)
     for index in range(3):
         losses = stage.losses("flow", stage.batch(index), 0)
         torch.stack(list(losses.values())).sum().backward()
@@ -313,8 +366,8 @@ def test_impossible_recipes_are_refused(recipe: FlowRecipe, change: dict[str, ob
         dataclasses.replace(recipe, **change)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", ["flow.yaml", "flow-voice.yaml"])
-def test_recipes_of_pocket_are_valid(name: str) -> None:
+@pytest.mark.parametrize("name", ["pocket/flow.yaml", "pocket/flow-voice.yaml", "released_context/flow.yaml"])
+def test_recipes_are_valid(name: str) -> None:
     recipe = load_config(RECIPES / name, FlowRecipe)
     assert recipe.loop.num_steps > 100
-    assert (recipe.start_from != "") == (name == "flow-voice.yaml")
+    assert (recipe.start_from != "") == (name == "pocket/flow-voice.yaml")

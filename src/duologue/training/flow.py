@@ -1,7 +1,8 @@
 """Stage `flow`: the flow decoder learns to turn speech tokens into mels (paper section 2).
 
 First many voices with a learned speaker vector each, the reply voice being the zero vector; then, started from that,
-the reply voice alone with truncated utterances (the first n blocks of 10 tokens).
+the reply voice alone with truncated utterances (the first n blocks of 10 tokens). The flow is pocket's, or one of the
+released architecture (`released`).
 
 Shapes: B batch, T tokens, F mel frames, M mels, S speaker channels.
 """
@@ -24,6 +25,8 @@ from duologue.audio import save_audio
 from duologue.checkpoint import file_hash, load_component, read_extra, save_component, save_tensors
 from duologue.decoder.encoder import frames_for_tokens, token_of_frame
 from duologue.decoder.flow import Flow, FlowConfig
+from duologue.decoder.regulator import mask_of
+from duologue.decoder.released_flow import ReleasedFlow, ReleasedFlowConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
@@ -44,6 +47,8 @@ class FlowRecipe:
     start_from: a folder of an earlier run of this stage (`final`) to start from; empty for random weights.
     vocoder: folder of a vocoder for the written samples; empty for pictures only.
     flow: sizes; codebook size, mean and deviation of the mel are filled in from tokenizer and corpus.
+    released: sizes of a flow of the released architecture to train in its place, codebook size filled in likewise.
+    joined_tokens: clips of one voice are joined one after the other to utterances of up to so many tokens; 0 for none.
     roles: which clips; empty for all.
     max_hours: of each corpus and these roles; None for all of it.
     batch_s: seconds of speech in a batch.
@@ -63,6 +68,8 @@ class FlowRecipe:
     start_from: str = ""
     vocoder: str = ""
     flow: FlowConfig = field(default_factory=FlowConfig)
+    released: ReleasedFlowConfig | None = None
+    joined_tokens: int = 0
     roles: tuple[str, ...] = ()
     max_hours: float | None = None
     batch_s: float = 120.0
@@ -91,10 +98,11 @@ class FlowRecipe:
 class FlowModel(nn.Module):
     """The flow and the speaker vectors of the corpus's voices, as one set of weights."""
 
-    def __init__(self, flow: Flow, num_voices: int) -> None:
+    def __init__(self, flow: Flow | ReleasedFlow, num_voices: int) -> None:
         super().__init__()
         self.flow = flow
-        self.speakers = nn.Embedding(max(num_voices, 1), flow.config.speaker_dim)
+        size = flow.config.spk_embed_dim if isinstance(flow, ReleasedFlow) else flow.config.speaker_dim
+        self.speakers = nn.Embedding(max(num_voices, 1), size)
 
     def speaker(self, voice: Tensor) -> Tensor:
         """Voice numbers (B,), or REPLY -> (B, S)."""
@@ -103,10 +111,11 @@ class FlowModel(nn.Module):
 
 @dataclass(frozen=True)
 class Utterance:
-    """One clip: the number of its corpus and its place there, and what is known of it."""
+    """One clip, or clips of one voice joined: the number of their corpus, their places there, what is known of the
+    first."""
 
     store: int
-    index: int
+    indices: tuple[int, ...]
     clip: Clip
     num_tokens: int
 
@@ -161,27 +170,24 @@ class FlowStage:
 
     def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         flow, start = self.flow, batch["start"]
-        mel = flow.normalise(batch["mel"].float())  # (B, F, M)
+        mel = batch["mel"].float()  # (B, F, M)
+        mel = mel if isinstance(flow, ReleasedFlow) else flow.normalise(mel)
         mask = torch.arange(mel.shape[1], device=mel.device) < batch["num_frames"][:, None]
         frame = torch.arange(mel.shape[1], device=mel.device)
         prompted = frame < batch["prompt"][:, None]
         # Where a clip is cut, the first frame may belong to the token before the cut, which is not there.
         mask = mask & (token_of_frame(frames_for_tokens(start)[:, None] + frame) >= start[:, None])
         speaker = self.model.speaker(batch["voice"])
-        encoder_state = flow.encoder.init_state(len(start))
-        encoder_state.start = start
-        condition = flow.encoder.step(Padded(batch["tokens"], batch["num_tokens"]), speaker, encoder_state)
-        coarse = condition.values[..., : flow.config.num_mels].float()
-        context = flow.estimator.embed_context(condition.values, speaker, mel * prompted[:, :, None])
-        context = context * batch["keep"][:, None, None]
         x0 = torch.randn_like(mel)
         time = torch.rand(len(start), device=mel.device)
         if self.recipe.time_sampling == "cosine":
             time = 1 - torch.cos(time * (math.pi / 2))
         x_t = torch.lerp(x0, mel, time[:, None, None])
-        cache = flow.estimator.init_cache(len(start), 1)
-        span = flow.estimator.span(condition, start, cache)
-        velocity = flow.estimator.step(x_t, time, context[:, :, None], span, cache)[:, :, 0]
+        given = mel * prompted[:, :, None]
+        if isinstance(flow, ReleasedFlow):
+            velocity, coarse = _predict_released(flow, batch, speaker, given, x_t, time)
+        else:
+            velocity, coarse = _predict(flow, batch, speaker, given, x_t, time)
         return {
             "velocity": _mean_square(velocity - (mel - x0), mask & ~prompted),
             "coarse": _mean_square(coarse - mel, mask),
@@ -192,7 +198,7 @@ class FlowStage:
         sums = dict.fromkeys(self.weights, 0.0)
         ordered = sorted(self.valid, key=lambda one: one.num_tokens)
         parts = [ordered[at : at + 16] for at in range(0, len(ordered), 16)]
-        device = self.flow.encoder.norm.weight.device
+        device = self.model.speakers.weight.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             for part in parts:
@@ -244,24 +250,27 @@ class FlowStage:
                 if clip.id != name:
                     raise ValueError(f"{folder} does not belong to {corpus}: clip {i} is {name}, not {clip.id}")
                 if store.num_tokens(i):
-                    utterances.append(Utterance(number, i, clip, store.num_tokens(i)))
-        return stores, utterances
+                    utterances.append(Utterance(number, (i,), clip, store.num_tokens(i)))
+        return stores, join(utterances, recipe.joined_tokens) if recipe.joined_tokens else utterances
 
-    def _make_flow(self) -> Flow:
+    def _make_flow(self) -> Flow | ReleasedFlow:
         recipe = self.recipe
+        config = recipe.flow if recipe.released is None else recipe.released
         tokenizer = load_component(recipe.tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
         if recipe.start_from:
             start = Path(recipe.start_from) / "flow"
             if read_extra(start).get("tokenizer") != self.tokenizer_hash:
                 raise ValueError(f"{start} was trained with another tokenizer than {recipe.tokenizer}")
-            return load_component(start, Flow, FlowConfig)
-        mels = np.concatenate([self._mel(one).numpy() for one in self.train[:_STATISTICS_CLIPS]])
+            return _load_flow(start, config)
         size = tokenizer.config.quantizer.codebook_size
         torch.manual_seed(recipe.loop.seed)
+        if isinstance(config, ReleasedFlowConfig):
+            return ReleasedFlow(dataclasses.replace(config, vocab_size=size))
+        mels = np.concatenate([self._mel(one).numpy() for one in self.train[:_STATISTICS_CLIPS]])
         return Flow(
             dataclasses.replace(
-                recipe.flow,
-                encoder=dataclasses.replace(recipe.flow.encoder, codebook_size=size),
+                config,
+                encoder=dataclasses.replace(config.encoder, codebook_size=size),
                 mel_mean=round(float(mels.mean()), 4),
                 mel_std=round(float(mels.std()), 4),
             )
@@ -272,9 +281,9 @@ class FlowStage:
         tokens, mels, voices = [], [], []
         for one, start in zip(utterances, starts, strict=True):
             end = min(start + num_tokens, one.num_tokens)
-            tokens.append(torch.from_numpy(self.stores[one.store].codes(one.index)[start:end]))
-            first, last = rates.frames_for_tokens(start), rates.frames_for_tokens(end)
-            mels.append(torch.from_numpy(self.stores[one.store].mel(one.index)[first:last]))
+            codes = np.concatenate([self.stores[one.store].codes(index) for index in one.indices])
+            tokens.append(torch.from_numpy(codes[start:end]))
+            mels.append(self._mel(one)[rates.frames_for_tokens(start) : rates.frames_for_tokens(end)])
             known = one.clip.voice in self.voices
             voices.append(self.voices.index(one.clip.voice) if known else REPLY)
         padded, mel = Padded.stack(tokens), Padded.stack(mels)
@@ -291,14 +300,85 @@ class FlowStage:
         """Whole clips from their tokens: natural-log mels (F, M)."""
         longest = max(one.num_tokens for one in utterances)
         batch = self._collate(utterances, [0] * len(utterances), longest)
-        device = self.flow.encoder.norm.weight.device
+        device = self.model.speakers.weight.device
         speaker = self.model.speaker(batch["voice"].to(device))
         state = self.flow.init_state(len(utterances), guidance_scale=guidance_scale, speaker=speaker)
         tokens = Padded(batch["tokens"].to(device), batch["num_tokens"].to(device))
         return [mel.cpu() for mel in self.flow(tokens, state).rows()]
 
+    def whole(self, utterances: Sequence[Utterance]) -> tuple[Padded, list[Tensor]]:
+        """Tokens (B, T) and natural-log mels (F, M) of whole utterances."""
+        batch = self._collate(utterances, [0] * len(utterances), max(one.num_tokens for one in utterances))
+        return Padded(batch["tokens"], batch["num_tokens"]), [self._mel(one) for one in utterances]
+
     def _mel(self, one: Utterance) -> Tensor:
-        return torch.from_numpy(self.stores[one.store].mel(one.index))
+        """(F, M) of F = 441 T // 64 frames; where clips join, a frame may have to be there twice for that."""
+        parts, num_frames, num_tokens = [], 0, 0
+        for index in one.indices:
+            mel = self.stores[one.store].mel(index)
+            num_tokens += self.stores[one.store].num_tokens(index)
+            missing = rates.frames_for_tokens(num_tokens) - num_frames - len(mel)
+            parts.append(np.concatenate([mel, mel[len(mel) - missing :]]))
+            num_frames += len(parts[-1])
+        return torch.from_numpy(np.concatenate(parts))
+
+
+def join(utterances: Sequence[Utterance], max_tokens: int) -> list[Utterance]:
+    """Joins clips of one corpus, voice, role and split, in their order, as long as they have at most so many tokens."""
+    open_ones: dict[tuple[object, ...], Utterance] = {}
+    joined = []
+    for one in utterances:
+        key = one.store, one.clip.voice, one.clip.role, one.clip.split
+        before = open_ones.get(key)
+        if before is not None and before.num_tokens + one.num_tokens <= max_tokens:
+            one = dataclasses.replace(
+                before, indices=before.indices + one.indices, num_tokens=before.num_tokens + one.num_tokens
+            )
+        elif before is not None:
+            joined.append(before)
+        open_ones[key] = one
+    return [*joined, *open_ones.values()]
+
+
+def _load_flow(folder: Path, config: FlowConfig | ReleasedFlowConfig) -> Flow | ReleasedFlow:
+    if isinstance(config, ReleasedFlowConfig):
+        return load_component(folder, ReleasedFlow, ReleasedFlowConfig)
+    return load_component(folder, Flow, FlowConfig)
+
+
+def _predict(
+    flow: Flow, batch: Batch, speaker: Tensor, given: Tensor, x_t: Tensor, time: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Velocity and the encoder's first guess of the mel.
+
+    Args:
+        speaker: (B, S).
+        given: (B, F, M) mel of the prompt, zeros behind it.
+        x_t: (B, F, M) at time (B,).
+    Returns:
+        both (B, F, M).
+    """
+    start = batch["start"]
+    encoder_state = flow.encoder.init_state(len(start))
+    encoder_state.start = start
+    condition = flow.encoder.step(Padded(batch["tokens"], batch["num_tokens"]), speaker, encoder_state)
+    context = flow.estimator.embed_context(condition.values, speaker, given) * batch["keep"][:, None, None]
+    cache = flow.estimator.init_cache(len(start), 1)
+    span = flow.estimator.span(condition, start, cache)
+    velocity = flow.estimator.step(x_t, time, context[:, :, None], span, cache)[:, :, 0]
+    return velocity, condition.values[..., : flow.config.num_mels].float()
+
+
+def _predict_released(
+    flow: ReleasedFlow, batch: Batch, speaker: Tensor, given: Tensor, x_t: Tensor, time: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same of the released architecture: a cut clip is an utterance of its own, and sees nothing before the cut."""
+    tokens = Padded(batch["tokens"], batch["num_tokens"])
+    mu = flow.length_regulator(flow.encode(tokens), batch["num_frames"]).values
+    keep = batch["keep"][:, None]
+    mask = mask_of(batch["num_frames"], mu.shape[1])
+    inputs = (mu * keep[:, None], flow.speaker_condition(speaker) * keep, given * keep[:, None])
+    return flow.decoder["estimator"](x_t, time, *inputs, mask), mu
 
 
 def _mean_square(error: Tensor, mask: Tensor) -> Tensor:

@@ -1,0 +1,70 @@
+"""Benches of the released decoder and of the solvers at sizes for tests: all figures are there and make sense."""
+
+import json
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from duologue.bench import harness
+from duologue.bench.released_decoder import _parabola, measure_released_decoder
+from duologue.bench.solvers import measure_solvers
+from duologue.decoder.solvers import Solver
+from duologue.layers import Padded
+from tests.released_sizes import FLOW, HIFT
+from tests.test_flow import CODES, tiny_flow
+
+
+def test_released_decoder() -> None:
+    record = harness.run(
+        "released_decoder",
+        "test",
+        {},
+        lambda: measure_released_decoder(FLOW, HIFT, 4.0, 10, 60, 6, num_steps=1, repetitions=1),
+    )
+    result = record.result
+    names = [check.name for check in result.checks]
+    assert names == ["decoder.released.last_over_first_full", "decoder.released.speedup"]
+    found = json.loads(json.dumps(record.to_json()))["results"]
+    assert (found["window_frames"], found["overlap_frames"], found["block_tokens"]) == (60, 6, 10)
+    assert len(found["block_s"]) == 5
+    assert (found["first_full"], found["last"]) == (2, 5)
+    assert [index for index, _ in found["released_block_s"]] == [1, 2, 3, 4, 5]
+    assert found["released_calls"] == [3] * 5
+    assert found["speedup"] == pytest.approx(found["released_reply_s"] / found["reply_s"])
+    assert 0 < found["vocoder_s"] < found["reply_s"]
+    assert "bfloat16 gains" in result.table()
+    result.draw(Figure())
+
+
+def test_replies_too_short_for_a_full_window_are_refused() -> None:
+    with pytest.raises(
+        ValueError, match="a reply of 25 tokens has 2 blocks of 10; at least two must follow the window"
+    ):
+        measure_released_decoder(FLOW, HIFT, 2.0, 10, 60, 6)
+    with pytest.raises(ValueError, match="repetitions must be at least 1, got 0"):
+        measure_released_decoder(FLOW, HIFT, repetitions=0)
+
+
+def test_the_parabola_goes_through_its_points() -> None:
+    def cost(frames: float) -> float:
+        return 2 + 3 * frames + 0.5 * frames**2
+
+    places = [float(x) for x in range(1, 31)]
+    points = [1.0, 8.0, 15.0, 22.0, 30.0]
+    assert _parabola(points, [cost(x) for x in points], places) == pytest.approx(sum(map(cost, places)))
+
+
+def test_solvers() -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = Padded(torch.randint(0, CODES, (2, 20), generator=generator), torch.tensor([20, 13]))
+    exact = Solver("midpoint", 32)
+    result = measure_solvers(tiny_flow(), tokens, (2, 32), (-1.0,), ("euler", "midpoint"), exact, repetitions=1)
+    by_name = {(one.method, one.num_steps): one for one in result.solved}
+    assert by_name["midpoint", 32].distance == 0.0
+    assert by_name["midpoint", 2].num_evaluations == 4
+    assert by_name["euler", 32].distance < by_name["euler", 2].distance < result.spread
+    assert all(one.worst_frame >= one.distance for one in result.solved)
+    assert result.num_tokens == 33
+    assert "adams-bashforth" not in result.table()
+    result.draw(Figure())
