@@ -252,6 +252,25 @@ def test_nothing_is_recorded_otherwise(bot: Chatbot, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_log_tells_what_was_said_or_by_whom(bot: Chatbot, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    with running(bot, api_keys=KEYS) as server, server.client(Authorization=f"Bearer {KEYS[0]}") as http:
+        with Client(server, key=KEYS[0]) as client:
+            session = client.until("session.created")["session"]["id"]
+            client.write("xylophone")
+            client.ask()
+        with Client(server, f"?session_id={session}", KEYS[0]) as client:
+            client.until("conversation.item.done")
+        http.post("/v1/audio/speech", json={"input": "xylophone"})
+        http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "xylophone"}]})
+        http.post("/v1/chat/completions", json={"messages": "xylophone"})
+    ours = [record for record in caplog.records if not record.name.startswith(("websockets", "httpx", "httpcore"))]
+    told = "\n".join(record.getMessage() for record in ours)
+    assert "a conversation begins (key-0), 1 now" in told
+    for secret in ("xylophone", session, *KEYS):
+        assert secret not in told
+
+
 def test_both_sides_stand_where_they_sounded(tmp_path: Path) -> None:
     now = 0.0
     recorder = Recorder(tmp_path, "sess_1", "tiny", clock=lambda: now)

@@ -260,7 +260,7 @@ def completion_routes(service: Service) -> APIRouter:
         summary="Answer a conversation",
         response_model=ChatCompletion,
         responses={
-            200: {"description": "The answer.", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
+            200: {"description": "The answer.", "content": {"text/event-stream": {}}},
             **documented(400, 413, 429, 503),
         },
     )

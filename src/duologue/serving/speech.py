@@ -158,7 +158,7 @@ def speech_routes(service: Service) -> APIRouter:
     """`/v1/audio/speech`."""
     router = APIRouter()
     content = {media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA_TYPES.values()}
-    content["text/event-stream"] = {"schema": {"type": "string"}}
+    content["text/event-stream"] = {}
 
     @router.post(
         "/v1/audio/speech",

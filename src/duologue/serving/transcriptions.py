@@ -164,7 +164,7 @@ def transcription_routes(service: Service) -> APIRouter:
     content = {
         "application/json": {"schema": {"anyOf": [_schema(Transcript), _schema(VerboseTranscript)]}},
         "text/plain": {"schema": {"type": "string"}},
-        "text/event-stream": {"schema": {"type": "string"}},
+        "text/event-stream": {},
     }
 
     @router.post(
