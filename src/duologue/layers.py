@@ -115,7 +115,7 @@ def roll_in(cache: Tensor, x: Padded, width: int) -> tuple[Tensor, Tensor]:
     joined = torch.cat([cache, x.values], 1)
     # Where all rows are full, as when a session is alone, the new cache is the end of the joined one as it lies there.
     # To ask is to wait for the device, so only where that is the processor.
-    if joined.device.type == "cpu" and width <= joined.shape[1] and bool((x.lengths == x.values.shape[1]).all()):
+    if joined.device.type == "cpu" and width <= joined.shape[1] and int(x.lengths.min()) == x.values.shape[1]:
         return joined, joined[:, joined.shape[1] - width :]
     index = cache.shape[1] - width + x.lengths[:, None] + torch.arange(width, device=cache.device)
     return joined, take(joined, index.clamp(min=0))
@@ -308,13 +308,15 @@ def attention_mask(
     return ((seen & real[:, None, :]) | (behind & (key[:, None, :] == query[:, :, None])))[:, None]
 
 
-def attend(query: Tensor, key: Padded, value: Tensor, cache: AttentionCache, mask: Tensor, width: int | None) -> Tensor:
+def attend(
+    query: Tensor, key: Padded, value: Tensor, cache: AttentionCache, mask: Tensor | None, width: int | None
+) -> Tensor:
     """Attention of new frames over cached and new ones; replaces what the cache holds.
 
     Args:
         query: (B, T, H, D); key, value: the same shape, key with the rows' lengths.
         cache: keys and values of the past; replaced by the last `width` ones (None: all).
-        mask: from `attention_mask`.
+        mask: from `attention_mask`; None where every query sees every key, cached and new.
     Returns:
         (B, T, H * D).
     """
@@ -326,7 +328,8 @@ def attend(query: Tensor, key: Padded, value: Tensor, cache: AttentionCache, mas
     if torch.is_grad_enabled() and query.device.type == "cpu":
         # The gradient of the fused attention is three times slower on a CPU than that of these three products.
         scores = (query @ keys.transpose(2, 3)) * query.shape[-1] ** -0.5
-        out: Tensor = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ values
+        scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
+        out: Tensor = scores.softmax(-1) @ values
     else:
         out = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)

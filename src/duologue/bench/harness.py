@@ -6,13 +6,14 @@ terminal and a drawing. Here it becomes one line of JSON that also says on what 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,6 +179,17 @@ def now(device: torch.device | str = "cpu") -> float:
 def computed(device: torch.device | str = "cpu") -> float:
     """Seconds of computation so far: those of the processor in all threads; of another device its clock, see `now`."""
     return time.process_time() if torch.device(device).type == "cpu" else now(device)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch computes in one thread of the processor inside of this block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def timed(work: Callable[[], object], device: torch.device | str = "cpu") -> float:

@@ -4,8 +4,9 @@
     streaming   chunks of 20, 40 and 100 ms; all their computation together is compared with offline
     baseline    everything said so far is tokenized again for each closed block
 
-Computation is counted in seconds of the processor in all threads, since a chunk keeps fewer of them busy than a whole
-utterance does; what a chunk makes the user wait is counted by the clock.
+Computation is counted in seconds of the processor, in one thread: a chunk keeps fewer threads busy than a whole
+utterance does, and what threads cost each other is no property of streaming. What a chunk makes the user wait is
+counted by the clock.
 
 Also measured: the cost of each block over 30 s, what remains to be done at the end of speech, and how many ids differ
 from offline ones when the feature floor is relative to the loudest moment of the utterance, of which a stream knows
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from duologue import rates
 from duologue.audio import LogMel
-from duologue.bench.harness import Check, Spread, at_most, computed, now
+from duologue.bench.harness import Check, Spread, at_most, computed, now, one_thread
 from duologue.bench.plots import draw_lines
 from duologue.bench.speech import chunks, questions, speech_of
 from duologue.decoder.flow import state_bytes
@@ -175,7 +176,7 @@ def measure_tokenizer(
     if seconds < 4 * block_s:
         raise ValueError(f"{seconds} s of speech are too short: at least four blocks of {block_s:g} s are needed")
     wav = speech_of(seconds)
-    with torch.inference_mode():
+    with torch.inference_mode(), one_thread():
         offline: list[_Once] = []
         runs: dict[float, list[_Run]] = {chunk_ms: [] for chunk_ms in (*chunks_ms, CURVE_CHUNK_MS)}
         for index in range(warm_up + repetitions):

@@ -54,8 +54,8 @@ class EncoderLayer(nn.Module):
         self.fc2 = nn.Linear(ffn_dim, width)
         self.final_layer_norm = nn.LayerNorm(width)
 
-    def step(self, x: Padded, cache: AttentionCache, mask: Tensor) -> Padded:
-        """(B, T, D) new frames with a mask from `attention_mask`; all past frames stay in the cache."""
+    def step(self, x: Padded, cache: AttentionCache, mask: Tensor | None) -> Padded:
+        """(B, T, D) new frames with a mask from `attention_mask`, None for all; all past frames stay in the cache."""
         h = self.self_attn_layer_norm(x.values)
         query, key, value = (
             self.self_attn[name](h).unflatten(-1, (self.num_heads, -1)) for name in ("q_proj", "k_proj", "v_proj")
@@ -132,13 +132,25 @@ class Encoder(nn.Module):
         x = Padded(functional.gelu(x.values) + embedded, x.lengths)
         valid = None if num_valid is None else -(-num_valid // rates.ENCODER_STRIDE)
         num_cached = drop_padding(state.layers, state.start)
-        mask = attention_mask(
-            state.start, x, num_cached, lambda position: position // self.config.block_frames, num_valid=valid
-        )
+        mask = None
+        if valid is not None or not self._sees_everything(x, state.start, num_cached):
+            mask = attention_mask(
+                state.start, x, num_cached, lambda position: position // self.config.block_frames, num_valid=valid
+            )
         for layer, cache in zip(self.layers, state.layers, strict=True):
             x = layer.step(x, cache, mask)  # type: ignore[operator]
         state.start = state.start + x.lengths
         return x
+
+    def _sees_everything(self, x: Padded, start: Tensor, num_cached: int) -> bool:
+        """Whether all new frames are one block of each row, without padding anywhere: the block of a session alone.
+
+        To ask is to wait for the device, so only where that is the processor.
+        """
+        time = x.values.shape[1]
+        if start.device.type != "cpu" or time > self.config.block_frames or num_cached % self.config.block_frames:
+            return False
+        return bool(((start == num_cached) & (x.lengths == time)).all())
 
 
 def pool(frames: Tensor) -> Tensor:
