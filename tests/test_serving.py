@@ -159,6 +159,7 @@ def test_a_key_opens_what_is_guarded(guarded: Running, path: str) -> None:
 def test_the_models_work_for_nobody_without_a_key(guarded: Running, path: str) -> None:
     with guarded.client() as client:
         assert client.post(path).status_code == 401
+        assert client.post(path, content=b"{ not even JSON").status_code == 401
 
 
 def test_open_to_everybody(guarded: Running) -> None:
@@ -174,6 +175,9 @@ def test_an_allowed_page_of_another_server_comes_in(guarded: Running) -> None:
         assert response.status_code == 200
         assert response.headers["access-control-allow-origin"] == headers["Origin"]
         asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        refused = client.get("/v1/models", headers={"Origin": headers["Origin"]})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == headers["Origin"]
         before = client.options("/v1/chat/completions", headers={**headers, **asked})
         assert before.status_code == 200
         assert "POST" in before.headers["access-control-allow-methods"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -183,7 +184,7 @@ def test_a_dropped_client_goes_on_with_its_conversation(bot: Chatbot) -> None:
             session = client.until("session.created")["session"]
             client.write("Hello")
             first = client.ask()
-            client.socket.socket.close()  # without a word, as a lost network does
+            client.socket.socket.shutdown(socket.SHUT_RDWR)  # without a word, as a lost network does
         eventually(lambda: len(server.service.shelf) == 1)
         query = f"?model=x&session_id={session['id']}"
         with Client(server, query, KEYS[1]) as stranger:
@@ -365,8 +366,23 @@ def test_a_reader_that_goes_away_ends_its_answer(bot: Chatbot) -> None:
             with http.stream("POST", "/v1/audio/speech", json=asked) as response:
                 next(response.iter_raw())
         eventually(lambda: server.service.admission.num_inside == 0)
-        eventually(lambda: not server.service.bot.models.engine.running)
+        eventually(lambda: server.service.bot.models.engine.running == 0)
         question: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
         with server.client() as http, pytest.raises(httpx.ReadTimeout):
             http.post("/v1/chat/completions", json=question, timeout=httpx.Timeout(30, read=0.001))
         eventually(lambda: server.service.admission.num_inside == 0)
+
+
+def test_a_reader_that_reads_nothing_is_given_up(bot: Chatbot) -> None:
+    with running(bot, stall_s=0.5) as server, socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        host, port = server.url.removeprefix("http://").split(":")
+        client.connect((host, int(port)))
+        body = json.dumps({"input": "Hello, how are you? " * 60, "response_format": "wav"}).encode()
+        head = f"POST /v1/audio/speech HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        eventually(lambda: server.service.admission.num_inside == 1)
+        stalled = server.service.metrics.errors.labels("stalled")
+        eventually(lambda: stalled._value.get() == 1)
+        eventually(lambda: server.service.admission.num_inside == 0)
+        eventually(lambda: server.service.bot.models.engine.running == 0)

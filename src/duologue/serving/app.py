@@ -100,6 +100,8 @@ def create_app(bot: Chatbot, settings: Settings | None = None) -> FastAPI:
     app.include_router(_status_routes(service))
     app.include_router(realtime_routes(service))
     app.router.routes.append(_Page("/", StaticFiles(directory=PAGE, html=True), name="page"))
+    app.add_middleware(Gate, settings=service.settings, admission=service.admission, metrics=service.metrics)
+    # Outermost, so that an allowed page can read a refusal.
     if service.settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -107,7 +109,6 @@ def create_app(bot: Chatbot, settings: Settings | None = None) -> FastAPI:
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"],
         )
-    app.add_middleware(Gate, settings=service.settings, admission=service.admission, metrics=service.metrics)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 

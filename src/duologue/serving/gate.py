@@ -1,10 +1,14 @@
-"""What every HTTP request passes before its route: the address it came to, the page it came from, the size of its body;
-and what every answer gets: headers that keep browsers careful, and a count."""
+"""What every HTTP request passes before its route: the address it came to, the page it came from, its key, the size of
+its body; and what every answer gets: headers that keep browsers careful, and a count."""
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
+
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from duologue.serving.admission import Admission, Refused
@@ -48,17 +52,26 @@ class Gate:
                 own = HEADERS if scope["path"].startswith("/v1/") else {**HEADERS, **PAGE_HEADERS}
                 for name, value in own.items():
                     given.setdefault(name, value)
-            await send(message)
+            try:
+                async with asyncio.timeout(self._settings.stall_s):
+                    await send(message)
+            except TimeoutError:
+                self._metrics.errors.labels("stalled").inc()
+                raise ClientDisconnect from None
 
         try:
             if scope["path"] not in OPEN_PATHS:
                 self._admission.check_address(headers.get("host"), headers.get("origin"))
+            if scope["path"].startswith("/v1/") or scope["path"] == "/metrics":
+                self._admission.check_key(headers.get("authorization"))  # before a body is read
             self._check_length(headers.get("content-length"))
         except Refused as error:
             self._metrics.errors.labels(error.code).inc()
             await error_response(error.message, error.status, error.code)(scope, receive, counted)
             return
-        await self._app(scope, self._bounded(receive), counted)
+        # A client that goes away or reads nothing is told nothing any more; its work has been cancelled.
+        with suppress(ClientDisconnect):
+            await self._app(scope, self._bounded(receive), counted)
 
     def _check_length(self, length: str | None) -> None:
         if length is not None and length.isdecimal() and int(length) > self._settings.max_upload_bytes:
