@@ -99,6 +99,10 @@ class Visit:
     def turn(self, who: str, words: str) -> Any:
         return self.page.locator(f".turn.{who}").filter(has_text=words)
 
+    def answer_to(self, words: str) -> Any:
+        """The reply after the user's turn with these words."""
+        return self.turn("you", words).locator("xpath=following-sibling::li[contains(@class, 'they')]").first
+
     def saved(self, tmp_path: Path) -> tuple[dict[str, Any], NDArray[np.float64]]:
         """The conversation as the page saves it: its words, and (samples, 2) of sound."""
         page = self.page

@@ -58,6 +58,7 @@ class Script:
         pause_s: from block to block, after the first.
         full: new conversations are refused.
         keeps: dropped conversations can be gone on with.
+        busy: the next question finds an answer under way of which its client has not heard.
         transcribes: what was spoken comes back as text.
         answer: the words of an answer.
     """
@@ -68,6 +69,7 @@ class Script:
     full: bool = False
     keeps: bool = True
     transcribes: bool = True
+    busy: bool = False
     key: str = ""
     answer: str = ANSWER
     heard: str = "What is two plus three?"
@@ -233,6 +235,10 @@ class _Talk:
                 await self.send("conversation.item.truncated", **values)
             case "response.create":
                 self.answer()
+                if self.server.script.busy:
+                    self.server.script.busy = False
+                    about = {"code": "conversation_already_has_active_response", "message": "wait", "param": None}
+                    await self.send("error", error={"type": "invalid_request_error", **about})
             case "response.cancel":
                 self.cancel()
 

@@ -187,6 +187,38 @@ def test_full_server_in_words_until_there_is_a_place(visit: Open, server: PageSe
     expect(one.turn("they", server.script.answer)).to_have_count(1, timeout=20_000)  # by itself; nothing was lost
 
 
+def test_question_into_an_answer_that_had_just_begun_is_asked_again(visit: Open, server: PageServer) -> None:
+    server.script.busy = True
+    one = visit()
+    one.type("And this?")
+    expect(one.turn("they", server.script.answer)).to_have_count(1, timeout=10_000)
+    assert [e["type"] for e in server.received if e["type"].startswith("response.")] == [
+        "response.create",
+        "response.cancel",
+        "response.create",
+    ]
+    expect(one.page.get_by_role("alert")).to_be_hidden()
+
+
+def test_turns_stand_in_the_order_of_the_server(visit: Open) -> None:
+    order = visit().page.evaluate(
+        """async () => {
+          const { Conversation } = await import("/conversation.js");
+          const talk = new Conversation(() => 0);
+          const item = (id, role) => ({ id, type: "message", role, content: [] });
+          const added = (id, role, previous_item_id) =>
+            talk.take({ type: "conversation.item.added", item: item(id, role), previous_item_id });
+          talk.take({ type: "input_audio_buffer.speech_started", item_id: "spoken" });
+          talk.typed("typed", "What was typed while the server was still hearing");
+          added("spoken", "user", null);
+          added("answer", "assistant", "spoken");
+          added("typed", "user", "answer");
+          return talk.turns.map((turn) => turn.id);
+        }"""
+    )
+    assert order == ["spoken", "answer", "typed"]
+
+
 def test_server_with_a_key_asks_for_it(visit: Open, server: PageServer) -> None:
     server.script.key = "a-key-of-the-page"
     one = visit()
@@ -221,7 +253,7 @@ def test_settings_reach_the_server_and_stay(visit: Open, server: PageServer) -> 
     page.get_by_role("button", name="Settings").click()
     page.get_by_label("Answer with").select_option("text")
     page.get_by_label("It ends").select_option("semantic_vad")
-    page.get_by_label("It answers").select_option("low")
+    page.get_by_label("It waits").select_option("low")
     page.get_by_label("Instructions").fill("Be brief.")
     page.get_by_role("button", name="Done").click()
     page.get_by_role("button", name="Talk hands-free").click()

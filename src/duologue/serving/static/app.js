@@ -6,14 +6,15 @@ import { Inside } from "./inside.js";
 import { setUpKeys } from "./keys.js";
 import { Microphone } from "./microphone.js";
 import { Player, RATE } from "./playback.js";
-import { Connection } from "./protocol.js";
+import { Connection, modelOf } from "./protocol.js";
 import * as settingsOf from "./settings.js";
-import { base64Of, pcmOf, Recording } from "./sound.js";
+import { base64Of, pcmOf, Recording, SentSound } from "./sound.js";
 import { Timeline } from "./timeline.js";
 import { View } from "./view.js";
 
 const KEEP_OPEN_MS = 30000; // the microphone stays open so long after push-to-talk: the next press loses no word
-const HARMLESS = new Set(["response_cancel_not_active"]);
+const HARMLESS = "response_cancel_not_active";
+const BUSY = "conversation_already_has_active_response"; // an answer began that the page had not heard of when it asked
 
 const began = new Date();
 const zero = performance.now();
@@ -34,6 +35,7 @@ const state = {
   mode: "off", // "off" | "hands-free" | "holding"
   speaking: false, // sound of an answer is being played
   sending: false, // a question is on its way
+  waiting: false, // it is asked again when the answer under way has ended
   model: "",
   transcribes: true, // can the server write down what is said?
 };
@@ -42,7 +44,7 @@ const ended = new Map(); // item -> when the question before it ended, ms of the
 let question = null; // {endedMs, pauseMs} of the newest question
 let early = []; // sound held back while the line is opened for push-to-talk
 let closing = 0;
-const sent = { ms: 0, marks: [] }; // sound sent in this connection: {ms, at}
+const sent = new SentSound(RATE);
 const purposes = new Map(); // event id of an update -> what it was for
 
 // --- The line -------------------------------------------------------------------------------------------------------
@@ -61,8 +63,7 @@ function turns(handsFree) {
 connection.addEventListener("state", ({ detail }) => {
   const { state: line, words, retryS } = detail;
   if (line === "open") {
-    sent.ms = 0;
-    sent.marks = [];
+    sent.clear();
     view.line(state.model || "Connected", "open");
     view.settled();
     if (detail.resumed) view.announce("Connected again.");
@@ -72,7 +73,7 @@ connection.addEventListener("state", ({ detail }) => {
   } else {
     conversation.lost(state.sending);
     for (const turn of conversation.turns) player.end(turn.id);
-    state.sending = false;
+    state.sending = state.waiting = false;
     purposes.clear();
   }
   if (line === "connecting") view.line("Connecting", "connecting");
@@ -111,13 +112,28 @@ connection.addEventListener("server", ({ detail: event }) => {
   if (event.type === "response.output_item.added") answered(event.item.id);
   if (event.type === "response.output_audio.delta") sound(event);
   if (event.type === "response.output_audio.done") player.end(event.item_id);
-  if (event.type === "response.done") for (const item of event.response.output ?? []) player.end(item.id);
+  if (event.type === "response.done") done(event.response);
   return phase();
 });
 
+function done({ output }) {
+  for (const item of output ?? []) player.end(item.id);
+  if (!state.waiting) return;
+  state.waiting = false;
+  ask();
+}
+
 function refused({ message, code, event_id: id, param }) {
   const what = purposes.get(id);
-  if (HARMLESS.has(code)) return;
+  if (code === HARMLESS) {
+    done({}); // the answer that was to end has just ended
+    return;
+  }
+  if (code === BUSY) {
+    state.waiting = true;
+    connection.send({ type: "response.cancel" });
+    return;
+  }
   if (what) view.notice(`The server did not take the setting “${what}”: ${message}`, { mild: true });
   else view.notice(param ? `${message} (${param})` : message);
   if (!what) state.sending = false;
@@ -146,19 +162,14 @@ function sound({ item_id: id, delta }) {
 
 // The end of the person's turn on the page's clock: the server tells it in sound that was sent, silence included.
 function stopped({ audio_end_ms: endMs }) {
-  const speechEnd = endMs - settingsOf.silenceMs(settings);
-  const mark = sent.marks.find(({ ms }) => ms >= speechEnd);
-  const endedMs = mark ? mark.at - (mark.ms - speechEnd) : now();
+  const endedMs = sent.when(endMs - settingsOf.silenceMs(settings)) ?? now();
   question = { endedMs, pauseMs: now() - endedMs };
 }
 
 // --- The person's voice ---------------------------------------------------------------------------------------------
 
 function append(pcm) {
-  if (!connection.send({ type: "input_audio_buffer.append", audio: base64Of(pcm) })) return;
-  sent.ms += (pcm.length * 1000) / RATE;
-  sent.marks.push({ ms: sent.ms, at: now() });
-  if (sent.marks.length > 2000) sent.marks.splice(0, 1000);
+  if (connection.send({ type: "input_audio_buffer.append", audio: base64Of(pcm) })) sent.add(pcm, now());
 }
 
 microphone.addEventListener("chunk", ({ detail: { pcm, at, stream, peak, level } }) => {
@@ -339,6 +350,8 @@ conversation.addEventListener("turn", ({ detail: { turn } }) => {
   inside.update(turn);
 });
 
+conversation.addEventListener("moved", ({ detail: { turn, previous } }) => view.move(turn, previous));
+
 function choose(turn) {
   inside.show(turn);
   view.choose(turn);
@@ -455,28 +468,20 @@ function voices(names) {
   dialogs.offerVoices([...known], settings.voice);
 }
 
-/** Asks what stands behind this page, without taking a place in the server. */
+/** Shows what stands behind this page; asks again until it knows. */
 async function look(attempt = 0) {
-  const headers = settings.key ? { Authorization: `Bearer ${settings.key}` } : {};
   try {
-    const answer = await fetch(new URL("/v1/models", location.href), { headers });
-    if (answer.status === 401) {
+    const model = await modelOf(settings.key);
+    if (!model) {
       view.line("Needs a key", "refused");
       const action = { words: "Enter a key", run: () => dialogs.openSettings("key") };
       view.notice("This server needs an API key.", { action, passing: true });
       return;
     }
-    if (!answer.ok) throw new Error(answer.statusText);
-    const [model] = (await answer.json()).data;
-    state.model = model.trained === false ? `${model.id}, not trained` : model.id;
-    state.transcribes = model.transcribes !== false;
-    voices(model.voices ?? []);
-    find("transcribe-row").hidden = !state.transcribes;
-    find("server-words").textContent = `Model: ${state.model}`;
-    if (model.trained === false) {
-      find("model-words").textContent = `The model “${model.id}” is not trained: it shows how everything works, but its answers mean nothing.`;
-      find("model-words").hidden = false;
-    }
+    state.model = model.trained ? model.id : `${model.id}, not trained`;
+    state.transcribes = model.transcribes;
+    voices(model.voices);
+    dialogs.showModel(model, state.model);
     if (["closed", "open"].includes(connection.state)) view.line(state.model, "ready");
     view.settled();
   } catch {

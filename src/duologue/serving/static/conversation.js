@@ -4,7 +4,7 @@
  * One turn: {id, role: "user" | "assistant", text, spoken, status, startedMs, endedMs, responseId, audioMs, playedMs, cutMs,
  * runs: [{kind: "text" | "speech", count, ids}], timings, heardAfterMs, gaps, usage, note}.
  * Status: "listening" | "heard" | "done" | "answering" | "interrupted" | "incomplete" | "failed".
- * Event: "turn" {turn, fresh}.
+ * Events: "turn" {turn, fresh}; "moved" {turn, previous}: it belongs behind that one.
  */
 export class Conversation extends EventTarget {
   turns = [];
@@ -77,7 +77,16 @@ export class Conversation extends EventTarget {
     this.changed(turn);
   }
 
-  #item(item) {
+  // The server knows the order: what was typed stands here before it has heard what was said a moment earlier.
+  #order(turn, previousId) {
+    const previous = this.#byItem.get(previousId);
+    if (!previous || this.turns.indexOf(turn) > this.turns.indexOf(previous)) return;
+    this.turns.splice(this.turns.indexOf(turn), 1);
+    this.turns.splice(this.turns.indexOf(previous) + 1, 0, turn);
+    this.dispatchEvent(new CustomEvent("moved", { detail: { turn, previous } }));
+  }
+
+  #item(item, previousId) {
     if (item.type !== "message" || item.role === "system") return;
     const parts = item.content ?? [];
     const text = parts.map((part) => part.text ?? part.transcript ?? "").join("");
@@ -88,6 +97,7 @@ export class Conversation extends EventTarget {
     if (text && !turn.text) values.text = text;
     if (turn.status === "listening") Object.assign(values, { status: "heard", endedMs: turn.endedMs ?? this.now() });
     this.#update(turn, values);
+    this.#order(turn, previousId);
   }
 
   #answer(event) {
@@ -146,7 +156,7 @@ export class Conversation extends EventTarget {
       case "conversation.item.added":
       case "conversation.item.done":
       case "conversation.item.created":
-        this.#item(event.item);
+        this.#item(event.item, event.previous_item_id);
         break;
       case "conversation.item.input_audio_transcription.delta":
         this.#update(turn, { text: turn?.text + (event.delta ?? "") });

@@ -61,6 +61,14 @@ export function openSettings(name = "") {
   if (name) fields()[name].focus();
 }
 
+/** What can be chosen with this model, and whether its answers mean something. */
+export function showModel({ id, trained, transcribes }, words) {
+  find("transcribe-row").hidden = !transcribes;
+  find("server-words").textContent = `Model: ${words}`;
+  find("model-words").hidden = trained;
+  find("model-words").textContent = `The model “${id}” is not trained: it shows how everything works, but its answers mean nothing.`;
+}
+
 export function offerVoices(names, chosen) {
   settingsOf.offer(fields().voice, [["", "the model's own"], ...names.map((name) => [name, name])], chosen);
 }

@@ -18,6 +18,19 @@ const WORDS = {
 // What trying again cannot mend: the person has to act first.
 const FINAL = new Set([1008, 4401, 4403]);
 
+/**
+ * The model behind this page: {id, trained, voices, transcribes}; null where the server wants a (different) key. Takes no
+ * place in the server.
+ */
+export async function modelOf(key) {
+  const headers = key ? { Authorization: `Bearer ${key}` } : {};
+  const answer = await fetch(new URL("/v1/models", location.href), { headers });
+  if (answer.status === 401) return null;
+  if (!answer.ok) throw new Error(answer.statusText);
+  const [model] = (await answer.json()).data;
+  return { trained: true, voices: [], transcribes: true, ...model };
+}
+
 function sentence(code, reason) {
   const words = WORDS[code] ?? "The server closed the connection";
   if (!reason) return words.endsWith(".") ? words : `${words}.`;

@@ -98,3 +98,30 @@ export class Recording {
     return flat;
   }
 }
+
+/** When the sound was sent that a server counts in milliseconds from the first of its connection. */
+export class SentSound {
+  #ms = 0;
+  #marks = []; // {ms, at}
+
+  constructor(rate) {
+    this.rate = rate;
+  }
+
+  clear() {
+    this.#ms = 0;
+    this.#marks = [];
+  }
+
+  add(pcm, at) {
+    this.#ms += (pcm.length * 1000) / this.rate;
+    this.#marks.push({ ms: this.#ms, at });
+    if (this.#marks.length > 2000) this.#marks.splice(0, 1000); // a minute is there at any time
+  }
+
+  /** On the clock of `add`; undefined where it was not sent or is forgotten. */
+  when(ms) {
+    const mark = this.#marks.find((one) => one.ms >= ms);
+    return mark && mark.at - (mark.ms - ms);
+  }
+}

@@ -21,12 +21,17 @@ export class View extends EventTarget {
   #longest = 1;
   #told = new WeakSet();
   #passing = false;
+  #atEnd = true;
 
   constructor(root = document) {
     super();
     this.find = (id) => root.getElementById(id);
     this.list = this.find("turns");
     this.scroll = this.find("scroll");
+    this.scroll.addEventListener("scroll", () => {
+      this.#atEnd = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight < 80;
+    });
+    new ResizeObserver(() => this.#follow()).observe(this.scroll);
   }
 
   clear() {
@@ -39,7 +44,7 @@ export class View extends EventTarget {
   seam(words) {
     this.list.append(node("li", "seam", words));
     this.announce(words);
-    this.#follow(true);
+    this.#follow();
   }
 
   choose(turn) {
@@ -52,15 +57,20 @@ export class View extends EventTarget {
     this.#dirty.add(turn);
     this.#asked ||= requestAnimationFrame(() => {
       this.#asked = 0;
-      const atEnd = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight < 80;
       for (const one of this.#dirty) this.#draw(one);
       this.#dirty.clear();
-      this.#follow(atEnd);
+      this.#follow();
     });
   }
 
-  #follow(wanted) {
-    if (wanted) this.scroll.scrollTop = this.scroll.scrollHeight;
+  // Who has scrolled up to read is left there.
+  #follow() {
+    if (this.#atEnd) this.scroll.scrollTop = this.scroll.scrollHeight;
+  }
+
+  /** Puts a turn behind another. */
+  move(turn, previous) {
+    this.#row(previous).item.after(this.#row(turn).item);
   }
 
   #row(turn) {
