@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue import rates
-from duologue.interleave import Kind, legal_prefix
+from duologue.interleave import INTERLEAVED, Kind, legal_prefix
 from duologue.serving.formats import whole
 from duologue.serving.objects import AnyItem, Content, Format, Message, ProtocolError
+from duologue.speaking import heard_text
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
 
@@ -41,6 +42,9 @@ class Sound:
     def seconds(self) -> float:
         return len(self.samples) / self.sample_rate
 
+    def beginning(self, ms: float) -> Sound:
+        return Sound(self.samples[: int(ms * self.sample_rate / 1000)], self.sample_rate)
+
     def to_wire(self, wire: Format) -> str:
         """base64 text."""
         return whole(self.samples.astype(np.float32) / 32768.0, self.sample_rate, wire)
@@ -56,6 +60,7 @@ class Item:
         whole: of a reply, the turn with all of its ids.
         sound: what was heard or spoken, as long as it is kept.
         spoken_ms: of a reply, the length of its sound as it was sent.
+        heard_ms: how much of that was heard, where somebody interrupted it.
         speed: of a reply, length of its sound as the model made it over that as it was sent.
     """
 
@@ -64,6 +69,7 @@ class Item:
     whole: Turn | None = None
     sound: Sound | None = None
     spoken_ms: float = 0.0
+    heard_ms: float | None = None
     speed: float = 1.0
 
     @property
@@ -75,26 +81,32 @@ class Item:
         """Shortens a reply to what was heard of it; returns the milliseconds of sound that stay."""
         assert self.whole is not None
         assert isinstance(self.body, Message)
-        heard_ms = min(heard_ms, self.spoken_ms)
-        if heard_ms >= self.spoken_ms and self.body.status == "completed":
-            self.turn, kept = self.whole, self.whole.ids
-        else:
-            num_samples = int(heard_ms * self.speed * rates.SPEAK_SAMPLE_RATE / 1000)
-            kinds = [vocabulary.kind(token) for token in self.whole.ids]
-            kept = self.whole.ids[: legal_prefix(kinds, rates.tokens_heard(num_samples))]
-            short = len(kept) < len(self.whole.ids)
-            self.turn = dataclasses.replace(self.whole, ids=kept, interrupted=short) if kept else None
-        said = vocabulary.decode_text(token for token in kept if vocabulary.kind(token) is Kind.TEXT)
+        self.heard_ms = min(heard_ms, self.spoken_ms)
+        kinds = [vocabulary.kind(token) for token in self.whole.ids]
+        kept = self.whole.ids
+        is_complete = self.body.status == "completed"
+        if self.heard_ms < self.spoken_ms or not is_complete:
+            num_samples = int(self.heard_ms * self.speed * rates.SPEAK_SAMPLE_RATE / 1000)
+            kept = kept[: legal_prefix(kinds, rates.tokens_heard(num_samples))]
+        short = len(kept) < len(self.whole.ids)
+        self.turn = dataclasses.replace(self.whole, ids=kept, interrupted=short) if kept else None
+        num_text, num_speech = kinds.count(Kind.TEXT), kinds.count(Kind.SPEECH)
+        if not is_complete:  # its last text was not spoken yet
+            num_speech = max(num_speech, num_text * INTERLEAVED.speech_run // INTERLEAVED.text_run)
+        num_heard = sum(vocabulary.kind(token) is Kind.SPEECH for token in kept)
+        text = vocabulary.decode_text(t for t, kind in zip(self.whole.ids, kinds, strict=True) if kind is Kind.TEXT)
+        said = heard_text(text, num_heard / num_speech) if num_speech else ""
         content = [part.model_copy(update={"transcript": said}) for part in self.body.content]
         self.body = self.body.model_copy(update={"content": content})
-        return heard_ms
+        return self.heard_ms
 
     def with_sound(self, heard: Format, spoken: Format) -> AnyItem:
         """The body with its sound as base64 text, where it is kept: the user's in the format of the input, the model's
         in that of the output. Work for a thread."""
         if self.sound is None or not isinstance(self.body, Message):
             return self.body
-        audio = self.sound.to_wire(heard if self.body.role == "user" else spoken)
+        sound = self.sound if self.heard_ms is None else self.sound.beginning(self.heard_ms * self.speed)
+        audio = sound.to_wire(heard if self.body.role == "user" else spoken)
         content = [
             part.model_copy(update={"audio": audio}) if part.type in ("input_audio", "output_audio") else part
             for part in self.body.content
