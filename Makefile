@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 QUESTION ?= src/duologue/pocket/question.wav
 ANSWER ?= answer.wav
 
+# Each runs its baseline in the same run; see docs/benchmarks.md. `server` starts a server of its own.
+BENCHES ?= latency tokenizer decoder solvers engine sessions server
+RESULTS ?= benchmarks/results
+
 # Two threads that spin for each other run up to 20 times slower on a busy machine; passive waiting costs nothing.
 export OMP_WAIT_POLICY = PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -28,7 +32,7 @@ help:
 	@echo "make test    everything CI runs: ruff, mypy, pytest"
 	@echo "make test-oldest  the tests of the language model with the oldest transformers that is supported"
 	@echo "make check   ruff and mypy only"
-	@echo "make bench   time to first audio and real-time factor, stage by stage"
+	@echo "make bench   every benchmark with the bundled model, into benchmarks/results/ (about ten minutes)"
 	@echo "make pocket  regenerate the corpus and train the bundled model from nothing (hours; stop and resume as you like)"
 	@echo "make clean   remove $(VENV) and caches"
 
@@ -50,8 +54,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.core
-	$(BIN)/duologue bench latency
+bench: $(VENV)/.dev
+	@set -e; for name in $(BENCHES); do \
+		echo "== $$name"; $(BIN)/duologue bench $$name -o $(RESULTS) --plot $(RESULTS)/$$name.png; \
+	done
 
 pocket: $(VENV)/.dev
 	$(BIN)/python -m recipes.pocket.run
