@@ -1,6 +1,7 @@
 """Benches of the released decoder and of the solvers at sizes for tests: all figures are there and make sense."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from matplotlib.figure import Figure
 from duologue.bench import harness
 from duologue.bench.released_decoder import _parabola, measure_released_decoder
 from duologue.bench.solvers import measure_solvers
+from duologue.cli import main
 from duologue.decoder.solvers import Solver
 from duologue.layers import Padded
+from duologue.released import PRESETS
 from tests.released_sizes import FLOW, HIFT
 from tests.test_flow import CODES, tiny_flow
 
@@ -68,3 +71,24 @@ def test_solvers() -> None:
     assert result.num_tokens == 33
     assert "adams-bashforth" not in result.table()
     result.draw(Figure())
+
+
+def test_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "9b", PRESETS["tiny"])
+    few = ("--seconds", "8", "--repetitions", "1", "--window", "30")
+    assert main(["bench", "decoder", "--preset", "glm-4-voice-9b", *few, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert (record["bench"], record["model"]["name"]) == ("decoder-glm-4-voice-9b", "glm-4-voice-9b")
+    assert record["results"]["window_frames"] == 30
+    assert {check["name"] for check in record["checks"]} == {
+        "decoder.released.last_over_first_full",
+        "decoder.released.speedup",
+    }
+    few = ("--steps", "1", "--sway", "-1", "--repetitions", "1")
+    assert main(["bench", "solvers", "--model", str(tiny_folder), *few, "--json"]) == 0
+    solved = json.loads(capsys.readouterr().out)["results"]["solved"]
+    assert [(one["method"], one["num_evaluations"]) for one in solved] == [
+        ("euler", 1),
+        ("midpoint", 2),
+        ("adams-bashforth", 1),
+    ]

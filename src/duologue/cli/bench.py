@@ -50,8 +50,19 @@ def add(commands: Any) -> None:
     decoder.add_argument("--seconds", type=_seconds, default=60.0, metavar="S", help="of the reply (default: 60)")
     decoder.add_argument("--replies", type=positive, default=2, metavar="N", help="in each block size (default: 2)")
     decoder.add_argument(
-        "--repetitions", type=positive, default=15, metavar="N", help="of the second and the last block (default: 15)"
+        "--repetitions", type=positive, metavar="N", help="of the second and the last block (default: 15; released: 3)"
     )
+    decoder.add_argument("--window", type=int, metavar="N", help="frames of the past that a released decoder sees")
+
+    solvers = _add(names, "solvers", _solvers, "solvers of the flow: distance to its exact solution, and cost")
+    solvers.add_argument(
+        "--steps", type=positive, nargs="+", default=[1, 2, 3, 4, 6, 10], metavar="N", help="(default: 1 2 3 4 6 10)"
+    )
+    solvers.add_argument(
+        "--sway", type=float, nargs="+", default=[-1.0, -0.5, 0.0], metavar="X", help="schedules (default: -1 -0.5 0)"
+    )
+    solvers.add_argument("--guidance", type=float, metavar="X", help="(default: the model's)")
+    solvers.add_argument("--repetitions", type=positive, default=5, metavar="N", help="of the block (default: 5)")
 
     sessions = _add(names, "sessions", _sessions, "live conversations at once, in real time, against one alone")
     add_precision(sessions)
@@ -118,15 +129,61 @@ def _tokenizer(args: argparse.Namespace) -> None:
 def _decoder(args: argparse.Namespace) -> None:
     from duologue.bench.decoder import measure_decoder
     from duologue.chatbot import model_folder
+    from duologue.decoder.released import ReleasedDecoder
     from duologue.models import Card, codebook_size, load_decoder
+
+    if args.preset is not None:
+        from duologue.bench.tokenizer import RANDOM
+        from duologue.released import PRESETS
+
+        sizes = PRESETS[RANDOM[args.preset]]()
+        _released_decoder(args, {"name": args.preset, "trained": False}, sizes.flow, sizes.vocoder)
+        return
+    folder = model_folder(args.model)
+    card = Card.load(folder)
+    decoder = load_decoder(folder, args.device)
+    model = {"name": card.name, "trained": card.trained}
+    if isinstance(decoder, ReleasedDecoder):
+        _released_decoder(args, model, decoder.flow.config, decoder.vocoder.network.config)
+        return
+    solver = card.num_steps, card.guidance_scale
+    counts = args.seconds, args.repetitions or 15, args.replies
+    _run(args, model, lambda: measure_decoder(decoder, codebook_size(decoder), *counts, *solver))
+
+
+def _released_decoder(args: argparse.Namespace, model: dict[str, Any], flow: Any, vocoder: Any) -> None:
+    """The cost is that of any weights, so only the sizes count."""
+    from duologue.bench.released_decoder import measure_released_decoder
+
+    more = {"window_frames": args.window, "repetitions": args.repetitions or 3}
+    _run(
+        args,
+        model,
+        lambda: measure_released_decoder(flow, vocoder, args.seconds, **more),
+        f"{args.bench}-{model['name']}",
+    )
+
+
+def _solvers(args: argparse.Namespace) -> None:
+    from duologue.bench.solvers import measure_solvers, question_tokens
+    from duologue.chatbot import model_folder
+    from duologue.decoder.decoder import SpeechDecoder
+    from duologue.models import Card, load_decoder, load_tokenizer
 
     folder = model_folder(args.model)
     card = Card.load(folder)
     decoder = load_decoder(folder, args.device)
-    solver = card.num_steps, card.guidance_scale
-    counts = args.seconds, args.repetitions, args.replies
-    model = {"name": card.name, "trained": card.trained}
-    _run(args, model, lambda: measure_decoder(decoder, codebook_size(decoder), *counts, *solver))
+    if not isinstance(decoder, SpeechDecoder):
+        raise ValueError(f"{folder} has a released decoder, whose solver is Euler's; choose a model with our own")
+    tokens = question_tokens(load_tokenizer(folder, args.device))
+    scale = card.guidance_scale if args.guidance is None else args.guidance
+    _run(
+        args,
+        {"name": card.name, "trained": card.trained},
+        lambda: measure_solvers(
+            decoder.flow, tokens, args.steps, args.sway, guidance_scale=scale, repetitions=args.repetitions
+        ),
+    )
 
 
 def _sessions(args: argparse.Namespace) -> None:
