@@ -44,6 +44,10 @@ def _serve(args: argparse.Namespace) -> None:
     from duologue.serving.settings import Settings
 
     settings = Settings(**_given(args))
+    if settings.record_folder is not None:
+        settings.record_folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(settings.record_folder, os.W_OK):
+            raise ValueError(f"{settings.record_folder} cannot be written: recordings need a folder of your own")
     listening = listen(settings)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING,
