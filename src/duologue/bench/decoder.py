@@ -123,8 +123,7 @@ class DecoderBench:
         again = [block_s * (index - 1) for index, _ in self.baseline.block_ms]
         name = f"all again for each block of {self.baseline.num_tokens}"
         series[name] = (again, [ms for _, ms in self.baseline.block_ms])
-        draw_lines(axes, series, "decoder: cost of a block", "seconds of the reply before it", "ms")
-        axes.set_yscale("log")
+        draw_lines(axes, series, "decoder: cost of a block", "seconds of the reply before it", "ms", log=True)
 
 
 def measure_decoder(

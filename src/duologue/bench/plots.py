@@ -25,12 +25,20 @@ def save(result: Result, path: str | Path) -> None:
 
 
 def draw_lines(
-    axes: Any, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, x: str, y: str
+    axes: Any,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    x: str,
+    y: str,
+    log: bool = False,
 ) -> None:
-    """Named curves of x and y values, from zero up."""
+    """Named curves of x and y values, from zero up or on a logarithmic scale."""
     for name, (positions, values) in series.items():
         axes.plot(positions, values, marker="." if len(positions) < 60 else "", label=name)
-    axes.set_ylim(bottom=0)
+    if log:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
     axes.set_ylabel(y)

@@ -119,8 +119,7 @@ class ReleasedDecoderBench:
             ),
         }
         title = f"released decoder: cost of a block of {self.block_tokens} tokens"
-        draw_lines(axes, series, title, "seconds of the reply before it", "seconds")
-        axes.set_yscale("log")
+        draw_lines(axes, series, title, "seconds of the reply before it", "seconds", log=True)
 
 
 def measure_released_decoder(

@@ -136,6 +136,7 @@ class SessionsBench:
         )
         scene.set_xlabel("s")
         scene.set_ylabel("session")
+        scene.set_yticks(range(crowd.num_sessions))
         known = [(crowd.num_sessions, crowd.first_audio_s) for crowd in self.crowds if crowd.first_audio_s]
         at = [float(num) for num, _ in known]
         series = {
