@@ -1,6 +1,7 @@
 """Many sessions at once: each hears, says and remembers what it would alone, whoever joins, leaves or interrupts."""
 
 import asyncio
+import math
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from duologue.layers import Padded
 from duologue.listening import Ahead
 from duologue.rates import SAMPLES_PER_TOKEN
 from duologue.session import Session
+from duologue.worker import Worker
 from tests.tiny import write_tiny_chatbot
 
 TOLERANCE = 1e-4
@@ -56,6 +58,7 @@ class Result:
 @pytest.fixture(scope="module")
 def bot(tmp_path_factory: pytest.TempPathFactory) -> Chatbot:
     made = duologue.load(write_tiny_chatbot(tmp_path_factory.mktemp("together"), max_tokens=150))
+    made.worker = Worker(max_batch_s=math.inf)  # batches as large as can be, on a busy machine too
     tokenizer = made.models.tokenizer
     with torch.no_grad():  # random codes lie far from what is heard; these tell sounds apart
         heard = torch.from_numpy(speech(30.0, 99))[None]

@@ -29,12 +29,14 @@ class Sum(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(1))
         self.batches: list[list[int]] = []
+        self.pause_s = 0.0  # for each value
 
     def init_state(self, factor: float = 1.0) -> SumState:
         return SumState(torch.zeros(1), Padded(torch.zeros(1, 0), torch.zeros(1, dtype=torch.int64)), factor)
 
     def step(self, x: Padded, state: SumState) -> Padded:
         self.batches.append(x.lengths.tolist())
+        time.sleep(self.pause_s * x.values.numel())
         x = x.zeroed()
         if bool((x.values < 0).any()):
             raise ValueError("negative")
@@ -115,6 +117,21 @@ def test_other_settings_other_lengths_and_full_batches_go_apart(stage: Sum) -> N
     go()
     assert [values(f)[0] for f in futures] == [1.0, 2.0, 1.0, 1.0, 1.0, 1.0]
     assert stage.batches == [[2, 2], [2], [50], [2, 2]]
+    worker.close()
+
+
+def test_a_batch_is_no_longer_than_may_be_waited_for(stage: Sum) -> None:
+    """By the pace of the steps before: with 100 ms for each value there is room for two rows of two."""
+    worker = Worker(max_batch_s=0.58)
+    stage.pause_s = 0.1
+    worker.step(stage, torch.ones(2), stage.init_state()).result(10)
+    go = held_up(worker)
+    futures = [worker.step(stage, torch.ones(2), stage.init_state()) for _ in range(3)]
+    stage.pause_s = 0.0
+    go()
+    for future in futures:
+        future.result(10)
+    assert stage.batches == [[2], [2, 2], [2]]
     worker.close()
 
 

@@ -14,11 +14,12 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +99,16 @@ class Worker:
     Args:
         max_waiting: jobs that may wait; one more is refused with `WorkerFull`.
         max_rows: steps in one batch.
+        max_batch_s: how long a batch of several steps may take, by the pace of the last ones: nothing that becomes
+            urgent meanwhile can overtake it.
     """
 
-    def __init__(self, max_waiting: int = 1024, max_rows: int = 16) -> None:
+    def __init__(self, max_waiting: int = 1024, max_rows: int = 16, max_batch_s: float = 0.2) -> None:
         if max_waiting < 1 or max_rows < 1:
             raise ValueError(f"max_waiting and max_rows must be at least 1, got {max_waiting} and {max_rows}")
-        self.max_waiting, self.max_rows = max_waiting, max_rows
+        self.max_waiting, self.max_rows, self.max_batch_s = max_waiting, max_rows, max_batch_s
+        # Of the last batches of each stage: rows times the longest one's length, and seconds.
+        self._paces: WeakKeyDictionary[Stage, deque[tuple[int, float]]] = WeakKeyDictionary()
         self._executor = ThreadPoolExecutor(1, "worker")
         self._lock = threading.Lock()
         self._waiting: list[_Job] = []
@@ -195,14 +200,18 @@ class Worker:
                 _run_steps(steps)
             else:
                 jobs[0].work()  # type: ignore[operator]
+        seconds = time.perf_counter() - start
         with self._lock:
-            self._busy_s += time.perf_counter() - start
+            self._busy_s += seconds
+            if steps:
+                size = len(steps) * max(len(step.x) for step in steps)
+                self._paces.setdefault(steps[0].stage, deque(maxlen=8)).append((size, seconds))
 
     def _choose(self) -> list[_Job]:
         """Takes the most urgent job out of the queue, and the steps that go along with it, the most urgent ones.
 
-        No row is more than twice as long as the most urgent one, which would wait for it, and at most a third of a
-        batch is padding.
+        No row is more than twice as long as the most urgent one, which would wait for it, at most a third of a batch is
+        padding, and it does not take longer than `max_batch_s`.
         """
         self._waiting = [job for job in self._waiting if not self._gone(job)]
         if not self._waiting:
@@ -212,6 +221,7 @@ class Worker:
         chosen = [first]
         if isinstance(first.work, _Step):
             longest = total = len(first.work.x)
+            pace = self._pace(first.work.stage)
             for job in self._waiting[1:]:
                 if len(chosen) == self.max_rows:
                     break
@@ -219,13 +229,23 @@ class Worker:
                     continue
                 length = len(job.work.x)
                 width = max(longest, length)
-                if length <= 2 * len(first.work.x) and 2 * (len(chosen) + 1) * width <= 3 * (total + length):
+                size = (len(chosen) + 1) * width
+                if (
+                    length <= 2 * len(first.work.x)
+                    and 2 * size <= 3 * (total + length)
+                    and pace * size <= self.max_batch_s
+                ):
                     chosen.append(job)
                     longest, total = width, total + length
             self._batch_sizes[len(chosen)] += 1
         self._num_jobs += len(chosen)
         self._waiting = [job for job in self._waiting if job not in chosen]
         return chosen
+
+    def _pace(self, stage: Stage) -> float:
+        """Seconds for each unit of length of each row, lately; 0 while unknown."""
+        paces = self._paces.get(stage, ())
+        return sum(seconds for _, seconds in paces) / max(sum(size for size, _ in paces), 1)
 
 
 def _run(future: Future[tuple[Result, float]], work: Callable[[], Result]) -> None:
