@@ -117,6 +117,18 @@ def test_choose_follows_the_probabilities() -> None:
     assert {choose(scores, 1.0, 0.7, None, generator) for _ in range(200)} == {1, 2}
 
 
+@pytest.mark.parametrize("spread", [0.1, 3.0])  # over thousands of ids, and over some dozens
+def test_the_share_of_many_ids_is_that_of_all(spread: float) -> None:
+    scores = spread * torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    probabilities, ids = scores.softmax(0).sort(descending=True)
+    kept = ids[: int((probabilities.cumsum(0) - probabilities < 0.8).sum())].tolist()
+    generator = torch.Generator().manual_seed(1)
+    drawn = {choose(scores, 1.0, 0.8, None, generator) for _ in range(2000)}
+    assert drawn <= set(kept)
+    assert len(drawn) > min(len(kept), 2000) / 4
+    assert kept[0] in drawn
+
+
 @pytest.mark.parametrize(
     "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": 0}, {"max_tokens": 0}, {"speech_temperature": -0.1}]
 )

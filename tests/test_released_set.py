@@ -15,6 +15,7 @@ from duologue import rates
 from duologue.chatbot import Chatbot, load
 from duologue.cli import main
 from duologue.doctor import State, examine
+from duologue.language.engine import PlainEngine
 from duologue.models import Card, Models
 from duologue.released import find_released, init_random
 from tests.parity import RELEASED
@@ -63,7 +64,10 @@ def test_a_set_with_a_converted_language_model_answers_the_same(released: Path) 
     theirs = AutoModelForCausalLM.from_pretrained(released / "native")
     assert theirs.dtype == torch.bfloat16
     sampling = replace(plain.card.sampling, max_tokens=30)
-    ids = [list(models.engine.stream([1, 2, 3], sampling)) for models in (plain, converted)]
+    ids = []
+    for models in (plain, converted):
+        assert isinstance(models.engine, PlainEngine)
+        ids.append(list(models.engine.stream([1, 2, 3], sampling)))
     assert ids[0] == ids[1]
 
 

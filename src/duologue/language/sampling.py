@@ -110,18 +110,27 @@ class KindMasks:
         return self._masks[key]
 
 
+_LIKELY = 256
+
+
 def choose(
     scores: Tensor, temperature: float, top_p: float, top_k: int | None, generator: torch.Generator | None
 ) -> int:
     """One id drawn from scores (V,) float32; ids of score -inf are never drawn."""
     if temperature == 0.0:
         return int(scores.argmax())
+    scores = scores / temperature
     ids = None
     if top_k is not None and top_k < scores.numel():
         scores, ids = scores.topk(top_k)
-    elif top_p < 1.0:
-        scores, ids = scores.sort(descending=True)
-    probabilities = torch.softmax(scores / temperature, 0)
+    total = scores.logsumexp(0)
+    if top_p < 1.0 and ids is None:
+        # A few ids hold nearly always top_p of the probability, and to sort them all costs ten times as much.
+        likely, ids = scores.topk(min(_LIKELY, scores.numel()))
+        if float((likely - total).exp().sum()) < top_p:
+            likely, ids = scores.sort(descending=True)
+        scores = likely
+    probabilities = (scores - total).exp()
     if top_p < 1.0:
         before = probabilities.cumsum(0) - probabilities  # the share of what is more likely: the first id always stays
         probabilities = probabilities * (before < top_p)
