@@ -129,6 +129,7 @@ function refused({ message, code, event_id: id, param }) {
     done({}); // the answer that was to end has just ended
     return;
   }
+  if (code?.startsWith("item_truncate")) return; // nothing of it had been heard
   if (code === BUSY) {
     state.waiting = true;
     connection.send({ type: "response.cancel" });
