@@ -23,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 for a failed run, 2 for bad input."""
     # Threads that spin while they wait for each other crawl on a busy machine. Has to be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Nothing that is done here is reported to anybody. Has to be set before onnxruntime is imported.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         args = _parser().parse_args(argv)
         args.argv = list(sys.argv[1:] if argv is None else argv)

@@ -4,6 +4,7 @@ of them. The machine knows no clock and no model: it counts samples at 16 kHz.""
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,6 +184,8 @@ def _model() -> Any:
 @functools.cache
 def _load_model() -> Any:
     """One set of weights for all streams; running it changes nothing in it."""
+    # Otherwise onnxruntime reports its use to its maker. Has to be set before it is imported.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
