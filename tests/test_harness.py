@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from duologue.bench.harness import (
     Check,
@@ -20,6 +21,7 @@ from duologue.bench.harness import (
     run,
     timed,
 )
+from duologue.bench.plots import draw_lines, draw_stack
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,15 @@ def test_a_record_is_plain_json(tmp_path: Path) -> None:
     assert saved["peak_memory_mb"] == pytest.approx(peak_memory_mb(), rel=0.2)
     assert saved["duration_s"] >= 0
     assert saved["machine"]["threads"] >= 1
+
+
+def test_curves_and_stacks_are_drawn_where_their_values_are() -> None:
+    figure = Figure()
+    left, right, stack = figure.subplots(1, 3)
+    draw_lines(left, {"a": ([0, 1], [10.0, 1000.0])}, "title", "x", "y", log=True)
+    draw_lines(right, {"a": ([0, 1], [10.0, 1000.0])}, "title", "x", "y")
+    low, high = left.get_ylim()
+    assert 1 < low < 10 < 1000 < high
+    assert right.get_ylim()[0] == 0
+    draw_stack(stack, {"first": 2.0, "second": 3.0}, "title", "ms")
+    assert [(bar.get_x(), bar.get_width()) for bar in stack.patches] == [(0.0, 2.0), (2.0, 3.0)]

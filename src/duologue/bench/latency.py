@@ -35,6 +35,7 @@ from duologue.models import Models
 from duologue.turns import Conversation, Modality, Role, Turn
 
 CHUNK_S = 0.1  # of the question, as a microphone gives it
+WHOLE_REPLIES = 3  # that are made to their end; a reply is made as it is played, so that takes its time
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Latency:
     chain_ms: sum of the medians: the least possible time to first audio.
     first_audio_s: of whole replies; None when none had any sound.
     baseline_first_audio_s: the same when nothing was heard ahead.
-    real_time_factor: seconds of work by all stages for each second of the reply's sound.
-    reply_s: median length of the replies.
+    real_time_factor: seconds of work by all stages for each second of the reply's sound, of the last replies.
+    reply_s: median length of those.
     commit: from the end of speech to the first token.
     state_mb: megabytes of the states of one session.
     """
@@ -128,7 +129,7 @@ def measure_latency(
 
     Args:
         question: wav (S,) float32.
-        speech_s, num_turns: of `measure_commits`, which repeats half as often.
+        speech_s, num_turns: of `measure_commits`, which repeats a third as often.
 
     Raises:
         ValueError: fewer than one repetition, or a question that the chatbot cannot use.
@@ -151,19 +152,23 @@ def measure_latency(
         "flow, first block": _timing(flow, f"{models.card.num_steps or models.decoder.flow.config.num_steps} steps"),
         "vocoder, first block": _timing(vocoder),
     }
-    replies = [asyncio.run(_time_reply(bot, wav, index, ahead=True)) for index in range(rounds)][warm_up:]
-    at_once = [asyncio.run(_time_reply(bot, wav, index, ahead=False)) for index in range(rounds, 2 * rounds)][warm_up:]
-    spoken = [timings for timings in replies if timings.audio_s > 0]
-    commit = measure_commits(bot, max(repetitions // 2, 1), min(warm_up, 1), speech_s, num_turns)
+    ahead, at_once = [], []
+    for index in range(rounds):
+        whole = index >= rounds - WHOLE_REPLIES
+        ahead.append(asyncio.run(_time_reply(bot, wav, 2 * index, True, whole)))
+        at_once.append(asyncio.run(_time_reply(bot, wav, 2 * index + 1, False, False)))
+    ahead, at_once = ahead[warm_up:], at_once[warm_up:]
+    spoken = [timings for timings in ahead[-WHOLE_REPLIES:] if timings.audio_s > 0]
+    commit = measure_commits(bot, max(repetitions // 3, 1), min(warm_up, 1), speech_s, num_turns)
     return Latency(
         question_s=len(wav) / rates.LISTEN_SAMPLE_RATE,
         repetitions=repetitions,
         stages=stages,
         chain_ms=sum(timing.median_ms for timing in stages.values()),
-        first_audio_s=_first_audio(replies),
+        first_audio_s=_first_audio(ahead),
         baseline_first_audio_s=_first_audio(at_once),
         real_time_factor=_spread([sum(timings.stages.values()) / timings.audio_s for timings in spoken]),
-        reply_s=statistics.median(timings.audio_s for timings in replies),
+        reply_s=statistics.median([timings.audio_s for timings in spoken] or [0.0]),
         commit=commit,
         state_mb={"tokenizer": listen_mb, "decoder": speak_mb},
         checks=commit.checks(),
@@ -245,8 +250,11 @@ def _time_decoder(
     return flow[warm_up:], vocoder[warm_up:], state_bytes(state) / 1e6
 
 
-async def _time_reply(bot: Chatbot, wav: NDArray[np.float32], index: int, ahead: bool) -> Timings:
-    """One whole reply. The question begins with a moment of faint noise, never the same: see `_time_language`."""
+async def _time_reply(bot: Chatbot, wav: NDArray[np.float32], index: int, ahead: bool, whole: bool) -> Timings:
+    """One reply, to its end or its first sound.
+
+    The question begins with a moment of faint noise, never the same: see `_time_language`.
+    """
     noise = np.random.default_rng(index).standard_normal(rates.SAMPLES_PER_TOKEN).astype(np.float32) * 1e-3
     session = bot.session(sampling=replace(bot.models.card.sampling, seed=index))
     said = np.concatenate([noise, wav])
@@ -260,6 +268,8 @@ async def _time_reply(bot: Chatbot, wav: NDArray[np.float32], index: int, ahead:
     async for event in session.reply():
         if isinstance(event, AudioDelta) and first_audio_s is None and len(event.wav):
             first_audio_s = time.perf_counter() - start
+            if not whole:
+                session.interrupt(0)
         if isinstance(event, ReplyDone):
             timings = event.timings
     return replace(timings, first_audio_s=first_audio_s)

@@ -47,12 +47,14 @@ def draw_lines(
 
 
 def draw_stack(axes: Any, parts: Mapping[str, float], title: str, x: str) -> None:
-    """One bar of parts that follow each other."""
+    """Parts that follow each other: each in a row of its own, beginning where the one above it ends."""
     start = 0.0
-    for name, value in parts.items():
-        axes.barh([0], [value], left=start, label=f"{name}: {value:.1f}")
+    for row, value in enumerate(parts.values()):
+        axes.barh([row], [value], left=start, color="#6699bb")
+        axes.annotate(f" {value:.1f}", (start + value, row), va="center", fontsize=8)
         start += value
-    axes.set_yticks([])
+    axes.set_xlim(0, 1.15 * start)
+    axes.set_yticks(range(len(parts)), list(parts), fontsize=8)
+    axes.invert_yaxis()
     axes.set_title(title, fontsize=10)
     axes.set_xlabel(x)
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25))
