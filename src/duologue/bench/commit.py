@@ -1,7 +1,7 @@
 """From the end of speech to the first token of the reply, by the length of what was said and of the conversation.
 
 Everything goes through `Session.hear`, so what is settled is tokenized and prefilled while the user talks. The last
-moment of the speech comes in real time, what is before it 16 times as fast, which a machine that can hold a few
+moment of the speech comes in real time, what is before it 8 times as fast, which a machine that can hold eight
 conversations keeps up with as well.
 """
 
@@ -28,7 +28,7 @@ NUM_TURNS = 10
 TURN_S = 2.5  # of speech in each turn of the long conversation
 CHUNK_MS = 40
 REAL_TIME_S = 0.4
-EARLY_SPEED = 16
+EARLY_SPEED = 8
 REPLY_TOKENS = 39  # of the replies between the turns: a text run and a speech run
 MAX_GROWTH = 1.5
 
