@@ -4,7 +4,6 @@ import asyncio
 import copy
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
@@ -353,19 +352,18 @@ def test_same_name_twice_and_bad_prompts_are_refused(make: Callable[..., AnyEngi
 
 
 def test_the_library_threads_end_with_their_engine(own_model: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     engine = ContinuousEngine(own_model, vocabulary, max_cached_tokens=1024)
     asyncio.run(collect(engine, (PROMPT, Sampling(max_tokens=3), SPEECH_ONLY)))
-    assert threading.active_count() == before + 2
+    threads = set(threading.enumerate()) - before
+    assert len(threads) == 2
     gone = weakref.ref(engine)
     del engine
     gc.collect()
-    for _ in range(100):
-        if threading.active_count() == before:
-            break
-        time.sleep(0.05)
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
     assert gone() is None
-    assert threading.active_count() == before
 
 
 def test_scores_side_by_side_equal_those_of_whole_sequences(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
