@@ -19,7 +19,7 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: browser)")
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: browser)")
 from playwright.sync_api import (  # noqa: E402
     Browser,
     BrowserContext,
@@ -28,7 +28,10 @@ from playwright.sync_api import (  # noqa: E402
     Page,
     Playwright,
     Request,
+    expect,
 )
+
+expect.set_options(timeout=20_000)  # a busy machine is not a failing test
 
 CHROMIUM = os.environ.get("DUOLOGUE_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -119,7 +122,7 @@ class Visit:
         return json.loads((tmp_path / "talk.json").read_text()), wav
 
 
-def wait_for(found: Callable[[], Any], page: Page, seconds: float = 10.0) -> Any:
+def wait_for(found: Callable[[], Any], page: Page, seconds: float = 20.0) -> Any:
     end = time.monotonic() + seconds
     while not (result := found()):
         assert time.monotonic() < end, "nothing came"

@@ -32,7 +32,7 @@ const player = new Player();
 const recordings = { you: new Recording(RATE), they: new Recording(RATE) };
 
 const state = {
-  mode: "off", // "off" | "hands-free" | "holding"
+  mode: "off", // "off" | "hands-free" | "holding" | "releasing"
   speaking: false, // sound of an answer is being played
   sending: false, // a question is on its way
   waiting: false, // it is asked again when the answer under way has ended
@@ -125,10 +125,7 @@ function done({ output }) {
 
 function refused({ message, code, event_id: id, param }) {
   const what = purposes.get(id);
-  if (code === HARMLESS) {
-    done({}); // the answer that was to end has just ended
-    return;
-  }
+  if (code === HARMLESS) return done({}); // the answer that was to end has just ended
   if (code?.startsWith("item_truncate")) return; // nothing of it had been heard
   if (code === BUSY) {
     state.waiting = true;
@@ -180,7 +177,7 @@ microphone.addEventListener("chunk", ({ detail: { pcm, at, stream, peak, level }
   recordings.you.add(pcm, { endS: now() / 1000, at, stream });
   held += pcm.length;
   if (connection.state === "open") append(pcm);
-  else if (state.mode === "holding") early.push(pcm);
+  else if (state.mode !== "hands-free") early.push(pcm);
 });
 
 microphone.addEventListener("lost", () => {
@@ -255,6 +252,7 @@ async function hold() {
 
 async function release() {
   if (state.mode !== "holding") return;
+  state.mode = "releasing"; // the last chunk still belongs to it
   press += 1;
   const endedMs = now();
   find("hold").setAttribute("aria-pressed", "false");
@@ -387,7 +385,7 @@ function phase() {
 find("talk").addEventListener("click", handsFree);
 find("stop").addEventListener("click", () => {
   interrupt();
-  find("text").focus({ preventScroll: true });
+  find("talk").focus({ preventScroll: true }); // this button goes away
 });
 find("notice-close").addEventListener("click", () => view.notice(""));
 
@@ -446,6 +444,8 @@ find("new-conversation").addEventListener("click", () => {
   conversation.clear();
   view.clear();
   inside.show(null);
+  recordings.you.clear();
+  recordings.they.clear();
   question = null;
   state.speaking = state.sending = false;
   find("settings").close();

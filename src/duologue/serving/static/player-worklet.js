@@ -36,7 +36,8 @@ class PlayerProcessor extends AudioWorkletProcessor {
   }
 
   end({ id }) {
-    this.item(id).ended = true;
+    const item = this.items.find((one) => one.id === id);
+    if (item) item.ended = true; // or it was cleared, or never had a sound
   }
 
   clear({ token }) {

@@ -60,6 +60,10 @@ export class Recording {
   constructor(rate, maxSeconds = 1800) {
     this.rate = rate;
     this.maxSamples = maxSeconds * rate;
+    this.clear();
+  }
+
+  clear() {
     this.pieces = []; // {start, pcm}, in samples of the clock
     this.kept = 0;
     this.dropped = false;
