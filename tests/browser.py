@@ -20,7 +20,7 @@ import soundfile
 from numpy.typing import NDArray
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: browser)")
-from playwright.sync_api import (  # noqa: E402
+from playwright.sync_api import (
     Browser,
     BrowserContext,
     ConsoleMessage,
