@@ -5,6 +5,8 @@ import math
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 import duologue
 from duologue.chatbot import Chatbot
-from duologue.events import AudioDelta, EndReason, Interrupted, ReplyDone
+from duologue.events import AudioDelta, EndReason, Interrupted, ReplyDone, TextDelta
 from duologue.interleave import legal_prefix
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
@@ -20,6 +22,7 @@ from duologue.layers import Padded
 from duologue.listening import Ahead
 from duologue.rates import SAMPLES_PER_TOKEN
 from duologue.session import Session
+from duologue.turns import Modality, Role, Turn
 from duologue.worker import Worker
 from tests.tiny import write_tiny_chatbot
 
@@ -324,6 +327,44 @@ def test_a_turn_that_ends_during_a_reply_stands_behind_it(bot: Chatbot) -> None:
         assert len(session.conversation) == 4
 
     asyncio.run(talk())
+
+
+def test_an_interruption_at_the_last_event_cuts_too(bot: Chatbot) -> None:
+    async def talk() -> None:
+        session = bot.session()
+        session.feed(speech(1.0, 5))
+        async for event in session.reply():
+            if isinstance(event, ReplyDone):
+                session.interrupt(played_ms=80)
+        assert session.conversation.turns[-1].interrupted
+        session.write("And in writing?")
+        async for event in session.reply(text_only=True):
+            if isinstance(event, TextDelta):
+                session.interrupt(played_ms=0)
+        assert isinstance(event, ReplyDone)
+        assert session.conversation.turns[-1].ids  # what was written was read
+        assert not event.text_is_estimate
+        assert session.conversation.turns[-1].interrupted
+
+    asyncio.run(talk())
+
+
+def test_prompts_of_a_long_conversation_begin_alike(tmp_path: Path) -> None:
+    """Turns are left out by quarters of the positions, not with every turn."""
+    bot = duologue.load(write_tiny_chatbot(tmp_path, max_positions=400))
+    session = bot.session()
+    prompts = []
+    for turn in range(30):
+        session.write(f"Question {turn}?")
+        session.end_user_turn()
+        prompts.append(session.prompt(Modality.TEXT)[0])
+        assert len(prompts[-1]) <= 400 - 64
+        reply = Turn(Role.ASSISTANT, Modality.TEXT, tuple(bot.models.vocabulary.encode_text("An answer.")))
+        session.conversation = session.conversation.plus(reply)
+    kept = [after[: len(before) - 1] == before[:-1] for before, after in pairwise(prompts)]
+    full = kept.index(False)
+    assert 3 <= kept.count(False) <= 0.5 * len(kept[full:])
+    assert len(session.conversation) == 60
 
 
 def test_a_bound_for_one_reply(bot: Chatbot) -> None:

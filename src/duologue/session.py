@@ -95,7 +95,6 @@ class Session:
         self._listening: Listening | None = None
         self._ahead: Ahead | None = None
         self._written = ""
-        self._replying = False
         self._speaker: Speaker | None = None
         self._cut_at: int | None = None
 
@@ -164,26 +163,21 @@ class Session:
         Raises:
             ValueError: nothing was said, a reply is under way, or the turn is longer than the model can hold.
         """
-        if self._replying:
+        if self._speaker is not None:
             raise ValueError("a reply is under way in this session; interrupt it first")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
-        self._replying, self._cut_at = True, None
+        schedule, modality = (TEXT_ONLY, Modality.TEXT) if text_only else (INTERLEAVED, Modality.INTERLEAVED)
+        speaker = Speaker(self.models, self.worker, schedule, self.policy())
+        self._speaker, self._cut_at = speaker, None
         try:
-            async with aclosing(
-                self._reply(Modality.TEXT if text_only else Modality.INTERLEAVED, max_tokens)
-            ) as events:
+            async with aclosing(self._reply(speaker, modality, max_tokens)) as events:
                 async for event in events:
                     yield event
         finally:
-            self._replying, self._speaker = False, None
-            self._notify_ahead()
+            self._dismiss(speaker)
 
-    async def _reply(self, modality: Modality, max_tokens: int | None) -> AsyncGenerator[Event, None]:
-        speaker = Speaker(
-            self.models, self.worker, TEXT_ONLY if modality is Modality.TEXT else INTERLEAVED, self.policy()
-        )
-        self._speaker = speaker
+    async def _reply(self, speaker: Speaker, modality: Modality, max_tokens: int | None) -> AsyncGenerator[Event, None]:
         question, is_new = await self._question(speaker)
         try:
             prompt, room = self.prompt(modality)
@@ -196,15 +190,23 @@ class Session:
         async with aclosing(speaker.events(prompt, sampling, f"reply-{next(self._request_ids)}")) as events:
             async for event in events:
                 yield event
-        text, codes, reason = speaker.text, speaker.codes, speaker.reason
+        text, codes, reason, cut_at = speaker.text, speaker.codes, speaker.reason, self._cut_at
         self._add_reply(Turn(Role.ASSISTANT, modality, tuple(speaker.ids), question.language, self.voice), question)
-        if self._cut_at is not None:
-            total, reason = speaker.num_speech_estimated, EndReason.INTERRUPTED
-            codes = codes[: self.cut_last_reply(self._cut_at, unfinished=speaker.reason is not EndReason.END)]
-            if modality is not Modality.TEXT:
-                text = heard_text(text, len(codes) / max(total, 1))
-            yield Interrupted(self._cut_at, len(codes), text)
-        yield ReplyDone(text, tuple(codes), reason, speaker.timings, text_is_estimate=self._cut_at is not None)
+        is_estimate = cut_at is not None and modality is not Modality.TEXT
+        if cut_at is not None:
+            codes = codes[: self.cut_last_reply(cut_at, unfinished=reason is not EndReason.END)]
+            if is_estimate:
+                text = heard_text(text, len(codes) / max(speaker.num_speech_estimated, 1))
+            reason = EndReason.INTERRUPTED
+        self._dismiss(speaker)  # the reply is over, whenever its last events are read
+        if cut_at is not None:
+            yield Interrupted(cut_at, len(codes), text, is_estimate)
+        yield ReplyDone(text, tuple(codes), reason, speaker.timings, is_estimate)
+
+    def _dismiss(self, speaker: Speaker) -> None:
+        if self._speaker is speaker:
+            self._speaker = None
+            self._notify_ahead()
 
     async def _question(self, speaker: Speaker) -> tuple[Turn, bool]:
         """The turn that is answered, and whether it was ended just now."""
@@ -259,10 +261,9 @@ class Session:
         if played_ms < 0:
             raise ValueError(f"played_ms must not be negative, got {played_ms}")
         played = int(played_ms * rates.SPEAK_SAMPLE_RATE / 1000)
-        if self._replying:
+        if (speaker := self._speaker) is not None:
             self._cut_at = played
-            if (speaker := self._speaker) is not None:
-                speaker.stop()
+            speaker.stop()
         elif self.conversation.turns and self.conversation.turns[-1].role is Role.ASSISTANT:
             self.cut_last_reply(played)
             self._notify_ahead()
@@ -319,9 +320,11 @@ class Session:
         to_drop = -(-(len(prompt) - size) // quarter) * quarter
         *past, last = whole.turns
         dropped = 0
-        oldest = next((i for i, turn in enumerate(past) if turn.role is not Role.SYSTEM), len(past))
-        while len(past) > oldest and (dropped < to_drop or past[oldest].role is Role.ASSISTANT):
-            dropped += len(past.pop(oldest).ids)
+        while (oldest := next((turn for turn in past if turn.role is not Role.SYSTEM), None)) is not None:
+            if dropped >= to_drop and oldest.role is not Role.ASSISTANT:  # no reply stays without its question
+                break
+            past.remove(oldest)
+            dropped += len(oldest.ids)
         prompt = ids_of(dataclasses.replace(whole, turns=(*past, last)))
         if len(prompt) <= size:
             return prompt
@@ -332,7 +335,7 @@ class Session:
 
     def _open_prompt(self) -> list[int] | None:
         """What is certain of the next prompt while the user speaks; None while it depends on a reply under way."""
-        if self._listening is None or self._replying:
+        if self._listening is None or self._speaker is not None:
             return None
         ids = tuple(self.models.vocabulary.speech_ids(self._listening.codes))
         return self._fitting(self.models.vocabulary.open_prompt_ids, Turn(Role.USER, Modality.SPEECH, ids))
