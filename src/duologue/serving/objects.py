@@ -10,7 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+)
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -50,6 +58,14 @@ class Strict(BaseModel):
     """Unknown keys are errors, and 1 is not "1"."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Sparse(Strict):
+    """Told without the fields that nobody gave: some clients refuse fields that they do not know, null or not."""
+
+    @model_serializer(mode="wrap")
+    def _given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in plain(self).items() if value is not None}
 
 
 class Pcm(Strict):
@@ -107,7 +123,7 @@ class SemanticVad(Strict):
 TurnDetection: TypeAlias = Annotated[ServerVad | SemanticVad, Field(discriminator="type")]
 
 
-class Transcription(Strict):
+class Transcription(Sparse):
     """Wish for transcripts of what the user says. The model's own recognition head makes them, whatever the name."""
 
     model: str | None = None
@@ -118,7 +134,7 @@ class Transcription(Strict):
     delay: str | None = None
 
 
-class NoiseReduction(Strict):
+class NoiseReduction(Sparse):
     type: Literal["near_field", "far_field"] | None = None
     strength: float | None = None
 
@@ -215,7 +231,7 @@ def _merge(old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-class Content(Strict):
+class Content(Sparse):
     """One part of a message."""
 
     type: Literal["input_text", "input_audio", "output_text", "output_audio"]

@@ -20,6 +20,7 @@ from duologue.serving.objects import (
     Response,
     ResponseParams,
     Session,
+    Sparse,
     Strict,
     read,
 )
@@ -319,7 +320,7 @@ class OutputItemDone(_OfOutput):
     item: AnyItem
 
 
-class Part(Strict):
+class Part(Sparse):
     type: Literal["text", "audio"]
     text: str | None = None
     transcript: str | None = None
