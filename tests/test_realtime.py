@@ -105,7 +105,7 @@ def test_a_spoken_question_is_answered_aloud_in_the_right_order(server: LiveServ
     assert response["conversation_id"].startswith("conv_")
     assert item["status"] == "completed"
     assert by_type["conversation.item.done"]["previous_item_id"] == committed["item_id"]
-    assert item["content"][0] == {"type": "output_audio", "transcript": TEXT, "text": None, "audio": None}
+    assert item["content"][0] == {"type": "output_audio", "transcript": TEXT}
     assert by_type["response.output_audio_transcript.done"]["transcript"] == TEXT
     transcript = [event["delta"] for event in events if event["type"] == DELTAS[0]]
     assert "".join(transcript) == TEXT
@@ -275,17 +275,16 @@ def test_speech_into_a_reply_ends_it_and_cuts_the_history(server: LiveServer, ta
     server.engine.hold(35)
     talk.write("Hello.")
     talk.send("response.create")
-    before = talk.until("response.output_audio.delta")
+    talk.until("response.output_audio.delta")
     talk.append(question(before_s=0.0))
+    before = talk.until("input_audio_buffer.speech_started")
     events = talk.until("conversation.item.truncated")  # while the model still holds its breath
-    assert types(events)[0] == "input_audio_buffer.speech_started"
-    assert types(events)[1:] == [*END, "conversation.item.truncated"]
+    assert types(events) == [*END, "conversation.item.truncated"]
     response = events[-2]["response"]
     assert response["status"] == "cancelled"
     assert response["status_details"] == {"type": "cancelled", "reason": "turn_detected", "error": None}
     assert response["output"][0]["status"] == "incomplete"
-    sent_ms = len(sound(before)) / 48
-    assert 0 <= events[-1]["audio_end_ms"] <= sent_ms
+    assert 0 <= events[-1]["audio_end_ms"] <= len(sound(before)) / 48 + 500
     server.engine.release()
     talk.until("response.done")
     # The next prompt holds of the reply what was heard of it.
@@ -490,8 +489,7 @@ def test_sound_in_a_message(server: LiveServer, talk: Talk) -> None:
     part = {"type": "input_audio", "audio": base64.b64encode(question().tobytes()).decode(), "transcript": "a sum"}
     talk.send("conversation.item.create", item={"type": "message", "role": "user", "content": [part]})
     added = talk.until("conversation.item.done")[0]["item"]
-    assert added["content"][0]["audio"] is None
-    assert added["content"][0]["transcript"] == "a sum"
+    assert added["content"][0] == {"type": "input_audio", "transcript": "a sum"}
     talk.send("response.create")
     talk.until("response.done")
     heard = sum(server.vocabulary.kind(token) is Kind.SPEECH for token in server.engine.prompts[-1])
@@ -579,8 +577,7 @@ def test_without_a_recogniser_transcripts_fail_in_clear_words(tiny_folder: Path)
 def test_no_turn_is_longer_than_the_buffer(tiny_folder: Path) -> None:
     with serving(*scripted_bot(tiny_folder), audio_buffer_s=1.0) as server, talking(server) as talk:
         talk.update_input(turn_detection=None)
-        talk.append(silence(1.5), chunk=24_000)
-        talk.append(silence(0.1))
+        talk.append(silence(1.5), chunk=24_000)  # the last third is too much
         assert talk.receive()["error"]["code"] == "input_audio_buffer_full"
         talk.ask("input_audio_buffer.commit", "input_audio_buffer.committed")
 

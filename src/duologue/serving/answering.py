@@ -16,6 +16,7 @@ import dataclasses
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, TypedDict
 
 import numpy as np
@@ -222,6 +223,8 @@ class Answer:
     async def _take(self, event: events.Event) -> None:
         if self.item is None:
             await self._open()
+        if self.item is None:  # cancelled meanwhile
+            return
         if isinstance(event, events.TextDelta):
             await self._tell_tokens("text", list(event.ids))
             self._ids += event.ids
@@ -237,16 +240,15 @@ class Answer:
             await self._send_sound(event.wav)
 
     async def _send_sound(self, wav: NDArray[np.float32], last: bool = False) -> None:
-        audio, duration_ms = await asyncio.to_thread(self._outgoing.step, wav, last)
-        if not audio or not self.live:
-            return
-        if self.recorder is not None and self.wish.in_conversation and len(wav):
+        pieces = await asyncio.to_thread(self._outgoing.step, wav, last)
+        if self.live and self.recorder is not None and len(wav):
             self.recorder.spoke(wav, rates.SPEAK_SAMPLE_RATE)
-        clock = asyncio.get_running_loop().time
-        await self._emit(
-            protocol.AudioDelta(**self._place(), delta=audio),
-            lambda: None if self.cancelled else self.playback.sent(duration_ms, clock()),
-        )
+        for audio, duration_ms in pieces:
+            await self._emit(protocol.AudioDelta(**self._place(), delta=audio), partial(self._sent, duration_ms))
+
+    def _sent(self, duration_ms: float) -> None:
+        if not self.cancelled:
+            self.playback.sent(duration_ms, asyncio.get_running_loop().time())
 
     async def _emit(self, event: protocol.ServerEvent, when_sent: Callable[[], None] | None = None) -> None:
         """Sends an event unless the response is cancelled before its turn comes."""
@@ -278,7 +280,7 @@ class Answer:
             await self._flush_tokens()
             if self.item is None:
                 await self._open()
-            if not self.wish.text_only:
+            if self.item is not None and not self.wish.text_only:
                 await self._send_sound(np.zeros(0, np.float32), last=True)
         if self.live:
             await self._tell_timings(timings)

@@ -22,6 +22,7 @@ from duologue.serving.objects import Format, Pcm, ProtocolError
 from duologue.serving.tempo import Tempo
 
 Wav = NDArray[np.float32]
+PIECE_S = 0.5
 _SUBTYPES = {"audio/pcmu": "ULAW", "audio/pcma": "ALAW"}
 _EMPTY = np.zeros(0, np.float32)
 
@@ -89,13 +90,19 @@ class Outgoing:
         self._tempo = Tempo(speed, rates.SPEAK_SAMPLE_RATE)
         self._resampler = StreamingResampler(rates.SPEAK_SAMPLE_RATE, wire.rate)
 
-    def step(self, wav: Wav, last: bool = False) -> tuple[str, float]:
-        """wav of the decoder -> base64 text of what is ready, and its length in milliseconds."""
+    def step(self, wav: Wav, last: bool = False) -> list[tuple[str, float]]:
+        """wav of the decoder -> what is ready, in pieces of at most half a second: base64 text and milliseconds."""
         wav = self._resampler.step(self._tempo.step(wav, last), last)
-        return base64.b64encode(pack(wav, self.wire)).decode("ascii"), 1000 * len(wav) / self.wire.rate
+        size = int(PIECE_S * self.wire.rate)
+        pieces = [wav[start : start + size] for start in range(0, len(wav), size)]
+        return [(_to_base64(pack(piece, self.wire)), 1000 * len(piece) / self.wire.rate) for piece in pieces]
 
 
 def whole(wav: Wav, sample_rate: int, wire: Format) -> str:
     """A whole waveform as base64 text in a wire format."""
     resampled = StreamingResampler(sample_rate, wire.rate).step(wav, last=True)
-    return base64.b64encode(pack(resampled, wire)).decode("ascii")
+    return _to_base64(pack(resampled, wire))
+
+
+def _to_base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")

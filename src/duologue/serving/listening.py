@@ -101,19 +101,18 @@ class Listener:
         `TimedOut` ends the turn with `commit` before going on.
 
         Raises:
-            ProtocolError: not sound of this format, or more of it than a turn may have. Nothing is taken then.
+            ProtocolError: not sound of this format, or more of it than a turn may have; it is not heard then.
         """
-        limit = int(self._max_s * RATE)
-        if self.detector is None and self._open >= limit:
-            raise ProtocolError(
-                f"the input audio buffer holds {self._max_s:g} s already; commit or clear it", "input_audio_buffer_full"
-            )
         wav = await asyncio.to_thread(self._incoming.step, audio)
+        if self.detector is None and self._open + len(wav) > self._max_s * RATE:
+            raise ProtocolError(
+                f"the input audio buffer holds at most {self._max_s:g} s; commit or clear it", "input_audio_buffer_full"
+            )
         if self._on_sound is not None and len(wav):
             self._on_sound(wav, RATE)
         if self.detector is None:
             self._total += len(wav)
-            await self._hear(wav[: limit - self._open])
+            await self._hear(wav)
             return
         for start in range(0, len(wav), AT_ONCE):
             piece = wav[start : start + AT_ONCE]
@@ -155,11 +154,10 @@ class Listener:
                 "input_audio_buffer_commit_empty",
             )
         loop = asyncio.get_running_loop()
-        began = loop.time()
-        turn = await self.session.commit()
-        heard = Heard(turn, Sound.of(self._parts, RATE), loop.time() - began)
+        began, parts = loop.time(), self._parts
         self._parts, self._open = [], 0
-        return heard
+        turn = await self.session.commit()
+        return Heard(turn, Sound.of(parts, RATE), loop.time() - began)
 
     def clear(self) -> None:
         """Forgets all sound that is not committed."""

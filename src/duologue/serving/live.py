@@ -209,14 +209,14 @@ class Live:
             )
         else:
             await self.outbox.put(protocol.SpeechStopped(item_id=self._speech_item, audio_end_ms=sample_ms))
+        heard = await self.listener.commit(detection)
+        item = await self._add_heard(heard)
         try:
-            heard = await self.listener.commit(detection)
-            item = await self._add_heard(heard)
             if vad.create_response:
                 await self._respond(ResponseParams(), now, heard.commit_s)
-            self._transcribe(item, heard)
         except ProtocolError as error:
             await self._tell(error)
+        self._transcribe(item, heard)
 
     async def _interrupt(self, detected_at: float) -> None:
         """The user speaks: the reply ends, and the history with what was heard of it."""

@@ -37,7 +37,8 @@ async def converse(
     outbox = Outbox(socket, settings.outbound_events, settings.stall_s, metrics)
     kept = _kept(bot, settings, model, visit)
     live: Live | None = None
-    ended = Ended(1011, "the server failed; its log says why", "error")
+    # Unless one of the tasks says otherwise, somebody outside has cancelled them all.
+    ended = Ended(1012, "the server ended the connection", "draining")
     try:
         async with asyncio.TaskGroup() as tasks:
             live = Live(bot, settings, metrics, visit, outbox, tasks, kept)
@@ -49,6 +50,7 @@ async def converse(
     except* Ended as group:
         ended = next(error for error in _leaves(group) if isinstance(error, Ended))
     except* Exception:
+        ended = Ended(1011, "the server failed; its log says why", "error")
         log.exception("a conversation failed")
     finally:
         if live is not None:
