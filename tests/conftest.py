@@ -1,13 +1,18 @@
 """Settings that every test shares."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.tiny import write_tiny_chatbot
+
+if TYPE_CHECKING:
+    from duologue.client.process import ServerProcess
 
 # A busy machine is not a failing test: no deadline for an example, and no complaint about a slow start.
 settings.register_profile(
@@ -20,6 +25,17 @@ settings.load_profile("duologue")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights; tests read it and never write into it."""
     return write_tiny_chatbot(tmp_path_factory.mktemp("tiny"), max_positions=512, max_tokens=60)
+
+
+@pytest.fixture(scope="session")
+def live_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[ServerProcess]":
+    """`duologue serve` with a tiny greedy model, in a process of its own, for tests that come as clients."""
+    from duologue.client.process import start_server
+    from tests.live import write_greedy_chatbot
+
+    folder = write_greedy_chatbot(tmp_path_factory.mktemp("greedy"))
+    with start_server(str(folder), ("--resume-s", "0", "--stall-s", "2")) as server:
+        yield server
 
 
 def _write_clips(folder: Path, clips: list[dict[str, object]]) -> None:

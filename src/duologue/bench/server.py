@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Sequence
@@ -257,7 +258,7 @@ class _Client:
         self.errors += [*summary.errors, *([summary.ended_by] if summary.ended_by else [])]
         self.num_gaps, self.gap_ms = summary.num_gaps, summary.gap_ms
         answers = [each for each in summary.exchanges if each.first_audio_at is not None]
-        for asked, after in zip(self._asked, [*self._asked[1:], float("inf")], strict=True):
+        for asked, after in itertools.pairwise([*self._asked, float("inf")]):
             for each in answers:
                 at = each.first_audio_at
                 if at is not None and asked < at < after:

@@ -1,0 +1,76 @@
+"""`duologue bench server` against a real server with the tiny model."""
+
+import asyncio
+import json
+
+import numpy as np
+import pytest
+from websockets.asyncio.server import ServerConnection, serve
+
+from duologue.bench.server import Footprint, footprint, measure_server
+from duologue.cli import main
+from duologue.client.process import ServerProcess, start_server
+from duologue.client.realtime import WIRE_RATE
+from tests.live import question
+
+
+def test_clients_talk_and_come_and_go(live_server: ServerProcess) -> None:
+    bench = measure_server(
+        live_server.url, live_server.pid, num_clients=2, num_turns=1, num_cycles=12, max_tokens=60, said=[question()]
+    )
+    assert bench.load is not None
+    assert [turn.client for turn in bench.load.turns] == [0, 1]
+    for turn in bench.load.turns:
+        # The server waits for half a second of silence, and its word for the end may come late on a busy machine.
+        assert 0 < turn.first_audio_s < turn.from_speech_s - 0.3
+    assert (bench.load.unanswered, bench.load.errors) == (0, ())
+    assert bench.cycles is not None
+    assert bench.cycles.failed == ()
+    checks = {check.name: check for check in bench.checks}
+    assert set(checks) == {
+        *("server.p95_ttfa_s", "server.gaps", "server.errors", "server.cycles.memory_growth_mb"),
+        *("server.cycles.descriptor_growth", "server.cycles.failed", "server.cycles.task_growth"),
+    }
+    for name in ("server.errors", "server.cycles.descriptor_growth", "server.cycles.task_growth"):
+        assert checks[name].ok, checks[name]
+    assert "time to first audio from the end of turn" in bench.table()
+    assert isinstance(footprint(live_server.url, live_server.pid), Footprint)
+
+
+def test_the_command_measures_a_running_server(live_server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "server", "--server", live_server.url, "--clients", "0", "--json"]
+    assert main([*command, "--cycles", "4", "--pid", str(live_server.pid)]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["bench"] == "server"
+    assert record["results"]["load"] is None
+    assert record["results"]["cycles"]["num"] == 4
+    assert {check["name"] for check in record["checks"]} >= {"server.cycles.descriptor_growth"}
+    assert main([*command, "--cycles", "4"]) == 2
+    assert "cycles need the server's process" in capsys.readouterr().err
+
+
+def test_a_server_without_answers_is_told() -> None:
+    """A silent server: questions stay unanswered, and what it says at its end is an error."""
+
+    async def handle(socket: ServerConnection) -> None:
+        await socket.recv()
+        await socket.close(1011, "no model")
+
+    async def run() -> None:
+        async with serve(handle, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            said = [np.ones(WIRE_RATE // 10, np.int16)]
+            bench = await asyncio.to_thread(
+                measure_server, f"http://127.0.0.1:{port}", None, num_clients=1, num_turns=2, said=said
+            )
+            assert bench.load is not None
+            assert bench.load.unanswered == 2
+            assert "no model" in bench.load.errors[0]
+            assert not any(check.ok for check in bench.checks if check.name != "server.gaps")
+
+    asyncio.run(run())
+
+
+def test_a_server_that_does_not_start_says_why() -> None:
+    with pytest.raises(ValueError, match="the server did not start: argument --port: 'x' is no port"):
+        start_server("pocket", ("--port", "x")).__enter__()
