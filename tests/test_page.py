@@ -320,7 +320,9 @@ def test_phone_fits_and_the_inside_opens_over_it(visit: Open, server: PageServer
     page = one.page
     one.type("What is two plus three?")
     expect(one.turn("they", server.script.answer)).to_have_count(1)
+    page.evaluate("document.getElementById('line-words').textContent = 'a-model-with-a-long-name, not trained'")
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+    assert page.evaluate("document.getElementById('settings-button').getBoundingClientRect().right") <= PHONE["width"]
     expect(page.get_by_role("heading", name="Inside the answer")).to_be_hidden()
     page.get_by_role("button", name="Inside", exact=True).click()
     expect(page.get_by_role("heading", name="Inside the answer")).to_be_visible()
