@@ -263,10 +263,10 @@ class FlowStage:
                 raise ValueError(f"{start} was trained with another tokenizer than {recipe.tokenizer}")
             return _load_flow(start, config)
         size = tokenizer.config.quantizer.codebook_size
+        mels = np.concatenate([self._mel(one).numpy() for one in self.train[:_STATISTICS_CLIPS]])
         torch.manual_seed(recipe.loop.seed)
         if isinstance(config, ReleasedFlowConfig):
-            return ReleasedFlow(dataclasses.replace(config, vocab_size=size))
-        mels = np.concatenate([self._mel(one).numpy() for one in self.train[:_STATISTICS_CLIPS]])
+            return _begin_released(dataclasses.replace(config, vocab_size=size), torch.from_numpy(mels.mean(0)))
         return Flow(
             dataclasses.replace(
                 config,
@@ -344,6 +344,16 @@ def _load_flow(folder: Path, config: FlowConfig | ReleasedFlowConfig) -> Flow | 
     if isinstance(config, ReleasedFlowConfig):
         return load_component(folder, ReleasedFlow, ReleasedFlowConfig)
     return load_component(folder, Flow, FlowConfig)
+
+
+def _begin_released(config: ReleasedFlowConfig, mean: Tensor) -> ReleasedFlow:
+    """Random weights; what it gives begins at the mean mel (M,), for it works on mels as they are, far from zero."""
+    flow = ReleasedFlow(config)
+    for layer in (flow.length_regulator.model[-1], flow.decoder["estimator"].get_submodule("final_proj")):
+        assert isinstance(layer, nn.Conv1d)
+        assert layer.bias is not None
+        layer.bias.data.copy_(mean)
+    return flow
 
 
 def _predict(
