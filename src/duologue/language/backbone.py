@@ -180,7 +180,12 @@ def save_language(
 ) -> None:
     """Writes a folder that `load_language` and plain transformers read; `model` itself is left as it is."""
     folder = Path(folder)
-    own = {name: value.to(DTYPES[dtype]) for name, value in model.state_dict().items() if value.is_floating_point()}
+    cast: dict[tuple[int, torch.Size], Tensor] = {}  # tied embeddings stay one tensor, and are written once
+    own = {
+        name: cast.setdefault((value.data_ptr(), value.shape), value.to(DTYPES[dtype]))
+        for name, value in model.state_dict().items()
+        if value.is_floating_point()
+    }
     kept = model.config.dtype
     model.config.dtype = DTYPES[dtype]
     try:
