@@ -293,11 +293,16 @@ def test_the_released_architecture_is_trained_by_the_same_stage(recipe: FlowReci
     before = fixed_losses(stage, batch)
     batch["mel"][:, -1][batch["num_frames"] < batch["mel"].shape[1]] = 99.0  # behind the end
     assert fixed_losses(stage, batch) == pytest.approx(before, rel=1e-6)
-    start = {name: weight.detach().clone() for name, weight in stage.flow.named_parameters()}
-    run(stage, dataclasses.replace(recipe.loop, num_steps=30, learning_rate=1e-2, evaluate_every=100), tmp_path / "run")
-    assert fixed_losses(stage, batch)["coarse"] < 0.9 * before["coarse"]
-    estimator = {name: weight for name, weight in stage.flow.named_parameters() if name.startswith("decoder.")}
-    assert [name for name, weight in estimator.items() if torch.equal(weight, start[name])] == []
+    optimizer = torch.optim.Adam(stage.model.parameters(), 1e-2)
+    for _ in range(20):  # one batch, learned by heart: clips of tones have little in common
+        torch.manual_seed(0)
+        optimizer.zero_grad()
+        torch.stack(list(stage.losses("flow", batch, 0).values())).sum().backward()
+        optimizer.step()
+    after = fixed_losses(stage, batch)
+    assert after["velocity"] < 0.9 * before["velocity"]
+    assert after["coarse"] < 0.9 * before["coarse"]
+    run(stage, dataclasses.replace(recipe.loop, num_steps=2, evaluate_every=100), tmp_path / "run")
     flow = load_component(tmp_path / "run" / "final" / "flow", ReleasedFlow, ReleasedFlowConfig)
     assert flow.config.vocab_size == 30
     again = FlowStage(dataclasses.replace(recipe, start_from=str(tmp_path / "run" / "final")))
