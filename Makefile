@@ -14,6 +14,9 @@ RESULTS ?= benchmarks/results
 export OMP_WAIT_POLICY = PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+# Processes of the tests: much of their time is real time in which a conversation is waited for.
+WORKERS ?= 3
+
 # Debian packages of the tests that listen to free synthesizers. Without them those tests skip and say why.
 SYNTHESIZERS := flite festival festvox-us-slt-hts festvox-kallpc16k espeak-ng
 
@@ -43,7 +46,7 @@ serve: $(VENV)/.serve
 	$(BIN)/duologue serve
 
 test: $(VENV)/.dev $(VENV)/.synthesizers $(VENV)/.browser check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The folder holds transformers and the hub's client that it needs; everything else is that of the environment.
 test-oldest: $(VENV)/.dev $(OLDEST)/.installed

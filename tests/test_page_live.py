@@ -79,6 +79,7 @@ def test_a_question_is_asked_answered_and_interrupted(tiny_folder: Path, tmp_pat
         expect(visit.answer_to("One more, in writing.")).to_have_class(FINISHED, timeout=60_000)
         for connection in list(server.server_state.connections):  # as a network drops them
             connection.transport.abort()
+        expect(page.get_by_text("Connected again.").first).to_be_attached(timeout=30_000)
         visit.type("Are you still there?")
         expect(visit.answer_to("Are you still there?")).to_have_class(FINISHED, timeout=60_000)
         expect(page.locator(".seam")).to_have_count(0)  # the same conversation goes on
