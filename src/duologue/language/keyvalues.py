@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 _NAME = "duologue_side_by_side"
 _FIRST_CAPACITY = 256
@@ -132,10 +133,13 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     rows: Sequence[_Row] = (),
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of transformers' interface: query (1, heads, T, head_dim), key and value (1, kv_heads, T, head_dim), T
     new ids of all rows; gives (1, T, heads, head_dim)."""
+    if not rows:  # another user of the model, a training's step say, runs while an engine's step has its way set
+        attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+        return attended, None
     outputs = []
     start = 0
     for row in rows:
