@@ -385,6 +385,29 @@ def test_scores_side_by_side_equal_those_of_whole_sequences(model: PreTrainedMod
     assert kept[0].length == len(grown[0])
 
 
+def test_others_use_the_model_during_a_step(model: PreTrainedModel) -> None:
+    """A training that goes on while a reply is still made: its own way of attending, its own gradients."""
+    ids = torch.tensor([LONG[:30]])
+    expected = model(ids).logits.detach()
+    side_by_side = SideBySide(model)
+    meanwhile = []
+
+    def use(*_: object) -> None:
+        with torch.inference_mode(False), torch.enable_grad():
+            meanwhile.append(model(ids).logits)
+
+    layer = side_by_side.model.get_submodule("model.layers.1")
+    handle = layer.register_forward_pre_hook(use)
+    side_by_side.step([LONG[:20]], [KeyValues()])
+    handle.remove()
+    torch.testing.assert_close(meanwhile[0].detach(), expected)
+    meanwhile[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.zero_grad(set_to_none=True)
+    for weight, same in zip(model.parameters(), side_by_side.model.parameters(), strict=True):
+        assert weight is same
+
+
 def test_a_model_with_other_attention_is_refused(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     sliding = copy.deepcopy(model)
     sliding.config.layer_types = ["sliding_attention", "full_attention"]

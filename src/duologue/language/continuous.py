@@ -28,7 +28,7 @@ from transformers.generation.continuous_batching.continuous_api import Continuou
 
 from duologue.interleave import INTERLEAVED, Schedule
 from duologue.language.engine import MAX_SESSIONS, MAX_STEP_TOKENS, MAX_UNREAD, running_requests
-from duologue.language.requests import Request, engine_failed
+from duologue.language.requests import Limited, Request, engine_failed
 from duologue.language.sampling import Sampling
 from duologue.vocabulary import Vocabulary
 
@@ -36,7 +36,7 @@ PAGE_SIZE = 32
 _POLL_S = 0.1
 
 
-class ContinuousEngine:
+class ContinuousEngine(Limited):
     """`Engine` on transformers' continuous batching. The model belongs to it from then on.
 
     Its memory is taken at the first request and does not grow: pages for `max_cached_tokens` and a quarter more,
@@ -78,29 +78,9 @@ class ContinuousEngine:
         self._lock = threading.Lock()
 
     @property
-    def max_positions(self) -> int:
-        """See `Engine`."""
-        return self._requests.max_positions
-
-    @property
-    def max_sessions(self) -> int:
-        """See `Engine`."""
-        return self._requests.max_sessions
-
-    @property
-    def max_cached_tokens(self) -> int:
-        """Ids whose keys and values are held at most for running replies."""
-        return self._requests.max_cached_tokens
-
-    @property
     def cached_tokens(self) -> int:
         """See `Engine`: ids of the replies in the batch; pages that are kept for later prompts are not counted."""
         return self._drawing.num_cached
-
-    @property
-    def running(self) -> int:
-        """See `Engine`."""
-        return len(self._requests)
 
     @property
     def num_computed(self) -> int:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from duologue.interleave import INTERLEAVED, Schedule
 from duologue.language.keyvalues import KeyValues, SideBySide
-from duologue.language.requests import Request, RunningRequests, engine_failed
+from duologue.language.requests import Limited, Request, RunningRequests, engine_failed
 from duologue.language.sampling import KindMasks, Sampling
 from duologue.vocabulary import Vocabulary
 
@@ -111,7 +111,7 @@ class _Row:
         return self.ended or self.request is None or not self.request.held
 
 
-class PlainEngine:
+class PlainEngine(Limited):
     """One step of the model for the next id of every reply under way, on the model's device.
 
     Long prompts are run in pieces beside the other replies' ids, so that they delay those by a bounded time.
@@ -127,6 +127,7 @@ class PlainEngine:
         max_step_tokens: ids of prompts that one step runs.
 
     Attributes:
+        model: what the engine runs: the same weights, in modules and a config of its own.
         num_computed: ids that were run through the model so far.
     """
 
@@ -140,10 +141,10 @@ class PlainEngine:
         max_unread: int = MAX_UNREAD,
         max_step_tokens: int = MAX_STEP_TOKENS,
     ) -> None:
-        self.model = model
         self.num_computed = 0
         self._requests = running_requests(model, vocabulary, max_sessions, max_cached_tokens, max_unread)
         self._side_by_side = SideBySide(model)
+        self.model = self._side_by_side.model
         self._max_caches, self._max_step_tokens = max_caches, max_step_tokens
         self._kept: list[_Kept] = []  # the longest unused first; like `_rows` it belongs to the engine's thread
         self._rows: list[_Row] = []
@@ -153,29 +154,9 @@ class PlainEngine:
         self._executor = ThreadPoolExecutor(1, "language")
 
     @property
-    def max_positions(self) -> int:
-        """See `Engine`."""
-        return self._requests.max_positions
-
-    @property
-    def max_sessions(self) -> int:
-        """See `Engine`."""
-        return self._requests.max_sessions
-
-    @property
-    def max_cached_tokens(self) -> int:
-        """Ids whose keys and values are held at most."""
-        return self._requests.max_cached_tokens
-
-    @property
     def cached_tokens(self) -> int:
         """See `Engine`: ids of running replies and of kept conversations."""
         return sum(kept.cache.length for kept in [*self._kept, *(row.kept for row in [*self._rows])])
-
-    @property
-    def running(self) -> int:
-        """See `Engine`."""
-        return len(self._requests)
 
     async def generate(
         self,

@@ -7,8 +7,8 @@ padded and nothing is copied when a conversation joins or leaves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 _NAME = "duologue_side_by_side"
 _FIRST_CAPACITY = 256
@@ -79,20 +78,26 @@ class SideBySide:
     Args:
         model: a causal LM of transformers with full attention in all layers, in evaluation mode.
 
+    Attributes:
+        model: the same weights in modules and a config of its own, so that others may go on using theirs meanwhile, to
+            train it say.
+
     Raises:
         ValueError: layers with another attention.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self._config = model.config.get_text_config()
-        kinds = set(getattr(self._config, "layer_types", None) or ("full_attention",))
-        if kinds != {"full_attention"} or getattr(self._config, "attn_logit_softcapping", None):
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
+        if kinds != {"full_attention"} or getattr(config, "attn_logit_softcapping", None):
             raise ValueError(
                 f"a language model with {', '.join(sorted(kinds))} cannot run here: every layer must have plain full "
                 "attention"
             )
         AttentionInterface.register(_NAME, _attend)
+        weights = [*model.parameters(), *model.buffers()]
+        self.model = copy.deepcopy(model, {id(weight): weight for weight in weights})
+        self.model.config.get_text_config()._attn_implementation = _NAME
 
     @torch.inference_mode()
     def step(self, ids: Sequence[Sequence[int]], kept: Sequence[KeyValues]) -> Tensor:
@@ -101,28 +106,17 @@ class SideBySide:
         lengths = torch.tensor([len(new) for new in ids])
         positions = [range(row.length, row.length + len(new)) for new, row in zip(ids, kept, strict=True)]
         rows = [_Row(row, len(new), _mask(row.length, len(new), device)) for new, row in zip(ids, kept, strict=True)]
-        with self._attention():
-            output = self.model(
-                input_ids=torch.tensor([[token for new in ids for token in new]], device=device),
-                position_ids=torch.tensor([[place for row in positions for place in row]], device=device),
-                use_cache=False,
-                logits_to_keep=(lengths.cumsum(0) - 1).to(device),
-                rows=rows,
-            )
+        output = self.model(
+            input_ids=torch.tensor([[token for new in ids for token in new]], device=device),
+            position_ids=torch.tensor([[place for row in positions for place in row]], device=device),
+            use_cache=False,
+            logits_to_keep=(lengths.cumsum(0) - 1).to(device),
+            rows=rows,
+        )
         for row in rows:
             row.kept.advance(row.num_ids)
         scores: Tensor = output.logits[0].float()
         return scores
-
-    @contextmanager
-    def _attention(self) -> Iterator[None]:
-        """The model attends as in every other program, except during a step."""
-        usual = self._config._attn_implementation
-        self._config._attn_implementation = _NAME
-        try:
-            yield
-        finally:
-            self._config._attn_implementation = usual
 
 
 def _attend(
@@ -133,13 +127,10 @@ def _attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     rows: Sequence[_Row] = (),
-    **others: Any,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of transformers' interface: query (1, heads, T, head_dim), key and value (1, kv_heads, T, head_dim), T
     new ids of all rows; gives (1, T, heads, head_dim)."""
-    if not rows:  # another user of the model, a training's step say, runs while an engine's step has its way set
-        attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
-        return attended, None
     outputs = []
     start = 0
     for row in rows:

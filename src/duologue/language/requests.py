@@ -277,6 +277,32 @@ class RunningRequests:
         return sum(request.num_reserved for request in self._requests)
 
 
+class Limited:
+    """What an engine says of its limits; see `Engine`."""
+
+    _requests: RunningRequests
+
+    @property
+    def max_positions(self) -> int:
+        """Ids that a prompt and its reply may have together."""
+        return self._requests.max_positions
+
+    @property
+    def max_sessions(self) -> int:
+        """Replies that can be under way at the same time."""
+        return self._requests.max_sessions
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Ids whose keys and values are held at most."""
+        return self._requests.max_cached_tokens
+
+    @property
+    def running(self) -> int:
+        """Replies under way."""
+        return len(self._requests)
+
+
 def engine_failed(error: Exception) -> RuntimeError:
     """What readers are told of an error in the engine's thread, which is its cause."""
     failed = RuntimeError(f"the language engine failed: {type(error).__name__}: {error}")
