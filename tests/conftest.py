@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import soundfile
 from hypothesis import HealthCheck, settings
 
 from tests.tiny import write_tiny_chatbot
 
 if TYPE_CHECKING:
     from duologue.client.process import ServerProcess
+    from tests.live_server import LiveServer, Talk
 
 # A busy machine is not a failing test: no deadline for an example, and no complaint about a slow start.
 settings.register_profile(
@@ -36,6 +38,35 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[ServerPro
     folder = write_greedy_chatbot(tmp_path_factory.mktemp("greedy"))
     with start_server(str(folder), ("--resume-s", "0", "--stall-s", "2")) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def server(tiny_folder: Path) -> "Iterator[LiveServer]":
+    """A real server whose language model follows a script, for the tests of the real-time protocol."""
+    from tests.live_server import scripted_bot, serving
+
+    with serving(*scripted_bot(tiny_folder)) as running:
+        yield running
+
+
+@pytest.fixture
+def talk(server: "LiveServer") -> "Iterator[Talk]":
+    """A client of `server` whose session is open."""
+    from tests.live_server import talking
+
+    server.engine.release()
+    server.engine.failure = None
+    with talking(server) as client:
+        yield client
+    server.engine.release()
+
+
+@pytest.fixture(scope="module")
+def question(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound file of somewhat over a second of noise."""
+    path = tmp_path_factory.mktemp("sound") / "question.wav"
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(20_000), 16_000)
+    return path
 
 
 def _write_clips(folder: Path, clips: list[dict[str, object]]) -> None:

@@ -4,22 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
 
 from duologue.bench.commit import CommitTimes
 from duologue.bench.harness import Spread
 from duologue.cli import main
 
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(scope="module")
-def question(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sound") / "question.wav"
-    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(20_000), 16_000)
-    return path
 
 
 def bench(capsys: Capture, name: str, model: Path, *argv: str | Path) -> dict[str, Any]:

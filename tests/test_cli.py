@@ -18,13 +18,6 @@ from duologue.rates import speak_samples_for_tokens, tokens_for_samples
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture(scope="module")
-def question(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sound") / "question.wav"
-    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(20_000), 16_000)
-    return path
-
-
 def run_json(capsys: Capture, *argv: str | Path) -> dict[str, Any]:
     """Runs a command with --json; its standard output must be one line of JSON."""
     assert main([*map(str, argv), "--json"]) == 0

@@ -8,18 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duologue.client.playback import Cut, Playback
+from tests.clock import Clock
 
 RATE = 1000  # one sample is one millisecond
-
-
-class Clock:
-    """Seconds that only a test moves."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def sound(first: int, num: int) -> np.ndarray:
@@ -68,7 +59,7 @@ def test_running_dry_in_the_middle_is_a_gap_and_at_the_end_it_is_not() -> None:
 
 
 def test_a_cut_says_what_was_heard_and_not_what_was_given_to_the_device() -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     playback = Playback(RATE, ahead_ms=0, clock=clock)
     playback.add("a", sound(0, 1000))
     playback.take(100, delay_s=0.05)  # heard from 50 ms from now on, until 150 ms
@@ -83,7 +74,7 @@ def test_a_cut_says_what_was_heard_and_not_what_was_given_to_the_device() -> Non
 
 
 def test_an_item_in_the_device_counts_as_unheard_though_nothing_of_it_waits() -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     playback = Playback(RATE, ahead_ms=0, clock=clock)
     playback.add("a", sound(0, 100))
     playback.end("a")
@@ -95,7 +86,7 @@ def test_an_item_in_the_device_counts_as_unheard_though_nothing_of_it_waits() ->
 
 
 def test_nothing_is_cut_when_everything_was_heard() -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     playback = Playback(RATE, ahead_ms=0, clock=clock)
     playback.add("a", sound(0, 100))
     playback.end("a")
@@ -120,7 +111,7 @@ def test_more_than_the_stated_most_is_refused() -> None:
 def test_whatever_the_chunks_every_sample_is_played_once_and_a_cut_is_exact(
     added: list[int], taken: list[int], cut_after: int
 ) -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     playback = Playback(RATE, ahead_ms=0, clock=clock)
     total = sum(added)
     first = 0

@@ -2,8 +2,6 @@
 
 import itertools
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,11 +18,8 @@ from tests.live_server import (
     LiveServer,
     Talk,
     question,
-    scripted_bot,
-    serving,
     silence,
     sound,
-    talking,
     types,
 )
 
@@ -44,21 +39,6 @@ END = [
     "response.done",
 ]
 WRITTEN = [name.replace("audio_transcript", "text") for name in [*BEGIN, DELTAS[0], *END[1:]]]
-
-
-@pytest.fixture(scope="module")
-def server(tiny_folder: Path) -> Iterator[LiveServer]:
-    with serving(*scripted_bot(tiny_folder)) as running:
-        yield running
-
-
-@pytest.fixture
-def talk(server: LiveServer) -> Iterator[Talk]:
-    server.engine.release()
-    server.engine.failure = None
-    with talking(server) as client:
-        yield client
-    server.engine.release()
 
 
 def kept(server: LiveServer, session_id: str) -> Kept:

@@ -2,7 +2,6 @@
 
 import base64
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,6 @@ from tests.live_server import (
     sound,
     talking,
 )
-
-
-@pytest.fixture(scope="module")
-def server(tiny_folder: Path) -> Iterator[LiveServer]:
-    with serving(*scripted_bot(tiny_folder)) as running:
-        yield running
-
-
-@pytest.fixture
-def talk(server: LiveServer) -> Iterator[Talk]:
-    server.engine.release()
-    server.engine.failure = None
-    with talking(server) as client:
-        yield client
-    server.engine.release()
 
 
 def kept(server: LiveServer, session_id: str) -> Kept:

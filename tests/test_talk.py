@@ -20,6 +20,7 @@ from duologue.client.playback import Playback
 from duologue.client.realtime import WIRE_RATE, Connection, encode_pcm, open_connection, realtime_url
 from duologue.talk.files import Recorder
 from duologue.talk.screen import Screen, bar
+from tests.clock import Clock
 
 Script = Callable[["Peer"], Awaitable[object]]
 SOUND = (np.arange(WIRE_RATE) % 1000 + 1).astype(np.int16)  # one second, never silent
@@ -82,18 +83,6 @@ async def scripted(script: Script) -> AsyncIterator[tuple[str, Peer]]:
 
 def base64_bytes(event: dict[str, Any]) -> bytes:
     return base64.b64decode(event["audio"])
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    async def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        await asyncio.sleep(0)
 
 
 async def hold(

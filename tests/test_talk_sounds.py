@@ -14,20 +14,9 @@ from duologue.client.pace import CHUNK
 from duologue.client.playback import Playback
 from duologue.client.realtime import WIRE_RATE
 from duologue.talk.sounds import Loudspeaker, Microphone, devices
+from tests.clock import Clock
 
 SOUND = (np.arange(WIRE_RATE) % 1000 + 1).astype(np.int16)  # one second, never silent
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-    async def sleep(self, seconds: float) -> None:
-        self.now += seconds
-        await asyncio.sleep(0)
 
 
 class FakeStream:
