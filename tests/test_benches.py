@@ -110,7 +110,15 @@ def tiny_decoder_bench(bot: Chatbot) -> DecoderBench:
     return measure_decoder(decoder, bot.models.vocabulary.codebook_size, 8.0, repetitions=3, num_replies=1)
 
 
-def test_bench_decoder(bot: Chatbot) -> None:
+def test_bench_decoder(bot: Chatbot, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder whose steps cost by what they decode: what else the machine does has no part in the comparison."""
+    step = SpeechDecoder.step
+
+    def by_length(self: SpeechDecoder, x: Padded, state: Any) -> Padded:
+        burn(2e-3 * x.values.shape[1])
+        return step(self, x, state)
+
+    monkeypatch.setattr(SpeechDecoder, "step", by_length)
     result = tiny_decoder_bench(bot)
     assert [(one.num_tokens, len(one.block_ms)) for one in result.streamed] == [(10, 10), (25, 4)]
     assert result.audio_s == pytest.approx(8.0, abs=0.1)
