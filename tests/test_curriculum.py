@@ -18,6 +18,7 @@ from recipes.pocket.plans import PlannedDialogue, plan_dialogues, plan_free, pla
 from recipes.pocket.repeating import free_text
 from recipes.pocket.stories import LONG_ANSWERS
 from recipes.pocket.synthesis import STYLES, UNSEEN_VOICES
+from recipes.pocket.wordings import WIDER
 from recipes.pocket.words import FIRST_NAMES, OPEN_WORDS
 
 UNSEEN = {voice.id for voice in UNSEEN_VOICES}
@@ -80,6 +81,21 @@ def test_every_intent_has_enough_wordings_kept_apart(intent: Intent) -> None:
     assert not set(intent.phrasings) & set(intent.test_phrasings)
 
 
+def test_the_wider_wordings_are_of_training_alone(test_set: list[PlannedDialogue]) -> None:
+    intents = {intent.name: intent for intent in INTENTS}
+    tested = {phrasing for intent in INTENTS for phrasing in intent.test_phrasings}
+    asked = {(used.intent, used.phrasing) for one in test_set for turn in one.dialogue.exchanges for used in turn.asked}
+    for name, phrasings in WIDER.items():
+        known = intents[name].phrasings if name in intents else ()
+        assert len({*phrasings, *known}) == len(phrasings) + len(known), name
+        assert not tested & set(phrasings), name
+        assert not asked & {(name, phrasing) for phrasing in phrasings}, name
+    planned = [one for shard in range(3) for one in plan_dialogues(2, shard, 2000)]
+    turns = {used.intent for one in planned for turn in one.dialogue.exchanges for used in turn.asked}
+    turns |= {f"in_{style}" for style in STYLES}  # the adverb of a command
+    assert set(WIDER) - set(intents) <= turns  # a name that no turn has would be a slip of the pen
+
+
 def test_names_of_kinds_are_unique() -> None:
     assert len({kind.name for kind in KINDS}) == len(KINDS)
 
@@ -117,7 +133,7 @@ def test_phrasings_follow_the_split() -> None:
             assert phrasing is not None
             found.add(phrasing)
     assert not used["train"] & used["test"]
-    assert used["text"] == set(intent.phrasings)
+    assert used["text"] == set(intent.phrasings) | set(WIDER["capital"])
     with pytest.raises(ValueError, match="unknown split 'valid'"):
         choose_phrasing("capital", "Iran", intent.phrasings, intent.test_phrasings, "valid", Random(0))
 

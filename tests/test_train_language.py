@@ -13,7 +13,7 @@ from duologue.language.backbone import LanguageConfig, Siblings, load_language, 
 from duologue.training.chat import WHOLE, ChatRecipe, Chats, ChatStage, Copies, Manners, as_text
 from duologue.training.corpus import CorpusSample, TokenCorpus, Uttered, write_manifest, write_shard
 from duologue.training.loop import LoopConfig, run
-from duologue.training.packing import SPEECH, TEXT, UNTRAINED, Example, decisions, fill, losses, pack
+from duologue.training.packing import SPEECH, TEXT, UNTRAINED, Example, decisions, fill, losses, mishear, pack
 from duologue.training.pretrain import Jobs, Mixture, PretrainRecipe, PretrainStage, both
 from duologue.training.tokenize import TokensRecipe
 from duologue.turns import Conversation, Modality, Role, Turn
@@ -133,6 +133,21 @@ def test_rows_are_filled(vocabulary: Vocabulary) -> None:
     sizes = [sum(len(example.ids) for example in row) for row in rows]
     assert all(size <= 200 for size in sizes)
     assert sum(sizes) > 0.9 * 8 * 200
+
+
+def test_only_speech_that_is_listened_to_is_misheard(vocabulary: Vocabulary) -> None:
+    rng = np.random.default_rng(0)
+    heard, said = vocabulary.speech_ids([0] * 400), vocabulary.speech_ids([1] * 400)
+    text = vocabulary.encode_text("what comes after nine?")
+    example = Example([*text, *heard, *said], [UNTRAINED] * (len(text) + 400) + [SPEECH] * 400)
+    assert mishear(example, 0.0, vocabulary, rng) == example
+    changed = mishear(example, 0.25, vocabulary, rng)
+    wrong = np.flatnonzero(np.array(changed.ids) != np.array(example.ids))
+    assert 60 < len(wrong) < 140
+    assert wrong.min() >= len(text)
+    assert wrong.max() < len(text) + 400
+    assert all(vocabulary.kinds[changed.ids[index]] == Kind.SPEECH for index in wrong)
+    assert changed.trains == example.trains
 
 
 # The copies.
@@ -317,7 +332,7 @@ def pretrain_recipe(folder: Path, steps: int, **changes: object) -> PretrainReci
 
 
 def test_batches_are_a_pure_function_of_their_index(folder: Path) -> None:
-    one, other = PretrainStage(pretrain_recipe(folder, 1)), PretrainStage(pretrain_recipe(folder, 1))
+    one, other = (PretrainStage(pretrain_recipe(folder, 1, mishear=0.2)) for _ in range(2))
     one.batch(3)
     for name, value in one.batch(5).items():
         assert torch.equal(value, other.batch(5)[name])

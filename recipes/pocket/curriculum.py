@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+from recipes.pocket.wordings import WIDER
+
 HELD_OUT_ONE_IN = 10  # pairs of (item, training phrasing) that only the test set may speak
 
 
@@ -91,14 +93,16 @@ def choose_phrasing(
     """A phrasing that a split may use about the item `key`; None when there is none.
 
     "train" is spoken training; "test" is what training never speaks; "text" is training that nobody speaks (stage 1
-    has every fact as text), so nothing but the test phrasings is kept from it.
+    has every fact as text), so nothing but the test phrasings is kept from it. Training has the phrasings of `WIDER`
+    beside those of the intent.
     """
+    known = (*phrasings, *WIDER.get(intent, ()))
     if split == "train":
-        allowed = [p for p in phrasings if not held_out(intent, key, p)]
+        allowed = [p for p in known if not held_out(intent, key, p)]
     elif split == "test":
         allowed = [p for p in phrasings if held_out(intent, key, p)] + list(test_phrasings)
     elif split == "text":
-        allowed = list(phrasings)
+        allowed = list(known)
     else:
         raise ValueError(f"unknown split {split!r}; the splits are train, test and text")
     return rng.choice(allowed) if allowed else None

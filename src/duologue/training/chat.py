@@ -23,7 +23,18 @@ from duologue.language.engine import PlainEngine
 from duologue.language.sampling import GREEDY, Sampling
 from duologue.training.corpus import CorpusSample, TokenCorpus, Uttered
 from duologue.training.loop import Batch, LoopConfig
-from duologue.training.packing import SPEECH, TEXT, UNTRAINED, Example, decisions, fill, losses, mean_losses, pack
+from duologue.training.packing import (
+    SPEECH,
+    TEXT,
+    UNTRAINED,
+    Example,
+    decisions,
+    fill,
+    losses,
+    mean_losses,
+    mishear,
+    pack,
+)
 from duologue.training.pretrain import NUM_SAMPLES, Jobs, Mixture, both, open_corpora, write_lines
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import END_OF_TEXT, Vocabulary
@@ -76,6 +87,7 @@ class ChatRecipe:
     pretrain_share: of the examples that are jobs of stage 1, drawn from `mixture`.
     length, num_rows: ids in a row, rows in a batch.
     text_weight, speech_weight: of the loss on every text id and every speech id.
+    mishear: share of the speech ids that are only listened to which are replaced by random ones.
     num_questions: of the validation that are answered for the accuracy.
     """
 
@@ -91,6 +103,7 @@ class ChatRecipe:
     num_rows: int = 12
     text_weight: float = 1.0
     speech_weight: float = 1.0
+    mishear: float = 0.0
     num_valid_batches: int = 4
     num_questions: int = 100
 
@@ -208,9 +221,9 @@ class ChatStage:
         rng = np.random.default_rng((self.recipe.loop.seed, index))
 
         def draw() -> Example:
-            if self._jobs is not None and rng.random() < self.recipe.pretrain_share:
-                return self._jobs(rng)
-            return self._chats(rng)
+            jobs = self._jobs if self._jobs is not None and rng.random() < self.recipe.pretrain_share else None
+            example = self._chats(rng) if jobs is None else jobs(rng)
+            return mishear(example, self.recipe.mishear, self.vocabulary, rng)
 
         return pack(fill(draw, self.recipe.num_rows, self.recipe.length), self.recipe.length, self._padding_id)
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from duologue.interleave import InterleaveState, Kind, Schedule
 from duologue.training.loop import Batch
+from duologue.vocabulary import Vocabulary
 
 # What predicting an id trains; 0 where it is not trained.
 UNTRAINED, TEXT, SPEECH = 0, 1, 2
@@ -56,6 +57,21 @@ def decisions(kinds: tuple[int, ...], schedule: Schedule) -> tuple[int, ...]:
         trains.append(TEXT if state.allowed.text else SPEECH)
         state.advance(Kind(kind))
     return tuple(trains)
+
+
+def mishear(example: Example, share: float, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
+    """The example with `share` of the speech ids that it only listens to replaced by random ones.
+
+    A model that sees the same clips several times would otherwise learn their exact tokens, which another voice or room
+    never gives.
+    """
+    if not share:
+        return example
+    ids = np.array(example.ids)
+    heard = (vocabulary.kinds[ids] == Kind.SPEECH) & (np.array(example.trains) == UNTRAINED)
+    wrong = heard & (rng.random(len(ids)) < share)
+    ids[wrong] = vocabulary.speech_offset + rng.integers(vocabulary.codebook_size, size=int(wrong.sum()))
+    return Example(ids.tolist(), example.trains)
 
 
 class Draw(Protocol):

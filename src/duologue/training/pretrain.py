@@ -34,7 +34,7 @@ from duologue.language.sampling import Sampling
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.training.corpus import CorpusSample, TokenCorpus, Uttered
 from duologue.training.loop import Batch, LoopConfig
-from duologue.training.packing import SPEECH, TEXT, UNTRAINED, Example, fill, losses, mean_losses, pack
+from duologue.training.packing import SPEECH, TEXT, UNTRAINED, Example, fill, losses, mean_losses, mishear, pack
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import END_OF_TEXT, Sample, Task, Vocabulary
 
@@ -72,6 +72,7 @@ class PretrainRecipe:
     tokenizer: folder of the frozen tokenizer, whose codebook a new Glm starts its speech embeddings from; may be empty.
     length, num_rows: ids in a row, rows in a batch.
     text_weight, speech_weight: of the loss on every text id and every speech id.
+    mishear: share of the speech ids that are only listened to which are replaced by random ones.
     """
 
     corpus: str
@@ -85,6 +86,7 @@ class PretrainRecipe:
     num_rows: int = 12
     text_weight: float = 1.0
     speech_weight: float = 1.0
+    mishear: float = 0.0
     num_valid_batches: int = 4
 
 
@@ -245,7 +247,11 @@ class PretrainStage:
 
     def batch(self, index: int) -> Batch:
         rng = np.random.default_rng((self.recipe.loop.seed, index))
-        rows = fill(lambda: self._jobs(rng), self.recipe.num_rows, self.recipe.length)
+
+        def draw() -> Example:
+            return mishear(self._jobs(rng), self.recipe.mishear, self.vocabulary, rng)
+
+        rows = fill(draw, self.recipe.num_rows, self.recipe.length)
         return pack(rows, self.recipe.length, self._padding_id)
 
     def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
