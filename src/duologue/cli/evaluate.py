@@ -4,55 +4,61 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import add_command, positive, say_if_untrained
+from duologue.cli.parser import Parser, add_command, positive, say_if_untrained
 from duologue.machine import version_of
+
+if TYPE_CHECKING:
+    from duologue.evaluation.report import Report
+    from duologue.evaluation.testset import TestSet
+    from duologue.models import Card
 
 TEST_DATA = "runs/pocket/corpus/test"
 
 
 def add(commands: Any) -> None:
-    """Adds `evaluate`."""
-    evaluate = add_command(commands, "evaluate", _evaluate, "judge a chatbot on a held-out test set", model=True)
-    evaluate.add_argument("suite", choices=("pocket",), metavar="SUITE", help="pocket")
-    evaluate.add_argument(
-        "--data", type=Path, default=Path(TEST_DATA), help=f"folder of the test set (default: {TEST_DATA})"
-    )
-    evaluate.add_argument(
+    """Adds `evaluate` and its suites."""
+    text = "judge a chatbot on a held-out test set"
+    evaluate: Parser = commands.add_parser("evaluate", help=text, description=text[0].upper() + text[1:] + ".")
+    suites = evaluate.add_subparsers(title="suites", metavar="SUITE", required=True, parser_class=Parser)
+
+    pocket = _add(suites, "pocket", _pocket, "the whole chain and its parts")
+    pocket.add_argument(
         "--recognizer", type=Path, help="the tokenizer's recognition head (default: recognizer/ in the model)"
     )
-    evaluate.add_argument("--limit", type=positive, metavar="N", help="only N dialogues, for a quick look")
-    evaluate.add_argument(
+    pocket.add_argument("--limit", type=positive, metavar="N", help="only N dialogues, for a quick look")
+
+    solvers = _add(suites, "solvers", _solvers, "few steps of the flow against many: what is heard of it")
+    solvers.add_argument(
+        "--setting",
+        nargs="+",
+        metavar="METHOD:STEPS:SWAY[:GUIDANCE]",
+        help="what is compared, like adams-bashforth:4:0 (default: the model's own)",
+    )
+    solvers.add_argument("--clips", type=positive, default=100, metavar="N", help="replies (default: 100)")
+    solvers.add_argument("--seed", type=int, default=0, help="of the noise")
+
+
+def _add(suites: Any, name: str, judge: Callable[[argparse.Namespace, TestSet], Report], text: str) -> Parser:
+    suite = add_command(suites, name, _evaluate, text, model=True)
+    suite.set_defaults(suite=name, judge=judge)
+    suite.add_argument(
+        "--data", type=Path, default=Path(TEST_DATA), help=f"folder of the test set (default: {TEST_DATA})"
+    )
+    suite.add_argument(
         "-o", "--output", type=Path, metavar="FOLDER", help="write the results there, as JSON and picture"
     )
+    return suite
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from duologue.chatbot import load, model_folder
-    from duologue.checkpoint import file_hash, load_component
-    from duologue.evaluation.pocket import evaluate_pocket
     from duologue.evaluation.report import format_table
     from duologue.evaluation.testset import load_test_set
-    from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
 
-    test_set = load_test_set(args.data).limited(args.limit)
-    folder = model_folder(args.model)
-    head = args.recognizer if args.recognizer is not None else folder / "recognizer"
-    recognizer = None
-    if args.recognizer is not None or head.is_dir():
-        recognizer = load_component(head, Recognizer, RecognizerConfig).to(args.device)
-    bot = load(folder, args.device)
-    say_if_untrained(bot.models.card)
-    parts = ("tokenizer", "vocabulary", "language", "decoder")
-    model = {
-        "name": bot.models.card.name,
-        "trained": bot.models.card.trained,
-        "hashes": {part: file_hash(folder / part) for part in parts},
-    }
-    settings = {"num_dialogues": len(test_set.dialogues), "version": version_of("duologue")}
-    report = evaluate_pocket(bot, test_set, recognizer, model=model, settings=settings)
+    report = args.judge(args, load_test_set(args.data))
     written = report.save(args.output, args.suite) if args.output is not None else []
     if args.json:
         print(json.dumps(report.to_json()))
@@ -60,3 +66,49 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(format_table(report))
         for path in written:
             print(f"-> {path}")
+
+
+def _pocket(args: argparse.Namespace, test_set: TestSet) -> Report:
+    from duologue.chatbot import load, model_folder
+    from duologue.checkpoint import load_component
+    from duologue.evaluation.pocket import evaluate_pocket
+    from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
+
+    test_set = test_set.limited(args.limit)
+    folder = model_folder(args.model)
+    head = args.recognizer if args.recognizer is not None else folder / "recognizer"
+    recognizer = None
+    if args.recognizer is not None or head.is_dir():
+        recognizer = load_component(head, Recognizer, RecognizerConfig).to(args.device)
+    bot = load(folder, args.device)
+    say_if_untrained(bot.models.card)
+    model = _about(folder, bot.models.card, ("tokenizer", "vocabulary", "language", "decoder"))
+    settings = {"num_dialogues": len(test_set.dialogues), "version": version_of("duologue")}
+    return evaluate_pocket(bot, test_set, recognizer, model=model, settings=settings)
+
+
+def _solvers(args: argparse.Namespace, test_set: TestSet) -> Report:
+    from duologue.chatbot import model_folder
+    from duologue.decoder.decoder import SpeechDecoder
+    from duologue.evaluation.solvers import Setting, evaluate_solvers, parse_setting
+    from duologue.models import Card, load_decoder, load_tokenizer
+
+    folder = model_folder(args.model)
+    card = Card.load(folder)
+    decoder = load_decoder(folder, args.device)
+    if not isinstance(decoder, SpeechDecoder):
+        raise ValueError(f"{folder} has a released decoder, whose solver is Euler's; choose a model with our own")
+    config = decoder.flow.config
+    scale = config.guidance_scale if card.guidance_scale is None else card.guidance_scale
+    own = Setting(config.make_solver(card.num_steps), scale)
+    settings = [own] if args.setting is None else [parse_setting(text, scale) for text in args.setting]
+    model = _about(folder, card, ("tokenizer", "decoder"))
+    tokenizer = load_tokenizer(folder, args.device)
+    return evaluate_solvers(tokenizer, decoder, test_set, settings, args.clips, model=model, seed=args.seed)
+
+
+def _about(folder: Path, card: Card, parts: tuple[str, ...]) -> dict[str, Any]:
+    """What a report says of a model."""
+    from duologue.checkpoint import file_hash
+
+    return {"name": card.name, "trained": card.trained, "hashes": {part: file_hash(folder / part) for part in parts}}

@@ -6,8 +6,9 @@ optional library is missing, `Unavailable` says so, and a measure that needs it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,10 @@ from duologue.evaluation.scoring import word_errors
 
 RECOGNISER_SAMPLE_RATE = 16_000
 _EDGE_S = 0.25  # silence around a clip: the recogniser's noise estimate needs some, and drops words at bare edges
+_MOS_SAMPLES = int(9.01 * 16_000)
+
+
+_Tool = TypeVar("_Tool")
 
 
 class Unavailable(Exception):
@@ -92,6 +97,8 @@ class Recogniser:
 class Naturalness:
     """DNSMOS (speechmos): the overall quality that listeners would give, from 1 to 5.
 
+    It hears windows of 9.01 s; shorter clips are repeated until they fill one.
+
     Raises:
         Unavailable: speechmos or what it needs is not installed.
     """
@@ -99,14 +106,26 @@ class Naturalness:
     def __init__(self) -> None:
         try:
             from speechmos import dnsmos
-        except ImportError:
-            raise Unavailable('speechmos is not installed: pip install "duologue[eval]"') from None
+        except ImportError as error:
+            raise Unavailable(f'{error.name} is not installed: pip install "duologue[eval]"') from None
         self._dnsmos = dnsmos
 
     def __call__(self, wav: NDArray[np.float32], sample_rate: int) -> float:
-        """wav (S,) float32 -> DNSMOS OVRL."""
+        """wav (S,) float32 -> DNSMOS OVRL. Raises ValueError for a clip without samples."""
+        if not len(wav):  # speechmos would double it for ever
+            raise ValueError("a clip without samples has no quality")
         wav = np.clip(resample(wav, sample_rate, 16_000), -1.0, 1.0)
+        # speechmos doubles a short clip and hears it several times over, at several times the cost.
+        wav = wav if len(wav) >= _MOS_SAMPLES else np.resize(wav, _MOS_SAMPLES)
         return float(self._dnsmos.run(wav, sr=16_000)["ovrl_mos"])
+
+
+def if_available(make: Callable[[], _Tool]) -> tuple[_Tool | None, str]:
+    """What `make` makes, or the reason why it cannot."""
+    try:
+        return make(), ""
+    except Unavailable as error:
+        return None, str(error)
 
 
 def codebook_usage(codes: Sequence[NDArray[np.int64]], codebook_size: int) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from duologue.evaluation.testset import SPLIT_NAMES, SPLITS, TestClip, TestSet
 from duologue.layers import Padded
 from duologue.models import Models
 from duologue.tokenizer.recognizer import Recognizer
+from duologue.tokenizer.tokenizer import SpeechTokenizer
 
 NUM_DECODER_CLIPS = 100  # reference replies that are resynthesised
 MAX_DECODER_S = 12.0
@@ -29,7 +30,7 @@ def tokenizer_rows(models: Models, test_set: TestSet, recognizer: Recognizer | N
     """What the tokens keep: words, by the tokenizer's own recognition head; use of the codebook; pitch and level."""
     group = "tokenizer"
     clips = [c for c in (*test_set.speech("user"), *test_set.speech("reply")) if _seconds(c) <= 30.0]
-    codes, texts = _tokenize(models, clips, recognizer)
+    codes, texts = tokenize(models.tokenizer, clips, recognizer)
     rows = []
     for split in SPLITS:
         name = f"WER of its recognition head, {SPLIT_NAMES[split]}"
@@ -66,13 +67,8 @@ def decoder_rows(
 ) -> list[Row]:
     """Tokens -> speech: reference replies, tokenized and resynthesised, beside the same recordings as they were."""
     group = "decoder"
-    clips = [c for c in test_set.speech("reply") if c.style == PLAIN and _seconds(c) <= MAX_DECODER_S]
-    clips = (
-        [clips[i * len(clips) // NUM_DECODER_CLIPS] for i in range(NUM_DECODER_CLIPS)][: len(clips)]
-        if len(clips) > NUM_DECODER_CLIPS
-        else clips
-    )
-    codes, _ = _tokenize(models, clips, None)
+    clips = plain_replies(test_set)
+    codes, _ = tokenize(models.tokenizer, clips)
     made = {c.id: _resynthesize(models, codes[c.id]) for c in tqdm(clips, "resynthesis", disable=None, leave=False)}
     rows = []
     if recogniser is None:
@@ -100,19 +96,26 @@ def decoder_rows(
     return rows
 
 
+def plain_replies(test_set: TestSet, num: int = NUM_DECODER_CLIPS) -> list[TestClip]:
+    """At most `num` reference replies of at most 12 s in the plain style, spread evenly over the set."""
+    clips = [c for c in test_set.speech("reply") if c.style == PLAIN and _seconds(c) <= MAX_DECODER_S]
+    num = min(num, len(clips))
+    return [clips[i * len(clips) // num] for i in range(num)]
+
+
 @torch.inference_mode()
-def _tokenize(
-    models: Models, clips: Sequence[TestClip], recognizer: Recognizer | None
+def tokenize(
+    tokenizer: SpeechTokenizer, clips: Sequence[TestClip], recognizer: Recognizer | None = None
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, str]]:
     """Codes of each clip of at most 30 s by id, and with a recognition head the text of the user's clips."""
     codes: dict[str, NDArray[np.int64]] = {}
     texts: dict[str, str] = {}
-    device = models.tokenizer.quantizer.codebook.weight.device
+    device = tokenizer.quantizer.codebook.weight.device
     order = sorted(clips, key=lambda clip: (clip.role, len(clip.samples)))
     for at in tqdm(range(0, len(order), _BATCH), "tokenizer", disable=None, leave=False):
         batch = order[at : at + _BATCH]
         wav = Padded.stack([torch.from_numpy(_at_16k(clip)) for clip in batch])
-        quantized = models.tokenizer.quantize_piece(Padded(wav.values.to(device), wav.lengths.to(device)))
+        quantized = tokenizer.quantize_piece(Padded(wav.values.to(device), wav.lengths.to(device)))
         for clip, row in zip(batch, quantized.codes.rows(), strict=True):
             codes[clip.id] = row.cpu().numpy()
         if recognizer is not None and any(clip.role == "user" for clip in batch):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from duologue import machine
 from duologue.chatbot import Chatbot
@@ -17,13 +16,11 @@ from duologue.evaluation.conversations import (
     time_rows,
     understanding_rows,
 )
-from duologue.evaluation.intelligibility import Naturalness, Recogniser, Unavailable
+from duologue.evaluation.intelligibility import Naturalness, Recogniser, if_available
 from duologue.evaluation.parts import decoder_rows, tokenizer_rows
 from duologue.evaluation.report import Report
 from duologue.evaluation.testset import TestSet
 from duologue.tokenizer.recognizer import Recognizer
-
-Tool = TypeVar("Tool")
 
 
 def evaluate_pocket(
@@ -40,8 +37,8 @@ def evaluate_pocket(
         recognizer: the recognition head that was trained with the tokenizer; without it its row is skipped.
         model: name and hashes, for the report.
     """
-    recogniser, why_not = _if_available(Recogniser)
-    naturalness, why_no_mos = _if_available(Naturalness)
+    recogniser, why_not = if_available(Recogniser)
+    naturalness, why_no_mos = if_available(Naturalness)
     rows = [
         *tokenizer_rows(bot.models, test_set, recognizer),
         *decoder_rows(bot.models, test_set, recogniser, why_not, naturalness, why_no_mos),
@@ -58,14 +55,6 @@ def evaluate_pocket(
     return Report(
         "pocket", model, machine.describe(), tuple(rows), settings or {}, tuple(_sample(one) for one in exchanges)
     )
-
-
-def _if_available(make: Callable[[], Tool]) -> tuple[Tool | None, str]:
-    """What `make` makes, or the reason why it cannot."""
-    try:
-        return make(), ""
-    except Unavailable as error:
-        return None, str(error)
 
 
 def _sample(one: Exchange) -> dict[str, Any]:
