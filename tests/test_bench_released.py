@@ -77,7 +77,10 @@ def test_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setitem(PRESETS, "9b", PRESETS["tiny"])
     few = ("--seconds", "8", "--repetitions", "1", "--window", "30")
     assert main(["bench", "decoder", "--preset", "glm-4-voice-9b", *few, "--json"]) == 0
-    record = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    assert "released mode, some blocks: 100%" in printed.err
+    record = json.loads(printed.out)
+    assert record["peak_memory_mb"] > 0
     assert (record["bench"], record["model"]["name"]) == ("decoder-glm-4-voice-9b", "glm-4-voice-9b")
     assert record["results"]["window_frames"] == 30
     assert {check["name"] for check in record["checks"]} == {

@@ -12,11 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from duologue import rates
+from duologue.audio import load_audio
 from duologue.chatbot import Chatbot, load
 from duologue.cli import main
 from duologue.doctor import State, examine
 from duologue.language.engine import PlainEngine
-from duologue.models import Card, Models
+from duologue.layers import Padded
+from duologue.models import Card, Models, load_decoder
 from duologue.released import find_released, init_random
 from tests.parity import RELEASED
 
@@ -48,6 +50,38 @@ def ask(bot: Chatbot) -> None:
 def test_a_random_set_answers_and_says_that_it_is_random(made: Path) -> None:
     assert not Card.load(made).trained
     ask(load(made, dtype="float32"))
+
+
+def test_the_decoder_of_a_set_computes_in_the_type_that_is_asked_for(made: Path, tmp_path: Path) -> None:
+    usual, named, half = (load_decoder(made, dtype=dtype) for dtype in (None, "float32", "bfloat16"))
+    for decoder, dtype in ((usual, torch.float32), (half, torch.bfloat16)):
+        assert {p.dtype for p in decoder.flow.decoder.parameters()} == {dtype}  # the U-Net
+        assert {p.dtype for p in decoder.flow.encoder.parameters()} == {torch.float32}
+        assert {p.dtype for p in decoder.vocoder.parameters()} == {torch.float32}
+    tokens = Padded.full(torch.arange(20)[None])
+    with torch.inference_mode():
+        mel, same, in_half = (decoder.flow(tokens).values for decoder in (usual, named, half))
+    assert mel.dtype == in_half.dtype == torch.float32
+    assert 0 < float((mel - in_half).abs().mean()) < 0.05 * float(mel.abs().mean())
+    assert torch.equal(same, mel)
+
+    bot = load(made, dtype="float32", decoder_dtype="bfloat16")
+    assert next(bot.models.decoder.flow.decoder.parameters()).dtype == torch.bfloat16
+    ask(bot)
+    (tmp_path / "tokens.json").write_text(json.dumps(list(range(20))))
+    sound = tmp_path / "sound.wav"
+    command = ("synthesize", str(tmp_path / "tokens.json"), "-o", str(sound), "--model", str(made))
+    assert main([*command, "--decoder-dtype", "bfloat16"]) == 0
+    heard, _ = load_audio(sound)
+    assert main(list(command)) == 0
+    assert not np.array_equal(heard, load_audio(sound)[0])
+
+
+def test_a_type_that_the_decoder_has_not_is_refused(made: Path, tiny_folder: Path) -> None:
+    with pytest.raises(ValueError, match="unknown decoder_dtype 'float16'; the choices are float32, bfloat16"):
+        Models.load(made, decoder_dtype="float16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="computes in float32; only a released one can do so in bfloat16"):
+        load(tiny_folder, decoder_dtype="bfloat16")
 
 
 @pytest.mark.skipif(not RELEASED.is_dir(), reason="there are no released format folders: see tests/parity.py")

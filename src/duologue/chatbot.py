@@ -20,7 +20,7 @@ from duologue.events import Event
 from duologue.language.backbone import Dtype
 from duologue.language.quantization import Scheme
 from duologue.language.sampling import Sampling
-from duologue.models import EngineName, Models
+from duologue.models import DecoderDtype, EngineName, Models
 from duologue.session import Reply, Session
 from duologue.worker import Worker
 
@@ -122,13 +122,15 @@ def load(
     dtype: Dtype | None = None,
     quantization: Scheme | None = None,
     engine: EngineName = "plain",
+    decoder_dtype: DecoderDtype | None = None,
 ) -> Chatbot:
     """Loads a chatbot: a preset shipped in the package ("pocket"), a model folder, a folder with the released parts,
     or an OWNER/NAME of the model hub.
 
     Args:
         dtype, quantization, engine: of the language model, see `Models.load`.
+        decoder_dtype: of a released decoder's U-Net, float32 where None, see `load_decoder`.
     Raises:
         ValueError: one sentence naming what was asked for and what there is, or what is wrong with it.
     """
-    return Chatbot(Models.load(model_folder(name), device, dtype, quantization, engine))
+    return Chatbot(Models.load(model_folder(name), device, dtype, quantization, engine, decoder_dtype))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ CARD_FILE = "duologue.json"
 CARD_VERSION = 1
 
 EngineName = Literal["plain", "continuous"]
+DecoderDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,7 @@ class Models:
         dtype: Dtype | None = None,
         quantization: Scheme | None = None,
         engine: EngineName = "plain",
+        decoder_dtype: DecoderDtype | None = None,
     ) -> Models:
         """Reads a model folder.
 
@@ -140,9 +142,10 @@ class Models:
             dtype: of the language model; bfloat16 for released ones and float32 for ours by default.
             quantization: "int8" or "int4" for the matrices of the language model's layers.
             engine: what runs the language model, "plain" or "continuous": see docs/engines.md.
+            decoder_dtype: as of `load_decoder`.
         Raises:
             ValueError: one sentence: a part is missing, damaged, of other sizes or made for another tokenizer; no
-                library for the quantization.
+                library for the quantization; a type that the decoder has not.
         """
         folder = Path(folder)
         card = Card.load(folder)
@@ -151,14 +154,14 @@ class Models:
         if quantization is not None:
             check_available(quantization, torch.device(device))
         if (released := find_released(folder)) is not None:
-            return cls._load_released(released, card, device, dtype or "bfloat16", quantization, engine)
+            return cls._load_released(released, card, device, dtype or "bfloat16", quantization, engine, decoder_dtype)
         vocabulary = Vocabulary.load(folder / "vocabulary")
         tokenizer = load_tokenizer(folder, device)  # first, so that damage is called damage and not another tokenizer
         own = Siblings(file_hash(folder / "tokenizer"), vocabulary.hash)
         load_siblings(folder / "language").check(own, f"the language model in {folder}", "the tokenizer beside it")
         made_with = read_extra(folder / "decoder" / "flow").get("tokenizer", own.tokenizer)
         Siblings(made_with, own.vocabulary).check(own, f"the flow in {folder}", "the tokenizer beside it")
-        decoder = load_decoder(folder, device)
+        decoder = load_decoder(folder, device, decoder_dtype)
         language = load_language(folder / "language", dtype or "float32").to(device)
         if quantization is not None:
             quantize(language.model, quantization)
@@ -198,11 +201,12 @@ class Models:
         dtype: Dtype,
         quantization: Scheme | None,
         engine: EngineName,
+        decoder_dtype: DecoderDtype | None,
     ) -> Models:
         folders.check()  # all headers before any weight
         vocabulary = folders.load_vocabulary()
         tokenizer: SpeechTokenizer = load_released_tokenizer(folders.tokenizer).to(device)
-        decoder: ReleasedDecoder = load_released_decoder(folders.decoder).to(device)
+        decoder = _released_decoder(folders, decoder_dtype).to(device)
         if is_released(folders.language):
             language = load_released_language(folders.language, dtype, device, quantization)
         else:
@@ -238,17 +242,31 @@ def load_recognizer(folder: str | Path, device: str = "cpu") -> Recognizer | Non
     return load_component(place, Recognizer, RecognizerConfig).to(device).eval() if place.is_dir() else None
 
 
-def load_decoder(folder: str | Path, device: str = "cpu") -> Decoder:
-    """Flow and vocoder of a model folder, without the rest."""
+def load_decoder(folder: str | Path, device: str = "cpu", dtype: DecoderDtype | None = None) -> Decoder:
+    """Flow and vocoder of a model folder, without the rest.
+
+    Args:
+        dtype: of a released decoder's U-Net, "float32" (the default) or "bfloat16"; pocket's has float32 alone.
+    Raises:
+        ValueError: a part is missing or damaged, or there is no such type.
+    """
     decoder: nn.Module
     if (released := find_released(folder)) is not None:
-        decoder = load_released_decoder(released.decoder)
+        decoder = _released_decoder(released, dtype)
+    elif dtype not in (None, "float32"):
+        raise ValueError(f"the decoder in {folder} computes in float32; only a released one can do so in {dtype}")
     else:
         flow = load_component(Path(folder) / "decoder" / "flow", Flow, FlowConfig)
         vocoder = load_component(Path(folder) / "decoder" / "vocoder", Vocoder, VocoderConfig)
         decoder = SpeechDecoder(flow, vocoder)
     ready: Any = decoder.to(device).eval()
     return ready  # type: ignore[no-any-return]
+
+
+def _released_decoder(folders: ReleasedFolders, dtype: DecoderDtype | None) -> ReleasedDecoder:
+    if dtype not in (None, *get_args(DecoderDtype)):
+        raise ValueError(f"unknown decoder_dtype {dtype!r}; the choices are {', '.join(get_args(DecoderDtype))}")
+    return load_released_decoder(folders.decoder, dtype=getattr(torch, dtype or "float32"))
 
 
 def codebook_size(decoder: Decoder) -> int:

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import copy
 import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from duologue import rates
 from duologue.bench.harness import Check, Spread, at_least, at_most, now
@@ -132,8 +134,9 @@ def measure_released_decoder(
     num_steps: int = NUM_STEPS,
     repetitions: int = 3,
     budget_s: float = 400.0,
+    device: str = "cpu",
 ) -> ReleasedDecoderBench:
-    """Decodes a reply of random tokens, on the CPU.
+    """Decodes a reply of random tokens, and says on stderr how far it is.
 
     Args:
         flow, vocoder: sizes.
@@ -157,7 +160,7 @@ def measure_released_decoder(
         decoder = build_released_decoder(flow, vocoder, streaming).eval()
         decoder.vocoder.network.fuse()
         codes = torch.randint(flow.vocab_size, (1, round(seconds * rates.TOKEN_RATE)))
-        run = _Run(decoder, codes, block_tokens, num_steps, repetitions)
+        run = _Run(decoder.to(device), codes.to(device), block_tokens, num_steps, repetitions)
         return run.measure(deadline)
 
 
@@ -169,6 +172,7 @@ class _Run:
     ) -> None:
         self._decoder, self._codes, self._size = decoder, codes, size
         self._num_steps, self._repetitions = num_steps, repetitions
+        self._device = codes.device
         streaming = decoder.flow.streaming
         self._window = streaming.window_frames or 0
         frames = self._window + streaming.overlap_frames
@@ -189,9 +193,9 @@ class _Run:
         flow.estimate_in(torch.bfloat16)
         self._step(0, self._fresh())  # warm-up
         blocks, vocoder_s, end_s, places, state_mb = self._reply()
-        half = self._in_turns(places)
+        half = self._in_turns(places, "window, two blocks again")
         flow.estimate_in(torch.float32)
-        full = self._in_turns(places)
+        full = self._in_turns(places, "float32, the same blocks")
         first_full_s, last_s = (Spread.of([sum(step) for step in half[place]]) for place in (self._first_full, last))
         gain = statistics.median(_flow_times(full)) / statistics.median(_flow_times(half))
         reply_s = sum(blocks) + end_s
@@ -240,36 +244,36 @@ class _Run:
     def _step(self, index: int, state: ReleasedDecoderState) -> tuple[float, float]:
         """Seconds of flow and vocoder for one block."""
         tokens = Padded.full(self._codes[:, index * self._size : (index + 1) * self._size])
-        start = now()
+        start = now(self._device)
         mel = self._decoder.flow.step(tokens, state.flow)
-        middle = now()
+        middle = now(self._device)
         self._decoder.vocoder.step(mel, state.vocoder)
-        return middle - start, now() - middle
+        return middle - start, now(self._device) - middle
 
     def _reply(self) -> tuple[list[float], float, float, dict[int, ReleasedDecoderState], float]:
         """Seconds of each block, of the vocoder in all, of the end; states before the two places; size in MB."""
         state, blocks, vocoder_s = self._fresh(), [], 0.0
         places: dict[int, ReleasedDecoderState] = {}
-        for index in range(self._num_blocks):
+        for index in _bar(range(self._num_blocks), "window, all blocks"):
             if index in (self._first_full, self._num_blocks - 1):
                 places[index] = copy.deepcopy(state)
             flow_s, spoken_s = self._step(index, state)
             blocks.append(flow_s + spoken_s)
             vocoder_s += spoken_s
         state_mb = state_bytes(state) / 1e6
-        start = now()
+        start = now(self._device)
         rest = Padded.full(self._codes[:, self._num_blocks * self._size :])
         mel = Padded.concat([self._decoder.flow.step(rest, state.flow), self._decoder.flow.flush(state.flow)])
-        middle = now()
+        middle = now(self._device)
         self._decoder.vocoder.step(mel, state.vocoder)
         self._decoder.vocoder.flush(state.vocoder)
-        end_s = now() - start
+        end_s = now(self._device) - start
         return blocks, vocoder_s + end_s - (middle - start), end_s, places, state_mb
 
-    def _in_turns(self, places: dict[int, ReleasedDecoderState]) -> dict[int, list[tuple[float, float]]]:
+    def _in_turns(self, places: dict[int, ReleasedDecoderState], text: str) -> dict[int, list[tuple[float, float]]]:
         """Seconds of flow and vocoder at each place, in turns: a busy moment of the machine hits all of them."""
         taken: dict[int, list[tuple[float, float]]] = {index: [] for index in places}
-        for _ in range(self._repetitions):
+        for _ in _bar(range(self._repetitions), text):
             for index, state in places.items():
                 taken[index].append(self._step(index, copy.deepcopy(state)))
         return taken
@@ -278,29 +282,35 @@ class _Run:
         """Number of the block from 1, its seconds in the released mode, and how many calls were timed."""
         flow, config = self._decoder.flow, self._decoder.flow.config
         indices = sorted({round(x) for x in np.linspace(1, self._num_blocks, min(RELEASED_POINTS, self._num_blocks))})
-        speaker = torch.zeros(1, config.spk_embed_dim)
+        speaker = torch.zeros(1, config.spk_embed_dim, device=self._device)
         points = []
-        for index in indices:
-            start = now()
+        for index in _bar(indices, "released mode, some blocks"):
+            start = now(self._device)
             mu = flow.condition(Padded.full(self._codes[:, : index * self._size]))
-            condition_s = now() - start
+            condition_s = now(self._device) - start
             num_new = rates.frames_for_tokens(self._size)
             prompt = Padded.full(mu.values[:, : mu.values.shape[1] - num_new])
             calls: list[float] = []
             while not calls or (len(calls) < RELEASED_CALLS and time.monotonic() < deadline):
-                start = now()
+                start = now(self._device)
                 mel = flow.solve(mu, speaker, prompt, torch.randn_like(mu.values), 1, config.solver.inference_cfg_rate)
-                calls.append(now() - start)
-            start = now()
+                calls.append(now(self._device) - start)
+            start = now(self._device)
             self._speak(mel[:, -num_new:])
-            points.append((index, condition_s + self._num_steps * statistics.median(calls) + now() - start, len(calls)))
+            spoken_s = now(self._device) - start
+            points.append((index, condition_s + self._num_steps * statistics.median(calls) + spoken_s, len(calls)))
         return points
 
     def _speak(self, mel: torch.Tensor) -> None:
         network = self._decoder.vocoder.network
         harmonics = network.config.num_harmonics
-        noise = torch.randn(1, mel.shape[1] * network.config.hop_length, harmonics)
-        speak_as_released(network, mel, torch.zeros(1, harmonics), noise, torch.zeros(1, 0))
+        noise = torch.randn(1, mel.shape[1] * network.config.hop_length, harmonics, device=mel.device)
+        phase = torch.zeros(1, harmonics, device=mel.device)
+        speak_as_released(network, mel, phase, noise, torch.zeros(1, 0, device=mel.device))
+
+
+def _bar(items: Sequence[int], text: str) -> Iterator[int]:
+    yield from tqdm(items, text, mininterval=5.0, file=sys.stderr)
 
 
 def _flow_times(taken: dict[int, list[tuple[float, float]]]) -> list[float]:

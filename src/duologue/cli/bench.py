@@ -155,7 +155,7 @@ def _released_decoder(args: argparse.Namespace, model: dict[str, Any], flow: Any
     """The cost is that of any weights, so only the sizes count."""
     from duologue.bench.released_decoder import measure_released_decoder
 
-    more = {"window_frames": args.window, "repetitions": args.repetitions or 3}
+    more = {"window_frames": args.window, "repetitions": args.repetitions or 3, "device": args.device}
     _run(
         args,
         model,
@@ -261,7 +261,7 @@ def _seconds(text: str) -> float:
 def _load(args: argparse.Namespace, engine: EngineName = "plain") -> Chatbot:
     from duologue.chatbot import load
 
-    bot = load(args.model, args.device, args.dtype, args.quantize, engine)
+    bot = load(args.model, args.device, args.dtype, args.quantize, engine, args.decoder_dtype)
     say_if_untrained(bot.models.card)
     return bot
 

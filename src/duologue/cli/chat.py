@@ -47,7 +47,7 @@ def _chat(args: argparse.Namespace) -> None:
     heard = [
         load_audio(path) for path in args.questions
     ]  # before the models: what is wrong with a file is said at once
-    bot = load(args.model, args.device, args.dtype, args.quantize)
+    bot = load(args.model, args.device, args.dtype, args.quantize, decoder_dtype=args.decoder_dtype)
     say_if_untrained(bot.models.card)
     session = bot.session(voice=args.voice, sampling=_sampling(args, bot.models.card))
     turns = []

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 FAILED = 1
 KEY_VARIABLE = "DUOLOGUE_API_KEY"  # of a client
 DTYPES = ("float32", "bfloat16", "float16")
+DECODER_DTYPES = ("float32", "bfloat16")
 SCHEMES = ("int8", "int4")
 SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
@@ -41,6 +42,13 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of the language model (default: bfloat16 if released)")
     parser.add_argument("--quantize", choices=SCHEMES, help="the language model's matrices in 8 or 4 bits")
+    add_decoder_dtype(parser)
+
+
+def add_decoder_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--decoder-dtype", choices=DECODER_DTYPES, help="of a released decoder's U-Net (default: float32)"
+    )
 
 
 def positive(text: str) -> int:

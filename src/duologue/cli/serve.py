@@ -6,7 +6,9 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,9 @@ def add(commands: Any) -> None:
     serve.add_argument("--resume-s", type=_seconds, metavar="S", help="keep dropped conversations so long")
     serve.add_argument("--stall-s", type=_seconds, metavar="S", help="drop clients that read nothing for so long")
     serve.add_argument("--drain-s", type=_seconds, metavar="S", help="let answers finish so long after SIGTERM")
+    serve.add_argument(
+        "--until-stdin-ends", action="store_true", help="stop when standard input ends: with the program that holds it"
+    )
     serve.add_argument("--verbose", action="store_true", help="log who comes and goes; never what is said")
     add_precision(serve)
     serve.add_argument("--engine", choices=("plain", "continuous"), default="plain", help="of the language model")
@@ -44,6 +49,8 @@ def _serve(args: argparse.Namespace) -> None:
     from duologue.serving.settings import Settings
 
     settings = Settings(**_given(args))
+    if args.until_stdin_ends:
+        threading.Thread(target=_stop_when_stdin_ends, name="stdin", daemon=True).start()
     if settings.record_folder is not None:
         settings.record_folder.mkdir(parents=True, exist_ok=True)
         if not os.access(settings.record_folder, os.W_OK):
@@ -57,7 +64,7 @@ def _serve(args: argparse.Namespace) -> None:
     from duologue.serving.app import create_app
     from duologue.serving.warm_up import warm_up
 
-    bot = load(args.model, args.device, args.dtype, args.quantize, args.engine)
+    bot = load(args.model, args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype)
     say_if_untrained(bot.models.card)
     warm_up(bot)
 
@@ -71,6 +78,12 @@ def _serve(args: argparse.Namespace) -> None:
         print(f"{card.name} listens ({args.device}{keys}): open {url} and talk. Ctrl+C stops it.", flush=True)
 
     Server(create_app(bot, settings), on_ready=tell).run([listening])
+
+
+def _stop_when_stdin_ends() -> None:
+    while os.read(0, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from duologue.cli.parser import add_command, checked_output, say_if_untrained
+from duologue.cli.parser import add_command, add_decoder_dtype, checked_output, say_if_untrained
 
 
 def add(commands: Any) -> None:
@@ -23,6 +23,7 @@ def add(commands: Any) -> None:
     )
     synthesize.add_argument("-o", "--output", type=Path, required=True, metavar="SOUND", help="a sound file")
     synthesize.add_argument("--seed", type=int, default=0, help="of the decoder's noise")
+    add_decoder_dtype(synthesize)
 
 
 def _tokenize(args: argparse.Namespace) -> None:
@@ -78,7 +79,7 @@ def _synthesize(args: argparse.Namespace) -> None:
             f"{args.tokens} was made with another tokenizer than that of {card.name} "
             f"({tokenizer[:12]} and {own[:12]}): its tokens mean something else there"
         )
-    decoder = load_decoder(folder, args.device)
+    decoder = load_decoder(folder, args.device, args.decoder_dtype)
     say_if_untrained(card)
     with torch.inference_mode():
         state = decoder.init_state(1, card.num_steps, card.guidance_scale, args.seed)
