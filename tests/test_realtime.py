@@ -1,5 +1,6 @@
 """Conversations with the real server over a WebSocket: the order of events, turns, interruption."""
 
+import gc
 import itertools
 import time
 
@@ -9,8 +10,9 @@ import pytest
 from duologue import rates
 from duologue.audio import resample
 from duologue.interleave import INTERLEAVED, Kind
+from duologue.listening import Listening
 from duologue.serving.formats import pack
-from duologue.serving.live import Kept
+from duologue.serving.live import Kept, Live
 from duologue.serving.objects import Pcma, Pcmu
 from tests.live_server import (
     NUM_SPEECH,
@@ -20,6 +22,7 @@ from tests.live_server import (
     question,
     silence,
     sound,
+    talking,
     types,
 )
 
@@ -354,3 +357,28 @@ def test_a_client_knows_better_what_was_heard(server: LiveServer, talk: Talk) ->
         talk.until("response.done")
         spoken = [token for token in server.engine.prompts[-1] if server.vocabulary.kind(token) is Kind.SPEECH]
         assert len(spoken) == pytest.approx(kept_tokens, abs=1)
+
+
+# What remains.
+
+
+def test_a_conversation_is_freed_without_the_garbage_collector(server: LiveServer) -> None:
+    """Its sound and its caches would wait for a collection otherwise, and a collection stops everybody."""
+    gc.collect()
+    gc.disable()
+    try:
+        with talking(server) as talk:
+            talk.write("Hello.")
+            talk.send("response.create")
+            talk.until("response.done")
+            talk.update_input(turn_detection=None)
+            talk.append(question()[:24_000])
+            talk.ask("conversation.item.retrieve", "error", item_id="nothing")  # all of it was heard
+        for _ in range(200):
+            left = [each for each in gc.get_objects() if type(each) in (Live, Listening)]
+            if not left:
+                break
+            time.sleep(0.02)
+    finally:
+        gc.enable()
+    assert not left

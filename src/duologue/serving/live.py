@@ -112,8 +112,10 @@ class Live:
 
     def end(self) -> Kept:
         """The client is gone: what was not heard is forgotten."""
+        self.listener.clear()
         for answer in self._answers():
             answer.abandon()
+        self.current, self._others = None, {}  # each answer refers to this conversation
         return Kept(self.config, self.items)
 
     def _answers(self) -> list[Answer]:

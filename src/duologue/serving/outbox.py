@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from starlette.websockets import WebSocketDisconnect
 
@@ -14,17 +14,23 @@ from duologue.serving.protocol import ServerEvent
 STALLED_CODE = 1008
 
 
-class Ended(Exception):
-    """The conversation is over.
-
-    Attributes:
-        code, reason: for the WebSocket's close.
-        label: for the metrics.
+class Ending(NamedTuple):
+    """Attributes:
+    code, reason: for the WebSocket's close.
+    label: for the metrics.
     """
+
+    code: int
+    reason: str
+    label: str
+
+
+class Ended(Exception):
+    """The conversation is over."""
 
     def __init__(self, code: int, reason: str, label: str) -> None:
         super().__init__(reason)
-        self.code, self.reason, self.label = code, reason, label
+        self.ending = Ending(code, reason, label)
 
 
 class Socket(Protocol):

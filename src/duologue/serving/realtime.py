@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import traceback
 
 from fastapi import WebSocket, WebSocketDisconnect
 
@@ -15,7 +16,7 @@ from duologue.serving.conversation import Items
 from duologue.serving.live import Kept, Live
 from duologue.serving.metrics import Metrics
 from duologue.serving.objects import Audio, AudioOutput, Session
-from duologue.serving.outbox import Ended, Outbox
+from duologue.serving.outbox import Ended, Ending, Outbox
 from duologue.serving.protocol import new_id
 from duologue.serving.settings import Settings
 
@@ -38,7 +39,7 @@ async def converse(
     kept = _kept(bot, settings, model, visit)
     live: Live | None = None
     # Unless one of the tasks says otherwise, somebody outside has cancelled them all.
-    ended = Ended(1012, "the server ended the connection", "draining")
+    ending = Ending(1012, "the server ended the connection", "draining")
     try:
         async with asyncio.TaskGroup() as tasks:
             live = Live(bot, settings, metrics, visit, outbox, tasks, kept)
@@ -48,17 +49,19 @@ async def converse(
             await live.begin()
             await _listen(socket, live, settings)
     except* Ended as group:
-        ended = next(error for error in _leaves(group) if isinstance(error, Ended))
+        ending = next(error.ending for error in _leaves(group) if isinstance(error, Ended))
+        # The frame of the TaskGroup refers to the group, and that to the frame: sound would wait for the collector.
+        traceback.clear_frames(group.__traceback__)
     except* Exception:
-        ended = Ended(1011, "the server failed; its log says why", "error")
+        ending = Ending(1011, "the server failed; its log says why", "error")
         log.exception("a conversation failed")
     finally:
         if live is not None:
             visit.kept = live.end()
-        metrics.closed.labels(ended.label).inc()
+        metrics.closed.labels(ending.label).inc()
         with contextlib.suppress(Exception):
             async with asyncio.timeout(CLOSE_S):
-                await socket.close(ended.code, ended.reason)
+                await socket.close(ending.code, ending.reason)
 
 
 async def _listen(socket: WebSocket, live: Live, settings: Settings) -> None:

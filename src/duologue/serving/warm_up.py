@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import numpy as np
 
@@ -15,7 +16,11 @@ SECONDS = 2.0
 
 
 def warm_up(bot: Chatbot) -> None:
-    """Hears two seconds of faint noise and answers shortly, for nobody. What is not installed shows here."""
+    """Hears two seconds of faint noise and answers shortly, for nobody. What is not installed shows here.
+
+    What is loaded by then is taken out of the garbage collection: looking through the 400 000 objects of the libraries
+    would stop every conversation for about half a second.
+    """
     card = bot.models.card
     enough = INTERLEAVED.text_run + 2 * rates.BLOCK_TOKENS
     sampling = dataclasses.replace(card.sampling, max_tokens=min(card.sampling.max_tokens, enough))
@@ -25,3 +30,5 @@ def warm_up(bot: Chatbot) -> None:
     SileroStream().step(wav)
     session.feed(wav, rates.LISTEN_SAMPLE_RATE)
     session.reply_now()
+    gc.collect()
+    gc.freeze()
