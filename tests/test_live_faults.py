@@ -1,8 +1,12 @@
 """Clients that vanish, stall or interrupt, and a server that is told to stop: nothing leaks, nobody else notices."""
 
 import asyncio
+import os
+import select
 import signal
 import socket as sockets
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -265,6 +269,30 @@ def test_sigterm_in_the_middle_of_an_answer(own_server: ServerProcess) -> None:
     waiter.join(GIVE_UP_S)
     assert own_server.process.poll() == 0, own_server.log.read_text()
     assert "Traceback" not in own_server.log.read_text()
+
+
+STARTER = """
+import sys, time
+from duologue.client.process import start_server
+with start_server(sys.argv[1]) as server:
+    print(server.pid, flush=True)
+    time.sleep(1e6)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="waits for a process that is no child, as Linux can")
+def test_a_server_ends_with_the_program_that_started_it(tmp_path: Path) -> None:
+    """Killed, that program cannot say anything any more."""
+    command = [sys.executable, "-c", STARTER, str(write_greedy_chatbot(tmp_path / "model"))]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as starter:
+        assert starter.stdout is not None
+        server = os.pidfd_open(int(starter.stdout.readline()))
+        starter.kill()
+    try:
+        assert select.select([server], [], [], GIVE_UP_S)[0] == [server]
+    finally:
+        os.close(server)
 
 
 def test_many_at_once_get_what_each_would_get_alone(live_server: ServerProcess) -> None:

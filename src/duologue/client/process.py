@@ -58,12 +58,13 @@ def start_server(model: str, arguments: Sequence[str] = ()) -> Iterator[ServerPr
     source = str(Path(__file__).parents[2])
     paths = os.pathsep.join(path for path in (source, os.environ.get("PYTHONPATH", "")) if path)
     command = [sys.executable, "-m", "duologue", "serve", "--host", HOST, "--port", "0", "--model", model, "--json"]
+    command.append("--until-stdin-ends")  # which it does however this process ends
     with tempfile.TemporaryDirectory(prefix="duologue-") as folder:
         log = Path(folder) / "server.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [*command, *arguments],
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": paths, "DUOLOGUE_API_KEYS": ""},
@@ -74,6 +75,7 @@ def start_server(model: str, arguments: Sequence[str] = ()) -> Iterator[ServerPr
             yield ServerProcess(_url_when_ready(process, log), process, log)
         finally:
             server.stop()
+            process.communicate()  # closes the pipe
 
 
 def _url_when_ready(process: subprocess.Popen[bytes], log: Path) -> str:
