@@ -8,7 +8,7 @@ import torch
 from duologue.audio import LogMelConfig
 from duologue.layers import Padded
 from duologue.tokenizer.encoder import EncoderConfig
-from duologue.tokenizer.quantizer import QuantizerConfig
+from duologue.tokenizer.quantizer import Quantizer, QuantizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 
 BLOCK = 5 * 1280  # samples
@@ -81,3 +81,27 @@ def test_a_chunk_that_closes_nothing_computes_nothing(
     # What one long chunk closes at once comes at once.
     assert tokenizer.step(Padded.full(sound[:, BLOCK + 40 :]), state).lengths.tolist() == [5]
     assert tokenizer.flush(state).lengths.tolist() == [5]
+
+
+def test_codes_follow_a_codebook_that_changes() -> None:
+    """What is kept of the codebook for the next step is dropped when it is written, replaced or copied elsewhere."""
+    torch.manual_seed(0)
+    quantizer = Quantizer(QuantizerConfig(codebook_size=8), 4)
+    x = Padded.full(torch.randn(1, 20, 4))
+
+    def check(one: Quantizer) -> None:
+        with torch.inference_mode():
+            assert torch.equal(one.codes(x).values[0], torch.cdist(x.values[0], one.codebook.weight).argmin(1))
+
+    check(quantizer)
+    kept = quantizer._kept_squares()
+    check(quantizer)
+    assert quantizer._kept_squares() is kept
+    with torch.no_grad():
+        quantizer.codebook.weight.mul_(torch.linspace(0.1, 3, 8)[:, None])
+    check(quantizer)
+    check(copy.deepcopy(quantizer))
+    quantizer.load_state_dict(Quantizer(QuantizerConfig(codebook_size=8), 4).state_dict())
+    check(quantizer)
+    quantizer.codebook.weight = torch.nn.Parameter(3 * torch.rand(8, 4), requires_grad=False)
+    check(quantizer)

@@ -196,7 +196,7 @@ class LogMel(nn.Module):
             return Padded(self.window.new_zeros(len(wav.lengths), 0, self.config.num_mels), num_frames)
         span = wav.values[:, : (longest - 1) * hop + self.n_fft]
         spectrum = torch.stft(span, self.n_fft, hop, window=self.window, center=False, return_complex=True)
-        power = spectrum.abs().square().transpose(1, 2)  # (B, T, n_fft / 2 + 1)
+        power = (spectrum.real.square() + spectrum.imag.square()).transpose(1, 2)  # (B, T, n_fft / 2 + 1)
         return Padded((power @ self.filters).clamp(min=1e-10).log10(), num_frames)
 
     def _normalise(self, mel: Padded, state: LogMelState) -> Padded:

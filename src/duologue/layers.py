@@ -74,7 +74,7 @@ class Padded:
         lengths = parts[0].lengths
         for part in parts[1:]:
             lengths = lengths + part.lengths
-        if all(int(part.lengths.min()) == part.values.shape[1] for part in parts[:-1]):
+        if all(_is_full(part) for part in parts[:-1]):
             return Padded(torch.cat([part.values for part in parts], 1), lengths)
         first = parts[0].values
         out = first.new_zeros(first.shape[0], int(lengths.max()), *first.shape[2:])
@@ -84,6 +84,12 @@ class Padded:
             out = out.index_put((row, start[row] + time), part.values[row, time])
             start = start + part.lengths
         return Padded(out, lengths)
+
+
+def _is_full(x: Padded) -> bool:
+    """Whether all rows are as long as the tensor."""
+    lengths = x.lengths
+    return int(lengths if lengths.shape[0] == 1 else lengths.min()) == x.values.shape[1]
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
@@ -96,8 +102,13 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 def split_at(x: Padded, lengths: Tensor) -> tuple[Padded, Padded]:
     """Cuts each row after ``lengths[b]`` values; both parts are left-aligned."""
-    head = Padded(x.values[:, : int(lengths.max())], lengths)
     rest = x.lengths - lengths
+    if lengths.device.type == "cpu" and lengths.shape[0]:
+        cuts = lengths.tolist()
+        if min(cuts) == max(cuts):  # as when a session is alone: both parts are there as they lie
+            cut = cuts[0]
+            return Padded(x.values[:, :cut], lengths), Padded(x.values[:, cut : cut + int(rest.max())], rest)
+    head = Padded(x.values[:, : int(lengths.max())], lengths)
     index = lengths[:, None] + torch.arange(int(rest.max()), device=lengths.device)
     return head, Padded(take(x.values, index.clamp(max=max(x.values.shape[1] - 1, 0))), rest)
 
@@ -115,7 +126,7 @@ def roll_in(cache: Tensor, x: Padded, width: int) -> tuple[Tensor, Tensor]:
     joined = torch.cat([cache, x.values], 1)
     # Where all rows are full, as when a session is alone, the new cache is the end of the joined one as it lies there.
     # To ask is to wait for the device, so only where that is the processor.
-    if joined.device.type == "cpu" and width <= joined.shape[1] and int(x.lengths.min()) == x.values.shape[1]:
+    if joined.device.type == "cpu" and width <= joined.shape[1] and _is_full(x):
         return joined, joined[:, joined.shape[1] - width :]
     index = cache.shape[1] - width + x.lengths[:, None] + torch.arange(width, device=cache.device)
     return joined, take(joined, index.clamp(min=0))

@@ -57,9 +57,8 @@ class EncoderLayer(nn.Module):
     def step(self, x: Padded, cache: AttentionCache, mask: Tensor | None) -> Padded:
         """(B, T, D) new frames with a mask from `attention_mask`, None for all; all past frames stay in the cache."""
         h = self.self_attn_layer_norm(x.values)
-        query, key, value = (
-            self.self_attn[name](h).unflatten(-1, (self.num_heads, -1)) for name in ("q_proj", "k_proj", "v_proj")
-        )
+        heads = *h.shape[:2], self.num_heads, -1
+        query, key, value = (self.self_attn[name](h).view(heads) for name in ("q_proj", "k_proj", "v_proj"))
         attended = attend(query, Padded(key, x.lengths), value, cache, mask, None)
         h = x.values + self.self_attn["out_proj"](attended)
         return Padded(h + self.fc2(functional.gelu(self.fc1(self.final_layer_norm(h)))), x.lengths)

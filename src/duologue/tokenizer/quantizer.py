@@ -51,17 +51,27 @@ class Quantizer(nn.Module):
         self.codebook.weight.requires_grad_(False)
         self.register_buffer("ema_count", torch.zeros(config.codebook_size))
         self.register_buffer("ema_weight", self.codebook.weight.detach().clone())
+        self._squares: tuple[Tensor, int, int, Tensor] | None = None
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def codes(self, x: Padded) -> Padded:
         """(B, T, D) -> codes alone, as a conversation needs them; always computed in float32."""
-        scores = self._scores(x.values.float(), self.codebook.weight.float())
+        scores = _scores(x.values.float(), self.codebook.weight.float(), self._kept_squares())
         return Padded(scores.argmin(1).unflatten(0, x.values.shape[:2]), x.lengths)
 
-    def _scores(self, values: Tensor, table: Tensor) -> Tensor:
-        """Squared distances without |x|^2, which does not change the order of the codes: (B T, codebook_size)."""
-        return torch.addmm(table.square().sum(1), values.flatten(0, 1), table.T, alpha=-2.0)
+    def _kept_squares(self) -> Tensor:
+        """|c|^2 of every code, (codebook_size,): to sum them anew costs a block of a stream more than its distances.
+
+        They are kept as long as the codebook is the same tensor, in the same place and never written since.
+        """
+        weight = self.codebook.weight
+        if weight.is_inference():  # whether it was written since, such a tensor does not tell
+            return weight.float().square().sum(1)
+        kept, place, version = self._squares, weight.data_ptr(), weight._version
+        if kept is None or kept[0] is not weight or kept[1:3] != (place, version):
+            kept = self._squares = weight, place, version, weight.float().square().sum(1)
+        return kept[3]
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
@@ -69,7 +79,7 @@ class Quantizer(nn.Module):
         """(B, T, D) -> codes, vectors and loss; always computed in float32."""
         values = x.values.float()
         table = self.codebook.weight.float()
-        scores = self._scores(values, table)
+        scores = _scores(values, table, table.square().sum(1))
         best = scores.topk(2, largest=False)
         codes = scores.argmin(1).unflatten(0, values.shape[:2])
         margin = (best.values[:, 1] - best.values[:, 0]).unflatten(0, values.shape[:2])
@@ -103,3 +113,8 @@ class Quantizer(nn.Module):
         self.ema_weight[dead] = fresh[dead]
         self.ema_count[dead] = 1.0
         self.codebook.weight.copy_(self.ema_weight / self.ema_count[:, None])
+
+
+def _scores(values: Tensor, table: Tensor, squares: Tensor) -> Tensor:
+    """Squared distances without |x|^2, which does not change the order of the codes: (B T, codebook_size)."""
+    return torch.addmm(squares, values.flatten(0, 1), table.T, alpha=-2.0)

@@ -84,7 +84,7 @@ class SpeechTokenizer(nn.Module):
         """wav (B, S) -> codes that have become final."""
         state.waiting = Padded.concat([state.waiting, x])
         codes: list[Padded] = []
-        while bool((closing := state.waiting.lengths >= state.missing).any()):
+        while (closing := state.waiting.lengths >= state.missing).any():
             room = self.piece_samples - state.features.num_samples
             now, state.waiting = split_at(state.waiting, torch.minimum(state.waiting.lengths, room) * closing)
             codes.append(
@@ -95,7 +95,8 @@ class SpeechTokenizer(nn.Module):
                 codes.append(self._flush_piece(state, full))
             state.missing = self._missing(state)
         if not codes:
-            return Padded(x.lengths.new_zeros(len(x.lengths), 0), torch.zeros_like(x.lengths))
+            none = torch.zeros_like(x.lengths)
+            return Padded(none.new_empty(none.shape[0], 0), none)
         return Padded.concat(codes)
 
     def flush(self, state: SpeechTokenizerState, rows: Tensor | None = None) -> Padded:
