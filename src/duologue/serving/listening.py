@@ -7,6 +7,7 @@ beginning of a turn is known only after it. Without it everything belongs to the
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
@@ -31,6 +32,10 @@ from duologue.turns import Turn
 
 RATE = rates.LISTEN_SAMPLE_RATE
 AT_ONCE = RATE  # samples whose probabilities are computed in one piece of work
+# What clients send at a time in live speech is worked on in the event loop, 0.2 ms for each 32 ms of sound: the way to
+# a thread and back costs more than that, and waits while the models' threads run.
+SHORT_MESSAGE = 16_384  # characters of base64
+SHORT_PIECE = RATE // 10  # samples
 WAITING_S = 30.0  # sound outside of turns that is kept for a client that commits by itself
 MIN_COMMIT_MS = 100
 
@@ -72,7 +77,8 @@ class Listener:
         self._probability = probability()
         self._incoming = Incoming(config.format)
         self._total = 0
-        self._waiting = np.zeros(0, np.float32)  # ends at `_total`
+        self._waiting: deque[NDArray[np.float32]] = deque()  # ends at `_total`
+        self._num_waiting = 0
         self._parts: list[NDArray[np.float32]] = []
         self._open = 0  # samples of the open turn
         self.configure(config)
@@ -83,7 +89,7 @@ class Listener:
             self._incoming = Incoming(config.format)
         if config.turn_detection is None:
             self.detector = None
-            self._waiting = self._waiting[:0]
+            self._drop_until(self._total)
             return
         settings = TurnSettings.of(config.turn_detection, self._max_s)
         if self.detector is None:
@@ -103,7 +109,11 @@ class Listener:
         Raises:
             ProtocolError: not sound of this format, or more of it than a turn may have; it is not heard then.
         """
-        wav = await asyncio.to_thread(self._incoming.step, audio)
+        if len(audio) <= SHORT_MESSAGE:
+            wav = self._incoming.step(audio)
+            await asyncio.sleep(0)  # a client that sends faster than real time does not keep the loop to itself
+        else:
+            wav = await asyncio.to_thread(self._incoming.step, audio)
         if self.detector is None and self._open + len(wav) > self._max_s * RATE:
             raise ProtocolError(
                 f"the input audio buffer holds at most {self._max_s:g} s; commit or clear it", "input_audio_buffer_full"
@@ -116,8 +126,12 @@ class Listener:
             return
         for start in range(0, len(wav), AT_ONCE):
             piece = wav[start : start + AT_ONCE]
-            probabilities = await asyncio.to_thread(self._probability.step, piece)
-            self._waiting = np.concatenate([self._waiting, piece])
+            if len(piece) <= SHORT_PIECE:
+                probabilities = self._probability.step(piece)
+            else:
+                probabilities = await asyncio.to_thread(self._probability.step, piece)
+            self._waiting.append(piece)
+            self._num_waiting += len(piece)
             self._total += len(piece)
             for probability in probabilities:
                 detection = self.detector.step(probability)
@@ -143,7 +157,8 @@ class Listener:
         if detection is not None:
             await self._hear_until(detection.sample)
         else:
-            await self._hear(np.concatenate([self._waiting, await asyncio.to_thread(self._incoming.end)]))
+            await self._hear_until(self._total)
+            await self._hear(self._incoming.end())
             self._restart()
         if to_ms(self._open) < MIN_COMMIT_MS:
             have = 1000 * self._open / RATE
@@ -168,7 +183,7 @@ class Listener:
 
     def _restart(self) -> None:
         """Detection begins anew behind the last sample."""
-        self._waiting = self._waiting[:0]
+        self._drop_until(self._total)
         if self.detector is not None:
             self._start_detector(self.detector.settings)
 
@@ -183,9 +198,21 @@ class Listener:
             await self.session.hear(wav, RATE)
 
     async def _hear_until(self, sample: int) -> None:
-        length = max(0, sample - (self._total - len(self._waiting)))
-        wav, self._waiting = self._waiting[:length], self._waiting[length:]
-        await self._hear(wav)
+        if parts := self._take_until(sample):
+            await self._hear(np.concatenate(parts))
 
     def _drop_until(self, sample: int) -> None:
-        self._waiting = self._waiting[max(0, sample - (self._total - len(self._waiting))) :]
+        self._take_until(sample)
+
+    def _take_until(self, sample: int) -> list[NDArray[np.float32]]:
+        """Takes out what waits from before this position."""
+        parts, rest = [], sample - (self._total - self._num_waiting)
+        while rest > 0 and self._waiting:
+            piece = self._waiting.popleft()
+            if len(piece) > rest:
+                self._waiting.appendleft(piece[rest:])
+                piece = piece[:rest]
+            parts.append(piece)
+            rest -= len(piece)
+            self._num_waiting -= len(piece)
+        return parts
