@@ -43,12 +43,14 @@ class ScriptedEngine:
     Attributes:
         hold_after: ids after which a reply waits for `release`; None does not wait.
         prompts: of all replies so far.
+        num_prefilled: ids of any prompt that it claims to have cached.
     """
 
     def __init__(self, vocabulary: Vocabulary, max_positions: int = 512) -> None:
         self.max_positions, self.max_sessions, self.cached_tokens, self.running = max_positions, 16, 0, 0
         self.hold_after: int | None = None
         self.prompts: list[list[int]] = []
+        self.num_prefilled = 0
         self.failure: Exception | None = None
         self._vocabulary = vocabulary
         self._released = threading.Event()
@@ -91,6 +93,9 @@ class ScriptedEngine:
 
     async def warm(self, prompt_ids: Sequence[int]) -> None:
         pass
+
+    def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
+        return min(self.num_prefilled, len(prompt_ids))
 
     def cancel(self, request_id: str) -> None:
         self._cancelled.add(request_id)

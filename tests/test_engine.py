@@ -182,6 +182,8 @@ def test_warm_leaves_only_what_is_new(model: PreTrainedModel, vocabulary: Vocabu
     engine = PlainEngine(model, vocabulary)
     engine.prefill(PROMPT[:10])
     assert engine.num_computed == 10
+    assert engine.cached_prefix(PROMPT) == 10
+    assert engine.cached_prefix([PROMPT[0] + 1, *PROMPT]) == 0
     engine.prefill(PROMPT)
     assert engine.num_computed == len(PROMPT)
     sampling = Sampling(temperature=0.0, max_tokens=5)

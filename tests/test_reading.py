@@ -36,6 +36,9 @@ class ScriptedEngine:
 
     async def warm(self, prompt_ids: Sequence[int]) -> None: ...
 
+    def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
+        return 0
+
     def cancel(self, request_id: str) -> None:
         self.cancelled.append(request_id)
 

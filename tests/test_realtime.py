@@ -94,7 +94,8 @@ def test_a_spoken_question_is_answered_aloud_in_the_right_order(server: LiveServ
     assert len(sound(events)) / 2 == pytest.approx(num_samples, abs=24_000 * 0.02)
 
 
-def test_usage_counts_the_ids(server: LiveServer, talk: Talk) -> None:
+def test_usage_counts_the_ids(server: LiveServer, talk: Talk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.engine, "num_prefilled", 9)
     talk.append(question())
     usage = talk.until("response.done")[-1]["response"]["usage"]
     prompt = server.engine.prompts[-1]
@@ -102,6 +103,7 @@ def test_usage_counts_the_ids(server: LiveServer, talk: Talk) -> None:
     said = server.engine.reply(INTERLEAVED)
     assert usage["input_tokens"] == len(prompt)
     assert usage["input_token_details"]["audio_tokens"] == heard > 10
+    assert usage["input_token_details"]["cached_tokens"] == 9
     assert usage["output_tokens"] == len(said)
     assert usage["output_token_details"] == {"audio_tokens": NUM_SPEECH, "text_tokens": len(said) - NUM_SPEECH}
     assert usage["total_tokens"] == len(prompt) + len(said)
@@ -375,10 +377,10 @@ def test_a_conversation_is_freed_without_the_garbage_collector(server: LiveServe
             talk.append(question()[:24_000])
             talk.ask("conversation.item.retrieve", "error", item_id="nothing")  # all of it was heard
         for _ in range(200):
-            left = [each for each in gc.get_objects() if type(each) in (Live, Listening)]
-            if not left:
+            num_left = sum(type(each) in (Live, Listening) for each in gc.get_objects())
+            if not num_left:
                 break
             time.sleep(0.02)
     finally:
         gc.enable()
-    assert not left
+    assert not num_left

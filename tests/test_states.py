@@ -97,6 +97,9 @@ class Fast:
             yield token
 
     async def warm(self, prompt_ids: Sequence[int]) -> None: ...
+    def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
+        return 0
+
     def cancel(self, request_id: str) -> None: ...
 
 

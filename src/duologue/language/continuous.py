@@ -82,6 +82,10 @@ class ContinuousEngine(Limited):
         """See `Engine`: ids of the replies in the batch; pages that are kept for later prompts are not counted."""
         return self._drawing.num_cached
 
+    def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
+        """See `Engine`: the library does not tell which pages it has kept."""
+        return 0
+
     @property
     def num_computed(self) -> int:
         """Ids that were run through the model so far."""

@@ -53,6 +53,10 @@ class Engine(Protocol):
         """Replies under way."""
         ...
 
+    def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
+        """Ids at the beginning of a prompt that need not be run any more; 0 where the engine cannot tell."""
+        ...
+
     def generate(
         self,
         prompt_ids: Sequence[int],
@@ -156,7 +160,14 @@ class PlainEngine(Limited):
     @property
     def cached_tokens(self) -> int:
         """See `Engine`: ids of running replies and of kept conversations."""
-        return sum(kept.cache.length for kept in [*self._kept, *(row.kept for row in [*self._rows])])
+        return sum(kept.cache.length for kept in self._all_kept())
+
+    def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
+        """See `Engine.cached_prefix`."""
+        return max((_common_prefix(kept.ids, prompt_ids) for kept in self._all_kept()), default=0)
+
+    def _all_kept(self) -> list[_Kept]:
+        return [*self._kept, *(row.kept for row in [*self._rows])]
 
     async def generate(
         self,
@@ -326,7 +337,7 @@ class PlainEngine(Limited):
         still being warmed; of one that goes another way the shared part is copied, because it may go on too.
         """
         best, shared = None, 0
-        for kept in [*self._kept, *(row.kept for row in self._rows)]:
+        for kept in self._all_kept():
             if (common := _common_prefix(kept.ids, prompt)) > shared:
                 best, shared = kept, common
         if best is None:

@@ -54,6 +54,10 @@ class ReadingEngine:
         """See the engine inside."""
         return self.engine.running
 
+    def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
+        """See the engine inside."""
+        return self.engine.cached_prefix(prompt_ids)
+
     async def warm(self, prompt_ids: Sequence[int]) -> None:
         """See `Engine.warm`."""
         await self.engine.warm(prompt_ids)
