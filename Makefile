@@ -45,7 +45,7 @@ demo: $(VENV)/.core
 serve: $(VENV)/.serve
 	$(BIN)/duologue serve
 
-test: $(VENV)/.dev $(VENV)/.synthesizers $(VENV)/.browser check
+test: $(VENV)/.dev $(VENV)/.synthesizers $(VENV)/.browser $(VENV)/.node check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The folder holds transformers and the hub's client that it needs; everything else is that of the environment.
@@ -66,7 +66,7 @@ pocket: $(VENV)/.dev
 	$(BIN)/python -m recipes.pocket.run
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) tests/node/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it or name it with make PYTHON=/path/to/python3"; exit 2; }
@@ -97,6 +97,14 @@ $(VENV)/.browser: | $(BIN)/python
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(BROWSER) >/dev/null || \
 			echo "Chromium could not be installed: the test of the page will skip"; \
 	else echo "no Chromium (sudo apt-get install $(BROWSER)): the test of the page will skip"; fi
+	@touch $@
+
+# A client for Node of the real-time protocol; its test skips without it.
+$(VENV)/.node: tests/node/package.json | $(BIN)/python
+	@if command -v npm >/dev/null; then \
+		npm install --silent --no-audit --no-fund --no-package-lock --prefix tests/node || \
+			echo "@openai/agents could not be installed: its test will skip"; \
+	else echo "no npm (sudo apt-get install npm): the test of @openai/agents will skip"; fi
 	@touch $@
 
 $(VENV)/.synthesizers: | $(BIN)/python

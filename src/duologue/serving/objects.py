@@ -239,6 +239,12 @@ class Content(Sparse):
     audio: str | None = Field(default=None, repr=False)
     transcript: str | None = None
 
+    @model_serializer(mode="wrap")
+    def _given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        given = super()._given(plain)
+        # Of what the user said, "not written down" is told as null: @openai/agents for Node insists on it.
+        return {**given, "transcript": self.transcript} if self.type == "input_audio" else given
+
 
 ItemId: TypeAlias = Annotated[str, Field(min_length=1, max_length=64)]
 
