@@ -84,7 +84,8 @@ def spoken(after_s: float = 1.5) -> str:
 
 
 def heard_s(told: list[dict[str, Any]]) -> float:
-    return sum(event["num_bytes"] for event in told if event["type"] == "audio") / 48_000
+    num_bytes: int = sum(event["num_bytes"] for event in told if event["type"] == "audio")
+    return num_bytes / 48_000
 
 
 def test_a_spoken_and_a_written_question_are_answered(node: Node) -> None:
