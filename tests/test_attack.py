@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
+from duologue.client.connection import WIRE_RATE, Dropped, encode_pcm, open_connection
 from duologue.client.process import ServerProcess
-from duologue.client.realtime import WIRE_RATE, Dropped, encode_pcm, open_connection
 from duologue.serving.protocol import CLIENT_EVENTS
 from tests.live import GIVE_UP_S, Bystander, ask_alone, client, question, settled, until_closed
 

@@ -9,8 +9,8 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from duologue.bench.server import Footprint, footprint, measure_server
 from duologue.cli import main
+from duologue.client.connection import WIRE_RATE
 from duologue.client.process import ServerProcess, start_server
-from duologue.client.realtime import WIRE_RATE
 from tests.live import question
 
 

@@ -19,7 +19,7 @@ LAYERS = {
     "vocabulary": 0,
     "turns": 0,
     "events": 0,
-    "playback": 0,
+    "block_policy": 0,
     "audio": 1,
     "layers": 1,
     "checkpoint": 1,

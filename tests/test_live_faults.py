@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from duologue.bench.server import metrics_of
+from duologue.client.connection import WIRE_RATE, Connection, Dropped, encode_pcm, open_connection
 from duologue.client.process import ServerProcess, start_server
-from duologue.client.realtime import WIRE_RATE, Connection, Dropped, encode_pcm, open_connection
 from tests.live import (
     GIVE_UP_S,
     MANUAL,

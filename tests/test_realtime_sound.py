@@ -14,7 +14,7 @@ import duologue
 from duologue.audio import load_audio, resample
 from duologue.serving.formats import Incoming, Outgoing, pack, unpack
 from duologue.serving.objects import Format, Pcm, Pcma, Pcmu, ProtocolError, SemanticVad, ServerVad
-from duologue.serving.playback import Playback
+from duologue.serving.playback_estimate import Playback
 from duologue.serving.tempo import Tempo
 from duologue.serving.turn_detection import (
     WINDOW,

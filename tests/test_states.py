@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from duologue.block_policy import BlockPolicy
 from duologue.chatbot import Chatbot
 from duologue.decoder.encoder import TokenEncoderConfig
 from duologue.decoder.estimators import EstimatorConfig
@@ -16,7 +17,6 @@ from duologue.interleave import INTERLEAVED, Schedule, weave
 from duologue.language.sampling import Sampling
 from duologue.layers import Padded, join_states, state_row, state_settings
 from duologue.models import Models
-from duologue.playback import BlockPolicy
 from duologue.rates import speak_samples_for_tokens
 from duologue.speaking import heard_text
 from duologue.tokenizer.encoder import EncoderConfig

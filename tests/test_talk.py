@@ -14,10 +14,10 @@ import soundfile
 from websockets.asyncio.server import ServerConnection, serve
 
 from duologue.cli import main
+from duologue.client.connection import WIRE_RATE, Connection, encode_pcm, open_connection, realtime_url
 from duologue.client.conversation import Summary, Talk, TalkSettings
 from duologue.client.pace import CHUNK, Pace, paced
 from duologue.client.playback import Playback
-from duologue.client.realtime import WIRE_RATE, Connection, encode_pcm, open_connection, realtime_url
 from duologue.talk.files import Recorder
 from duologue.talk.screen import Screen, bar
 from tests.clock import Clock

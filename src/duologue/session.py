@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from duologue import rates
 from duologue.audio import check_wav
+from duologue.block_policy import BlockPolicy
 from duologue.events import AudioDelta, EndReason, Event, Interrupted, ReplyDone, Timings
 from duologue.interleave import INTERLEAVED, TEXT_ONLY, Kind, legal_prefix
 from duologue.language.sampling import Sampling
 from duologue.listening import MAX_BEHIND_S, Ahead, Listening
 from duologue.models import Models
-from duologue.playback import BlockPolicy
 from duologue.speaking import Speaker, heard_text
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.worker import Worker

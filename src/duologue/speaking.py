@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from duologue import rates
+from duologue.block_policy import BlockPolicy
 from duologue.events import AudioDelta, EndReason, Event, SpeechDelta, TextDelta, Timings
 from duologue.interleave import InterleaveState, Kind, Schedule
 from duologue.language.sampling import Sampling
 from duologue.listening import RESPONSE_S
 from duologue.models import Models
-from duologue.playback import BlockPolicy
 from duologue.vocabulary import TextStream
 from duologue.worker import Stepped, Worker
 

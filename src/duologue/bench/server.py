@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from duologue.audio import resample
 from duologue.bench.harness import Check, Spread, at_most
 from duologue.bench.speech import questions
+from duologue.client.connection import WIRE_RATE, Connection, open_connection, to_pcm
 from duologue.client.conversation import Talk, TalkSettings
 from duologue.client.pace import Pace, paced, silence
 from duologue.client.playback import Playback
-from duologue.client.realtime import WIRE_RATE, Connection, open_connection, to_pcm
 from duologue.rates import LISTEN_SAMPLE_RATE
 
 MAX_FIRST_AUDIO_S = 1.5

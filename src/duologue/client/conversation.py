@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from duologue.client.connection import WIRE_RATE, Connection, Dropped, ServerEvent, decode_pcm
 from duologue.client.playback import Playback
-from duologue.client.realtime import WIRE_RATE, Connection, Dropped, ServerEvent, decode_pcm
 
 SILENT_SERVER_S = 60.0
 TRANSCRIBER = "gpt-4o-mini-transcribe"  # a name that other servers know too; ours takes any

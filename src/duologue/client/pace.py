@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from duologue.client.realtime import WIRE_RATE
+from duologue.client.connection import WIRE_RATE
 
 CHUNK = WIRE_RATE // 50  # samples: 20 ms
 

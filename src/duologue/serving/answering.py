@@ -26,8 +26,8 @@ from duologue import events, rates
 from duologue.interleave import Kind
 from duologue.language.requests import EngineFull
 from duologue.serving import protocol
-from duologue.serving.conversation import Item, Items, Sound
 from duologue.serving.formats import Outgoing
+from duologue.serving.items import Item, Items, Sound
 from duologue.serving.metrics import Metrics
 from duologue.serving.objects import (
     Content,
@@ -42,7 +42,7 @@ from duologue.serving.objects import (
     Usage,
 )
 from duologue.serving.outbox import Outbox
-from duologue.serving.playback import Playback
+from duologue.serving.playback_estimate import Playback
 from duologue.serving.recording import Recorder
 from duologue.session import Session
 from duologue.turns import Conversation, Modality, Role, Turn

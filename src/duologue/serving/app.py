@@ -28,9 +28,9 @@ from starlette.types import Scope
 from duologue.chatbot import Chatbot
 from duologue.machine import version_of
 from duologue.serving.completions import completion_routes
-from duologue.serving.conversations import realtime_routes
 from duologue.serving.errors import ApiError, add_error_handlers, documented
 from duologue.serving.gate import Gate
+from duologue.serving.realtime import realtime_routes
 from duologue.serving.recording import remove_leftovers
 from duologue.serving.service import Service
 from duologue.serving.settings import Settings

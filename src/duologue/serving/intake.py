@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from duologue.chatbot import Chatbot
 from duologue.interleave import Kind
-from duologue.serving.conversation import Item, Sound, written
 from duologue.serving.formats import unpack
+from duologue.serving.items import Item, Sound, written
 from duologue.serving.objects import AnyItem, Content, Format, FunctionCall, FunctionCallOutput, Message, ProtocolError
 from duologue.serving.protocol import new_id
 from duologue.turns import Modality, Role, Turn

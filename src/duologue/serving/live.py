@@ -14,9 +14,9 @@ from duologue.chatbot import Chatbot
 from duologue.serving import protocol
 from duologue.serving.admission import STOPPING, Visit
 from duologue.serving.answering import Answer, Wish
-from duologue.serving.conversation import Item, Items, answerable
+from duologue.serving.input_audio import Heard, Listener, to_ms
 from duologue.serving.intake import new_item
-from duologue.serving.listening import Heard, Listener, to_ms
+from duologue.serving.items import Item, Items, answerable
 from duologue.serving.metrics import Metrics
 from duologue.serving.objects import (
     FOREIGN_VOICES,

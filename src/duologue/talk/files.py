@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue.audio import load_audio, resample, save_audio
+from duologue.client.connection import WIRE_RATE, to_pcm
 from duologue.client.pace import CHUNK, Pace
 from duologue.client.playback import Playback
-from duologue.client.realtime import WIRE_RATE, to_pcm
 
 
 def read_pcm(path: str | Path) -> NDArray[np.int16]:

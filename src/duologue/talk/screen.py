@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from duologue.client.realtime import ServerEvent
+from duologue.client.connection import ServerEvent
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -12,8 +12,8 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
+from duologue.client.connection import WIRE_RATE
 from duologue.client.playback import Playback
-from duologue.client.realtime import WIRE_RATE
 
 CHUNK_S = 0.02
 MAX_WAITING = 100  # chunks of the microphone: 2 s

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from duologue.client.connection import WIRE_RATE, open_connection
 from duologue.client.conversation import Summary, Talk, TalkSettings
 from duologue.client.pace import Pace, paced, silence
 from duologue.client.playback import Playback
-from duologue.client.realtime import WIRE_RATE, open_connection
 from duologue.talk.files import Recorder, read_pcm
 from duologue.talk.screen import Display, JsonLines, Meter, Screen
 from duologue.talk.sounds import Loudspeaker, Microphone, devices

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from duologue.block_policy import BlockPolicy
 from duologue.interleave import INTERLEAVED
-from duologue.playback import BlockPolicy
 from duologue.rates import TOKEN_RATE
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue import rates
-from duologue.serving.conversation import Sound
 from duologue.serving.formats import Incoming
+from duologue.serving.items import Sound
 from duologue.serving.objects import AudioInput, ProtocolError
 from duologue.serving.turn_detection import (
     Detection,
