@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import duologue
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Schedule
 from duologue.language.continuous import ContinuousEngine
 from duologue.language.engine import Engine, PlainEngine
+from duologue.language.glm import is_plain_glm
 from duologue.language.keyvalues import KeyValues, SideBySide
 from duologue.language.requests import EngineFull
 from duologue.language.sampling import Sampling, within_budget
@@ -366,9 +368,26 @@ def test_the_library_threads_end_with_their_engine(own_model: PreTrainedModel, v
     assert gone() is None
 
 
-def test_scores_side_by_side_equal_those_of_whole_sequences(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
+@pytest.mark.parametrize("way", ["by its weights", "hooked", "a Llama"])
+def test_scores_side_by_side_equal_those_of_whole_sequences(model: PreTrainedModel, way: str) -> None:
     """Rows that begin, go on by several ids and by one, in one step; other programs use the model as ever."""
+    if way == "a Llama":
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=model.config.vocab_size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+        )
+        model = LlamaForCausalLM(config).eval()
+        model.get_input_embeddings().weight.data.mul_(20.0)
     side_by_side = SideBySide(model)
+    calls: list[object] = []
+    if way == "hooked":
+        side_by_side.model.get_submodule("model.layers.1").register_forward_pre_hook(lambda *_: calls.append(_))
     sequences = [LONG[:40], LONG[50:57], LONG[100:102], LONG[9:10]]
     kept = [KeyValues() for _ in sequences]
     side_by_side.step([s[:-1] for s in sequences[:3]], kept[:3])
@@ -383,6 +402,29 @@ def test_scores_side_by_side_equal_those_of_whole_sequences(model: PreTrainedMod
     again = side_by_side.step([grown[0][30:]], [copied])
     torch.testing.assert_close(again[0], expected[0], atol=2e-4, rtol=0.0)
     assert kept[0].length == len(grown[0])
+    assert len(calls) == (3 if way == "hooked" else 0)
+
+
+def test_a_glm_with_other_modules_is_run_as_the_library_does(model: PreTrainedModel) -> None:
+    assert is_plain_glm(model)
+
+    class Louder(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    other = copy.deepcopy(model)
+    projection = other.get_submodule("model.layers.0.mlp.down_proj")
+    louder = Louder(projection.in_features, projection.out_features, bias=False)
+    louder.weight = projection.weight
+    other.get_submodule("model.layers.0.mlp").down_proj = louder
+    assert not is_plain_glm(other)
+    scores = SideBySide(other).step([LONG[:20]], [KeyValues()])
+    with torch.no_grad():
+        expected = other(torch.tensor([LONG[:20]])).logits[:, -1]
+        assert (model(torch.tensor([LONG[:20]])).logits[:, -1] - expected).abs().max() > 0.01
+    torch.testing.assert_close(scores, expected, atol=2e-4, rtol=0.0)
+    other.config.hidden_act = "gelu"
+    assert not is_plain_glm(other)
 
 
 def test_others_use_the_model_during_a_step(model: PreTrainedModel) -> None:

@@ -8,6 +8,8 @@ padded and nothing is copied when a conversation joins or leaves.
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
+from duologue.language.glm import Glm, is_plain_glm
+
 _NAME = "duologue_side_by_side"
 _FIRST_CAPACITY = 256
 
 
 class KeyValues:
-    """Keys and values of one conversation in all layers. Buffers (heads, capacity, head_dim) double when they are full.
+    """Keys and values of one conversation in all layers. Buffers (2, heads, capacity, head_dim), keys before values,
+    double when they are full.
 
     Attributes:
         length: ids that they belong to.
@@ -30,25 +35,23 @@ class KeyValues:
 
     def __init__(self) -> None:
         self.length = 0
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[int, Tensor] = {}
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts those of T new ids, (heads, T, head_dim) each, behind the others; gives all, (heads, length + T, ...).
+    def write(self, layer: int, new: Tensor) -> Tensor:
+        """Puts those of T new ids, (2, heads, T, head_dim), behind the others; gives all, (2, heads, length + T, ...).
 
         `length` grows only when every layer has written (`advance`).
         """
-        stop = self.length + keys.shape[1]
-        buffers = self._layers.get(layer)
-        if buffers is None or buffers[0].shape[1] < stop:
+        stop = self.length + new.shape[2]
+        buffer = self._layers.get(layer)
+        if buffer is None or buffer.shape[2] < stop:
             capacity = max(_FIRST_CAPACITY, 2 * self.length, stop)
-            grown = tuple(new.new_empty(new.shape[0], capacity, new.shape[2]) for new in (keys, values))
-            if buffers is not None:
-                for old, new in zip(buffers, grown, strict=True):
-                    new[:, : self.length] = old[:, : self.length]
-            buffers = self._layers[layer] = (grown[0], grown[1])
-        buffers[0][:, self.length : stop] = keys
-        buffers[1][:, self.length : stop] = values
-        return buffers[0][:, :stop], buffers[1][:, :stop]
+            grown = new.new_empty(2, new.shape[1], capacity, new.shape[3])
+            if buffer is not None:
+                grown[:, :, : self.length] = buffer[:, :, : self.length]
+            buffer = self._layers[layer] = grown
+        buffer[:, :, self.length : stop] = new
+        return buffer[:, :, :stop]
 
     def advance(self, num_ids: int) -> None:
         """Counts the ids that every layer has written."""
@@ -57,8 +60,8 @@ class KeyValues:
     def copy(self, length: int) -> KeyValues:
         """Those of the first `length` ids, in buffers of their own."""
         copied = KeyValues()
-        for layer, (keys, values) in self._layers.items():
-            copied.write(layer, keys[:, :length], values[:, :length])
+        for layer, buffer in self._layers.items():
+            copied.write(layer, buffer[:, :, :length])
         copied.advance(length)
         return copied
 
@@ -70,6 +73,35 @@ class _Row:
     kept: KeyValues
     num_ids: int
     mask: Tensor | None
+
+
+def _attend_rows(
+    layer: int, query: Tensor, keys_values: Tensor, rows: Sequence[_Row], scaling: float | None = None
+) -> Tensor:
+    """Attention of T new ids of all rows, each row over its own past, which the new keys and values join.
+
+    Args:
+        query: (heads, T, head_dim).
+        keys_values: (2, kv_heads, T, head_dim).
+    Returns:
+        (T, heads, head_dim).
+    """
+    outputs = []
+    start = 0
+    for row in rows:
+        stop = start + row.num_ids
+        written = row.kept.write(layer, keys_values[:, :, start:stop])
+        keys, values = written[:1], written[1:]
+        num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
+        # Query heads that share keys are laid side by side as if they were more positions: no key is repeated.
+        queries = query[:, start:stop].reshape(1, num_kv_heads, -1, head_dim)
+        mask = row.mask
+        if mask is not None:
+            mask = mask.repeat(queries.shape[2] // row.num_ids, 1)
+        attended = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scaling)
+        outputs.append(attended.reshape(query.shape[0], row.num_ids, -1))
+        start = stop
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)).transpose(0, 1)
 
 
 class SideBySide:
@@ -98,25 +130,26 @@ class SideBySide:
         weights = [*model.parameters(), *model.buffers()]
         self.model = copy.deepcopy(model, {id(weight): weight for weight in weights})
         self.model.config.get_text_config()._attn_implementation = _NAME
+        self._glm = Glm(self.model) if is_plain_glm(self.model) else None
 
     @torch.inference_mode()
     def step(self, ids: Sequence[Sequence[int]], kept: Sequence[KeyValues]) -> Tensor:
         """Runs new ids behind the kept ones; gives the scores of the id after each, (rows, V) float32."""
         device = self.model.device
-        lengths = torch.tensor([len(new) for new in ids])
-        positions = [range(row.length, row.length + len(new)) for new, row in zip(ids, kept, strict=True)]
         rows = [_Row(row, len(new), _mask(row.length, len(new), device)) for new, row in zip(ids, kept, strict=True)]
-        output = self.model(
-            input_ids=torch.tensor([[token for new in ids for token in new]], device=device),
-            position_ids=torch.tensor([[place for row in positions for place in row]], device=device),
-            use_cache=False,
-            logits_to_keep=(lengths.cumsum(0) - 1).to(device),
-            rows=rows,
-        )
+        tokens = torch.tensor([token for new in ids for token in new], device=device)
+        places = [range(row.kept.length, row.kept.length + row.num_ids) for row in rows]
+        positions = torch.tensor([place for row in places for place in row], device=device)
+        last = torch.tensor([*itertools.accumulate(row.num_ids for row in rows)], device=device) - 1
+        if self._glm is not None and self._glm.untouched:
+            scores = self._glm.step(tokens, positions, last, functools.partial(_attend_rows, rows=rows))
+        else:
+            scores = self.model(
+                input_ids=tokens[None], position_ids=positions[None], use_cache=False, logits_to_keep=last, rows=rows
+            ).logits[0]
         for row in rows:
             row.kept.advance(row.num_ids)
-        scores: Tensor = output.logits[0].float()
-        return scores
+        return scores.float()
 
 
 def _attend(
@@ -131,23 +164,8 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """Attention of transformers' interface: query (1, heads, T, head_dim), key and value (1, kv_heads, T, head_dim), T
     new ids of all rows; gives (1, T, heads, head_dim)."""
-    outputs = []
-    start = 0
-    for row in rows:
-        stop = start + row.num_ids
-        keys, values = row.kept.write(int(module.layer_idx), key[0, :, start:stop], value[0, :, start:stop])  # type: ignore[arg-type]
-        num_kv_heads, head_dim = keys.shape[0], keys.shape[2]
-        # Query heads that share keys are laid side by side as if they were more positions: no key is repeated.
-        queries = query[0, :, start:stop].reshape(1, num_kv_heads, -1, head_dim)
-        mask = row.mask
-        if mask is not None:
-            mask = mask.repeat(queries.shape[2] // row.num_ids, 1)
-        attended = functional.scaled_dot_product_attention(
-            queries, keys[None], values[None], attn_mask=mask, scale=scaling
-        )
-        outputs.append(attended.reshape(query.shape[1], row.num_ids, -1))
-        start = stop
-    return torch.cat(outputs, 1).transpose(0, 1)[None], None
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    return _attend_rows(layer, query[0], torch.cat((key, value)), rows, scaling)[None], None
 
 
 def _mask(num_kept: int, num_new: int, device: torch.device) -> Tensor | None:
