@@ -117,7 +117,7 @@ def test_choose_follows_the_probabilities() -> None:
     assert {choose(scores, 1.0, 0.7, None, generator) for _ in range(200)} == {1, 2}
 
 
-@pytest.mark.parametrize("spread", [0.1, 3.0])  # over thousands of ids, and over some dozens
+@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])  # over thousands of ids, over some hundreds, over some dozens
 def test_the_share_of_many_ids_is_that_of_all(spread: float) -> None:
     scores = spread * torch.randn(3000, generator=torch.Generator().manual_seed(0))
     probabilities, ids = scores.softmax(0).sort(descending=True)

@@ -110,7 +110,7 @@ class KindMasks:
         return self._masks[key]
 
 
-_LIKELY = 256
+_LIKELY = 256, 2048
 
 
 def choose(
@@ -126,9 +126,10 @@ def choose(
     total = scores.logsumexp(0)
     if top_p < 1.0 and ids is None:
         # A few ids hold nearly always top_p of the probability, and to sort them all costs ten times as much.
-        likely, ids = scores.topk(min(_LIKELY, scores.numel()))
-        if float((likely - total).exp().sum()) < top_p:
-            likely, ids = scores.sort(descending=True)
+        for num_likely in (*_LIKELY, scores.numel()):
+            likely, ids = scores.topk(min(num_likely, scores.numel()))
+            if float((likely - total).exp().sum()) >= top_p:
+                break
         scores = likely
     probabilities = (scores - total).exp()
     if top_p < 1.0:
