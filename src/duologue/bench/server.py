@@ -36,6 +36,7 @@ from duologue.rates import LISTEN_SAMPLE_RATE
 
 MAX_FIRST_AUDIO_S = 1.5
 MAX_GROWTH_MB = 10.0
+SPREAD_S = 4.0  # as long as those of the benchmark `sessions` take to begin
 PAUSE_S = 2.0  # of silence behind a question, so that the server hears its end
 WARM_UP_CYCLES = 50
 SETTLE_S = 10.0
@@ -165,6 +166,7 @@ def measure_server(
     num_turns: int = 3,
     num_cycles: int = 0,
     max_tokens: int | None = None,
+    spread_s: float = SPREAD_S,
     said: Sequence[NDArray[np.int16]] | None = None,
 ) -> ServerBench:
     """Measures a running server.
@@ -175,6 +177,7 @@ def measure_server(
         num_clients: 0 leaves the load out.
         num_cycles: connections that come and go; 0 leaves them out.
         max_tokens: bounds each answer.
+        spread_s: time over which the clients begin; with 0 all of them ask at once.
         said: questions as pcm at `WIRE_RATE`; None takes those of the package.
     Raises:
         ValueError: the server is not there or refuses; cycles without the server's process.
@@ -184,7 +187,7 @@ def measure_server(
     if said is None:
         said = [to_pcm(resample(wav, LISTEN_SAMPLE_RATE, WIRE_RATE)) for wav in questions()]
     settings = TalkSettings(transcribe=False, max_tokens=max_tokens)
-    load = asyncio.run(_load(url, key, num_clients, num_turns, settings, said)) if num_clients else None
+    load = asyncio.run(_load(url, key, num_clients, num_turns, spread_s, settings, said)) if num_clients else None
     cycles = None
     if num_cycles and pid is not None:
         cycles = asyncio.run(_cycles(url, key, pid, num_cycles, said[0]))
@@ -217,10 +220,16 @@ def _checks_of_cycles(cycles: Cycles | None) -> list[Check]:
 
 
 async def _load(
-    url: str, key: str, num_clients: int, num_turns: int, settings: TalkSettings, said: Sequence[NDArray[np.int16]]
+    url: str,
+    key: str,
+    num_clients: int,
+    num_turns: int,
+    spread_s: float,
+    settings: TalkSettings,
+    said: Sequence[NDArray[np.int16]],
 ) -> Load:
     begun = time.monotonic()
-    clients = [_Client(index, num_turns, said) for index in range(num_clients)]
+    clients = [_Client(index, index * spread_s / num_clients, num_turns, said) for index in range(num_clients)]
     await asyncio.gather(*(client.run(url, key, settings) for client in clients))
     turns = tuple(turn for client in clients for turn in client.turns)
     return Load(
@@ -239,8 +248,8 @@ async def _load(
 class _Client:
     """Asks `num_turns` questions, beginning with another one than its neighbour, and listens to the answers."""
 
-    def __init__(self, index: int, num_turns: int, said: Sequence[NDArray[np.int16]]) -> None:
-        self._index, self._num_turns, self._said = index, num_turns, said
+    def __init__(self, index: int, delay_s: float, num_turns: int, said: Sequence[NDArray[np.int16]]) -> None:
+        self._index, self._delay_s, self._num_turns, self._said = index, delay_s, num_turns, said
         self._asked: list[float] = []  # when the last sample of each question was sent
         self.turns: list[Turn] = []
         self.errors: list[str] = []
@@ -268,7 +277,7 @@ class _Client:
     async def _speak(self, talk: Talk, playback: Playback) -> AsyncIterator[NDArray[np.int16]]:
         """Sound in real time: a question, silence until the answer has been played, the next one."""
         pace = Pace()
-        async for pcm in _for(silence(pace), 0.1 * self._index):  # nobody begins at the same moment
+        async for pcm in _for(silence(pace), self._delay_s):
             yield pcm
         for number in range(self._num_turns):
             question = self._said[(self._index + number) % len(self._said)]

@@ -96,6 +96,9 @@ def add(commands: Any) -> None:
     server.add_argument("--turns", type=positive, default=3, metavar="N", help="questions of each (default: 3)")
     server.add_argument("--cycles", type=int, default=0, metavar="N", help="connections that come and go")
     server.add_argument("--max-tokens", type=positive, metavar="N", help="of an answer")
+    server.add_argument(
+        "--spread", type=_seconds, default=4.0, metavar="S", help="time over which the clients begin (default: 4)"
+    )
 
 
 def _latency(args: argparse.Namespace) -> None:
@@ -227,7 +230,7 @@ def _server(args: argparse.Namespace) -> None:
             many = ("--sessions", str(args.clients + 8), "--sessions-per-key", str(args.clients + 8))
             server = stack.enter_context(start_server(args.model, ("--device", args.device, *many)))
             url, pid, key = server.url, server.pid, ""
-        counts = (args.clients, args.turns, args.cycles, args.max_tokens)
+        counts = (args.clients, args.turns, args.cycles, args.max_tokens, args.spread)
         _run(args, {"name": args.model, "url": args.server}, lambda: measure_server(url, pid, key, *counts))
 
 

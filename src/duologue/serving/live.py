@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from functools import partial
 
+from duologue.block_policy import BlockPolicy
 from duologue.chatbot import Chatbot
 from duologue.serving import protocol
 from duologue.serving.admission import STOPPING, Visit
@@ -41,6 +43,7 @@ from duologue.worker import WorkerFull
 log = logging.getLogger(__name__)
 
 MAX_OUT_OF_BAND = 4  # responses at a time
+WIRE_MARGIN_S = 0.2  # sound is ready so long before the client needs it: what is on the line may be late
 
 
 @dataclass(eq=False)
@@ -337,6 +340,7 @@ class Live:
             )
         wish = await self._wish(params, asked, commit_s, in_conversation)
         session = self.bot.session(voice=wish.voice)
+        session.policy = partial(BlockPolicy, margin_s=WIRE_MARGIN_S)
         answer = Answer(
             wish, session, self.items, self.outbox, self.metrics, self.visit.recorder if in_conversation else None
         )
