@@ -227,7 +227,8 @@ def _server(args: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
         url, pid, key = args.server, args.pid, os.environ.get(KEY_VARIABLE, "")
         if url is None:
-            many = ("--sessions", str(args.clients + 8), "--sessions-per-key", str(args.clients + 8))
+            room = str(args.clients + 32)  # a busy server takes a while to notice those that left without a word
+            many = ("--sessions", room, "--sessions-per-key", room)
             server = stack.enter_context(start_server(args.model, ("--device", args.device, *many)))
             url, pid, key = server.url, server.pid, ""
         counts = (args.clients, args.turns, args.cycles, args.max_tokens, args.spread)
