@@ -49,7 +49,7 @@ class FlowConfig:
     mel_std: float = 2.5
     condition_dim: int = 160
     speaker_dim: int = 32
-    num_steps: int = 6
+    num_steps: int = 3
     guidance_scale: float = 0.7
     solver: Method = "euler"
     sway: float = -1.0
@@ -272,7 +272,7 @@ def state_bytes(state: object) -> int:
 def max_state_bytes(config: FlowConfig, bytes_per_value: int = 4) -> int | None:
     """The most that one row of a state takes with the config's solver and no prompt; None where the past is unbounded.
 
-    Pocket: 6 evaluations x 2 branches x 5 layers x (2 x 138 cached frames + 4 of the convolution) x 160 = 10.8 MB.
+    Pocket: 3 evaluations x 2 branches x 5 layers x (2 x 138 cached frames + 4 of the convolution) x 160 = 5.5 MB.
     """
     encoder, estimator = config.encoder, config.estimator
     if encoder.past_blocks is None or estimator.past_blocks is None:
@@ -299,7 +299,7 @@ class FlowBudget:
 def budget(flow: Flow) -> FlowBudget:
     """What the flow costs with the config's solver; attention is counted over full windows.
 
-    Pocket: 1.16 M + 1.59 M parameters; 15 M + 1.70 G multiply-adds a second with 6 guided steps, 0.85 G unguided.
+    Pocket: 1.16 M + 1.59 M parameters; 15 M + 0.85 G multiply-adds a second with 3 guided steps, 0.43 G unguided.
     """
     config = flow.config
     frame_rate = rates.SPEAK_FRAME_RATE
