@@ -2,7 +2,7 @@
 
 Writing may speak of every pair of an item and a phrasing; what the test holds out is their spoken combination.
 
-    python -m recipes.pocket.writing --out FOLDER --dialogues 40000 --seed 1
+    python -m recipes.pocket.writing --out FOLDER --dialogues 150000 --seed 1
 """
 
 from __future__ import annotations
@@ -12,9 +12,14 @@ import json
 from pathlib import Path
 from random import Random
 
+from recipes.pocket.curriculum import Dialogue, Intent, exchange, pick
 from recipes.pocket.everything import any_dialogue, facts
+from recipes.pocket.numbers import NUMBER_INTENTS
+from recipes.pocket.repeating import REPEAT_INTENTS
 
 VALID_ONE_IN = 50
+# Copying words and calculating need the most practice, and a written example is a third as long as one that is heard.
+PRACTICE: tuple[tuple[float, tuple[Intent, ...]], ...] = ((0.25, REPEAT_INTENTS), (0.25, NUMBER_INTENTS))
 
 
 def write_facts(folder: Path) -> None:
@@ -30,7 +35,7 @@ def write_dialogues(folder: Path, count: int, seed: int) -> None:
     with (folder / "dialogues-00000.jsonl").open("w", encoding="utf-8") as file:
         number = 0
         while number < count:
-            drawn = any_dialogue("text", rng)
+            drawn = _draw(rng)
             if any(not turn.user for turn in drawn.exchanges):  # a sound cannot be written
                 continue
             turns: list[dict[str, object]] = []
@@ -44,11 +49,21 @@ def write_dialogues(folder: Path, count: int, seed: int) -> None:
             number += 1
 
 
+def _draw(rng: Random) -> Dialogue:
+    chance = rng.random()
+    for share, intents in PRACTICE:
+        if chance < share:
+            intent = pick(intents, rng)
+            return Dialogue(intent.name, (exchange(intent, "text", rng),))
+        chance -= share
+    return any_dialogue("text", rng)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line of the writing."""
     parser = argparse.ArgumentParser(prog="python -m recipes.pocket.writing", description="Write what pocket reads.")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dialogues", type=int, default=40000)
+    parser.add_argument("--dialogues", type=int, default=150000)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args(argv)
     write_dialogues(args.out, args.dialogues, args.seed)
