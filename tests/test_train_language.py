@@ -146,7 +146,7 @@ def test_only_speech_that_is_listened_to_is_misheard(vocabulary: Vocabulary) -> 
     assert 60 < len(wrong) < 140
     assert wrong.min() >= len(text)
     assert wrong.max() < len(text) + 400
-    assert all(vocabulary.kinds[changed.ids[index]] == Kind.SPEECH for index in wrong)
+    assert all(vocabulary.kinds[changed.ids[int(index)]] == Kind.SPEECH for index in wrong)
     assert changed.trains == example.trains
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from duologue.layers import Padded, reset_rows
+from duologue.layers import Padded, num_step_threads, reset_rows
 from duologue.worker import Stepped, Worker, WorkerFull
 
 
@@ -229,3 +229,23 @@ def test_odd_work_raises_where_it_is_awaited(worker: Worker) -> None:
         assert (await worker.submit(torch.is_inference_mode_enabled))[0] is True
 
     asyncio.run(ask())
+
+
+def test_small_models_step_in_one_thread_and_the_caller_keeps_its_own() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert num_step_threads(nn.Linear(10, 10), nn.Linear(10, 10)) == 1
+        assert num_step_threads(nn.Linear(10_000, 6_000, device="meta")) == 2
+        for wanted, expected in ((1, 1), (None, 2)):
+            worker = Worker(num_threads=wanted)
+
+            async def threads(worker: Worker = worker) -> int:
+                return (await worker.submit(torch.get_num_threads))[0]
+
+            assert asyncio.run(threads()) == expected
+            worker.close()
+            assert torch.get_num_threads() == 2
+            torch.set_num_threads(2)
+    finally:
+        torch.set_num_threads(before)

@@ -20,6 +20,7 @@ from duologue.events import Event
 from duologue.language.backbone import Dtype
 from duologue.language.quantization import Scheme
 from duologue.language.sampling import Sampling
+from duologue.layers import num_step_threads
 from duologue.models import DecoderDtype, EngineName, Models
 from duologue.session import Reply, Session
 from duologue.worker import Worker
@@ -36,7 +37,7 @@ class Chatbot:
 
     def __init__(self, models: Models) -> None:
         self.models = models
-        self.worker = Worker()
+        self.worker = Worker(num_threads=num_step_threads(models.tokenizer))
 
     @property
     def sample_rate(self) -> int:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 StateT = TypeVar("StateT")
+_FEW_PARAMETERS = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -361,3 +362,13 @@ def sinusoids(num_positions: int, width: int, max_timescale: float = 10000.0) ->
     scales = torch.exp(-torch.arange(width // 2) * (torch.log(torch.tensor(max_timescale)) / (width // 2 - 1)))
     angle = torch.arange(num_positions)[:, None] * scales
     return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+def num_step_threads(*modules: nn.Module) -> int:
+    """Threads of the CPU for the steps of some modules: one for small ones, else as many as PyTorch takes by itself.
+
+    The operations of a small model are over before a second thread has woken for them: with two threads a step of
+    pocket's language model takes up to twice as long, and both cores are busy with it (docs/engines.md).
+    """
+    num_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return 1 if num_parameters <= _FEW_PARAMETERS else torch.get_num_threads()

@@ -101,15 +101,20 @@ class Worker:
         max_rows: steps in one batch.
         max_batch_s: how long a batch of several steps may take, by the pace of the last ones: nothing that becomes
             urgent meanwhile can overtake it.
+        num_threads: of PyTorch in this thread on a CPU, see `layers.num_step_threads`; its own choice when None.
     """
 
-    def __init__(self, max_waiting: int = 1024, max_rows: int = 16, max_batch_s: float = 0.2) -> None:
+    def __init__(
+        self, max_waiting: int = 1024, max_rows: int = 16, max_batch_s: float = 0.2, num_threads: int | None = None
+    ) -> None:
         if max_waiting < 1 or max_rows < 1:
             raise ValueError(f"max_waiting and max_rows must be at least 1, got {max_waiting} and {max_rows}")
         self.max_waiting, self.max_rows, self.max_batch_s = max_waiting, max_rows, max_batch_s
         # Of the last batches of each stage: rows times the longest one's length, and seconds.
         self._paces: WeakKeyDictionary[Stage, deque[tuple[int, float]]] = WeakKeyDictionary()
-        self._executor = ThreadPoolExecutor(1, "worker")
+        self._executor = ThreadPoolExecutor(
+            1, "worker", torch.set_num_threads, (num_threads or torch.get_num_threads(),)
+        )
         self._lock = threading.Lock()
         self._waiting: list[_Job] = []
         self._closed = False

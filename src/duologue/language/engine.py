@@ -22,6 +22,7 @@ from duologue.interleave import INTERLEAVED, Schedule
 from duologue.language.keyvalues import KeyValues, SideBySide
 from duologue.language.requests import Limited, Request, RunningRequests, engine_failed
 from duologue.language.sampling import KindMasks, Sampling
+from duologue.layers import num_step_threads
 from duologue.vocabulary import Vocabulary
 
 MAX_SESSIONS = 32
@@ -155,7 +156,7 @@ class PlainEngine(Limited):
         self._arrived: list[_Row] = []
         self._is_working = False
         self._lock = threading.Lock()
-        self._executor = ThreadPoolExecutor(1, "language")
+        self._executor = ThreadPoolExecutor(1, "language", torch.set_num_threads, (num_step_threads(model),))
 
     @property
     def cached_tokens(self) -> int:
