@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from duologue.interleave import INTERLEAVED, Schedule, weave
 from duologue.language.sampling import Sampling
 from duologue.models import Models
 from duologue.serving.app import create_app
+from duologue.serving.live import Kept
 from duologue.serving.server import Server, listen
 from duologue.serving.service import Service
 from duologue.serving.settings import Settings
@@ -217,3 +219,14 @@ def sound(events: Sequence[Event]) -> bytes:
     """What was heard of a response."""
     deltas = [event["delta"] for event in events if event["type"] == "response.output_audio.delta"]
     return b"".join(base64.b64decode(delta) for delta in deltas)
+
+
+def kept(server: LiveServer, session_id: str) -> Kept:
+    """What the server keeps of a conversation whose client has gone."""
+    for _ in range(2000):
+        if session_id in server.service.shelf._kept:
+            state = server.service.shelf._kept[session_id].state
+            assert isinstance(state, Kept)
+            return state
+        time.sleep(0.005)
+    raise AssertionError("the server has not noticed that its client is gone")

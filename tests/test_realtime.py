@@ -12,13 +12,14 @@ from duologue.audio import resample
 from duologue.interleave import INTERLEAVED, Kind
 from duologue.listening import Listening
 from duologue.serving.formats import pack
-from duologue.serving.live import Kept, Live
+from duologue.serving.live import Live
 from duologue.serving.objects import Pcma, Pcmu
 from tests.live_server import (
     NUM_SPEECH,
     TEXT,
     LiveServer,
     Talk,
+    kept,
     question,
     silence,
     sound,
@@ -42,17 +43,6 @@ END = [
     "response.done",
 ]
 WRITTEN = [name.replace("audio_transcript", "text") for name in [*BEGIN, DELTAS[0], *END[1:]]]
-
-
-def kept(server: LiveServer, session_id: str) -> Kept:
-    """What the server keeps of a conversation whose client has gone."""
-    for _ in range(2000):
-        if session_id in server.service.shelf._kept:
-            state = server.service.shelf._kept[session_id].state
-            assert isinstance(state, Kept)
-            return state
-        time.sleep(0.005)
-    raise AssertionError("the server has not noticed that its client is gone")
 
 
 # A whole exchange.

@@ -1,7 +1,6 @@
 """Conversations with the real server over a WebSocket: responses, items, refusals, and how they end."""
 
 import base64
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,10 @@ import pytest
 
 from duologue import rates
 from duologue.interleave import Kind
-from duologue.serving.live import Kept
 from tests.live_server import (
     LiveServer,
     Talk,
+    kept,
     question,
     scripted_bot,
     serving,
@@ -20,18 +19,6 @@ from tests.live_server import (
     sound,
     talking,
 )
-
-
-def kept(server: LiveServer, session_id: str) -> Kept:
-    """What the server keeps of a conversation whose client has gone."""
-    for _ in range(2000):
-        if session_id in server.service.shelf._kept:
-            state = server.service.shelf._kept[session_id].state
-            assert isinstance(state, Kept)
-            return state
-        time.sleep(0.005)
-    raise AssertionError("the server has not noticed that its client is gone")
-
 
 # Responses.
 
