@@ -6,6 +6,7 @@ server (`page_server.py`). What the page says it heard is checked against the fi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,20 @@ def test_refused_and_missing_microphone_in_words(visit: Open, server: PageServer
     two = visit(script=missing)
     two.page.get_by_role("button", name="Hold to talk").dispatch_event("click")
     expect(two.page.get_by_role("alert")).to_contain_text("No microphone was found")
+
+
+def test_without_a_loudspeaker_answers_come_in_writing(visit: Open, server: PageServer) -> None:
+    never_begins = """
+        Object.defineProperty(AudioContext.prototype, "state", { get: () => "suspended" });
+        AudioContext.prototype.resume = () => new Promise(() => {});
+    """
+    one = visit(script=never_begins)
+    for words in ("Can you hear me?", "And now?"):
+        one.type(words)
+        expect(one.answer_to(words)).to_have_class(re.compile("done"))
+        expect(one.answer_to(words)).to_contain_text(server.script.answer)
+    expect(one.page.get_by_role("alert")).to_contain_text("finds no loudspeaker")
+    expect(one.page.locator("#status")).to_have_text("Ready")
 
 
 def test_settings_reach_the_server_and_stay(visit: Open, server: PageServer) -> None:

@@ -324,6 +324,7 @@ player.addEventListener("finished", ({ detail: { id, playedMs } }) => {
   phase();
 });
 
+player.addEventListener("silent", () => view.notice("The browser finds no loudspeaker: answers come in writing."));
 player.addEventListener("broken", () => view.notice("The browser stopped playing sound. Load the page again."));
 
 player.addEventListener("gap", ({ detail: { id } }) => {

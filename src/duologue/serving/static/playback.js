@@ -4,13 +4,16 @@ import { samplesOf } from "./sound.js";
 
 export const RATE = 24000;
 
+const START_MS = 3000; // a browser without a loudspeaker does not say so, it never begins
+
 /**
- * Events: "broken"; "started" {id, latencyMs}, "finished" {id, playedMs}, "gap" {id, ms}; and "heard" {pcm: Float32Array, at,
- * stream, id, level, peak, waitingMs} with all that was played, `at` samples after its stream began.
+ * Events: "broken"; "silent"; "started" {id, latencyMs}, "finished" {id, playedMs}, "gap" {id, ms}; and "heard" {pcm:
+ * Float32Array, at, stream, id, level, peak, waitingMs} with all that was played, `at` samples after its stream began.
  */
 export class Player extends EventTarget {
   #node = null;
   #context = null;
+  #silent = false;
   #tokens = 0;
   #cuts = new Map();
   gaps = 0;
@@ -24,11 +27,26 @@ export class Player extends EventTarget {
     this.jitterMs = jitterMs;
   }
 
-  /** Must be called from a press or a key: browsers allow sound only then. */
+  /**
+   * Must be called from a press or a key: browsers allow sound only then. Without sound ("silent") what is pushed is dropped
+   * until a later start succeeds.
+   */
   async start() {
+    const late = new Promise((resolve) => setTimeout(resolve, START_MS, false));
+    const started = this.#running().catch(() => {
+      this.ready = null;
+      return false;
+    });
+    const plays = await Promise.race([started, late]);
+    this.#silent = !plays;
+    if (!plays) this.#tell("silent");
+  }
+
+  async #running() {
     this.ready ??= this.#start();
     await this.ready;
     if (this.#context.state !== "running") await this.#context.resume();
+    return this.#context.state === "running";
   }
 
   async #start() {
@@ -80,17 +98,17 @@ export class Player extends EventTarget {
   push(id, base64) {
     const samples = samplesOf(base64);
     const ms = (samples.length * 1000) / RATE;
-    this.#node?.port.postMessage({ do: "push", id, samples }, [samples.buffer]);
+    if (!this.#silent) this.#node?.port.postMessage({ do: "push", id, samples }, [samples.buffer]);
     return ms;
   }
 
   end(id) {
-    this.#node?.port.postMessage({ do: "end", id });
+    if (!this.#silent) this.#node?.port.postMessage({ do: "end", id });
   }
 
   /** Silence at once. Resolves to what was cut: [{id, playedMs, waitingMs}], the item that was playing first. */
   async clear() {
-    if (!this.#node) return [];
+    if (!this.#node || this.#silent) return [];
     const token = (this.#tokens += 1);
     const cut = new Promise((resolve) => this.#cuts.set(token, resolve));
     this.#node.port.postMessage({ do: "clear", token });
