@@ -1,6 +1,5 @@
 """States of sessions in one batch: what can be joined, what stays of the company, and what a reply does with blocks."""
 
-import copy
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -12,11 +11,11 @@ from duologue.block_policy import BlockPolicy
 from duologue.chatbot import Chatbot
 from duologue.decoder.encoder import TokenEncoderConfig
 from duologue.decoder.estimators import EstimatorConfig
-from duologue.decoder.flow import Flow, FlowConfig, state_bytes
+from duologue.decoder.flow import Flow, FlowConfig
 from duologue.events import AudioDelta, ReplyDone
 from duologue.interleave import INTERLEAVED, Schedule, weave
 from duologue.language.sampling import Sampling
-from duologue.layers import AttentionCache, Padded, join_states, state_row, state_settings
+from duologue.layers import Padded, join_states, state_row, state_settings
 from duologue.models import Models
 from duologue.rates import speak_samples_for_tokens
 from duologue.speaking import heard_text
@@ -31,38 +30,6 @@ def small_flow() -> Flow:
     sizes = {"width": 16, "num_heads": 2, "ffn_dim": 24, "num_layers": 1}
     encoder = TokenEncoderConfig(codebook_size=40, **sizes)
     return Flow(FlowConfig(encoder, EstimatorConfig(time_dim=8, **sizes), condition_dim=80)).eval()
-
-
-def grown(cache: AttentionCache, *values: float) -> AttentionCache:
-    """Appends one frame (B, 1, 1, 2) for each value, keys positive, values negative."""
-    for value in values:
-        frame = torch.full((cache.keys.shape[0], 1, 1, 2), float(value))
-        cache.append(frame, -frame)
-    return cache
-
-
-def held(cache: AttentionCache) -> list[float]:
-    assert torch.equal(cache.keys, -cache.values)
-    return cache.keys[0, :, 0, 0].tolist()
-
-
-@torch.no_grad()
-def test_a_growing_cache_is_not_copied_for_every_block_and_its_forks_do_not_touch_each_other() -> None:
-    empty = torch.zeros(1, 0, 1, 2)
-    cache = grown(AttentionCache(empty, empty), 1, 2, 3, 4, 5)
-    place = cache.keys.data_ptr()
-    assert held(grown(cache, 6)) == [1, 2, 3, 4, 5, 6]
-    assert cache.keys.data_ptr() == place, "six frames have room where five lie"
-    forks = [copy.copy(cache), copy.deepcopy(cache), dataclasses.replace(cache), state_row(cache, 0)]
-    for number, fork in enumerate(forks):
-        assert held(grown(fork, 10 + number)) == [1, 2, 3, 4, 5, 6, 10 + number]
-    assert held(grown(cache, 7, 8, 9)) == [*range(1, 10)]
-    for number, fork in enumerate(forks):
-        assert held(grown(fork, 20)) == [1, 2, 3, 4, 5, 6, 10 + number, 20]
-    joined = join_states([cache, grown(forks[0], 21)])
-    assert held(grown(joined, 30)) == [*range(1, 10), 30]
-    assert held(cache) == [*range(1, 10)]
-    assert state_bytes(cache) == 2 * 9 * 2 * 4
 
 
 def test_states_of_unequal_settings_are_not_joined() -> None:

@@ -10,9 +10,8 @@ The contract of a streaming stage, of which `StreamingStage` is the type:
 - ``forward(x)`` equals the concatenated steps plus the flush, for every chunking of the input.
 
 A step replaces the tensors of a state and never writes into them, so ``copy.deepcopy`` (or a shallow copy of every
-dataclass) forks a session. What a dataclass does not take at its beginning (``init=False``) is no part of the state: it
-is forgotten whenever rows are joined or taken out. ``join_states`` puts the states of sessions into one batch and
-``state_row`` takes them out again, so that sessions share a step whenever they happen to need one at the same time.
+dataclass) forks a session. ``join_states`` puts the states of sessions into one batch and ``state_row`` takes them
+out again, so that sessions share a step whenever they happen to need one at the same time.
 """
 
 from __future__ import annotations
@@ -136,12 +135,8 @@ def roll_in(cache: Tensor, x: Padded, width: int) -> tuple[Tensor, Tensor]:
 
 def reset_rows(state: StateT, fresh: StateT, rows: Tensor) -> None:
     """Makes the given rows (B,) bool of a state equal to those of a fresh one, whatever the state is made of."""
-    for name in _names(state):
-        setattr(state, name, _reset(getattr(state, name), getattr(fresh, name), rows))
-
-
-def _names(state: object) -> list[str]:
-    return [field.name for field in dataclasses.fields(state) if field.init]  # type: ignore[arg-type]
+    for field in dataclasses.fields(state):  # type: ignore[arg-type]
+        setattr(state, field.name, _reset(getattr(state, field.name), getattr(fresh, field.name), rows))
 
 
 def _reset(old: object, new: object, rows: Tensor) -> object:
@@ -170,7 +165,7 @@ def state_settings(state: object) -> Hashable:
     if isinstance(state, list):
         return tuple(state_settings(item) for item in state)
     if dataclasses.is_dataclass(state):
-        return type(state), tuple(state_settings(getattr(state, name)) for name in _names(state))
+        return type(state), tuple(state_settings(getattr(state, item.name)) for item in dataclasses.fields(state))
     return state
 
 
@@ -204,8 +199,8 @@ def _join(parts: Sequence[object]) -> object:
     if isinstance(first, list):
         return [_join(items) for items in zip(*cast(Sequence[list[object]], parts), strict=True)]
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        joined = {name: _join([getattr(part, name) for part in parts]) for name in _names(first)}
-        return dataclasses.replace(first, **joined)
+        names = [field.name for field in dataclasses.fields(first)]
+        return dataclasses.replace(first, **{name: _join([getattr(part, name) for part in parts]) for name in names})
     return first
 
 
@@ -232,7 +227,8 @@ def _row(state: object, row: int) -> object:
     if isinstance(state, list):
         return [_row(item, row) for item in state]
     if dataclasses.is_dataclass(state) and not isinstance(state, type):
-        return dataclasses.replace(state, **{name: _row(getattr(state, name), row) for name in _names(state)})
+        names = [field.name for field in dataclasses.fields(state)]
+        return dataclasses.replace(state, **{name: _row(getattr(state, name), row) for name in names})
     return state
 
 
@@ -264,22 +260,8 @@ class CausalConv1d(nn.Conv1d):
     def step(self, x: Padded, cache: Tensor) -> tuple[Padded, Tensor]:
         """Returns the output of the new frames and the new cache."""
         joined, cache = roll_in(cache.to(x.values.dtype), x, self.context)
-        if self.groups == 1 and self.dilation == (1,) and x.values.device.type == "cpu" and not torch.is_grad_enabled():
-            # A block of a stream is short: as one product over windows it costs two thirds, and stays as it lies.
-            windows = joined.unfold(1, self.kernel_size[0], self.stride[0]).flatten(2)
-            y = functional.linear(windows, self.weight.flatten(1), self.bias)
-        else:
-            y = super().forward(joined.transpose(1, 2)).transpose(1, 2)  # (B, T / stride, C_out)
+        y = super().forward(joined.transpose(1, 2)).transpose(1, 2)  # (B, T / stride, C_out)
         return Padded(y, x.lengths // self.stride[0]), cache
-
-
-@dataclass(eq=False)
-class _Room:
-    """Where the keys and values of a growing cache lie, (B, more than W, H, D), and how far it was ever written."""
-
-    keys: Tensor
-    values: Tensor
-    used: int
 
 
 @dataclass
@@ -288,35 +270,6 @@ class AttentionCache:
 
     keys: Tensor
     values: Tensor
-    _room: _Room | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
-
-    def append(self, keys: Tensor, values: Tensor) -> None:
-        """Lets the cache grow by (B, T, H, D), all rows full, without copying its past again for every block.
-
-        What is new is written behind the end, where no other copy of this cache looks: of two that share their memory
-        the first one to grow takes the room, the other one moves. Not for gradients.
-        """
-        start, end = self.keys.shape[1], self.keys.shape[1] + keys.shape[1]
-        if not start:
-            self.keys, self.values = keys, values
-            return
-        if not self._fits(end, keys):
-            size = keys.shape[0], end + end // 2, *keys.shape[2:]
-            self._room = _Room(keys.new_empty(size), values.new_empty(size), start)
-            self._room.keys[:, :start], self._room.values[:, :start] = self.keys, self.values
-        room = cast(_Room, self._room)
-        room.keys[:, start:end], room.values[:, start:end], room.used = keys, values, end
-        self.keys, self.values = room.keys[:, :end], room.values[:, :end]
-
-    def _fits(self, end: int, new: Tensor) -> bool:
-        """Whether the cache still lies at the beginning of its room, and behind it all is free up to `end`."""
-        room, width = self._room, self.keys.shape[1]
-        return (
-            room is not None
-            and (room.used, room.keys.dtype, room.keys.is_inference()) == (width, new.dtype, new.is_inference())
-            and (room.keys.data_ptr(), room.keys.shape[0]) == (self.keys.data_ptr(), self.keys.shape[0])
-            and end <= room.keys.shape[1]
-        )
 
 
 def drop_padding(caches: Sequence[AttentionCache], start: Tensor) -> int:
@@ -379,14 +332,10 @@ def attend(
     Returns:
         (B, T, H * D).
     """
-    if width is None and query.device.type == "cpu" and not torch.is_grad_enabled() and _is_full(key):
-        cache.append(key.values, value)
-        keys, values = cache.keys, cache.values
-    else:
-        grown = cache.keys.shape[1] + query.shape[1]
-        width = grown if width is None else min(width, grown)
-        keys, cache.keys = roll_in(cache.keys.to(query.dtype), key, width)
-        values, cache.values = roll_in(cache.values.to(query.dtype), Padded(value, key.lengths), width)
+    grown = cache.keys.shape[1] + query.shape[1]
+    width = grown if width is None else min(width, grown)
+    keys, cache.keys = roll_in(cache.keys.to(query.dtype), key, width)
+    values, cache.values = roll_in(cache.values.to(query.dtype), Padded(value, key.lengths), width)
     query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
     if torch.is_grad_enabled() and query.device.type == "cpu":
         # The gradient of the fused attention is three times slower on a CPU than that of these three products.

@@ -259,13 +259,13 @@ class Flow(nn.Module):
 
 
 def state_bytes(state: object) -> int:
-    """Memory of the tensors of a state, whatever it is made of, in bytes; room that nothing was written to left out."""
+    """Memory of the tensors of a state, whatever it is made of, in bytes."""
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
     if isinstance(state, list | tuple):
         return sum(state_bytes(item) for item in state)
     if dataclasses.is_dataclass(state):
-        return sum(state_bytes(getattr(state, item.name)) for item in dataclasses.fields(state) if item.init)
+        return sum(state_bytes(getattr(state, item.name)) for item in dataclasses.fields(state))
     return 0
 
 
