@@ -62,6 +62,11 @@ export class Player extends EventTarget {
     this.#node.connect(this.#context.destination);
   }
 
+  /** Of the worklet; nothing while no sound is played, for it may not even read its messages then. */
+  get #port() {
+    return this.#silent ? undefined : this.#node?.port;
+  }
+
   #tell(name, detail) {
     this.dispatchEvent(new CustomEvent(name, { detail }));
   }
@@ -98,20 +103,20 @@ export class Player extends EventTarget {
   push(id, base64) {
     const samples = samplesOf(base64);
     const ms = (samples.length * 1000) / RATE;
-    if (!this.#silent) this.#node?.port.postMessage({ do: "push", id, samples }, [samples.buffer]);
+    this.#port?.postMessage({ do: "push", id, samples }, [samples.buffer]);
     return ms;
   }
 
   end(id) {
-    if (!this.#silent) this.#node?.port.postMessage({ do: "end", id });
+    this.#port?.postMessage({ do: "end", id });
   }
 
   /** Silence at once. Resolves to what was cut: [{id, playedMs, waitingMs}], the item that was playing first. */
   async clear() {
-    if (!this.#node || this.#silent) return [];
+    if (!this.#port) return [];
     const token = (this.#tokens += 1);
     const cut = new Promise((resolve) => this.#cuts.set(token, resolve));
-    this.#node.port.postMessage({ do: "clear", token });
+    this.#port.postMessage({ do: "clear", token });
     const items = await cut;
     return items.map(({ id, played, waiting }) => ({
       id,
