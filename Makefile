@@ -18,7 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 WORKERS ?= 3
 
 # Debian packages of the tests that listen to free synthesizers. Without them those tests skip and say why.
-SYNTHESIZERS := flite festival festvox-us-slt-hts festvox-kallpc16k espeak-ng
+SYNTHESIZERS := flite festival festvox-us-slt-hts festvox-kallpc16k festvox-kdlpc16k espeak-ng
 
 # Debian's browser for the test of the page, which skips without it.
 BROWSER := chromium

@@ -14,6 +14,7 @@ import soundfile
 
 from duologue.cli import main
 from duologue.decoder.flow import FlowConfig
+from duologue.evaluation.curriculum import Curriculum
 from duologue.evaluation.solvers import Setting
 from duologue.rates import speak_samples_for_tokens, tokens_for_samples
 
@@ -151,6 +152,9 @@ def test_doctor(tiny_folder: Path, capsys: Capture) -> None:
 class SameWords:
     """In place of the recogniser, which takes minutes over the noise that random weights make."""
 
+    def __init__(self, curriculum: Curriculum | None = None) -> None:
+        self.curriculum = curriculum
+
     def transcribe(self, wav: np.ndarray, sample_rate: int) -> str:
         assert wav.dtype == np.float32
         return "it is three"
@@ -173,7 +177,7 @@ def test_evaluate_pocket(
     rows = {(row["group"], row["name"]): row for row in report["rows"]}
     groups = {group for group, _ in rows}
     assert groups == {
-        *("tokenizer", "decoder", "open vocabulary", "understanding"),
+        *("tokenizer", "decoder", "bundled questions", "open vocabulary", "understanding"),
         *("speaking", "agreement", "style", "time"),
     }
     for row in rows.values():  # a value, or the reason why there is none
@@ -184,7 +188,8 @@ def test_evaluate_pocket(
     # One of three questions of seen voices asks for three.
     assert rows["speaking", "S->S, seen voices"]["value"] == pytest.approx(1 / 3)
     assert rows["time", "to first audio, p50"]["num"] == 5
-    assert len(report["samples"]) == 5
+    assert [sample["split"] for sample in report["samples"]].count("bundled") == 7
+    assert len(report["samples"]) == 12
     assert set(report["model"]["hashes"]) == {"tokenizer", "vocabulary", "language", "decoder"}
 
 

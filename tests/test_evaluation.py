@@ -14,8 +14,10 @@ from duologue.audio import load_audio
 from duologue.chatbot import model_folder
 from duologue.decoder.solvers import Solver
 from duologue.evaluation.conversations import (
+    CURRICULUM,
+    OPEN,
     Exchange,
-    agreement_row,
+    agreement_rows,
     open_vocabulary_rows,
     speaking_rows,
     style_row,
@@ -201,8 +203,8 @@ def exchange(said: str = "It is three.", **changes: object) -> Exchange:
         expected="It is three.",
         answers=("three",),
         said=said,
-        heard="it is three",
-        heard_reference="it is three",
+        heard={OPEN: "it is three"},
+        heard_reference={OPEN: "it is three"},
         change=None,
         first_audio_s=0.5,
         audio_s=2.0,
@@ -235,23 +237,43 @@ def test_understanding_counts_last_replies_by_split_and_intent() -> None:
 
 
 def test_speaking_is_judged_by_what_is_heard() -> None:
-    rows = speaking_rows([exchange(), exchange(heard="it is tree"), exchange(split="test_unseen")], "")
+    rows = speaking_rows([exchange(), exchange(heard={OPEN: "it is tree"}), exchange(split="test_unseen")], "")
     assert value(rows, "S->S, seen voices") == 0.5
     assert value(rows, "S->S behind S->T, seen voices") == 0.5
     assert value(rows, "answers heard in the reference audio, seen voices") == 1.0
     assert all(row.skipped == "no ears" for row in speaking_rows([exchange()], "no ears"))
-    assert agreement_row([exchange("It is four.")], "").value == pytest.approx(1 / 3)
-    assert agreement_row([exchange()], "no ears").skipped == "no ears"
+    assert agreement_rows([exchange("It is four.")], "")[0].value == pytest.approx(1 / 3)
+    assert agreement_rows([exchange()], "no ears")[0].skipped == "no ears"
+
+
+def test_a_recogniser_over_the_curriculum_has_rows_of_its_own() -> None:
+    heard = {OPEN: "it is tree", CURRICULUM: "it is three"}
+    one = exchange(heard=heard, heard_reference=heard, intent="repeat")
+    rows = [*speaking_rows([one], ""), *agreement_rows([one], ""), *open_vocabulary_rows([one], "")]
+    assert value(rows, "S->S, seen voices") == value(rows, "answers heard in the reference audio, seen voices") == 0.0
+    assert value(rows, "S->S over the curriculum, seen voices") == 1.0
+    assert value(rows, "answers heard in the reference audio over the curriculum, seen voices") == 1.0
+    for name in ("WER between the reply's text and what is heard", "WER of what is heard"):
+        assert value(rows, name) == pytest.approx(1 / 3)
+        assert value(rows, f"{name} over the curriculum") == 0.0
 
 
 def test_open_vocabulary_takes_the_saying_intents_only() -> None:
     rows = open_vocabulary_rows(
         [
             exchange(
-                "Red stool.", intent="repeat", expected="Red stool.", heard="red tool", heard_reference="red stool"
+                "Red stool.",
+                intent="repeat",
+                expected="Red stool.",
+                heard={OPEN: "red tool"},
+                heard_reference={OPEN: "red stool"},
             ),
             exchange(
-                "Blue chair.", intent="say", expected="Blue hair.", heard="blue hair", heard_reference="blue hair"
+                "Blue chair.",
+                intent="say",
+                expected="Blue hair.",
+                heard={OPEN: "blue hair"},
+                heard_reference={OPEN: "blue hair"},
             ),
             exchange("nothing of this"),
         ],

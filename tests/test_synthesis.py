@@ -18,8 +18,10 @@ from recipes.pocket.sounds import SOUNDS, sound
 from recipes.pocket.stories import LONG_ANSWERS
 from recipes.pocket.synthesis import (
     LEVEL_DBFS,
+    MORE_VOICES,
     SAMPLE_RATE,
     STYLES,
+    TRAINING_VOICES,
     UNSEEN_VOICES,
     USER_VOICES,
     VOICES,
@@ -60,6 +62,9 @@ def test_user_voices_are_many_and_mostly_natural() -> None:
     assert [voice.id for voice in UNSEEN_VOICES] == ["flite-rms", "espeak-en-us+f4"]
     assert sum(voice.weight for voice in VOICES) == pytest.approx(1.0)
     assert sum(voice.weight for voice in VOICES if voice.engine != "espeak") == pytest.approx(0.6)
+    assert len(TRAINING_VOICES) == len({voice.id for voice in TRAINING_VOICES}) >= 40
+    assert not {voice.name for voice in TRAINING_VOICES} & {voice.name for voice in UNSEEN_VOICES}
+    assert not any(voice.name.endswith("+f4") for voice in TRAINING_VOICES)
 
 
 def test_silence_at_both_ends_is_cut_to_a_margin() -> None:
@@ -103,7 +108,7 @@ def test_an_unknown_sound_voice_or_style_is_named() -> None:
 
 
 @needs_programs
-@pytest.mark.parametrize("voice", VOICES, ids=lambda voice: voice.id)
+@pytest.mark.parametrize("voice", [*VOICES, *MORE_VOICES], ids=lambda voice: voice.id)
 def test_every_voice_speaks_level_and_repeatable(voice: object) -> None:
     request = Request("Seven plus five is twelve.", voice.id)  # type: ignore[attr-defined]
     plain, again, slow = render_chunk([request, request, replace(request, rate=0.8)])

@@ -31,11 +31,12 @@ from duologue.vocabulary import Vocabulary
 MAX_BYTES = 40 * 2**20
 
 
-def assemble(runs: Path, out: Path, untrained: bool = False) -> int:
+def assemble(runs: Path, out: Path, untrained: bool = False, max_tokens: int = 600) -> int:
     """Writes the model folder and returns its size in bytes. Recorded questions that lie in `out` stay.
 
     Args:
         untrained: flow and language model may be missing; small random ones take their place, and the card says so.
+        max_tokens: of a reply at most, unless somebody asks for more.
 
     Raises:
         ValueError: a part is missing or damaged, or all together weigh more than 40 MB.
@@ -63,8 +64,7 @@ def assemble(runs: Path, out: Path, untrained: bool = False) -> int:
     else:
         model, siblings = load_language(language), load_siblings(language)
     save_language(out / "language", model, siblings, dtype="float16")
-    sampling = Sampling(temperature=0.0, max_tokens=600 if not missing else 90)
-    Card("pocket", trained=not missing, sampling=sampling).save(out)
+    Card("pocket", trained=not missing, sampling=Sampling(temperature=0.0, max_tokens=max_tokens)).save(out)
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     if size > MAX_BYTES:
         raise ValueError(
@@ -84,8 +84,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/pocket"))
     parser.add_argument("--out", type=Path, default=Path("src/duologue/pocket"))
     parser.add_argument("--untrained", action="store_true", help="put random parts where none is trained yet")
+    parser.add_argument("--max-tokens", type=int, default=600, help="of a reply (default: 600)")
     args = parser.parse_args()
-    print(f"{args.out}: {assemble(args.runs, args.out, args.untrained) / 2**20:.1f} MB of weights")
+    size = assemble(args.runs, args.out, args.untrained, args.max_tokens)
+    print(f"{args.out}: {size / 2**20:.1f} MB of weights")
 
 
 if __name__ == "__main__":

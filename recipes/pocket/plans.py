@@ -13,7 +13,15 @@ from random import Random
 from recipes.pocket.curriculum import Asked, Conversing, Dialogue, sentence
 from recipes.pocket.everything import KINDS, any_dialogue, dialogue
 from recipes.pocket.repeating import free_text
-from recipes.pocket.synthesis import STYLES, UNSEEN_VOICES, USER_VOICES, Request, Voice, reply_request
+from recipes.pocket.synthesis import (
+    STYLES,
+    TRAINING_VOICES,
+    UNSEEN_VOICES,
+    USER_VOICES,
+    Request,
+    Voice,
+    reply_request,
+)
 
 VALID_ONE_IN = 50
 
@@ -56,10 +64,10 @@ def plan_free(seed: int, shard: int) -> Iterator[PlannedClip]:
             drawn = any_dialogue("train", rng)
             text = rng.choice(drawn.exchanges).user
             if text:  # a sound is not free speech
-                yield PlannedClip(Request(text, *draw_manner(USER_VOICES, rng)), "user", split, drawn.intent)
+                yield PlannedClip(Request(text, *draw_manner(TRAINING_VOICES, rng)), "user", split, drawn.intent)
         elif chance < 0.80:
             text = sentence(free_text(rng)) + ("?" if rng.random() < 0.1 else ".")
-            yield PlannedClip(Request(text, *draw_manner(USER_VOICES, rng)), "free", split, "free")
+            yield PlannedClip(Request(text, *draw_manner(TRAINING_VOICES, rng)), "free", split, "free")
         else:
             style = "plain" if rng.random() < 0.75 else rng.choice(list(STYLES))
             name, text = "free", sentence(free_text(rng)) + "."
@@ -78,7 +86,7 @@ def plan_dialogues(seed: int, shard: int, num_exchanges: int) -> list[PlannedDia
     while made < num_exchanges:
         split = "valid" if rng.randrange(VALID_ONE_IN) == 0 else "train"
         drawn = any_dialogue("train", rng)
-        planned.append(_spoken(drawn, split, draw_manner(USER_VOICES, rng), 0.0, rng))
+        planned.append(_spoken(drawn, split, draw_manner(TRAINING_VOICES, rng), 0.0, rng))
         made += len(drawn.exchanges)
     return planned
 

@@ -1,4 +1,4 @@
-"""The recorded questions that ship with pocket, for the demo and the tests: rendered once, kept as files.
+"""The recorded questions that ship with pocket, for demo, evaluation and tests: rendered once, kept as files.
 
 python -m recipes.pocket.recorded_questions --out src/duologue/pocket
 """
@@ -10,16 +10,18 @@ from pathlib import Path
 
 import soundfile
 
+from duologue.config import write_json
 from recipes.pocket.synthesis import SAMPLE_RATE, Request, render_one
 
-DEMO = ("question.wav", "What is the capital of Japan?", "flite-awb")
+# File, question, voice, accepted answers.
 QUESTIONS = (
-    ("capital.flac", "What is the capital of France?", "flite-kal16"),
-    ("sum.flac", "What is seven plus five?", "flite-awb"),
-    ("opposite.flac", "What is the opposite of hot?", "festival-slt-hts"),
-    ("day.flac", "What day comes after Monday?", "flite-slt"),
-    ("name.flac", "Who are you?", "flite-rms"),
-    ("repeat.flac", "Repeat after me: yellow window river.", "flite-kal16"),
+    ("question.wav", "What is the capital of Japan?", "flite-awb", ["tokyo"]),
+    ("questions/capital.flac", "What is the capital of France?", "flite-kal16", ["paris"]),
+    ("questions/sum.flac", "What is seven plus five?", "flite-awb", ["twelve"]),
+    ("questions/opposite.flac", "What is the opposite of hot?", "festival-slt-hts", ["cold"]),
+    ("questions/day.flac", "What day comes after Monday?", "flite-slt", ["tuesday"]),
+    ("questions/name.flac", "Who are you?", "flite-rms", ["duologue"]),
+    ("questions/repeat.flac", "Repeat after me: yellow window river.", "flite-kal16", ["yellow window river"]),
 )
 
 
@@ -28,12 +30,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     (args.out / "questions").mkdir(parents=True, exist_ok=True)
-    for path, (_, text, voice) in [
-        (args.out / DEMO[0], DEMO),
-        *((args.out / "questions" / question[0], question) for question in QUESTIONS),
-    ]:
-        soundfile.write(path, render_one(Request(text, voice)), SAMPLE_RATE)
-        print(f"{path}: {text}")
+    for path, text, voice, _ in QUESTIONS:
+        soundfile.write(args.out / path, render_one(Request(text, voice)), SAMPLE_RATE)
+        print(f"{args.out / path}: {text}")
+    listed = [{"file": path, "text": text, "answers": answers} for path, text, _, answers in QUESTIONS]
+    write_json(args.out / "questions.json", {"questions": listed})
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ EXTRAS = {
 # program -> (what it is for, Debian packages)
 PROGRAMS = {
     "flite": ("the corpus of pocket", "flite"),
-    "text2wave": ("the corpus of pocket", "festival festvox-us-slt-hts festvox-kallpc16k"),
+    "text2wave": ("the corpus of pocket", "festival festvox-us-slt-hts festvox-kallpc16k festvox-kdlpc16k"),
     "espeak-ng": ("the corpus of pocket", "espeak-ng"),
     "make": ("make demo, make test", "make"),
 }

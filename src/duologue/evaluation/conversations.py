@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from duologue.chatbot import Chatbot, Reply
@@ -17,6 +19,9 @@ from duologue.evaluation.scoring import is_correct, normalize
 from duologue.evaluation.testset import SEEN, SPLIT_NAMES, SPLITS, UNSEEN, TestClip, TestDialogue, TestSet
 
 OPEN_INTENTS = ("repeat", "say")
+# Recognisers, and what the rows call what they hear.
+OPEN, CURRICULUM = "open", "curriculum"
+EARS = {OPEN: "", CURRICULUM: " over the curriculum"}
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class Exchange:
     Attributes:
         last: whether it ends its dialogue; only such replies are scored, the ones before them are the model's own
             history.
-        heard: what the recogniser reads in the reply's sound; None without a recogniser.
+        heard: what each recogniser reads in the reply's sound.
         heard_reference: the same of the reference reply.
         change: how far the style moved its measure; None where no style was asked for, NaN where the reply could not be
             compared with a plain rendition of the same words.
@@ -41,8 +46,8 @@ class Exchange:
     expected: str
     answers: tuple[str, ...]
     said: str
-    heard: str | None
-    heard_reference: str | None
+    heard: Mapping[str, str]
+    heard_reference: Mapping[str, str]
     change: float | None
     first_audio_s: float | None
     audio_s: float
@@ -53,26 +58,31 @@ class Exchange:
         """An accepted answer stands in the text of the reply."""
         return is_correct(self.said, self.answers)
 
-    @property
-    def heard_correct(self) -> bool:
-        """The recogniser finds an accepted answer in the sound of the reply."""
-        return self.heard is not None and is_correct(self.heard, self.answers)
+    def heard_correct(self, ears: str) -> bool:
+        """A recogniser finds an accepted answer in the sound of the reply."""
+        return is_correct(self.heard[ears], self.answers)
+
+    def reference_correct(self, ears: str) -> bool:
+        """A recogniser finds an accepted answer in the sound of the reference reply."""
+        return is_correct(self.heard_reference[ears], self.answers)
 
 
-def converse(bot: Chatbot, test_set: TestSet, recogniser: Recogniser | None) -> list[Exchange]:
+def converse(bot: Chatbot, test_set: TestSet, recognisers: Mapping[str, Recogniser]) -> list[Exchange]:
     """Asks every question of the test set aloud, dialogue by dialogue, and listens to every reply."""
-    references: dict[str, str] = {}
+    references: dict[str, Mapping[str, str]] = {}
 
-    def heard_reference(clip: TestClip) -> str | None:
-        if recogniser is not None and clip.id not in references:
-            references[clip.id] = recogniser.transcribe(clip.wav, clip.sample_rate)
-        return references.get(clip.id)
+    def listen(wav: NDArray[np.float32], sample_rate: int) -> dict[str, str]:
+        return {name: recogniser.transcribe(wav, sample_rate) for name, recogniser in recognisers.items()}
+
+    def listen_to_reference(clip: TestClip) -> Mapping[str, str]:
+        if clip.id not in references:
+            references[clip.id] = listen(clip.wav, clip.sample_rate)
+        return references[clip.id]
 
     exchanges = []
     for dialogue in tqdm(test_set.dialogues, "conversations", disable=None, leave=False):
         replies = list(_ask(bot, dialogue, test_set.clips))
         for index, (turn, reply) in enumerate(zip(dialogue.turns, replies, strict=True)):
-            heard = None if recogniser is None else recogniser.transcribe(reply.audio, reply.sample_rate)
             exchanges.append(
                 Exchange(
                     dialogue=dialogue.id,
@@ -84,8 +94,8 @@ def converse(bot: Chatbot, test_set: TestSet, recogniser: Recogniser | None) -> 
                     expected=turn.reply_text,
                     answers=turn.answers,
                     said=reply.text,
-                    heard=heard,
-                    heard_reference=heard_reference(test_set.clips[turn.reply]),
+                    heard=listen(reply.audio, reply.sample_rate),
+                    heard_reference=listen_to_reference(test_set.clips[turn.reply]),
                     change=None if turn.style == PLAIN else _change(bot, dialogue, replies, index),
                     first_audio_s=reply.timings.first_audio_s,
                     audio_s=reply.timings.audio_s,
@@ -102,11 +112,18 @@ def open_vocabulary_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Ro
     rows = [error_row(group, "WER of the reply's text", [(one.expected, one.said) for one in chosen], aim=0.1)]
     if why_not:
         return [*rows, Row(group, "WER of what is heard", None, skipped=why_not)]
-    heard = error_row(group, "WER of what is heard", [(one.expected, one.heard or "") for one in chosen])
-    reference = error_row(
-        group, "WER of the reference audio", [(one.expected, one.heard_reference or "") for one in chosen]
-    )
-    return [*rows, heard, reference, difference_row(group, "WER lost against the reference", heard, reference, 0.1)]
+    for ears in _ears(exchanges):
+        heard = error_row(
+            group, f"WER of what is heard{EARS[ears]}", [(one.expected, one.heard[ears]) for one in chosen]
+        )
+        reference = error_row(
+            group,
+            f"WER of the reference audio{EARS[ears]}",
+            [(one.expected, one.heard_reference[ears]) for one in chosen],
+        )
+        lost = f"WER lost against the reference{EARS[ears]}"
+        rows += [heard, reference, difference_row(group, lost, heard, reference, 0.1)]
+    return rows
 
 
 def understanding_rows(exchanges: Sequence[Exchange]) -> list[Row]:
@@ -118,33 +135,32 @@ def understanding_rows(exchanges: Sequence[Exchange]) -> list[Row]:
 
 
 def speaking_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Row]:
-    """S->S: the answer is found in what the recogniser hears of the reply; beside it, in the reference replies."""
+    """S->S: the answer is found in what a recogniser hears of the reply; beside it, in the reference replies."""
     group = "speaking"
+    if why_not:
+        return [Row(group, f"S->S, {SPLIT_NAMES[split]}", None, skipped=why_not) for split in SPLITS]
     rows = []
-    for split in SPLITS:
-        if why_not:
-            rows.append(Row(group, f"S->S, {SPLIT_NAMES[split]}", None, skipped=why_not))
-            continue
-        heard = _share_row(exchanges, group, "S->S", split, lambda one: one.heard_correct)
-        written = _share_row(exchanges, group, "S->T", split, lambda one: one.correct)
-        ceiling = _share_row(
-            exchanges,
-            group,
-            "answers heard in the reference audio",
-            split,
-            lambda one: is_correct(one.heard_reference or "", one.answers),
-        )
-        lost = difference_row(group, f"S->S behind S->T, {SPLIT_NAMES[split]}", written, heard, 0.1)
-        rows += [heard, lost, replace(ceiling, parts={})]
+    for ears in _ears(exchanges):
+        right = partial(Exchange.heard_correct, ears=ears)
+        possible = partial(Exchange.reference_correct, ears=ears)
+        for split in SPLITS:
+            heard = _share_row(exchanges, group, f"S->S{EARS[ears]}", split, right)
+            written = _share_row(exchanges, group, "S->T", split, lambda one: one.correct)
+            ceiling = _share_row(exchanges, group, f"answers heard in the reference audio{EARS[ears]}", split, possible)
+            lost = f"S->S behind S->T{EARS[ears]}, {SPLIT_NAMES[split]}"
+            rows += [heard, difference_row(group, lost, written, heard, 0.1), replace(ceiling, parts={})]
     return rows
 
 
-def agreement_row(exchanges: Sequence[Exchange], why_not: str) -> Row:
+def agreement_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Row]:
     """Does the sound of a reply say what its text says?"""
     name = "WER between the reply's text and what is heard"
     if why_not:
-        return Row("agreement", name, None, skipped=why_not)
-    return error_row("agreement", name, [(one.said, one.heard or "") for one in exchanges])
+        return [Row("agreement", name, None, skipped=why_not)]
+    return [
+        error_row("agreement", f"{name}{EARS[ears]}", [(one.said, one.heard[ears]) for one in exchanges])
+        for ears in _ears(exchanges)
+    ]
 
 
 def style_row(exchanges: Sequence[Exchange]) -> Row:
@@ -175,6 +191,11 @@ def time_rows(exchanges: Sequence[Exchange]) -> list[Row]:
         Row("time", "real-time factor, p50", float(np.percentile(factors, 50)), "x", 0.6, num=len(spoken)),
         Row("time", "real-time factor, p95", float(np.percentile(factors, 95)), "x", num=len(spoken)),
     ]
+
+
+def _ears(exchanges: Sequence[Exchange]) -> list[str]:
+    """The recognisers that listened."""
+    return [name for name in EARS if exchanges and name in exchanges[0].heard]
 
 
 def _ask(bot: Chatbot, dialogue: TestDialogue, clips: dict[str, TestClip]) -> Iterator[Reply]:

@@ -1,19 +1,23 @@
 """How well speech can be understood: word error rates, an independent recogniser, and how good it sounds.
 
-The recogniser is pocketsphinx with its open English language model: it knows nothing of the curriculum. Where an
-optional library is missing, `Unavailable` says so, and a measure that needs it is reported as skipped with that reason.
+The recogniser is pocketsphinx with its open English language model, which knows nothing of the curriculum, or with one
+over the curriculum (`curriculum.py`). Where an optional library is missing, `Unavailable` says so, and a measure that
+needs it is reported as skipped with that reason.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from duologue.audio import resample
+from duologue.evaluation.curriculum import Curriculum, bigram_arpa, english_sentences
 from duologue.evaluation.report import Row
 from duologue.evaluation.scoring import word_errors
 
@@ -68,16 +72,35 @@ def error_row(group: str, name: str, pairs: Sequence[tuple[str, str]], aim: floa
 class Recogniser:
     """pocketsphinx with its own English models, forgetting each clip before the next.
 
+    Args:
+        curriculum: listen for what it holds, and for nothing else; the open language model where it is None.
+
     Raises:
         Unavailable: pocketsphinx is not installed.
+        ValueError: the curriculum holds no English text of words whose pronunciation is known.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, curriculum: Curriculum | None = None) -> None:
         try:
             import pocketsphinx
         except ImportError:
             raise Unavailable('pocketsphinx is not installed: pip install "duologue[eval]"') from None
-        self._decoder = pocketsphinx.Decoder(samprate=RECOGNISER_SAMPLE_RATE, loglevel="FATAL")
+        if curriculum is None:
+            self._decoder = pocketsphinx.Decoder(samprate=RECOGNISER_SAMPLE_RATE, loglevel="FATAL")
+            return
+        self._decoder = pocketsphinx.Decoder(samprate=RECOGNISER_SAMPLE_RATE, loglevel="FATAL", lm=None)
+        sentences = english_sentences(curriculum.texts)
+        known = set()
+        for word in {word for sentence in sentences for word in sentence}:
+            if self._decoder.lookup_word(word) is None and word in curriculum.pronunciations:
+                self._decoder.add_word(word, curriculum.pronunciations[word], False)
+            if self._decoder.lookup_word(word) is not None:
+                known.add(word)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "curriculum.lm"
+            path.write_text(bigram_arpa([sentence for sentence in sentences if known.issuperset(sentence)]))
+            self._decoder.add_lm_file("curriculum", str(path))
+        self._decoder.activate_search("curriculum")
 
     def transcribe(self, wav: NDArray[np.float32], sample_rate: int) -> str:
         """wav (S,) float32 -> lower-case words; empty where nothing was recognised."""

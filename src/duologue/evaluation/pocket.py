@@ -6,9 +6,12 @@ from typing import Any
 
 from duologue import machine
 from duologue.chatbot import Chatbot
+from duologue.evaluation.bundled import ask_bundled, bundled_rows
 from duologue.evaluation.conversations import (
+    CURRICULUM,
+    OPEN,
     Exchange,
-    agreement_row,
+    agreement_rows,
     converse,
     open_vocabulary_rows,
     speaking_rows,
@@ -43,21 +46,26 @@ def evaluate_pocket(
         *tokenizer_rows(bot.models, test_set, recognizer),
         *decoder_rows(bot.models, test_set, recogniser, why_not, naturalness, why_no_mos),
     ]
-    exchanges = converse(bot, test_set, recogniser)
+    recognisers = {} if recogniser is None else {OPEN: recogniser}
+    if recogniser is not None and test_set.curriculum is not None:
+        recognisers[CURRICULUM] = Recogniser(test_set.curriculum)
+    bundled = ask_bundled(bot, recognisers)
+    exchanges = converse(bot, test_set, recognisers)
     rows += [
+        *bundled_rows(bundled, why_not),
         *open_vocabulary_rows(exchanges, why_not),
         *understanding_rows(exchanges),
         *speaking_rows(exchanges, why_not),
-        agreement_row(exchanges, why_not),
+        *agreement_rows(exchanges, why_not),
         style_row(exchanges),
         *time_rows(exchanges),
     ]
     return Report(
-        "pocket", model, machine.describe(), tuple(rows), settings or {}, tuple(_sample(one) for one in exchanges)
+        "pocket", model, machine.describe(), tuple(rows), settings or {}, tuple(map(_sample, (*bundled, *exchanges)))
     )
 
 
 def _sample(one: Exchange) -> dict[str, Any]:
     """What the results file keeps of an exchange."""
-    kept = ("dialogue", "intent", "split", "style", "asked", "said", "heard")
-    return {**{name: getattr(one, name) for name in kept}, "correct": one.correct}
+    kept = ("dialogue", "intent", "split", "style", "asked", "said")
+    return {**{name: getattr(one, name) for name in kept}, "heard": dict(one.heard), "correct": one.correct}

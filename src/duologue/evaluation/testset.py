@@ -3,6 +3,7 @@
     clips*.jsonl      one clip a line: id, text, role, voice, style, split, intent, sample_rate, offset, num_samples
     clips*.pcm        flat int16, little endian; `offset` counts samples in it
     dialogues*.jsonl  one dialogue a line: id, intent, split, turns [{role, text, clip, style, sound, answers}]
+    curriculum.json   what replies can say, for a recogniser that listens for that: {texts, pronunciations}; optional
 
 Splits: "test" has voices that were heard in training, "test_unseen" has voices that never were.
 """
@@ -17,6 +18,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from duologue.evaluation.curriculum import Curriculum, load_curriculum
 
 SEEN, UNSEEN = "test", "test_unseen"
 SPLITS = (SEEN, UNSEEN)
@@ -78,12 +81,13 @@ class TestDialogue:
 
 @dataclass(frozen=True)
 class TestSet:
-    """All clips by id, and the dialogues in the order of their files."""
+    """All clips by id, the dialogues in the order of their files, and what replies can say."""
 
     __test__ = False
 
     clips: dict[str, TestClip]
     dialogues: tuple[TestDialogue, ...]
+    curriculum: Curriculum | None = None
 
     def speech(self, role: str, split: str | None = None) -> list[TestClip]:
         """The clips of a role ("user" or "reply") that hold speech."""
@@ -95,7 +99,8 @@ class TestSet:
             return self
         chosen = [self.dialogues[i * len(self.dialogues) // num] for i in range(num)]
         needed = {clip for dialogue in chosen for turn in dialogue.turns for clip in (turn.question, turn.reply)}
-        return TestSet({key: clip for key, clip in self.clips.items() if key in needed}, tuple(chosen))
+        clips = {key: clip for key, clip in self.clips.items() if key in needed}
+        return TestSet(clips, tuple(chosen), self.curriculum)
 
 
 def load_test_set(folder: str | Path) -> TestSet:
@@ -116,7 +121,7 @@ def load_test_set(folder: str | Path) -> TestSet:
     )
     if not dialogues:
         raise ValueError(f"{folder} holds no test dialogues; make a test set with: {HOW_TO_MAKE}")
-    return TestSet(clips, dialogues)
+    return TestSet(clips, dialogues, load_curriculum(folder))
 
 
 def _read_clips(shard: Path) -> Iterator[TestClip]:
