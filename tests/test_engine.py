@@ -1,6 +1,7 @@
 """The plain engine: legal replies whatever the model wants, caches that change nothing, requests of their own."""
 
 import asyncio
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -9,9 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Kind, Schedule, split
+from duologue.interleave import (
+    INTERLEAVED,
+    SPEECH_ONLY,
+    TEXT_ONLY,
+    Allowed,
+    InterleaveState,
+    Kind,
+    Schedule,
+    split,
+)
 from duologue.language.engine import Engine, PlainEngine
-from duologue.language.sampling import GREEDY, KindMasks, Sampling, choose, within_budget
+from duologue.language.sampling import GREEDY, KindMasks, Sampling, choose, choose_kind, within_budget
 from duologue.vocabulary import Vocabulary
 from tests.tiny_language import tiny_model, tiny_vocabulary
 
@@ -43,8 +53,11 @@ def reference(
         with torch.no_grad():
             scores = model(torch.tensor([ids])).logits[0, -1]
         allowed = within_budget(state, len(prompt) + n - len(ids))
-        open_ids = [i for i in range(vocabulary.size) if vocabulary.kind(i) in allowed]
-        token = open_ids[int(scores[open_ids].argmax())]
+        ids_of = {
+            kind: [i for i in range(vocabulary.size) if vocabulary.kind(i) is kind] for kind in Kind if kind in allowed
+        }
+        likeliest = max(ids_of.values(), key=lambda open_ids: float(scores[open_ids].exp().sum()))
+        token = likeliest[int(scores[likeliest].argmax())]
         ids.append(token)
         state.advance(vocabulary.kind(token))
     return ids[len(prompt) :]
@@ -115,6 +128,23 @@ def test_choose_follows_the_probabilities() -> None:
     assert {choose(scores, 1.0, 1.0, 2, generator) for _ in range(200)} == {1, 2}
     assert {choose(scores, 1.0, 0.6, None, generator) for _ in range(200)} == {1}
     assert {choose(scores, 1.0, 0.7, None, generator) for _ in range(200)} == {1, 2}
+
+
+def test_the_kind_is_chosen_by_all_its_ids_together(vocabulary: Vocabulary) -> None:
+    words = vocabulary
+    masks = KindMasks(words, words.size, torch.device("cpu"))
+    scores = torch.full((words.size,), -30.0)
+    scores[words.encode_text("abcdefgh")] = 0.0  # eight words, none of them likely
+    scores[words.speech_id(3)] = 1.0  # the likeliest id
+    either, text, speech = Allowed(True, True, False), Allowed(True, False, False), Allowed(False, True, False)
+    assert words.kind(int(scores.argmax())) is Kind.SPEECH
+    assert choose_kind(scores, masks, either, GREEDY, None) == text
+    assert choose_kind(scores, masks, speech, GREEDY, None) == speech
+    generator = torch.Generator().manual_seed(0)
+    sampling = Sampling(temperature=1.0, top_p=1.0)
+    drawn = [choose_kind(scores, masks, either, sampling, generator) == text for _ in range(2000)]
+    num = len(set(words.encode_text("abcdefgh")))
+    assert sum(drawn) / 2000 == pytest.approx(num / (num + math.e), abs=0.04)
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])  # over thousands of ids, over some hundreds, over some dozens

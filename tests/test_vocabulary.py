@@ -148,7 +148,7 @@ def test_other_ids_have_no_text() -> None:
 def test_streamed_text_is_the_text(text: str) -> None:
     stream = TextStream(vocabulary())
     pieces = [stream.push([token]) for token in vocabulary().encode_text(text)]
-    assert "".join(pieces) + stream.flush() == text
+    assert "".join(pieces) + stream.flush() == text.lstrip()
     if "\ufffd" not in text:
         assert not any("\ufffd" in piece for piece in pieces)
 

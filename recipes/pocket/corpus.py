@@ -14,7 +14,7 @@ Clips are levelled to -23 dBFS RMS; rooms, noise and most of the variation of le
 Every shard is a pure function of the seed, its number and the shards before it, and has its `clips-*.jsonl` only when
 it is complete: a stopped run goes on where it was when the same command is given again.
 
-    python -m recipes.pocket.corpus --out FOLDER --hours 30 --turns 52000 --seed 1 --workers 2 [--only free]
+    python -m recipes.pocket.corpus --out FOLDER --hours 26 --turns 72000 --seed 1 --workers 2 [--only free]
     python -m recipes.pocket.corpus --texts FILE
 """
 
@@ -155,8 +155,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.pocket.corpus", description="Write the audio of pocket.")
     parser.add_argument("--out", type=Path, help="folder of the corpus")
     parser.add_argument("--texts", type=Path, help="write all kinds of texts of the curriculum into this file")
-    parser.add_argument("--hours", type=float, default=30.0, help="of free speech")
-    parser.add_argument("--turns", type=int, default=52000, help="questions in the dialogues")
+    parser.add_argument("--hours", type=float, default=26.0, help="of free speech")
+    parser.add_argument("--turns", type=int, default=72000, help="questions in the dialogues")
     parser.add_argument("--test-turns", type=int, default=600, help="questions in the test set")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="processes that render")

@@ -74,7 +74,7 @@ def plan_free(seed: int, shard: int) -> Iterator[PlannedClip]:
             if rng.random() < 0.5:
                 drawn = any_dialogue("train", rng)
                 sentences = re.findall(r"[^.?!]+[.?!]", rng.choice(drawn.exchanges).reply)
-                name, text = drawn.intent, rng.choice(sentences).strip()
+                name, text = drawn.intent, sentence(rng.choice(sentences).strip())
             yield PlannedClip(reply_request(text, style), "reply", split, name, style)
 
 

@@ -18,7 +18,7 @@ QUESTIONS = (
     ("question.wav", "What is the capital of Japan?", "flite-awb", ["tokyo"]),
     ("questions/capital.flac", "What is the capital of France?", "flite-kal16", ["paris"]),
     ("questions/sum.flac", "What is seven plus five?", "flite-awb", ["twelve"]),
-    ("questions/opposite.flac", "What is the opposite of hot?", "festival-slt-hts", ["cold"]),
+    ("questions/opposite.flac", "What is the opposite of big?", "festival-slt-hts", ["small"]),
     ("questions/day.flac", "What day comes after Monday?", "flite-slt", ["tuesday"]),
     ("questions/name.flac", "Who are you?", "flite-rms", ["duologue"]),
     ("questions/repeat.flac", "Repeat after me: yellow window river.", "flite-kal16", ["yellow window river"]),

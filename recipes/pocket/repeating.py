@@ -72,6 +72,10 @@ def _sequence(rng: Random) -> Item:
     return Item(words.lower(), {"words": words}, (words.lower(),))
 
 
+# The words in the ids that the question has them in: a capital would split most of them ("Y", "ell", "ow") into ids
+# that occur nowhere else, and what is to be copied could not be copied.
+_AS_HEARD = (" {words}.",)
+
 REPEAT_INTENTS: tuple[Intent, ...] = (
     Intent(
         "repeat",
@@ -87,7 +91,7 @@ REPEAT_INTENTS: tuple[Intent, ...] = (
             "repeat the words: {words}.",
         ),
         ("repeat these words after me: {words}.", "would you repeat: {words}."),
-        ("{words}.",),
+        _AS_HEARD,
         decorate=False,
     ),
     Intent(
@@ -104,7 +108,7 @@ REPEAT_INTENTS: tuple[Intent, ...] = (
             "i want you to say {words}.",
         ),
         ("say after me: {words}.", "let me hear you say {words}."),
-        ("{words}.",),
+        _AS_HEARD,
         decorate=False,
     ),
 )

@@ -1,6 +1,6 @@
 """All of pocket, from nothing to the folder that ships: corpus, vocabulary, trainings, evaluation.
 
-    python -m recipes.pocket.run [--hours 16] [--turns 52000] [--workers 2] [--list] [--smoke]
+    python -m recipes.pocket.run [--hours 26] [--turns 72000] [--workers 2] [--list] [--smoke]
 
 Stop it whenever you like and start it again: a step that is done is passed over, and a training goes on from its last
 checkpoint. Everything lies under `runs/pocket`; delete a step's folder to have it made anew. `--smoke` runs every step
@@ -106,8 +106,8 @@ SMOKE = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hours", type=float, default=16.0, help="of free speech for the tokenizer")
-    parser.add_argument("--turns", type=int, default=52000, help="spoken questions with their answers")
+    parser.add_argument("--hours", type=float, default=26.0, help="of free speech for the tokenizer")
+    parser.add_argument("--turns", type=int, default=72000, help="spoken questions with their answers")
     parser.add_argument("--workers", type=int, default=2, help="processes that synthesize")
     parser.add_argument("--smoke", action="store_true", help="run every step for moments on next to nothing")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not")

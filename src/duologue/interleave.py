@@ -78,6 +78,12 @@ class Allowed:
             or (kind is Kind.END and self.end)
         )
 
+    @property
+    def kinds(self) -> tuple["Allowed", ...]:
+        """Each of the allowed kinds as the only one."""
+        text, speech, end = Allowed(True, False, False), Allowed(False, True, False), Allowed(False, False, True)
+        return tuple(one for one, may in ((text, self.text), (speech, self.speech), (end, self.end)) if may)
+
     def __str__(self) -> str:
         names = [name for name in ("text", "speech", "end") if getattr(self, name)]
         return " or ".join(names) if names else "nothing"

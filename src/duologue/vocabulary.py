@@ -390,10 +390,15 @@ class Vocabulary:
 
 
 class TextStream:
-    """Text of ids that arrive one by one: a character whose bytes are not all there yet waits. Belongs to a session."""
+    """Text of ids that arrive one by one: a character whose bytes are not all there yet waits. Belongs to a session.
+
+    White space before the first character is left out: it is how a word in the middle of a sentence is written in ids,
+    and a reply may begin with one.
+    """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
+        self._begun = False
         self._before: list[int] = []  # the ids last decoded: some decoders write the first id of a text differently
         self._waiting: list[int] = []
 
@@ -416,6 +421,9 @@ class TextStream:
     def _accept(self, text: str) -> str:
         if self._waiting:
             self._before, self._waiting = self._waiting, []
+        if not self._begun:
+            text = text.lstrip()
+            self._begun = bool(text)
         return text
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from duologue.interleave import InterleaveState, Schedule
-from duologue.language.sampling import KindMasks, Sampling, choose, within_budget
+from duologue.language.sampling import KindMasks, Sampling, choose, choose_kind, within_budget
 from duologue.vocabulary import Vocabulary
 
 
@@ -80,9 +80,10 @@ class Request:
         is held from now on."""
         remaining = self.sampling.max_tokens - len(self.ids)
         allowed = within_budget(self._state, remaining)
+        kind = choose_kind(scores, self._masks, allowed, self.sampling, self._generator)
         token = choose(
-            scores + self._masks.get(allowed, self.sampling.text_language),
-            self.sampling.temperature_for(allowed),
+            scores + self._masks.get(kind, self.sampling.text_language),
+            self.sampling.temperature_for(kind),
             self.sampling.top_p,
             self.sampling.top_k,
             self._generator,

@@ -1,4 +1,8 @@
-"""Choosing the next token: which kinds may come, and which id of them is taken. Plain functions over scores (V,).
+"""Choosing the next token: which kinds may come, which of them comes, and which id. Plain functions over scores (V,).
+
+The kind is chosen first, by the probability of all its ids together. A model that is sure that a word comes next and
+not which one gives every word a little; the likeliest single id would then often be a sound, and the reply lose its
+text.
 
 Shapes: V ids of the joint vocabulary, or of the model's output where that is wider.
 """
@@ -22,7 +26,7 @@ class Sampling:
     """How one reply is sampled; the defaults are those of the released demo (checkpoints.md 2.3).
 
     Attributes:
-        temperature: 0 takes the most likely id.
+        temperature: 0 takes the most likely kind, and the most likely id of it.
         speech_temperature: where no text can come; None takes `temperature`. Words want certainty, a voice less so.
         top_p: ids are drawn from the most likely ones that hold this share of the probability.
         top_k: ids are drawn from this many of the most likely ones; None for no such bound.
@@ -108,6 +112,21 @@ class KindMasks:
             mask[open_ids] = 0.0
             self._masks[key] = mask.to(self.device)
         return self._masks[key]
+
+
+def choose_kind(
+    scores: Tensor,
+    masks: KindMasks,
+    allowed: Allowed,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> Allowed:
+    """The one kind of the allowed ones that comes next, drawn as `choose` draws ids, from scores (V,) float32."""
+    kinds = allowed.kinds
+    if len(kinds) == 1:
+        return allowed
+    each = torch.stack([(scores + masks.get(kind, sampling.text_language)).logsumexp(0) for kind in kinds])
+    return kinds[choose(each, sampling.temperature_for(allowed), sampling.top_p, None, generator)]
 
 
 _LIKELY = 256, 2048

@@ -94,7 +94,9 @@ class Item:
         if not is_complete:  # its last text was not spoken yet
             num_speech = max(num_speech, num_text * INTERLEAVED.speech_run // INTERLEAVED.text_run)
         num_heard = sum(vocabulary.kind(token) is Kind.SPEECH for token in kept)
-        text = vocabulary.decode_text(t for t, kind in zip(self.whole.ids, kinds, strict=True) if kind is Kind.TEXT)
+        text = vocabulary.decode_text(
+            t for t, kind in zip(self.whole.ids, kinds, strict=True) if kind is Kind.TEXT
+        ).lstrip()
         said = heard_text(text, num_heard / num_speech) if num_speech else ""
         content = [part.model_copy(update={"transcript": said}) for part in self.body.content]
         self.body = self.body.model_copy(update={"content": content})
