@@ -23,10 +23,10 @@ def test_bundled_questions_are_asked_and_told_apart(tiny_folder: Path) -> None:
         def transcribe(self, wav: np.ndarray, sample_rate: int) -> str:
             assert wav.size
             assert sample_rate == 22050
-            return "the capital of japan is tokyo"
+            return "the capital of france is paris"
 
     exchanges = ask_bundled(duologue.load(tiny_folder), {OPEN: Ears(), CURRICULUM: Ears()})  # type: ignore[dict-item]
-    assert exchanges[0].asked == "What is the capital of Japan?"
+    assert exchanges[0].asked == "What is the capital of France?"
     assert len(exchanges) == 7
     rows = {row.name: row for row in bundled_rows(exchanges, "")}
     assert rows["answer heard"].value == rows["answer heard over the curriculum"].value == pytest.approx(1 / 7)
@@ -63,10 +63,10 @@ def test_the_language_model_of_a_curriculum_is_a_probability() -> None:
 
 def test_a_recogniser_over_a_curriculum_hears_nothing_else() -> None:
     pytest.importorskip("pocketsphinx")
-    wav, sample_rate = load_audio(model_folder() / "question.wav")  # "What is the capital of Japan?"
-    texts = ("What is the capital of Japan?", "What is a duologue of Japan?", "Zzyzzq is a capital.", "日本")
+    wav, sample_rate = load_audio(model_folder() / "question.wav")  # "What is the capital of France?"
+    texts = ("What is the capital of France?", "What is a duologue of France?", "Zzyzzq is a capital.", "日本")
     ears = Recogniser(Curriculum(texts, {"duologue": "D UW AH L AO G"}))
-    assert normalize(ears.transcribe(wav, sample_rate)) == "what is the capital of japan"
+    assert normalize(ears.transcribe(wav, sample_rate)) == "what is the capital of france"
     other = Recogniser(Curriculum(("We sat on a duologue.", "You ran."), {"duologue": "D UW AH L AO G"}))
     assert set(other.transcribe(wav, sample_rate).split()) <= {"we", "sat", "on", "a", "duologue", "you", "ran"}
 

@@ -13,13 +13,14 @@ import soundfile
 from duologue.config import write_json
 from recipes.pocket.synthesis import SAMPLE_RATE, Request, render_one
 
-# File, question, voice, accepted answers.
+# File, question, voice, accepted answers. pocketsphinx reads these answers in recordings of the reply voice, with its
+# open language model too (but not the name, which that has never met); "twelve", "Tuesday" and "Tokyo" it does not.
 QUESTIONS = (
-    ("question.wav", "What is the capital of Japan?", "flite-awb", ["tokyo"]),
-    ("questions/capital.flac", "What is the capital of France?", "flite-kal16", ["paris"]),
-    ("questions/sum.flac", "What is seven plus five?", "flite-awb", ["twelve"]),
+    ("question.wav", "What is the capital of France?", "flite-awb", ["paris"]),
+    ("questions/capital.flac", "What is the capital of Germany?", "flite-kal16", ["berlin"]),
+    ("questions/sum.flac", "What is eight plus six?", "flite-awb", ["fourteen"]),
     ("questions/opposite.flac", "What is the opposite of big?", "festival-slt-hts", ["small"]),
-    ("questions/day.flac", "What day comes after Monday?", "flite-slt", ["tuesday"]),
+    ("questions/day.flac", "What day comes after Thursday?", "flite-slt", ["friday"]),
     ("questions/name.flac", "Who are you?", "flite-rms", ["duologue"]),
     ("questions/repeat.flac", "Repeat after me: yellow window river.", "flite-kal16", ["yellow window river"]),
 )
