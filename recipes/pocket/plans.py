@@ -55,22 +55,25 @@ def draw_manner(voices: tuple[Voice, ...], rng: Random) -> tuple[str, float, flo
 
 
 def plan_free(seed: int, shard: int) -> Iterator[PlannedClip]:
-    """Endless single sentences of one shard: 45 % questions, 35 % free words, 20 % the reply voice."""
+    """Endless single sentences of one shard: 40 % questions, 30 % free words, 30 % the reply voice.
+
+    Half of the latter are free words, written as a reply repeats them: what the language model otherwise speaks worst.
+    """
     rng = Random(f"free|{seed}|{shard}")
     while True:
         split = "valid" if rng.randrange(VALID_ONE_IN) == 0 else "train"
         chance = rng.random()
-        if chance < 0.45:
+        if chance < 0.40:
             drawn = any_dialogue("train", rng)
             text = rng.choice(drawn.exchanges).user
             if text:  # a sound is not free speech
                 yield PlannedClip(Request(text, *draw_manner(TRAINING_VOICES, rng)), "user", split, drawn.intent)
-        elif chance < 0.80:
+        elif chance < 0.70:
             text = sentence(free_text(rng)) + ("?" if rng.random() < 0.1 else ".")
             yield PlannedClip(Request(text, *draw_manner(TRAINING_VOICES, rng)), "free", split, "free")
         else:
             style = "plain" if rng.random() < 0.75 else rng.choice(list(STYLES))
-            name, text = "free", sentence(free_text(rng)) + "."
+            name, text = "free", sentence(f" {free_text(rng)}.")
             if rng.random() < 0.5:
                 drawn = any_dialogue("train", rng)
                 sentences = re.findall(r"[^.?!]+[.?!]", rng.choice(drawn.exchanges).reply)

@@ -21,7 +21,7 @@ QUESTIONS = (
     ("questions/sum.flac", "What is eight plus six?", "flite-awb", ["fourteen"]),
     ("questions/opposite.flac", "What is the opposite of big?", "festival-slt-hts", ["small"]),
     ("questions/day.flac", "What day comes after Thursday?", "flite-slt", ["friday"]),
-    ("questions/name.flac", "Who are you?", "flite-rms", ["duologue"]),
+    ("questions/name.flac", "Who are you?", "festival-kal", ["duologue"]),
     ("questions/repeat.flac", "Repeat after me: yellow window river.", "flite-kal16", ["yellow window river"]),
 )
 
