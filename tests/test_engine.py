@@ -131,19 +131,18 @@ def test_choose_follows_the_probabilities() -> None:
 
 
 def test_the_kind_is_chosen_by_all_its_ids_together(vocabulary: Vocabulary) -> None:
-    words = vocabulary
-    masks = KindMasks(words, words.size, torch.device("cpu"))
-    scores = torch.full((words.size,), -30.0)
-    scores[words.encode_text("abcdefgh")] = 0.0  # eight words, none of them likely
-    scores[words.speech_id(3)] = 1.0  # the likeliest id
+    masks = KindMasks(vocabulary, vocabulary.size, torch.device("cpu"))
+    scores = torch.full((vocabulary.size,), -30.0)
+    scores[vocabulary.encode_text("abcdefgh")] = 0.0  # eight words, none of them likely
+    scores[vocabulary.speech_id(3)] = 1.0  # the likeliest id
     either, text, speech = Allowed(True, True, False), Allowed(True, False, False), Allowed(False, True, False)
-    assert words.kind(int(scores.argmax())) is Kind.SPEECH
-    assert choose_kind(scores, masks, either, GREEDY, None) == text
-    assert choose_kind(scores, masks, speech, GREEDY, None) == speech
+    assert vocabulary.kind(int(scores.argmax())) is Kind.SPEECH
+    assert choose_kind(scores, masks, either, GREEDY, None)[0] == text
+    assert choose_kind(scores, masks, speech, GREEDY, None)[0] == speech
     generator = torch.Generator().manual_seed(0)
     sampling = Sampling(temperature=1.0, top_p=1.0)
-    drawn = [choose_kind(scores, masks, either, sampling, generator) == text for _ in range(2000)]
-    num = len(set(words.encode_text("abcdefgh")))
+    drawn = [choose_kind(scores, masks, either, sampling, generator)[0] == text for _ in range(2000)]
+    num = len(set(vocabulary.encode_text("abcdefgh")))
     assert sum(drawn) / 2000 == pytest.approx(num / (num + math.e), abs=0.04)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from duologue.chatbot import Chatbot, model_folder
 from duologue.config import parse_config, read_json
-from duologue.evaluation.conversations import EARS, Exchange
+from duologue.evaluation.conversations import EARS, Exchange, ears_of, listen
 from duologue.evaluation.intelligibility import Recogniser
 from duologue.evaluation.prosody import PLAIN
 from duologue.evaluation.report import Row
@@ -41,7 +41,6 @@ def ask_bundled(bot: Chatbot, recognisers: Mapping[str, Recogniser]) -> list[Exc
     exchanges = []
     for question in listed.questions:
         reply = bot.chat(folder / question.file)
-        heard = {name: ears.transcribe(reply.audio, reply.sample_rate) for name, ears in recognisers.items()}
         exchanges.append(
             Exchange(
                 dialogue=question.file,
@@ -53,7 +52,7 @@ def ask_bundled(bot: Chatbot, recognisers: Mapping[str, Recogniser]) -> list[Exc
                 expected="",
                 answers=question.answers,
                 said=reply.text,
-                heard=heard,
+                heard=listen(recognisers, reply.audio, reply.sample_rate),
                 heard_reference={},
                 change=None,
                 first_audio_s=reply.timings.first_audio_s,
@@ -69,10 +68,10 @@ def bundled_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Row]:
     rows = [_row(exchanges, "right in the text", lambda one: one.correct)]
     if why_not:
         return [*rows, Row(GROUP, "answer heard", None, "%", skipped=why_not)]
-    for ears, name in EARS.items():
-        if all(ears in one.heard for one in exchanges):
-            rows.append(_row(exchanges, f"answer heard{name}", partial(Exchange.heard_correct, ears=ears)))
-    return rows
+    return rows + [
+        _row(exchanges, f"answer heard{EARS[ears]}", partial(Exchange.heard_correct, ears=ears))
+        for ears in ears_of(exchanges)
+    ]
 
 
 def _row(exchanges: Sequence[Exchange], name: str, right: Callable[[Exchange], bool]) -> Row:

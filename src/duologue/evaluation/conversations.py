@@ -67,16 +67,18 @@ class Exchange:
         return is_correct(self.heard_reference[ears], self.answers)
 
 
+def listen(recognisers: Mapping[str, Recogniser], wav: NDArray[np.float32], sample_rate: int) -> dict[str, str]:
+    """What each recogniser reads in wav (S,)."""
+    return {name: recogniser.transcribe(wav, sample_rate) for name, recogniser in recognisers.items()}
+
+
 def converse(bot: Chatbot, test_set: TestSet, recognisers: Mapping[str, Recogniser]) -> list[Exchange]:
     """Asks every question of the test set aloud, dialogue by dialogue, and listens to every reply."""
     references: dict[str, Mapping[str, str]] = {}
 
-    def listen(wav: NDArray[np.float32], sample_rate: int) -> dict[str, str]:
-        return {name: recogniser.transcribe(wav, sample_rate) for name, recogniser in recognisers.items()}
-
     def listen_to_reference(clip: TestClip) -> Mapping[str, str]:
         if clip.id not in references:
-            references[clip.id] = listen(clip.wav, clip.sample_rate)
+            references[clip.id] = listen(recognisers, clip.wav, clip.sample_rate)
         return references[clip.id]
 
     exchanges = []
@@ -94,7 +96,7 @@ def converse(bot: Chatbot, test_set: TestSet, recognisers: Mapping[str, Recognis
                     expected=turn.reply_text,
                     answers=turn.answers,
                     said=reply.text,
-                    heard=listen(reply.audio, reply.sample_rate),
+                    heard=listen(recognisers, reply.audio, reply.sample_rate),
                     heard_reference=listen_to_reference(test_set.clips[turn.reply]),
                     change=None if turn.style == PLAIN else _change(bot, dialogue, replies, index),
                     first_audio_s=reply.timings.first_audio_s,
@@ -105,6 +107,11 @@ def converse(bot: Chatbot, test_set: TestSet, recognisers: Mapping[str, Recognis
     return exchanges
 
 
+def ears_of(exchanges: Sequence[Exchange]) -> list[str]:
+    """The recognisers that listened."""
+    return [name for name in EARS if exchanges and name in exchanges[0].heard]
+
+
 def open_vocabulary_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Row]:
     """ "Repeat after me" with random words: are they in the text of the reply, and in its sound?"""
     group = "open vocabulary"
@@ -112,7 +119,7 @@ def open_vocabulary_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Ro
     rows = [error_row(group, "WER of the reply's text", [(one.expected, one.said) for one in chosen], aim=0.1)]
     if why_not:
         return [*rows, Row(group, "WER of what is heard", None, skipped=why_not)]
-    for ears in _ears(exchanges):
+    for ears in ears_of(exchanges):
         heard = error_row(
             group, f"WER of what is heard{EARS[ears]}", [(one.expected, one.heard[ears]) for one in chosen]
         )
@@ -140,7 +147,7 @@ def speaking_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Row]:
     if why_not:
         return [Row(group, f"S->S, {SPLIT_NAMES[split]}", None, skipped=why_not) for split in SPLITS]
     rows = []
-    for ears in _ears(exchanges):
+    for ears in ears_of(exchanges):
         right = partial(Exchange.heard_correct, ears=ears)
         possible = partial(Exchange.reference_correct, ears=ears)
         for split in SPLITS:
@@ -159,7 +166,7 @@ def agreement_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Row]:
         return [Row("agreement", name, None, skipped=why_not)]
     return [
         error_row("agreement", f"{name}{EARS[ears]}", [(one.said, one.heard[ears]) for one in exchanges])
-        for ears in _ears(exchanges)
+        for ears in ears_of(exchanges)
     ]
 
 
@@ -191,11 +198,6 @@ def time_rows(exchanges: Sequence[Exchange]) -> list[Row]:
         Row("time", "real-time factor, p50", float(np.percentile(factors, 50)), "x", 0.6, num=len(spoken)),
         Row("time", "real-time factor, p95", float(np.percentile(factors, 95)), "x", num=len(spoken)),
     ]
-
-
-def _ears(exchanges: Sequence[Exchange]) -> list[str]:
-    """The recognisers that listened."""
-    return [name for name in EARS if exchanges and name in exchanges[0].heard]
 
 
 def _ask(bot: Chatbot, dialogue: TestDialogue, clips: dict[str, TestClip]) -> Iterator[Reply]:

@@ -80,9 +80,9 @@ class Request:
         is held from now on."""
         remaining = self.sampling.max_tokens - len(self.ids)
         allowed = within_budget(self._state, remaining)
-        kind = choose_kind(scores, self._masks, allowed, self.sampling, self._generator)
+        kind, scores = choose_kind(scores, self._masks, allowed, self.sampling, self._generator)
         token = choose(
-            scores + self._masks.get(kind, self.sampling.text_language),
+            scores,
             self.sampling.temperature_for(kind),
             self.sampling.top_p,
             self.sampling.top_k,

@@ -27,7 +27,7 @@ class Sampling:
 
     Attributes:
         temperature: 0 takes the most likely kind, and the most likely id of it.
-        speech_temperature: where no text can come; None takes `temperature`. Words want certainty, a voice less so.
+        speech_temperature: of speech, and of its end; None takes `temperature`. Words want certainty, a voice less so.
         top_p: ids are drawn from the most likely ones that hold this share of the probability.
         top_k: ids are drawn from this many of the most likely ones; None for no such bound.
         max_tokens: ids of the reply at most, the end id included; a reply that reaches it stops where a reply may stop.
@@ -58,7 +58,7 @@ class Sampling:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
     def temperature_for(self, allowed: Allowed) -> float:
-        """The temperature at a position; where text could come it is text's, since there the text may be finished."""
+        """The temperature of a choice among these kinds; where text is one of them it is text's."""
         if self.speech_temperature is None or allowed.text:
             return self.temperature
         return self.speech_temperature
@@ -120,13 +120,16 @@ def choose_kind(
     allowed: Allowed,
     sampling: Sampling,
     generator: torch.Generator | None,
-) -> Allowed:
-    """The one kind of the allowed ones that comes next, drawn as `choose` draws ids, from scores (V,) float32."""
+) -> tuple[Allowed, Tensor]:
+    """The one kind of the allowed ones that comes next, drawn as `choose` draws ids, from scores (V,) float32; and the
+    scores with those of all other kinds at -inf."""
     kinds = allowed.kinds
-    if len(kinds) == 1:
-        return allowed
-    each = torch.stack([(scores + masks.get(kind, sampling.text_language)).logsumexp(0) for kind in kinds])
-    return kinds[choose(each, sampling.temperature_for(allowed), sampling.top_p, None, generator)]
+    each = [scores + masks.get(kind, sampling.text_language) for kind in kinds]
+    drawn = 0
+    if len(kinds) > 1:
+        together = torch.stack([of_kind.logsumexp(0) for of_kind in each])
+        drawn = choose(together, sampling.temperature_for(allowed), sampling.top_p, None, generator)
+    return kinds[drawn], each[drawn]
 
 
 _LIKELY = 256, 2048
