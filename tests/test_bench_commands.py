@@ -84,7 +84,6 @@ def test_bench_sessions_as_a_table(tiny_folder: Path, tmp_path: Path, capsys: Ca
     assert f"-> {tmp_path / 's.svg'}" in out
     assert "untrained" in err
     record = json.loads((tmp_path / "sessions.json").read_text())
-    assert record["model"]["engine"] == "plain"
     assert [crowd["num_sessions"] for crowd in record["results"]["crowds"]] == [1]
 
 

@@ -1,4 +1,4 @@
-"""The bench of the engines, tiny."""
+"""The bench of the engine, tiny."""
 
 import pytest
 from matplotlib.figure import Figure
@@ -6,25 +6,16 @@ from matplotlib.figure import Figure
 from duologue.bench.engine import measure_engine
 from tests.tiny_language import tiny_model, tiny_vocabulary
 
-pytest.importorskip("psutil")
 
-
-def test_both_engines_are_measured_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_is_measured_and_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary = tiny_vocabulary()
     monkeypatch.setattr("duologue.bench.engine.PREFIX_TOKENS", 300)
-    result = measure_engine(lambda: tiny_model(vocabulary), vocabulary, (1, 3), 20, 8, 1)
-    assert [one.engine for one in result.engines] == ["plain", "continuous"]
-    for one in result.engines:
-        assert [load.num_requests for load in one.together] == [1, 3]
-        assert one.together[1].first_ms.num == 3
-        assert all(load.tokens_per_s.median > 0 for load in one.together)
-    assert result.engines[0].cached_tokens > 300
-    assert {check.name for check in result.checks} == {
-        "engine.plain.batch_gain",
-        "engine.plain_over_continuous",
-        "engine.plain.second_over_first",
-        "engine.continuous.second_over_first",
-    }
+    result = measure_engine(tiny_model(vocabulary), vocabulary, (1, 3), 20, 8, 1)
+    assert [load.num_requests for load in result.together] == [1, 3]
+    assert result.together[1].first_ms.num == 3
+    assert all(load.tokens_per_s.median > 0 for load in result.together)
+    assert result.cached_tokens > 300
+    assert {check.name for check in result.checks} == {"engine.plain.batch_gain", "engine.plain.second_over_first"}
     assert "prompt of 300 ids" in result.table()
     figure = Figure()
     result.draw(figure)

@@ -1,11 +1,9 @@
-"""What both engines promise: a request's ids are its own, limits are told, cancelled and failed streams end."""
+"""What the engine promises: a request's ids are its own, limits are told, cancelled and failed streams end."""
 
 import asyncio
 import copy
-import gc
 import threading
-import weakref
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import duologue
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Schedule
-from duologue.language.continuous import ContinuousEngine
 from duologue.language.engine import Engine, PlainEngine
 from duologue.language.glm import is_plain_glm
 from duologue.language.keyvalues import KeyValues, SideBySide
@@ -26,7 +23,6 @@ from duologue.vocabulary import Vocabulary
 from tests.tiny import write_tiny_chatbot
 from tests.tiny_language import tiny_model, tiny_vocabulary
 
-AnyEngine = PlainEngine | ContinuousEngine
 Job = tuple[list[int], Sampling, Schedule]
 
 PROMPT = list(range(3, 20))
@@ -54,30 +50,9 @@ def model(vocabulary: Vocabulary) -> PreTrainedModel:
     return tiny_model(vocabulary)
 
 
-@pytest.fixture(scope="module")
-def own_model(vocabulary: Vocabulary) -> PreTrainedModel:
-    """That of the continuous engine, which may change how it attends."""
-    return tiny_model(vocabulary)
-
-
-@pytest.fixture(params=["plain", "continuous"])
-def make(
-    request: pytest.FixtureRequest, model: PreTrainedModel, own_model: PreTrainedModel, vocabulary: Vocabulary
-) -> Iterator[Callable[..., AnyEngine]]:
-    made: list[AnyEngine] = []
-
-    def make(**limits: int) -> AnyEngine:
-        if request.param == "plain":
-            engine: AnyEngine = PlainEngine(model, vocabulary, **limits)
-        else:
-            engine = ContinuousEngine(own_model, vocabulary, **{"max_cached_tokens": 4096, **limits})
-        made.append(engine)
-        return engine
-
-    yield make
-    for engine in made:
-        if isinstance(engine, ContinuousEngine):
-            engine.close()
+@pytest.fixture
+def make(model: PreTrainedModel, vocabulary: Vocabulary) -> Callable[..., PlainEngine]:
+    return lambda **limits: PlainEngine(model, vocabulary, **limits)
 
 
 @pytest.fixture
@@ -113,7 +88,7 @@ def agree(got: Sequence[int], expected: Sequence[int], job: Job, model: PreTrain
 
 
 def test_every_reply_of_a_mixed_batch_equals_its_solo_run(
-    make: Callable[..., AnyEngine],
+    make: Callable[..., PlainEngine],
     solo: Callable[[Job], list[int]],
     model: PreTrainedModel,
     vocabulary: Vocabulary,
@@ -138,7 +113,7 @@ def test_every_reply_of_a_mixed_batch_equals_its_solo_run(
 
 
 def test_a_turn_that_goes_on_computes_little_of_what_was_there(
-    make: Callable[..., AnyEngine], solo: Callable[[Job], list[int]]
+    make: Callable[..., PlainEngine], solo: Callable[[Job], list[int]]
 ) -> None:
     engine = make()
     sampling = Sampling(temperature=0.0, max_tokens=20)
@@ -148,7 +123,7 @@ def test_a_turn_that_goes_on_computes_little_of_what_was_there(
         before = engine.num_computed
         job = ([*LONG, *first, 5, 6, 7], sampling, SHORT)
         assert await collect(engine, job) == solo(job)
-        assert engine.num_computed - before <= 32 + 3 + 20 + 1  # a page at most that is not whole
+        assert engine.num_computed - before <= 32 + 3 + 20 + 1
         before = engine.num_computed
         job = ([*LONG[:200], 9, 9], sampling, SHORT)  # another way from the same beginning
         assert await collect(engine, job) == solo(job)
@@ -157,7 +132,7 @@ def test_a_turn_that_goes_on_computes_little_of_what_was_there(
     asyncio.run(run())
 
 
-def test_warming_leaves_only_what_is_new(make: Callable[..., AnyEngine], solo: Callable[[Job], list[int]]) -> None:
+def test_warming_leaves_only_what_is_new(make: Callable[..., PlainEngine], solo: Callable[[Job], list[int]]) -> None:
     engine = make(max_step_tokens=64)
     sampling = Sampling(temperature=0.0, max_tokens=5)
 
@@ -182,7 +157,7 @@ def test_warming_leaves_only_what_is_new(make: Callable[..., AnyEngine], solo: C
     asyncio.run(run())
 
 
-def test_beyond_the_limits_a_request_is_refused_in_one_sentence(make: Callable[..., AnyEngine]) -> None:
+def test_beyond_the_limits_a_request_is_refused_in_one_sentence(make: Callable[..., PlainEngine]) -> None:
     engine = make(max_sessions=2, max_cached_tokens=300, max_unread=4)
     assert (engine.max_sessions, engine.max_cached_tokens, engine.max_positions) == (2, 300, 512)
 
@@ -206,13 +181,13 @@ def test_beyond_the_limits_a_request_is_refused_in_one_sentence(make: Callable[.
 
 
 @pytest.mark.parametrize("limit", ["max_sessions", "max_cached_tokens", "max_unread"])
-def test_limits_below_one_are_refused(make: Callable[..., AnyEngine], limit: str) -> None:
+def test_limits_below_one_are_refused(make: Callable[..., PlainEngine], limit: str) -> None:
     with pytest.raises(ValueError, match=f"{limit} must be at least 1, got 0"):
         make(**{limit: 0})
 
 
 def test_cancel_ends_the_stream_at_once_and_frees_its_place_within_a_step(
-    make: Callable[..., AnyEngine], solo: Callable[[Job], list[int]]
+    make: Callable[..., PlainEngine], solo: Callable[[Job], list[int]]
 ) -> None:
     engine = make()
     job = (PROMPT, Sampling(temperature=1.0, max_tokens=300), SPEECH_ONLY)
@@ -229,20 +204,16 @@ def test_cancel_ends_the_stream_at_once_and_frees_its_place_within_a_step(
         assert engine.running <= 1
         computed = engine.num_computed
         await until(lambda: beside.done() or engine.num_computed >= computed + 2)
-        if isinstance(engine, ContinuousEngine) and engine._manager is not None:
-            assert len(engine._manager.batch_processor.scheduler.active_requests) <= 1
         assert await beside == solo(other)
         engine.cancel("a")  # nothing is running any more
         assert await collect(engine, (PROMPT, Sampling(max_tokens=3), SPEECH_ONLY), "a")
         assert engine.running == 0
-        if isinstance(engine, ContinuousEngine):
-            assert engine.cached_tokens == 0
 
     asyncio.run(run())
 
 
 def test_a_reader_that_does_not_read_holds_up_itself_alone(
-    make: Callable[..., AnyEngine], solo: Callable[[Job], list[int]]
+    make: Callable[..., PlainEngine], solo: Callable[[Job], list[int]]
 ) -> None:
     engine = make(max_unread=8)
     slow = (PROMPT, Sampling(temperature=1.0, max_tokens=60, seed=1), SPEECH_ONLY)
@@ -267,7 +238,7 @@ def test_a_reader_that_does_not_read_holds_up_itself_alone(
 
 
 def test_an_error_in_the_thread_ends_all_streams_with_it_and_the_next_request_works(
-    make: Callable[..., AnyEngine], solo: Callable[[Job], list[int]], monkeypatch: pytest.MonkeyPatch
+    make: Callable[..., PlainEngine], solo: Callable[[Job], list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = make()
     job = (PROMPT, Sampling(temperature=1.0, max_tokens=40), SPEECH_ONLY)
@@ -302,7 +273,7 @@ def test_an_error_in_the_thread_ends_all_streams_with_it_and_the_next_request_wo
 
 
 def test_readers_have_event_loops_of_their_own_and_one_that_is_gone_harms_nobody(
-    make: Callable[..., AnyEngine], solo: Callable[[Job], list[int]]
+    make: Callable[..., PlainEngine], solo: Callable[[Job], list[int]]
 ) -> None:
     engine = make()
     jobs = [(PROMPT, Sampling(temperature=1.0, max_tokens=60, seed=seed), SPEECH_ONLY) for seed in range(3)]
@@ -333,7 +304,7 @@ def test_readers_have_event_loops_of_their_own_and_one_that_is_gone_harms_nobody
     assert engine.running == 0
 
 
-def test_same_name_twice_and_bad_prompts_are_refused(make: Callable[..., AnyEngine]) -> None:
+def test_same_name_twice_and_bad_prompts_are_refused(make: Callable[..., PlainEngine]) -> None:
     engine = make()
 
     async def run() -> None:
@@ -351,21 +322,6 @@ def test_same_name_twice_and_bad_prompts_are_refused(make: Callable[..., AnyEngi
         assert engine.running == 0
 
     asyncio.run(run())
-
-
-def test_the_library_threads_end_with_their_engine(own_model: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    before = set(threading.enumerate())
-    engine = ContinuousEngine(own_model, vocabulary, max_cached_tokens=1024)
-    asyncio.run(collect(engine, (PROMPT, Sampling(max_tokens=3), SPEECH_ONLY)))
-    threads = set(threading.enumerate()) - before
-    assert len(threads) == 2
-    gone = weakref.ref(engine)
-    del engine
-    gc.collect()
-    for thread in threads:
-        thread.join(20)
-        assert not thread.is_alive()
-    assert gone() is None
 
 
 @pytest.mark.parametrize("way", ["by its weights", "hooked", "a Llama"])
@@ -457,13 +413,14 @@ def test_a_model_with_other_attention_is_refused(model: PreTrainedModel, vocabul
         PlainEngine(sliding, vocabulary)
 
 
-def test_a_chatbot_answers_alike_with_both_engines(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("continuous", "engine 'continuous' was removed, because it was slower than 'plain': leave the option out"),
+        ("fast", "unknown engine 'fast'; the only choice is plain"),
+    ],
+)
+def test_another_engine_is_refused_in_one_sentence(tmp_path: Path, name: str, message: str) -> None:
     folder = write_tiny_chatbot(tmp_path, max_tokens=40)
-    question = {"text": "What is seven plus five?", "text_only": True}
-    plain = duologue.load(folder).chat(**question)  # type: ignore[arg-type]
-    bot = duologue.load(folder, engine="continuous")
-    assert isinstance(bot.models.engine, ContinuousEngine)
-    assert bot.chat(**question).text == plain.text  # type: ignore[arg-type]
-    bot.models.engine.close()
-    with pytest.raises(ValueError, match="unknown engine 'fast'; the choices are plain, continuous"):
-        duologue.load(folder, engine="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        duologue.load(folder, engine=name)  # type: ignore[arg-type]

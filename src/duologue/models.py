@@ -7,7 +7,7 @@ Or a set of released parts, see `released.py`: every function here takes both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -15,7 +15,6 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from duologue.checkpoint import file_hash, load_component, read_extra
 from duologue.config import parse_config, read_json, to_mapping, write_json
@@ -24,8 +23,7 @@ from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.released import ReleasedDecoder, load_released_decoder
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.language.backbone import Dtype, Siblings, load_language, load_siblings
-from duologue.language.continuous import ContinuousEngine
-from duologue.language.engine import Engine, PlainEngine
+from duologue.language.engine import Engine, PlainEngine, check_engine
 from duologue.language.quantization import Scheme, check_available, quantize
 from duologue.language.released import is_released, load_released_language
 from duologue.language.sampling import Sampling
@@ -39,7 +37,7 @@ from duologue.vocabulary import Vocabulary
 CARD_FILE = "duologue.json"
 CARD_VERSION = 1
 
-EngineName = Literal["plain", "continuous"]
+EngineName = Literal["plain"]
 DecoderDtype = Literal["float32", "bfloat16"]
 
 
@@ -141,7 +139,7 @@ class Models:
         Args:
             dtype: of the language model; bfloat16 for released ones and float32 for ours by default.
             quantization: "int8" or "int4" for the matrices of the language model's layers.
-            engine: what runs the language model, "plain" or "continuous": see docs/engines.md.
+            engine: what runs the language model; "plain" is the only choice, see docs/engines.md.
             decoder_dtype: as of `load_decoder`.
         Raises:
             ValueError: one sentence: a part is missing, damaged, of other sizes or made for another tokenizer; no
@@ -149,12 +147,11 @@ class Models:
         """
         folder = Path(folder)
         card = Card.load(folder)
-        if engine not in _ENGINES:
-            raise ValueError(f"unknown engine {engine!r}; the choices are {', '.join(_ENGINES)}")
+        check_engine(engine)
         if quantization is not None:
             check_available(quantization, torch.device(device))
         if (released := find_released(folder)) is not None:
-            return cls._load_released(released, card, device, dtype or "bfloat16", quantization, engine, decoder_dtype)
+            return cls._load_released(released, card, device, dtype or "bfloat16", quantization, decoder_dtype)
         vocabulary = Vocabulary.load(folder / "vocabulary")
         tokenizer = load_tokenizer(folder, device)  # first, so that damage is called damage and not another tokenizer
         own = Siblings(file_hash(folder / "tokenizer"), vocabulary.hash)
@@ -168,7 +165,7 @@ class Models:
         return cls(
             tokenizer,
             vocabulary,
-            _ENGINES[engine](language, vocabulary),
+            PlainEngine(language, vocabulary),
             decoder,
             card,
             load_recognizer(folder, device),
@@ -200,7 +197,6 @@ class Models:
         device: str,
         dtype: Dtype,
         quantization: Scheme | None,
-        engine: EngineName,
         decoder_dtype: DecoderDtype | None,
     ) -> Models:
         folders.check()  # all headers before any weight
@@ -213,13 +209,7 @@ class Models:
             language = load_language(folders.language, dtype).to(device)
             if quantization is not None:
                 quantize(language.model, quantization)
-        return cls(tokenizer, vocabulary, _ENGINES[engine](language, vocabulary), decoder, card)
-
-
-_ENGINES: dict[str, Callable[[PreTrainedModel, Vocabulary], Engine]] = {
-    "plain": PlainEngine,
-    "continuous": ContinuousEngine,
-}
+        return cls(tokenizer, vocabulary, PlainEngine(language, vocabulary), decoder, card)
 
 
 def tokenizer_folder(folder: str | Path) -> Path:

@@ -43,7 +43,8 @@ def draw_lines(
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    if any(series):
+        axes.legend(fontsize=8)
 
 
 def draw_stack(axes: Any, parts: Mapping[str, float], title: str, x: str) -> None:

@@ -23,10 +23,8 @@ from duologue.cli.parser import (
 
 if TYPE_CHECKING:
     from duologue.chatbot import Chatbot
-    from duologue.models import EngineName
 
 PRESETS = ("glm-4-voice-9b",)
-ENGINES = ("plain", "continuous")
 
 
 def add(commands: Any) -> None:
@@ -66,7 +64,6 @@ def add(commands: Any) -> None:
 
     sessions = _add(names, "sessions", _sessions, "live conversations at once, in real time, against one alone")
     add_precision(sessions)
-    sessions.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help=f"(default: {ENGINES[0]})")
     sessions.add_argument(
         "--sessions",
         type=positive,
@@ -78,7 +75,7 @@ def add(commands: Any) -> None:
     sessions.add_argument("--seconds", type=_seconds, default=45.0, metavar="S", help="of the last run (default: 45)")
     sessions.add_argument("--seed", type=int, default=0, help="of pauses, questions and sampling")
 
-    engine = _add(names, "engine", _engine, "the plain engine against continuous batching", model=False)
+    engine = _add(names, "engine", _engine, "replies at once against one alone", model=False)
     engine.add_argument("--model", help="a preset or a model folder (default: random weights of pocket's size)")
     add_device(engine)
     engine.add_argument("--dtype", choices=DTYPES, help="of a --model (default: bfloat16 if released)")
@@ -192,10 +189,9 @@ def _solvers(args: argparse.Namespace) -> None:
 def _sessions(args: argparse.Namespace) -> None:
     from duologue.bench.sessions import measure_sessions
 
-    bot = _load(args, args.engine)
+    bot = _load(args)
     counts = args.sessions if args.sessions[0] == 1 else [1, *args.sessions]
-    model = {**_model(bot), "engine": args.engine}
-    _run(args, model, lambda: measure_sessions(bot, counts, args.seconds, args.seed))
+    _run(args, _model(bot), lambda: measure_sessions(bot, counts, args.seconds, args.seed))
 
 
 def _engine(args: argparse.Namespace) -> None:
@@ -208,14 +204,14 @@ def _engine(args: argparse.Namespace) -> None:
         if args.dtype is not None:
             raise ValueError("--dtype is of a stored model: give it together with --model")
         vocabulary = Vocabulary.load(model_folder() / "vocabulary")
-        make_model, model = random_language(vocabulary, args.device), {"name": "pocket's size", "trained": False}
+        language, model = random_language(vocabulary, args.device), {"name": "pocket's size", "trained": False}
     else:
         folder = model_folder(args.model)
         card = Card.load(folder)
-        make_model, vocabulary = stored_language(folder, args.device, args.dtype)
+        language, vocabulary = stored_language(folder, args.device, args.dtype)
         model = {"name": card.name, "trained": card.trained}
     sizes = args.requests, args.prompt, args.reply, args.repetitions
-    _run(args, model, lambda: measure_engine(make_model, vocabulary, *sizes))
+    _run(args, model, lambda: measure_engine(language, vocabulary, *sizes))
 
 
 def _server(args: argparse.Namespace) -> None:
@@ -262,10 +258,10 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _load(args: argparse.Namespace, engine: EngineName = "plain") -> Chatbot:
+def _load(args: argparse.Namespace) -> Chatbot:
     from duologue.chatbot import load
 
-    bot = load(args.model, args.device, args.dtype, args.quantize, engine, args.decoder_dtype)
+    bot = load(args.model, args.device, args.dtype, args.quantize, decoder_dtype=args.decoder_dtype)
     say_if_untrained(bot.models.card)
     return bot
 

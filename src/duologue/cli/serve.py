@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
     )
     serve.add_argument("--verbose", action="store_true", help="log who comes and goes; never what is said")
     add_precision(serve)
-    serve.add_argument("--engine", choices=("plain", "continuous"), default="plain", help="of the language model")
+    serve.add_argument("--engine", default="plain", help=argparse.SUPPRESS)  # only to say that one was removed
 
 
 def _serve(args: argparse.Namespace) -> None:

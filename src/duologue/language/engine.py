@@ -2,7 +2,7 @@
 
 `Engine` is the interface that sessions talk to; `PlainEngine` is our own engine behind it, without any library but the
 model's: one thread, in which every step runs the model once over all replies under way. It keeps the keys and values of
-the last conversations, so a turn that continues one costs only its new ids. `continuous.py` has another engine.
+the last conversations, so a turn that continues one costs only its new ids.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from duologue.interleave import INTERLEAVED, Schedule
 from duologue.language.keyvalues import KeyValues, SideBySide
-from duologue.language.requests import Limited, Request, RunningRequests, engine_failed
+from duologue.language.requests import Request, RunningRequests, engine_failed
 from duologue.language.sampling import KindMasks, Sampling
 from duologue.layers import num_step_threads
 from duologue.vocabulary import Vocabulary
@@ -116,7 +116,7 @@ class _Row:
         return self.ended or self.request is None or not self.request.held
 
 
-class PlainEngine(Limited):
+class PlainEngine:
     """One step of the model for the next id of every reply under way, on the model's device.
 
     Long prompts are run in pieces beside the other replies' ids, so that they delay those by a bounded time.
@@ -147,7 +147,13 @@ class PlainEngine(Limited):
         max_step_tokens: int = MAX_STEP_TOKENS,
     ) -> None:
         self.num_computed = 0
-        self._requests = running_requests(model, vocabulary, max_sessions, max_cached_tokens, max_unread)
+        masks = KindMasks(vocabulary, model.get_output_embeddings().weight.shape[0], model.device)
+        max_positions: int = model.config.get_text_config().max_position_embeddings
+        if max_cached_tokens is None:
+            max_cached_tokens = max(MAX_CACHED_TOKENS, max_positions)
+        self._requests = RunningRequests(
+            vocabulary, masks, max_positions, max_sessions, max_cached_tokens, max_unread, on_room=self._work_on
+        )
         self._side_by_side = SideBySide(model)
         self.model = self._side_by_side.model
         self._max_caches, self._max_step_tokens = max_caches, max_step_tokens
@@ -157,6 +163,26 @@ class PlainEngine(Limited):
         self._is_working = False
         self._lock = threading.Lock()
         self._executor = ThreadPoolExecutor(1, "language", torch.set_num_threads, (num_step_threads(model),))
+
+    @property
+    def max_positions(self) -> int:
+        """See `Engine`."""
+        return self._requests.max_positions
+
+    @property
+    def max_sessions(self) -> int:
+        """See `Engine`."""
+        return self._requests.max_sessions
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Ids whose keys and values are held at most."""
+        return self._requests.max_cached_tokens
+
+    @property
+    def running(self) -> int:
+        """See `Engine`."""
+        return len(self._requests)
 
     @property
     def cached_tokens(self) -> int:
@@ -222,7 +248,6 @@ class PlainEngine(Limited):
             self._leave(request)
 
     def _begin(self, request: Request) -> None:
-        request.on_room = lambda _: self._work_on()
         self._work_on(_Row(_Kept([]), request.prompt, request))
 
     def _leave(self, request: Request) -> None:
@@ -310,7 +335,7 @@ class PlainEngine(Limited):
 
     def _draw(self, row: _Row) -> None:
         assert row.request is not None
-        row.waiting = [row.request.choose(row.kept.scores)[0]]
+        row.waiting = [row.request.choose(row.kept.scores)]
 
     def _dismiss(self) -> list[_Row]:
         """Takes out the rows that have ended and keeps their conversations as the last used ones. Gives the warmed."""
@@ -357,15 +382,12 @@ class PlainEngine(Limited):
         return _Kept(prompt[:shared], best.cache.copy(shared))
 
 
-def running_requests(
-    model: PreTrainedModel, vocabulary: Vocabulary, max_sessions: int, max_cached_tokens: int | None, max_unread: int
-) -> RunningRequests:
-    """The requests of an engine that runs this model, none yet."""
-    masks = KindMasks(vocabulary, model.get_output_embeddings().weight.shape[0], model.device)
-    max_positions: int = model.config.get_text_config().max_position_embeddings
-    if max_cached_tokens is None:
-        max_cached_tokens = max(MAX_CACHED_TOKENS, max_positions)
-    return RunningRequests(vocabulary, masks, max_positions, max_sessions, max_cached_tokens, max_unread)
+def check_engine(name: str) -> None:
+    """Raises ValueError for any engine but "plain"."""
+    if name == "continuous":
+        raise ValueError("engine 'continuous' was removed, because it was slower than 'plain': leave the option out")
+    if name != "plain":
+        raise ValueError(f"unknown engine {name!r}; the only choice is plain")
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -29,7 +29,6 @@ class Request:
 
     Attributes:
         ids: the reply so far, read or not.
-        on_room: called from the reader's thread when a held request may go on.
     """
 
     def __init__(
@@ -41,16 +40,16 @@ class Request:
         masks: KindMasks,
         vocabulary: Vocabulary,
         max_unread: int,
+        on_room: Callable[[], None],
     ) -> None:
         self.prompt, self.sampling, self.name = prompt, sampling, name
         self.ids: list[int] = []
-        self.on_room: Callable[[Request], None] = _nothing
         self._masks, self._vocabulary = masks, vocabulary
         self._generator = torch.Generator(masks.device).manual_seed(sampling.seed)
         self._state = InterleaveState(schedule)
-        self._max_unread = max_unread
+        self._max_unread, self._on_room = max_unread, on_room
         self._unread: deque[int] = deque()
-        self._held = self._ended = self._complete = False
+        self._held = self._ended = False
         self._error: Exception | None = None
         self._wake: Callable[[], object] | None = None  # of the reader that waits
         self._lock = threading.Lock()
@@ -59,11 +58,6 @@ class Request:
     def ended(self) -> bool:
         """No further id will be drawn."""
         return self._ended
-
-    @property
-    def complete(self) -> bool:
-        """The reply has come to its own end; it was not cut."""
-        return self._complete
 
     @property
     def held(self) -> bool:
@@ -75,9 +69,8 @@ class Request:
         """Ids whose keys and values the request may need at most."""
         return 0 if self._ended else len(self.prompt) + self.sampling.max_tokens
 
-    def choose(self, scores: Tensor) -> tuple[int, bool]:
-        """Draws the next id from scores (V,) float32 and hands it to the reader. Gives the id, and whether the reply
-        is held from now on."""
+    def choose(self, scores: Tensor) -> int:
+        """Draws the next id from scores (V,) float32 and hands it to the reader."""
         remaining = self.sampling.max_tokens - len(self.ids)
         allowed = within_budget(self._state, remaining)
         kind, scores = choose_kind(scores, self._masks, allowed, self.sampling, self._generator)
@@ -91,15 +84,14 @@ class Request:
         self._state.advance(self._vocabulary.kind(token))
         with self._lock:
             if self._ended:  # cancelled while the step ran
-                return token, False
+                return token
             self.ids.append(token)
             self._unread.append(token)
             self._ended = self._state.ended or remaining == 1
             self._held = not self._ended and len(self._unread) >= self._max_unread
-            held, self._complete = self._held, self._ended
             wake, self._wake = self._wake, None
         self._call(wake)
-        return token, held
+        return token
 
     def cancel(self) -> None:
         """Ends the reply here; ids that were not read are dropped."""
@@ -140,7 +132,7 @@ class Request:
             if has_room:
                 self._held = False
         if has_room:
-            self.on_room(self)
+            self._on_room()
         return token
 
     def _end(self, error: Exception | None, drop: bool) -> None:
@@ -170,6 +162,7 @@ class RunningRequests:
         max_positions: ids that a prompt and its reply may have together.
         max_sessions: requests that run at the same time.
         max_cached_tokens: ids of all running requests together, the longest replies that they may give included.
+        on_room: called from the reader's thread when a held request may go on.
     """
 
     def __init__(
@@ -180,6 +173,7 @@ class RunningRequests:
         max_sessions: int,
         max_cached_tokens: int,
         max_unread: int,
+        on_room: Callable[[], None],
     ) -> None:
         for name, value in (
             ("max_sessions", max_sessions),
@@ -190,7 +184,8 @@ class RunningRequests:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.max_positions, self.max_sessions = max_positions, max_sessions
         self.max_cached_tokens = max_cached_tokens
-        self._vocabulary, self._masks, self._max_unread = vocabulary, masks, max_unread
+        self._vocabulary, self._masks = vocabulary, masks
+        self._max_unread, self._on_room = max_unread, on_room
         self._requests: set[Request] = set()
         self._names: dict[str, Request] = {}
         self._lock = threading.Lock()
@@ -230,7 +225,9 @@ class RunningRequests:
             EngineFull: one sentence naming the limit.
         """
         prompt = self.check(prompt_ids, sampling.max_tokens)
-        request = Request(prompt, sampling, schedule, name, self._masks, self._vocabulary, self._max_unread)
+        request = Request(
+            prompt, sampling, schedule, name, self._masks, self._vocabulary, self._max_unread, self._on_room
+        )
         with self._lock:
             if name is not None and name in self._names:
                 raise ValueError(f"request {name!r} is running; every request needs an id of its own")
@@ -278,32 +275,6 @@ class RunningRequests:
         return sum(request.num_reserved for request in self._requests)
 
 
-class Limited:
-    """What an engine says of its limits; see `Engine`."""
-
-    _requests: RunningRequests
-
-    @property
-    def max_positions(self) -> int:
-        """Ids that a prompt and its reply may have together."""
-        return self._requests.max_positions
-
-    @property
-    def max_sessions(self) -> int:
-        """Replies that can be under way at the same time."""
-        return self._requests.max_sessions
-
-    @property
-    def max_cached_tokens(self) -> int:
-        """Ids whose keys and values are held at most."""
-        return self._requests.max_cached_tokens
-
-    @property
-    def running(self) -> int:
-        """Replies under way."""
-        return len(self._requests)
-
-
 def engine_failed(error: Exception) -> RuntimeError:
     """What readers are told of an error in the engine's thread, which is its cause."""
     failed = RuntimeError(f"the language engine failed: {type(error).__name__}: {error}")
@@ -312,10 +283,6 @@ def engine_failed(error: Exception) -> RuntimeError:
 
 
 _WAIT = -1
-
-
-def _nothing(_: Request) -> None:
-    return None
 
 
 def _waker(loop: asyncio.AbstractEventLoop, waiting: asyncio.Future[None]) -> Callable[[], object]:
