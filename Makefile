@@ -7,7 +7,7 @@ QUESTION ?= src/duologue/pocket/question.wav
 ANSWER ?= answer.wav
 
 # Each runs its baseline in the same run; see docs/benchmarks.md. `server` starts a server of its own.
-BENCHES ?= latency tokenizer decoder solvers engine sessions server
+BENCHES ?= latency tokenizer decoder engine sessions server
 RESULTS ?= benchmarks/results
 
 # Two threads that spin for each other run up to 20 times slower on a busy machine; passive waiting costs nothing.

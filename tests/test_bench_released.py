@@ -1,21 +1,16 @@
-"""Benches of the released decoder and of the solvers at sizes for tests: all figures are there and make sense."""
+"""The bench of the released decoder at sizes for tests: all figures are there and make sense."""
 
 import json
 from pathlib import Path
 
 import pytest
-import torch
 from matplotlib.figure import Figure
 
 from duologue.bench import harness
 from duologue.bench.released_decoder import _parabola, measure_released_decoder
-from duologue.bench.solvers import measure_solvers
 from duologue.cli import main
-from duologue.decoder.solvers import Solver
-from duologue.layers import Padded
 from duologue.released import PRESETS
 from tests.released_sizes import FLOW, HIFT
-from tests.test_flow import CODES, tiny_flow
 
 
 def test_released_decoder() -> None:
@@ -58,21 +53,6 @@ def test_the_parabola_goes_through_its_points() -> None:
     assert _parabola(points, [cost(x) for x in points], places) == pytest.approx(sum(map(cost, places)))
 
 
-def test_solvers() -> None:
-    generator = torch.Generator().manual_seed(0)
-    tokens = Padded(torch.randint(0, CODES, (2, 20), generator=generator), torch.tensor([20, 13]))
-    exact = Solver("midpoint", 32)
-    result = measure_solvers(tiny_flow(), tokens, (2, 32), (-1.0,), ("euler", "midpoint"), exact, repetitions=1)
-    by_name = {(one.method, one.num_steps): one for one in result.solved}
-    assert by_name["midpoint", 32].distance == 0.0
-    assert by_name["midpoint", 2].num_evaluations == 4
-    assert by_name["euler", 32].distance < by_name["euler", 2].distance < result.spread
-    assert all(one.worst_frame >= one.distance for one in result.solved)
-    assert result.num_tokens == 33
-    assert "adams-bashforth" not in result.table()
-    result.draw(Figure())
-
-
 def test_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "9b", PRESETS["tiny"])
     few = ("--seconds", "8", "--repetitions", "1", "--window", "30")
@@ -87,11 +67,3 @@ def test_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeyp
         "decoder.released.last_over_first_full",
         "decoder.released.speedup",
     }
-    few = ("--steps", "1", "--sway", "-1", "--repetitions", "1")
-    assert main(["bench", "solvers", "--model", str(tiny_folder), *few, "--json"]) == 0
-    solved = json.loads(capsys.readouterr().out)["results"]["solved"]
-    assert [(one["method"], one["num_evaluations"]) for one in solved] == [
-        ("euler", 1),
-        ("midpoint", 2),
-        ("adams-bashforth", 1),
-    ]

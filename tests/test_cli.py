@@ -13,9 +13,7 @@ import pytest
 import soundfile
 
 from duologue.cli import main
-from duologue.decoder.flow import FlowConfig
 from duologue.evaluation.curriculum import Curriculum
-from duologue.evaluation.solvers import Setting
 from duologue.rates import speak_samples_for_tokens, tokens_for_samples
 
 Capture = pytest.CaptureFixture[str]
@@ -191,31 +189,3 @@ def test_evaluate_pocket(
     assert [sample["split"] for sample in report["samples"]].count("bundled") == 7
     assert len(report["samples"]) == 12
     assert set(report["model"]["hashes"]) == {"tokenizer", "vocabulary", "language", "decoder"}
-
-
-def test_evaluate_solvers(
-    test_set_folder: Path, tiny_folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("duologue.evaluation.solvers.Recogniser", SameWords)
-    monkeypatch.setattr("duologue.evaluation.solvers.Naturalness", lambda: seconds)
-    command = ("evaluate", "solvers", "--data", test_set_folder, "--model", tiny_folder, "--clips", "3")
-    unlike = ("midpoint:3:0:0", "euler:2:-0.5", "euler:2:-0.5:0")
-    report = run_json(capsys, *command, "--setting", *unlike)
-    groups: dict[str, dict[str, Any]] = {}
-    for row in report["rows"]:
-        groups.setdefault(row["group"], {})[row["name"]] = row["value"]
-    assert list(groups) == [
-        *("recordings", "midpoint 3, sway 0, guidance 0"),
-        *("euler 2, sway -0.5, guidance 0.7", "euler 2, sway -0.5, guidance 0"),
-    ]
-    recorded, *solved = groups.values()
-    assert [rows["estimator passes a block"] for rows in solved] == [6, 4, 2]
-    assert [rows["WER"] for rows in solved] == [recorded["WER"]] * 3  # the same words of all
-    assert [rows["DNSMOS"] for rows in solved] == pytest.approx([recorded["DNSMOS"]] * 3, abs=0.08)  # as long
-    assert len({rows["log-mel distance to the recordings"] for rows in solved}) == 3
-    own = FlowConfig(num_steps=2)  # of the tiny model
-    report = run_json(capsys, *command)
-    assert {row["group"] for row in report["rows"]} == {
-        "recordings",
-        Setting(own.make_solver(), own.guidance_scale).name,
-    }

@@ -12,7 +12,6 @@ import pytest
 from duologue import machine
 from duologue.audio import load_audio
 from duologue.chatbot import model_folder
-from duologue.decoder.solvers import Solver
 from duologue.evaluation.conversations import (
     CURRICULUM,
     OPEN,
@@ -34,7 +33,6 @@ from duologue.evaluation.intelligibility import (
 )
 from duologue.evaluation.prosody import Prosody, measure_prosody, probe, style_change, style_moved, token_prosody
 from duologue.evaluation.report import Report, Row, difference_row, format_table
-from duologue.evaluation.solvers import Setting, parse_setting
 from duologue.evaluation.testset import load_test_set
 from duologue.training.curves import plot, read_log
 from duologue.training.recipes import read_recipe
@@ -97,33 +95,6 @@ def test_naturalness_tells_speech_from_noise_whatever_its_length() -> None:
     assert naturalness(long, sample_rate) == pytest.approx(clean, abs=0.2)
     with pytest.raises(ValueError, match="without samples"):
         naturalness(wav[:0], sample_rate)
-
-
-@pytest.mark.parametrize(
-    ("text", "setting"),
-    [
-        ("midpoint:2:0", Setting(Solver("midpoint", 2, 0.0), 0.7)),
-        ("euler:6:-1:0", Setting(Solver("euler", 6, -1.0), 0.0)),
-    ],
-)
-def test_settings_of_the_flow_are_read(text: str, setting: Setting) -> None:
-    assert parse_setting(text, 0.7) == setting
-    assert setting.num_passes == (8 if setting.guidance_scale else 6)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("euler", "'euler' is no setting; write METHOD:STEPS:SWAY"),
-        ("euler:4:0:1:2", "'euler:4:0:1:2' is no setting"),
-        ("euler:2.5:0", "'euler:2.5:0' is no setting"),
-        ("heun:4:0", "solver is 'heun'; the choices are"),
-        ("euler:4:0:-1", "the guidance of 'euler:4:0:-1' must be a number from 0 on"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_setting(text, 0.7)
 
 
 # Prosody -------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,6 @@ def test_states_of_unequal_settings_are_not_joined() -> None:
         flow.init_state(1, num_steps=3),
         flow.init_state(1, num_steps=2, guidance_scale=0.0),
         flow.init_state(1, num_steps=2, guidance_scale=0.5),
-        flow.init_state(1, num_steps=2, solver="midpoint"),
         flow.encoder.init_state(1),
     ):
         assert state_settings(other) != state_settings(plain)

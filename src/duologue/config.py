@@ -25,6 +25,7 @@ def parse_config(cls: type[Config], mapping: Mapping[str, Any], where: str = "")
     Args:
         cls: a dataclass of int, float, bool, str, Path, enums, literals, other dataclasses, unions with None, and
             tuples, lists and dicts of these.
+            A class variable `RETIRED` maps keys of older files to the only values that are still accepted.
         mapping: what a JSON or YAML file holds.
         where: the file, for the messages.
 
@@ -152,9 +153,13 @@ def _parse_dataclass(cls: type, mapping: object, path: str, where: str) -> Any:
         raise ValueError(f"{named} must hold keys with values, got {mapping!r}")
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    retired: Mapping[str, object] = getattr(cls, "RETIRED", {})
     for key in mapping:
-        if key not in fields:
-            full = f"{path}.{key}" if path else str(key)
+        full = f"{path}.{key}" if path else str(key)
+        if key in retired:
+            if mapping[key] != retired[key]:
+                raise ValueError(f"{full}{where} is {mapping[key]!r}; only {retired[key]!r} is still supported")
+        elif key not in fields:
             raise ValueError(f"unknown key {full!r}{where}; the keys are {', '.join(fields)}")
     values = {}
     for name, field in fields.items():

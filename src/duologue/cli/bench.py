@@ -52,16 +52,6 @@ def add(commands: Any) -> None:
     )
     decoder.add_argument("--window", type=int, metavar="N", help="frames of the past that a released decoder sees")
 
-    solvers = _add(names, "solvers", _solvers, "solvers of the flow: distance to its exact solution, and cost")
-    solvers.add_argument(
-        "--steps", type=positive, nargs="+", default=[1, 2, 3, 4, 6, 10], metavar="N", help="(default: 1 2 3 4 6 10)"
-    )
-    solvers.add_argument(
-        "--sway", type=float, nargs="+", default=[-1.0, -0.5, 0.0], metavar="X", help="schedules (default: -1 -0.5 0)"
-    )
-    solvers.add_argument("--guidance", type=float, metavar="X", help="(default: the model's)")
-    solvers.add_argument("--repetitions", type=positive, default=5, metavar="N", help="of the block (default: 5)")
-
     sessions = _add(names, "sessions", _sessions, "live conversations at once, in real time, against one alone")
     add_precision(sessions)
     sessions.add_argument(
@@ -161,28 +151,6 @@ def _released_decoder(args: argparse.Namespace, model: dict[str, Any], flow: Any
         model,
         lambda: measure_released_decoder(flow, vocoder, args.seconds, **more),
         f"{args.bench}-{model['name']}",
-    )
-
-
-def _solvers(args: argparse.Namespace) -> None:
-    from duologue.bench.solvers import measure_solvers, question_tokens
-    from duologue.chatbot import model_folder
-    from duologue.decoder.decoder import SpeechDecoder
-    from duologue.models import Card, load_decoder, load_tokenizer
-
-    folder = model_folder(args.model)
-    card = Card.load(folder)
-    decoder = load_decoder(folder, args.device)
-    if not isinstance(decoder, SpeechDecoder):
-        raise ValueError(f"{folder} has a released decoder, whose solver is Euler's; choose a model with our own")
-    tokens = question_tokens(load_tokenizer(folder, args.device))
-    scale = card.guidance_scale if args.guidance is None else args.guidance
-    _run(
-        args,
-        {"name": card.name, "trained": card.trained},
-        lambda: measure_solvers(
-            decoder.flow, tokens, args.steps, args.sway, guidance_scale=scale, repetitions=args.repetitions
-        ),
     )
 
 

@@ -31,16 +31,6 @@ def add(commands: Any) -> None:
     )
     pocket.add_argument("--limit", type=positive, metavar="N", help="only N dialogues, for a quick look")
 
-    solvers = _add(suites, "solvers", _solvers, "few steps of the flow against many: what is heard of it")
-    solvers.add_argument(
-        "--setting",
-        nargs="+",
-        metavar="METHOD:STEPS:SWAY[:GUIDANCE]",
-        help="what is compared, like adams-bashforth:4:0 (default: the model's own)",
-    )
-    solvers.add_argument("--clips", type=positive, default=100, metavar="N", help="replies (default: 100)")
-    solvers.add_argument("--seed", type=int, default=0, help="of the noise")
-
 
 def _add(suites: Any, name: str, judge: Callable[[argparse.Namespace, TestSet], Report], text: str) -> Parser:
     suite = add_command(suites, name, _evaluate, text, model=True)
@@ -85,26 +75,6 @@ def _pocket(args: argparse.Namespace, test_set: TestSet) -> Report:
     model = _about(folder, bot.models.card, ("tokenizer", "vocabulary", "language", "decoder"))
     settings = {"num_dialogues": len(test_set.dialogues), "version": version_of("duologue")}
     return evaluate_pocket(bot, test_set, recognizer, model=model, settings=settings)
-
-
-def _solvers(args: argparse.Namespace, test_set: TestSet) -> Report:
-    from duologue.chatbot import model_folder
-    from duologue.decoder.decoder import SpeechDecoder
-    from duologue.evaluation.solvers import Setting, evaluate_solvers, parse_setting
-    from duologue.models import Card, load_decoder, load_tokenizer
-
-    folder = model_folder(args.model)
-    card = Card.load(folder)
-    decoder = load_decoder(folder, args.device)
-    if not isinstance(decoder, SpeechDecoder):
-        raise ValueError(f"{folder} has a released decoder, whose solver is Euler's; choose a model with our own")
-    config = decoder.flow.config
-    scale = config.guidance_scale if card.guidance_scale is None else card.guidance_scale
-    own = Setting(config.make_solver(card.num_steps), scale)
-    settings = [own] if args.setting is None else [parse_setting(text, scale) for text in args.setting]
-    model = _about(folder, card, ("tokenizer", "decoder"))
-    tokenizer = load_tokenizer(folder, args.device)
-    return evaluate_solvers(tokenizer, decoder, test_set, settings, args.clips, model=model, seed=args.seed)
 
 
 def _about(folder: Path, card: Card, parts: tuple[str, ...]) -> dict[str, Any]:

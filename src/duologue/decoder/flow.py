@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from duologue.decoder.encoder import (
     frames_for_tokens,
 )
 from duologue.decoder.estimators import BLOCK_FRAMES, CausalTransformer, EstimatorCache, EstimatorConfig
-from duologue.decoder.solvers import Method, Solver
+from duologue.decoder.solver import cosine_times, solve_euler
 from duologue.layers import Padded, reset_rows, split_at, take
 
 _CALL_BLOCKS = 8  # at most this many blocks of 10 tokens in one call: bounds the attention of a long utterance
@@ -32,14 +34,14 @@ _CALL_BLOCKS = 8  # at most this many blocks of 10 tokens in one call: bounds th
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Sizes and solver of the flow; the defaults are pocket's.
+    """Sizes and solver settings of the flow; the defaults are pocket's.
 
     Attributes:
         mel_mean, mel_std: of the corpus's natural-log mels; the flow works on (mel - mean) / std.
         condition_dim: channels between encoder and estimator; the first num_mels of them are a first guess of the mel.
         speaker_dim: size of the speaker vector; zeros are the reply voice.
-        num_steps, guidance_scale, solver, sway: how the flow is solved, unless `init_state` is told otherwise; see
-            `decoder.solvers.Solver`.
+        num_steps, guidance_scale: of the solver, unless `init_state` gets others.
+        RETIRED: keys that older folders have, with the only values that are still implemented.
     """
 
     encoder: TokenEncoderConfig = field(default_factory=TokenEncoderConfig)
@@ -51,25 +53,14 @@ class FlowConfig:
     speaker_dim: int = 32
     num_steps: int = 3
     guidance_scale: float = 0.7
-    solver: Method = "euler"
-    sway: float = -1.0
+    RETIRED: ClassVar[Mapping[str, object]] = {"solver": "euler", "sway": -1.0}
 
     def __post_init__(self) -> None:
-        self.make_solver()
+        cosine_times(self.num_steps)
         if self.condition_dim < self.num_mels:
             raise ValueError(f"condition_dim is {self.condition_dim}; it must be at least num_mels, {self.num_mels}")
         if not self.mel_std > 0:
             raise ValueError(f"mel_std is {self.mel_std}; it must be positive")
-
-    def make_solver(
-        self, num_steps: int | None = None, method: Method | None = None, sway: float | None = None
-    ) -> Solver:
-        """The solver of these settings; the config's where None."""
-        return Solver(
-            self.solver if method is None else method,
-            self.num_steps if num_steps is None else num_steps,
-            self.sway if sway is None else sway,
-        )
 
 
 def guide(velocity: Tensor, guidance_scale: float) -> Tensor:
@@ -110,11 +101,10 @@ class FlowState:
     """Attributes:
     pending: (B, T < 10) tokens of the open block.
     encoder: state of the token encoder; `encoder.start` counts the tokens whose frames are out.
-    solver: one estimator cache per evaluation of the solver.
+    solver: one estimator cache per step of the solver.
     prompt: (B, P, M) normalised mel that is given for the first frames; they are seen, and left out of the output.
     seed: (B,) int64 of the noise.
     speaker: (B, S).
-    settings: how to solve; in a tuple of one, for settings are not reset.
     """
 
     pending: Padded
@@ -124,7 +114,6 @@ class FlowState:
     seed: Tensor
     speaker: Tensor
     guidance_scale: float
-    settings: tuple[Solver]
 
 
 class Flow(nn.Module):
@@ -147,8 +136,6 @@ class Flow(nn.Module):
         guidance_scale: float | None = None,
         seed: int = 0,
         speaker: Tensor | None = None,
-        solver: Method | None = None,
-        sway: float | None = None,
     ) -> FlowState:
         """A fresh state.
 
@@ -156,11 +143,12 @@ class Flow(nn.Module):
             num_steps, guidance_scale: the config's where None; a scale of 0 leaves the unconditional branch out.
             seed: of the noise, the same for all rows; give rows their own through `state.seed`.
             speaker: (B, S), zeros where None.
-            solver, sway: the config's where None, see `decoder.solvers.Solver`.
         """
         config, weight = self.config, self.encoder.norm.weight
-        made = config.make_solver(num_steps, solver, sway)
+        num_steps = config.num_steps if num_steps is None else num_steps
         guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        if num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {num_steps}")
         if guidance_scale < 0:
             raise ValueError(f"guidance_scale must not be negative, got {guidance_scale}")
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
@@ -168,12 +156,11 @@ class Flow(nn.Module):
         return FlowState(
             pending=Padded(zeros[:, None][:, :0], zeros),
             encoder=self.encoder.init_state(batch_size),
-            solver=[self.estimator.init_cache(batch_size, branches) for _ in range(made.num_evaluations)],
+            solver=[self.estimator.init_cache(batch_size, branches) for _ in range(num_steps)],
             prompt=Padded(weight.new_zeros(batch_size, 0, config.num_mels), zeros),
             seed=zeros + seed,
             speaker=weight.new_zeros(batch_size, config.speaker_dim) if speaker is None else speaker,
             guidance_scale=float(guidance_scale),
-            settings=(made,),
         )
 
     def give_prompt(self, tokens: Padded, mel: Padded, state: FlowState) -> None:
@@ -201,10 +188,7 @@ class Flow(nn.Module):
         pending = state.pending
         closing = self.step(Padded(pending.values[:, :0], torch.zeros_like(pending.lengths)), state)  # of a prompt
         mel = self._run(Padded(state.pending.values, state.pending.lengths * rows), state)
-        solver = state.settings[0]
-        fresh = self.init_state(
-            len(rows), solver.num_steps, state.guidance_scale, solver=solver.method, sway=solver.sway
-        )
+        fresh = self.init_state(len(rows), len(state.solver), state.guidance_scale)
         fresh.seed, fresh.speaker = state.seed, state.speaker
         reset_rows(state, fresh, rows)
         return Padded.concat([closing, mel])
@@ -245,7 +229,7 @@ class Flow(nn.Module):
             time = x.new_full((len(x),), t)
             return guide(self.estimator.step(x, time, context, span, state.solver[k]), state.guidance_scale)
 
-        x1 = state.settings[0].solve(velocity, x0)
+        x1 = solve_euler(velocity, x0, cosine_times(len(state.solver)))
         mel = Padded(x1 * self.config.mel_std + self.config.mel_mean, num_frames)
         dropped = (state.prompt.lengths - first).clamp(min=0).minimum(num_frames)
         return split_at(mel, dropped)[1]
@@ -279,7 +263,7 @@ def max_state_bytes(config: FlowConfig, bytes_per_value: int = 4) -> int | None:
         return None
     cached = 2 * estimator.past_blocks * BLOCK_FRAMES + estimator.kernel_size - 1
     branches = 1 if config.guidance_scale == 0 else 2
-    values = config.make_solver().num_evaluations * branches * estimator.num_layers * cached * estimator.width
+    values = config.num_steps * branches * estimator.num_layers * cached * estimator.width
     values += 2 * encoder.num_layers * encoder.past_blocks * rates.BLOCK_TOKENS * encoder.width
     values += encoder.width + config.speaker_dim
     whole_numbers = rates.BLOCK_TOKENS - 1 + 4  # pending tokens; its length, the prompt's, start and seed
@@ -318,7 +302,7 @@ def budget(flow: Flow) -> FlowBudget:
     once = flow.estimator.context.weight.numel()
     timed = flow.estimator.time1.weight.numel() + flow.estimator.time2.weight.numel()
     each = weights(flow.estimator) - once - timed + 2 * seen * estimator.width * estimator.num_layers
-    evaluations = config.make_solver().num_evaluations
+    evaluations = config.num_steps
     calls = evaluations * (1 if config.guidance_scale == 0 else 2)
     return FlowBudget(
         encoder_parameters=sum(parameter.numel() for parameter in flow.encoder.parameters()),

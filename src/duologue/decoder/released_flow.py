@@ -26,7 +26,7 @@ from duologue.decoder.encoder import check_tokens, frames_for_tokens
 from duologue.decoder.flow import noise_at
 from duologue.decoder.regulator import LengthRegulator, RegulatorConfig, mask_of
 from duologue.decoder.released_blocks import FORGET_TOKENS, Streaming, fade, last_of, select, where_rows
-from duologue.decoder.solvers import solve_euler
+from duologue.decoder.solver import solve_euler
 from duologue.decoder.unet import UNet, UNetConfig
 from duologue.layers import Padded, reset_rows, split_at
 
