@@ -14,11 +14,11 @@ from recipes.pocket.facts import ANIMALS, COLOURS, COUNTRIES, MONTHS, OPPOSITES
 from recipes.pocket.mandarin import MANDARIN
 from recipes.pocket.manner_of_speech import STYLE_DIALOGUES
 from recipes.pocket.numbers import counting, spell
+from recipes.pocket.phrasings import PHRASINGS, load_phrasings
 from recipes.pocket.plans import PlannedDialogue, plan_dialogues, plan_free, plan_test, used_pairs
 from recipes.pocket.repeating import free_text
 from recipes.pocket.stories import LONG_ANSWERS
 from recipes.pocket.synthesis import STYLES, UNSEEN_VOICES
-from recipes.pocket.wordings import WIDER
 from recipes.pocket.words import FIRST_NAMES, OPEN_WORDS
 
 UNSEEN = {voice.id for voice in UNSEEN_VOICES}
@@ -76,24 +76,36 @@ def test_counting_goes_both_ways() -> None:
 
 @pytest.mark.parametrize("intent", INTENTS, ids=lambda intent: intent.name)
 def test_every_intent_has_enough_wordings_kept_apart(intent: Intent) -> None:
-    assert len(set(intent.phrasings)) >= 6
-    assert len(set(intent.test_phrasings)) >= 2
-    assert not set(intent.phrasings) & set(intent.test_phrasings)
+    assert len(set(intent.phrasings.train)) >= 6
+    assert len(set(intent.phrasings.test)) >= 2
+    assert not set(intent.phrasings.train) & set(intent.phrasings.test)
 
 
 def test_the_wider_wordings_are_of_training_alone(test_set: list[PlannedDialogue]) -> None:
     intents = {intent.name: intent for intent in INTENTS}
-    tested = {phrasing for intent in INTENTS for phrasing in intent.test_phrasings}
+    tested = {phrasing for intent in INTENTS for phrasing in intent.phrasings.test}
     asked = {(used.intent, used.phrasing) for one in test_set for turn in one.dialogue.exchanges for used in turn.asked}
-    for name, phrasings in WIDER.items():
-        known = intents[name].phrasings if name in intents else ()
-        assert len({*phrasings, *known}) == len(phrasings) + len(known), name
-        assert not tested & set(phrasings), name
-        assert not asked & {(name, phrasing) for phrasing in phrasings}, name
+    for name, phrasings in PHRASINGS.items():
+        known = (*phrasings.train, *phrasings.wider)
+        assert len(set(known)) == len(known), name
+        assert not tested & set(phrasings.wider), name
+        assert not asked & {(name, phrasing) for phrasing in phrasings.wider}, name
     planned = [one for shard in range(3) for one in plan_dialogues(2, shard, 2000)]
     turns = {used.intent for one in planned for turn in one.dialogue.exchanges for used in turn.asked}
     turns |= {f"in_{style}" for style in STYLES}  # the adverb of a command
-    assert set(WIDER) - set(intents) <= turns  # a name that no turn has would be a slip of the pen
+    assert set(PHRASINGS) - set(intents) <= turns  # a name that no turn has would be a slip of the pen
+
+
+def test_phrasings_stand_in_one_file_and_have_known_keys(tmp_path: Path) -> None:
+    entry = "capital: {train: [what?], test: [which?]}\n"
+    (tmp_path / "one.yaml").write_text(entry)
+    assert load_phrasings(tmp_path)["capital"].train == ("what?",)
+    (tmp_path / "two.yaml").write_text(entry)
+    with pytest.raises(ValueError, match="two.yaml has the phrasings 'capital', which another file has too"):
+        load_phrasings(tmp_path)
+    (tmp_path / "two.yaml").write_text("capitol: {train: [what?], tset: [which?]}\n")
+    with pytest.raises(ValueError, match="unknown key 'tset' in .*two.yaml, capitol"):
+        load_phrasings(tmp_path)
 
 
 def test_names_of_kinds_are_unique() -> None:
@@ -129,13 +141,13 @@ def test_phrasings_follow_the_split() -> None:
     used: dict[str, set[str]] = {"train": set(), "test": set(), "text": set()}
     for split, found in used.items():
         for seed in range(300):
-            phrasing = choose_phrasing("capital", "Iran", intent.phrasings, intent.test_phrasings, split, Random(seed))
+            phrasing = choose_phrasing("capital", "Iran", split, Random(seed))
             assert phrasing is not None
             found.add(phrasing)
     assert not used["train"] & used["test"]
-    assert used["text"] == set(intent.phrasings) | set(WIDER["capital"])
+    assert used["text"] == set(intent.phrasings.train) | set(intent.phrasings.wider)
     with pytest.raises(ValueError, match="unknown split 'valid'"):
-        choose_phrasing("capital", "Iran", intent.phrasings, intent.test_phrasings, "valid", Random(0))
+        choose_phrasing("capital", "Iran", "valid", Random(0))
 
 
 def test_no_pair_and_no_question_of_the_test_is_spoken_in_training(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from recipes.pocket.wordings import WIDER
+from recipes.pocket.phrasings import PHRASINGS, Phrasings
 
 HELD_OUT_ONE_IN = 10  # pairs of (item, training phrasing) that only the test set may speak
 
@@ -59,20 +59,20 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Intent:
-    """One kind of question.
+    """One kind of question, whose wordings stand in `PHRASINGS` under its name.
 
-    `phrasings` may be spoken in training, `test_phrasings` only in the test; `replies` are filled from the same slots.
     `decorate` allows polite forms and fillers around the phrasing.
     """
 
     name: str
     weight: float
     draw: Callable[[Random], Item]
-    phrasings: tuple[str, ...]
-    test_phrasings: tuple[str, ...]
-    replies: tuple[str, ...]
     decorate: bool = True
-    answers: tuple[str, ...] = field(default=())
+
+    @property
+    def phrasings(self) -> Phrasings:
+        """Its wordings."""
+        return PHRASINGS[self.name]
 
 
 _BEFORE = ("um, ", "uh, ", "so, ", "well, ", "hey, ", "okay, ", "please tell me, ", "tell me, ", "excuse me, ", "now, ")
@@ -87,20 +87,18 @@ def held_out(intent: str, key: str, phrasing: str) -> bool:
     return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
 
-def choose_phrasing(
-    intent: str, key: str, phrasings: Sequence[str], test_phrasings: Sequence[str], split: str, rng: Random
-) -> str | None:
-    """A phrasing that a split may use about the item `key`; None when there is none.
+def choose_phrasing(name: str, key: str, split: str, rng: Random) -> str | None:
+    """A phrasing of `PHRASINGS[name]` that a split may use about the item `key`; None when there is none.
 
     "train" is spoken training; "test" is what training never speaks; "text" is training that nobody speaks (stage 1
-    has every fact as text), so nothing but the test phrasings is kept from it. Training has the phrasings of `WIDER`
-    beside those of the intent.
+    has every fact as text), so nothing but the test phrasings is kept from it.
     """
-    known = (*phrasings, *WIDER.get(intent, ()))
+    phrasings = PHRASINGS[name]
+    known = (*phrasings.train, *phrasings.wider)
     if split == "train":
-        allowed = [p for p in known if not held_out(intent, key, p)]
+        allowed = [p for p in known if not held_out(name, key, p)]
     elif split == "test":
-        allowed = [p for p in phrasings if held_out(intent, key, p)] + list(test_phrasings)
+        allowed = [p for p in phrasings.train if held_out(name, key, p)] + list(phrasings.test)
     elif split == "text":
         allowed = list(known)
     else:
@@ -126,7 +124,7 @@ def exchange(intent: Intent, split: str, rng: Random) -> Exchange:
     """Draw one question of the intent and its answer for a split."""
     while True:
         item = intent.draw(rng)
-        phrasing = choose_phrasing(intent.name, item.key, intent.phrasings, intent.test_phrasings, split, rng)
+        phrasing = choose_phrasing(intent.name, item.key, split, rng)
         if phrasing is not None:
             break
     return complete(intent, item, phrasing, rng)
@@ -137,9 +135,11 @@ def complete(intent: Intent, item: Item, phrasing: str, rng: Random) -> Exchange
     user = phrasing.format(**item.slots)
     if intent.decorate:
         user = decorated(user, rng)
-    reply = rng.choice(intent.replies).format(**item.slots)
+    reply = rng.choice(intent.phrasings.replies).format(**item.slots)
     asked = Asked(intent.name, item.key, phrasing)
-    return Exchange(sentence(user), sentence(reply), item.answers or intent.answers, asked=(asked,), slots=item.slots)
+    return Exchange(
+        sentence(user), sentence(reply), item.answers or intent.phrasings.answers, asked=(asked,), slots=item.slots
+    )
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,6 @@ class Conversing:
 def ask(
     name: str,
     key: str,
-    phrasings: Sequence[str],
-    test_phrasings: Sequence[str],
     slots: dict[str, str],
     reply: str,
     answers: tuple[str, ...],
@@ -164,7 +162,7 @@ def ask(
     style: str = "plain",
 ) -> Exchange | None:
     """A turn inside a dialogue; None when the split has no phrasing left for this item, and another must be drawn."""
-    phrasing = choose_phrasing(name, key, phrasings, test_phrasings, split, rng)
+    phrasing = choose_phrasing(name, key, split, rng)
     if phrasing is None:
         return None
     asked = (Asked(name, key, phrasing),)

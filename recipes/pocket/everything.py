@@ -9,16 +9,16 @@ from recipes.pocket.curriculum import Conversing, Dialogue, Exchange, Intent, ex
 from recipes.pocket.facts import ANIMALS, COLOURS, COUNTRIES, DAYS, MONTHS, OPPOSITES, SEASONS
 from recipes.pocket.mandarin import MANDARIN
 from recipes.pocket.manner_of_speech import STYLE_DIALOGUES
-from recipes.pocket.manners import MANNERS_INTENTS, OUTSIDE_INTENTS, SOUND_REPLIES
 from recipes.pocket.memory import MEMORY_DIALOGUES
 from recipes.pocket.numbers import NUMBER_INTENTS, counting, spell
 from recipes.pocket.questions import FACT_INTENTS, article
 from recipes.pocket.repeating import REPEAT_INTENTS, free_text
+from recipes.pocket.small_talk import OUTSIDE_INTENTS, SMALL_TALK_INTENTS, SOUND_REPLIES
 from recipes.pocket.sounds import SOUNDS
 from recipes.pocket.stories import STORY_INTENTS
 
 INTENTS: tuple[Intent, ...] = (
-    FACT_INTENTS + NUMBER_INTENTS + REPEAT_INTENTS + MANNERS_INTENTS + OUTSIDE_INTENTS + STORY_INTENTS
+    FACT_INTENTS + NUMBER_INTENTS + REPEAT_INTENTS + SMALL_TALK_INTENTS + OUTSIDE_INTENTS + STORY_INTENTS
 )
 
 

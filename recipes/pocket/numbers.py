@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from random import Random
 
 from recipes.pocket.curriculum import Intent, Item
@@ -94,132 +93,14 @@ def _previous(rng: Random) -> Item:
     return Item(str(a), {"a": spell(a), "c": spell(a - 1)}, (spell(a - 1),))
 
 
-def _operation(
-    name: str, weight: float, word: str, draw: Callable[[Random], Item], extra: tuple[str, ...], test: str
-) -> Intent:
-    phrasings = (
-        f"what is {{a}} {word} {{b}}?",
-        f"what's {{a}} {word} {{b}}?",
-        f"how much is {{a}} {word} {{b}}?",
-        f"{{a}} {word} {{b}}?",
-        f"tell me {{a}} {word} {{b}}.",
-        f"what does {{a}} {word} {{b}} make?",
-        f"can you tell me what {{a}} {word} {{b}} is?",
-        *extra,
-    )
-    replies = (f"{{a}} {word} {{b}} is {{c}}.", "That is {c}.", "The answer is {c}.")
-    tests = (f"could you work out {{a}} {word} {{b}}?", test)
-    return Intent(name, weight, draw, phrasings, tests, replies)
-
-
 NUMBER_INTENTS: tuple[Intent, ...] = (
-    _operation(
-        "plus", 14.0, "plus", _plus, ("add {a} and {b}.", "what is the sum of {a} and {b}?"), "sum {a} and {b}."
-    ),
-    _operation(
-        "minus",
-        10.0,
-        "minus",
-        _minus,
-        ("subtract {b} from {a}.", "take {b} away from {a}."),
-        "what is {a} take away {b}?",
-    ),
-    _operation(
-        "times",
-        14.0,
-        "times",
-        _times,
-        ("multiply {a} by {b}.", "multiply {a} and {b}."),
-        "find the product of {a} and {b}.",
-    ),
-    Intent(
-        "larger",
-        4.0,
-        _larger,
-        (
-            "which is larger, {a} or {b}?",
-            "which is bigger, {a} or {b}?",
-            "what is larger, {a} or {b}?",
-            "which number is larger, {a} or {b}?",
-            "what's bigger, {a} or {b}?",
-            "tell me which is larger, {a} or {b}.",
-        ),
-        ("is {a} or {b} the larger number?", "of {a} and {b}, which one is larger?"),
-        ("{c} is larger.", "The larger one is {c}."),
-    ),
-    Intent(
-        "smaller",
-        3.0,
-        _smaller,
-        (
-            "which is smaller, {a} or {b}?",
-            "what is smaller, {a} or {b}?",
-            "which number is smaller, {a} or {b}?",
-            "which is less, {a} or {b}?",
-            "what's smaller, {a} or {b}?",
-            "tell me which is smaller, {a} or {b}.",
-        ),
-        ("is {a} or {b} the smaller number?", "of {a} and {b}, which one is smaller?"),
-        ("{c} is smaller.", "The smaller one is {c}."),
-    ),
-    Intent(
-        "count",
-        4.0,
-        _count,
-        (
-            "count from {a} to {b}.",
-            "can you count from {a} to {b}?",
-            "please count from {a} to {b}.",
-            "could you count from {a} to {b}?",
-            "i want you to count from {a} to {b}.",
-            "let's count from {a} to {b}.",
-        ),
-        ("start at {a} and count to {b}.", "say the numbers from {a} to {b}."),
-        ("{list}.",),
-    ),
-    Intent(
-        "count_to",
-        2.5,
-        _count_to,
-        (
-            "count to {b}.",
-            "can you count to {b}?",
-            "please count to {b}.",
-            "could you count to {b}?",
-            "count up to {b}.",
-            "let me hear you count to {b}.",
-        ),
-        ("would you count to {b} for me?", "i'd like you to count to {b}."),
-        ("{list}.",),
-    ),
-    Intent(
-        "next_number",
-        3.0,
-        _next,
-        (
-            "what comes after {a}?",
-            "which number comes after {a}?",
-            "what number comes after {a}?",
-            "what is the number after {a}?",
-            "what's the next number after {a}?",
-            "tell me the number after {a}.",
-        ),
-        ("which number follows {a}?", "after {a}, which number comes?"),
-        ("{c} comes after {a}.", "It is {c}."),
-    ),
-    Intent(
-        "previous_number",
-        3.0,
-        _previous,
-        (
-            "what comes before {a}?",
-            "which number comes before {a}?",
-            "what number comes before {a}?",
-            "what is the number before {a}?",
-            "what's the number just before {a}?",
-            "tell me the number before {a}.",
-        ),
-        ("which number precedes {a}?", "before {a}, which number comes?"),
-        ("{c} comes before {a}.", "It is {c}."),
-    ),
+    Intent("plus", 14.0, _plus),
+    Intent("minus", 10.0, _minus),
+    Intent("times", 14.0, _times),
+    Intent("larger", 4.0, _larger),
+    Intent("smaller", 3.0, _smaller),
+    Intent("count", 4.0, _count),
+    Intent("count_to", 2.5, _count_to),
+    Intent("next_number", 3.0, _next),
+    Intent("previous_number", 3.0, _previous),
 )

@@ -6,24 +6,32 @@ python -m recipes.pocket.recorded_questions --out src/duologue/pocket
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 import soundfile
 
-from duologue.config import write_json
+from duologue.config import load_config, write_json
 from recipes.pocket.synthesis import SAMPLE_RATE, Request, render_one
 
-# File, question, voice, accepted answers. pocketsphinx reads these answers in recordings of the reply voice, with its
-# open language model too (but not the name, which that has never met); "twelve", "Tuesday" and "Tokyo" it does not.
-QUESTIONS = (
-    ("question.wav", "What is the capital of France?", "flite-awb", ["paris"]),
-    ("questions/capital.flac", "What is the capital of Germany?", "flite-kal16", ["berlin"]),
-    ("questions/sum.flac", "What is eight plus six?", "flite-awb", ["fourteen"]),
-    ("questions/opposite.flac", "What is the opposite of big?", "festival-slt-hts", ["small"]),
-    ("questions/day.flac", "What day comes after Thursday?", "flite-slt", ["friday"]),
-    ("questions/name.flac", "Who are you?", "festival-kal", ["duologue"]),
-    ("questions/repeat.flac", "Repeat after me: yellow window river.", "flite-kal16", ["yellow window river"]),
-)
+LIST = Path(__file__).with_suffix(".yaml")
+
+
+@dataclass(frozen=True)
+class RecordedQuestion:
+    """One entry of the list: `file` below the output folder, what `voice` says in it, and the accepted answers."""
+
+    file: str
+    text: str
+    voice: str
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class RecordedQuestions:
+    """The whole list."""
+
+    questions: tuple[RecordedQuestion, ...]
 
 
 def main() -> None:
@@ -31,10 +39,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     (args.out / "questions").mkdir(parents=True, exist_ok=True)
-    for path, text, voice, _ in QUESTIONS:
-        soundfile.write(args.out / path, render_one(Request(text, voice)), SAMPLE_RATE)
-        print(f"{args.out / path}: {text}")
-    listed = [{"file": path, "text": text, "answers": answers} for path, text, _, answers in QUESTIONS]
+    questions = load_config(LIST, RecordedQuestions).questions
+    for one in questions:
+        soundfile.write(args.out / one.file, render_one(Request(one.text, one.voice)), SAMPLE_RATE)
+        print(f"{args.out / one.file}: {one.text}")
+    listed = [{"file": one.file, "text": one.text, "answers": list(one.answers)} for one in questions]
     write_json(args.out / "questions.json", {"questions": listed})
 
 

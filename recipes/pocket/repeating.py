@@ -72,43 +72,7 @@ def _sequence(rng: Random) -> Item:
     return Item(words.lower(), {"words": words}, (words.lower(),))
 
 
-# The words in the ids that the question has them in: a capital would split most of them ("Y", "ell", "ow") into ids
-# that occur nowhere else, and what is to be copied could not be copied.
-_AS_HEARD = (" {words}.",)
-
 REPEAT_INTENTS: tuple[Intent, ...] = (
-    Intent(
-        "repeat",
-        22.0,
-        _sequence,
-        (
-            "repeat after me: {words}.",
-            "repeat after me, {words}.",
-            "please repeat after me: {words}.",
-            "repeat this: {words}.",
-            "can you repeat this: {words}.",
-            "now repeat after me: {words}.",
-            "repeat the words: {words}.",
-        ),
-        ("repeat these words after me: {words}.", "would you repeat: {words}."),
-        _AS_HEARD,
-        decorate=False,
-    ),
-    Intent(
-        "say",
-        14.0,
-        _sequence,
-        (
-            "say {words}.",
-            "please say {words}.",
-            "can you say {words}?",
-            "say this: {words}.",
-            "say the words {words}.",
-            "could you say {words}?",
-            "i want you to say {words}.",
-        ),
-        ("say after me: {words}.", "let me hear you say {words}."),
-        _AS_HEARD,
-        decorate=False,
-    ),
+    Intent("repeat", 22.0, _sequence, decorate=False),
+    Intent("say", 14.0, _sequence, decorate=False),
 )

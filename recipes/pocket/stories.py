@@ -144,51 +144,7 @@ def _explanation(rng: Random) -> Item:
 
 
 STORY_INTENTS: tuple[Intent, ...] = (
-    Intent(
-        "story",
-        2.5,
-        _story,
-        (
-            "tell me a story about {topic}.",
-            "can you tell me a story about {topic}?",
-            "please tell me a story about {topic}.",
-            "i want to hear a story about {topic}.",
-            "tell me a short story about {topic}.",
-            "do you know a story about {topic}?",
-            "a story about {topic}, please.",
-        ),
-        ("i would like a story about {topic}.", "could i hear a story about {topic}?"),
-        ("{text}",),
-    ),
-    Intent(
-        "rhyme",
-        2.0,
-        _rhyme,
-        (
-            "tell me a rhyme about {topic}.",
-            "can you say a rhyme about {topic}?",
-            "say the rhyme about {topic}.",
-            "do you know a rhyme about {topic}?",
-            "i want to hear the rhyme about {topic}.",
-            "a rhyme about {topic}, please.",
-        ),
-        ("could i hear a rhyme about {topic}?", "i would like the rhyme about {topic}."),
-        ("{text}",),
-    ),
-    Intent(
-        "explanation",
-        2.5,
-        _explanation,
-        (
-            "explain {topic}.",
-            "can you explain {topic}?",
-            "tell me {topic}.",
-            "please explain {topic}.",
-            "do you know {topic}?",
-            "i want to know {topic}.",
-            "could you tell me {topic}?",
-        ),
-        ("would you explain {topic} to me?", "i wonder {topic}."),
-        ("{text}",),
-    ),
+    Intent("story", 2.5, _story),
+    Intent("rhyme", 2.0, _rhyme),
+    Intent("explanation", 2.5, _explanation),
 )
