@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from duologue.bench.server import Footprint, footprint, metrics_of
+from benchmarks.server import Footprint, footprint, metrics_of
 from duologue.chatbot import model_folder
 from duologue.client.connection import WIRE_RATE, Connection, Dropped, ServerEvent, decode_pcm, open_connection
 from duologue.client.process import ServerProcess

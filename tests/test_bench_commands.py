@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from duologue.bench.commit import CommitTimes
-from duologue.bench.harness import Spread
+from benchmarks.commit import CommitTimes
+from benchmarks.harness import Spread
 from duologue.cli import main
 
 Capture = pytest.CaptureFixture[str]
@@ -40,7 +40,7 @@ def test_bench_latency(
     question: Path, tiny_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = ("--question", question, "--repetitions", "1", "--warm-up", "0")
-    monkeypatch.setattr("duologue.bench.latency.measure_commits", lambda *_: commits())
+    monkeypatch.setattr("benchmarks.latency.measure_commits", lambda *_: commits())
     picture = tmp_path / "new" / "latency.png"
     record = bench(capsys, "latency", tiny_folder, *few, "--plot", picture, "-o", tmp_path)
     assert json.loads((tmp_path / "latency.json").read_text()) == record
@@ -106,3 +106,11 @@ def test_bad_input_is_one_sentence(argv: tuple[str, ...], words: str, tiny_folde
     assert out == ""
     assert words in err
     assert len([line for line in err.splitlines() if "untrained" not in line]) == 1
+
+
+def test_without_the_repository_the_command_says_what_it_needs(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("duologue.cli.bench.CHECKOUT", tmp_path)
+    assert main(["bench", "latency", "--repetitions", "1"]) == 2
+    assert "duologue bench needs a checkout of the repository" in capsys.readouterr().err

@@ -97,13 +97,13 @@ def test_the_wider_wordings_are_of_training_alone(test_set: list[PlannedDialogue
 
 
 def test_phrasings_stand_in_one_file_and_have_known_keys(tmp_path: Path) -> None:
-    entry = "capital: {train: [what?], test: [which?]}\n"
+    entry = "capital: {train: ['what?'], test: ['which?']}\n"
     (tmp_path / "one.yaml").write_text(entry)
     assert load_phrasings(tmp_path)["capital"].train == ("what?",)
     (tmp_path / "two.yaml").write_text(entry)
     with pytest.raises(ValueError, match="two.yaml has the phrasings 'capital', which another file has too"):
         load_phrasings(tmp_path)
-    (tmp_path / "two.yaml").write_text("capitol: {train: [what?], tset: [which?]}\n")
+    (tmp_path / "two.yaml").write_text("capitol: {train: ['what?'], tset: ['which?']}\n")
     with pytest.raises(ValueError, match="unknown key 'tset' in .*two.yaml, capitol"):
         load_phrasings(tmp_path)
 

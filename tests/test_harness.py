@@ -3,25 +3,14 @@
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.figure import Figure
 
-from duologue.bench.harness import (
-    Check,
-    Spread,
-    at_least,
-    at_most,
-    below,
-    format_checks,
-    peak_memory_mb,
-    repeat,
-    run,
-    timed,
-)
-from duologue.bench.plots import draw_lines, draw_stack
+from benchmarks.harness import AIMS, Spread, peak_memory_mb, repeat, run, timed
+from benchmarks.plots import draw_lines, draw_stack
+from duologue.evaluation.report import Row, format_table
 
 
 @dataclass(frozen=True)
@@ -30,21 +19,23 @@ class Counted:
 
     count: int
     ratio: float
-    checks: tuple[Check, ...] = ()
 
-    def table(self) -> str:
-        return f"{self.count}"
+    def rows(self) -> list[Row]:
+        return [Row("counted", "count", float(self.count)), Row(AIMS, "c", 1.0, aim=2.0)]
 
     def draw(self, figure: Any) -> None:
         figure.subplots().plot([self.count])
 
 
-def test_a_check_is_met_on_its_side_of_the_aim_and_by_numbers_only() -> None:
-    assert [at_most("a", value, 1.5).ok for value in (1.4, 1.5, 1.6, math.nan)] == [True, True, False, False]
-    assert [at_least("a", value, 6.0).ok for value in (5.9, 6.0, 7.0, math.nan)] == [False, True, True, False]
-    assert [below("a", value, 1.5).ok for value in (1.4, 1.5, math.nan)] == [True, False, False]
-    lines = format_checks([at_most("x.y", 2.0, 1.5), at_most("x.z", 1.0, 1.5)]).splitlines()
-    assert lines == ["x.y: 2, aim 1.5: NOT met", "x.z: 1, aim 1.5: met"]
+def test_an_aim_is_met_on_its_side() -> None:
+    def met(aim_is: str, aim: float, *values: float) -> list[bool | None]:
+        return [Row(AIMS, "a", value, aim=aim, aim_is=aim_is).met for value in values]
+
+    assert met("at most", 1.5, 1.4, 1.5, 1.6) == [True, True, False]
+    assert met("at least", 6.0, 5.9, 6.0, 7.0) == [False, True, True]
+    assert met("below", 1.5, 1.4, 1.5) == [True, False]
+    with pytest.raises(ValueError, match="nan is no result"):
+        met("below", 1.5, math.nan)
 
 
 def test_spread() -> None:
@@ -68,16 +59,13 @@ def test_warm_up_is_run_and_not_counted() -> None:
             repeat(rounds.append, repetitions, warm_up)
 
 
-def test_a_record_is_plain_json(tmp_path: Path) -> None:
-    record = run(
-        "counted", "duologue bench counted", {"name": "m"}, lambda: Counted(3, math.nan, (at_most("c", 1, 2),))
-    )
-    path = record.save(tmp_path / "results")
-    assert path.name == "counted.json"
-    saved = json.loads(path.read_text())
-    assert saved == json.loads(json.dumps(record.to_json()))
+def test_a_record_is_plain_json() -> None:
+    report = run("counted", "duologue bench counted", {"name": "m"}, lambda: Counted(3, math.nan))
+    saved = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert (saved["bench"], saved["command"], saved["model"]) == ("counted", "duologue bench counted", {"name": "m"})
+    assert "count" in format_table(report)
     assert saved["results"] == {"count": 3, "ratio": None}
-    assert saved["checks"] == [{"name": "c", "value": 1, "aim": 2, "ok": True}]
+    assert saved["checks"] == [{"name": "c", "value": 1.0, "aim": 2.0, "ok": True}]
     assert saved["peak_memory_mb"] == pytest.approx(peak_memory_mb(), rel=0.2)
     assert saved["duration_s"] >= 0
     assert saved["machine"]["threads"] >= 1

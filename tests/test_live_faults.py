@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from duologue.bench.server import metrics_of
+from benchmarks.server import metrics_of
 from duologue.client.connection import WIRE_RATE, Connection, Dropped, encode_pcm, open_connection
 from duologue.client.process import ServerProcess, start_server
 from tests.live import (

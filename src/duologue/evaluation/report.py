@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from duologue.config import write_json
 
 RESULTS_VERSION = 1
+_KEEPS = {"at most": operator.le, "at least": operator.ge, "below": operator.lt}
 DRAWN_BY_PARTS = ("understanding", "style")  # the table has the parts of every row
 
 
@@ -21,8 +23,9 @@ class Row:
         group: part of the chain that is judged: "tokenizer", "understanding", ...
         name: what is measured, unique within its group.
         value: in `unit`; None when it could not be computed, then `skipped` says why.
-        unit: "%" (the value is a share: 0.25 is printed as 25.0 %), "s", "x" (factor), "R2", "MOS", "dB" or "".
-        aim: upper or lower bound that the recipe aims at; `aim_is` says which.
+        unit: "%" (the value is a share: 0.25 is printed as 25.0 %), "s", "ms", "MB", "x" (factor), "R2", "MOS",
+            "dB", ... or "".
+        aim: upper or lower bound that the value should keep; `aim_is` is "at most", "at least" or "below".
         num: how many items the value was computed from.
         parts: the same measure by intent, voice or style, in the same unit.
     """
@@ -43,15 +46,15 @@ class Row:
             raise ValueError(f"{self.group}, {self.name}: {self.value} is no result")
         if (self.value is None) != bool(self.skipped):
             raise ValueError(f"{self.group}, {self.name}: a row has a value, or the reason why it has none")
-        if self.aim_is not in ("at most", "at least"):
-            raise ValueError(f"aim_is must be 'at most' or 'at least', got {self.aim_is!r}")
+        if self.aim_is not in _KEEPS:
+            raise ValueError(f"aim_is must be one of {', '.join(_KEEPS)}, got {self.aim_is!r}")
 
     @property
     def met(self) -> bool | None:
         """Whether the aim is reached; None without aim or value."""
         if self.value is None or self.aim is None:
             return None
-        return self.value <= self.aim if self.aim_is == "at most" else self.value >= self.aim
+        return bool(_KEEPS[self.aim_is](self.value, self.aim))
 
 
 @dataclass(frozen=True)

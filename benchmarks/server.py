@@ -18,23 +18,25 @@ import itertools
 import time
 import urllib.request
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.harness import AIMS, Spread
+from benchmarks.speech import questions
 from duologue.audio import resample
-from duologue.bench.harness import Check, Spread, at_most
-from duologue.bench.speech import questions
 from duologue.client.connection import WIRE_RATE, Connection, open_connection, to_pcm
 from duologue.client.conversation import Talk, TalkSettings
 from duologue.client.pace import Pace, paced, silence
 from duologue.client.playback import Playback
+from duologue.evaluation.report import Row
 from duologue.rates import LISTEN_SAMPLE_RATE
 
 MAX_FIRST_AUDIO_S = 1.5
+SILENT = "no answer had any sound"
 MAX_GROWTH_MB = 10.0
 SPREAD_S = 4.0  # as long as those of the benchmark `sessions` take to begin
 PAUSE_S = 2.0  # of silence behind a question, so that the server hears its end
@@ -117,32 +119,28 @@ class ServerBench:
 
     load: Load | None
     cycles: Cycles | None
-    checks: tuple[Check, ...] = field(default=())
 
-    def table(self) -> str:
+    def rows(self) -> list[Row]:
         """The figures for a terminal."""
-        lines = []
-        if self.load is not None:
-            load = self.load
-            lines.append(f"{load.num_clients} clients, {len(load.turns)} answers, {load.duration_s:.0f} s")
+        rows = []
+        if (load := self.load) is not None:
+            group = f"{load.num_clients} clients"
+            rows.append(Row(group, "answers", float(len(load.turns)), note=f"{load.duration_s:.0f} s"))
             for name, spread in (("end of turn", load.first_audio_s), ("last sample", load.from_speech_s)):
-                if spread is not None:
-                    lines.append(
-                        f"time to first audio from the {name}: p50 {spread.median:.2f} s, p95 {spread.p95:.2f} s, "
-                        f"least {spread.least:.2f} s"
-                    )
-            lines.append(f"gaps: {load.num_gaps} ({load.gap_ms:.0f} ms), unanswered: {load.unanswered}")
-            lines += [f"error: {error}" for error in load.errors]
-        if self.cycles is not None:
-            cycles = self.cycles
-            lines.append(f"{cycles.num} connections after {cycles.warm_up} of warm-up, {cycles.duration_s:.0f} s")
+                name = f"time to first audio from the {name}"
+                silent = Row(group, name, None, "s", skipped=SILENT)
+                rows.append(silent if spread is None else spread.row(group, name, "s"))
+            rows.append(Row(group, "gaps", float(load.num_gaps), note=f"{load.gap_ms:.0f} ms"))
+            rows.append(Row(group, "unanswered", float(load.unanswered)))
+            rows += [Row(group, "error", 1.0, note=error) for error in load.errors]
+        if (cycles := self.cycles) is not None:
+            group = f"{cycles.num} connections"
+            rows.append(Row(group, "duration", cycles.duration_s, "s", note=f"after {cycles.warm_up} of warm-up"))
             for name, footprint in (("before", cycles.before), ("after", cycles.after)):
-                lines.append(
-                    f"{name}: {footprint.memory_mb:.1f} MB, {footprint.descriptors} descriptors, "
-                    f"{footprint.threads} threads, {footprint.tasks} tasks"
-                )
-            lines += [f"failed: {sentence}" for sentence in cycles.failed]
-        return "\n".join(lines)
+                counts = f"{footprint.descriptors} descriptors, {footprint.threads} threads, {footprint.tasks} tasks"
+                rows.append(Row(group, f"memory {name}", footprint.memory_mb, "MB", note=counts))
+            rows += [Row(group, "failed", 1.0, note=sentence) for sentence in cycles.failed]
+        return rows + _aims_of_load(self.load) + _aims_of_cycles(self.cycles)
 
     def draw(self, figure: Any) -> None:
         """Time to first audio of each answer, by client."""
@@ -191,32 +189,33 @@ def measure_server(
     cycles = None
     if num_cycles and pid is not None:
         cycles = asyncio.run(_cycles(url, key, pid, num_cycles, said[0]))
-    return ServerBench(load, cycles, (*_checks_of_load(load), *_checks_of_cycles(cycles)))
+    return ServerBench(load, cycles)
 
 
-def _checks_of_load(load: Load | None) -> list[Check]:
+def _aims_of_load(load: Load | None) -> list[Row]:
     if load is None:
         return []
-    p95 = load.first_audio_s.p95 if load.first_audio_s is not None else float("nan")
+    first = load.first_audio_s
+    p95, silent = (None, SILENT) if first is None else (first.p95, "")
     return [
-        at_most("server.p95_ttfa_s", p95, MAX_FIRST_AUDIO_S),
-        at_most("server.gaps", load.num_gaps, 0),
-        at_most("server.errors", len(load.errors) + load.unanswered, 0),
+        Row(AIMS, "server.p95_ttfa_s", p95, aim=MAX_FIRST_AUDIO_S, skipped=silent),
+        Row(AIMS, "server.gaps", float(load.num_gaps), aim=0.0),
+        Row(AIMS, "server.errors", float(len(load.errors) + load.unanswered), aim=0.0),
     ]
 
 
-def _checks_of_cycles(cycles: Cycles | None) -> list[Check]:
+def _aims_of_cycles(cycles: Cycles | None) -> list[Row]:
     if cycles is None:
         return []
     before, after = cycles.before, cycles.after
-    checks = [
-        at_most("server.cycles.memory_growth_mb", after.memory_mb - before.memory_mb, MAX_GROWTH_MB),
-        at_most("server.cycles.descriptor_growth", after.descriptors - before.descriptors, 0),
-        at_most("server.cycles.failed", len(cycles.failed), 0),
-    ]
+    grown = {"descriptor_growth": after.descriptors - before.descriptors, "failed": len(cycles.failed)}
     if before.tasks is not None and after.tasks is not None:
-        checks.append(at_most("server.cycles.task_growth", after.tasks - before.tasks, 0))
-    return checks
+        grown["task_growth"] = after.tasks - before.tasks
+    growth_mb = after.memory_mb - before.memory_mb
+    return [
+        Row(AIMS, "server.cycles.memory_growth_mb", growth_mb, aim=MAX_GROWTH_MB),
+        *(Row(AIMS, f"server.cycles.{name}", float(value), aim=0.0) for name, value in grown.items()),
+    ]
 
 
 async def _load(

@@ -11,6 +11,7 @@ such a model hardly ever ends a reply.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -20,8 +21,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from duologue.bench.harness import Check, Spread, at_least, at_most
-from duologue.bench.plots import draw_lines
+from benchmarks.harness import AIMS, Spread
+from benchmarks.plots import draw_lines
+from duologue.evaluation.report import Row
 from duologue.interleave import SPEECH_ONLY
 from duologue.language.backbone import Dtype, LanguageConfig, load_language, new_glm
 from duologue.language.engine import PlainEngine
@@ -73,35 +75,25 @@ class EngineBench:
     cached_tokens: int
     cached_mb: float
 
-    @property
-    def checks(self) -> tuple[Check, ...]:
-        """The gain of a batch, and what a known prompt costs."""
+    def rows(self) -> list[Row]:
+        """The figures for a terminal."""
+        millions = self.num_parameters / 1e6
+        rows = [Row("model", "parameters", millions, "M", note=f"{self.dtype} on {self.device}")]
+        for load in self.together:
+            group = f"{load.num_requests} at once"
+            rows += [load.tokens_per_s.row(group, "ids per second", "1/s"), load.first_ms.row(group, "first id", "ms")]
+        unknown = "" if math.isfinite(self.grown_mb) else "the system does not report resident memory"
         gain = self.together[-1].tokens_per_s.median / self.together[0].tokens_per_s.median
         ratio = self.second_prompt_ms.median / self.first_prompt_ms.median
-        return (
-            at_least("engine.plain.batch_gain", gain, MIN_GAIN),
-            at_most("engine.plain.second_over_first", ratio, MAX_SECOND_OVER_FIRST),
-        )
-
-    def table(self) -> str:
-        """The figures for a terminal."""
-        lines = [
-            f"{self.num_parameters / 1e6:.1f} million parameters, {self.dtype} on {self.device}; prompts of "
-            f"{self.prompt_tokens} ids, replies of {self.reply_tokens}",
-            f"{'at once':>9}{'ids/s':>10}{'x one':>8}{'first id':>12}{'p95':>12}",
+        return [
+            *rows,
+            self.first_prompt_ms.row(f"prompt of {PREFIX_TOKENS} ids", "first id", "ms"),
+            self.second_prompt_ms.row(f"prompt of {PREFIX_TOKENS} ids", "with 8 more ids again", "ms"),
+            Row("memory", "added by the first reply", None if unknown else self.grown_mb, "MB", skipped=unknown),
+            Row("memory", "keys and values kept", self.cached_mb, "MB", note=f"{self.cached_tokens} ids"),
+            Row(AIMS, "engine.plain.batch_gain", gain, aim=MIN_GAIN, aim_is="at least"),
+            Row(AIMS, "engine.plain.second_over_first", ratio, aim=MAX_SECOND_OVER_FIRST),
         ]
-        for load in self.together:
-            gain = load.tokens_per_s.median / self.together[0].tokens_per_s.median
-            lines.append(
-                f"{load.num_requests:9}{load.tokens_per_s.median:10.1f}{gain:8.2f}"
-                f"{load.first_ms.median:9.1f} ms{load.first_ms.p95:9.1f} ms"
-            )
-        lines.append(
-            f"prompt of {PREFIX_TOKENS} ids: {self.first_prompt_ms.median:.1f} ms, with 8 more again "
-            f"{self.second_prompt_ms.median:.1f} ms; memory +{self.grown_mb:.0f} MB, "
-            f"{self.cached_tokens} ids kept in {self.cached_mb:.1f} MB"
-        )
-        return "\n".join(lines)
 
     def draw(self, figure: Any) -> None:
         """Ids a second and time to the first id over the replies at once."""

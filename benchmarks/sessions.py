@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,11 +20,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.harness import AIMS, Spread, peak_memory_mb
+from benchmarks.plots import draw_lines
+from benchmarks.speech import chunks, questions
 from duologue import rates
-from duologue.bench.harness import Check, Spread, at_most, below, peak_memory_mb
-from duologue.bench.plots import draw_lines
-from duologue.bench.speech import chunks, questions
 from duologue.chatbot import Chatbot
+from duologue.evaluation.report import Row
 from duologue.events import AudioDelta
 from duologue.language.requests import EngineFull
 from duologue.machine import num_cores
@@ -33,6 +33,7 @@ from duologue.session import Session
 from duologue.worker import WorkerFull, WorkerStats
 
 CHUNK_MS = 40
+SILENT = "no reply had any sound"
 MAX_FIRST_AUDIO_S = 1.5
 BASELINE_SHARE = 1 / 3  # of the seconds of the run that is judged
 PAUSE_S = (0.2, 1.2)  # from the end of a reply to the next question, at random
@@ -96,28 +97,27 @@ class SessionsBench:
     """Crowds by their size; the first is the baseline, the last is judged."""
 
     crowds: tuple[Crowd, ...]
-    checks: tuple[Check, ...] = ()
 
-    def table(self) -> str:
+    def rows(self) -> list[Row]:
         """The figures for a terminal."""
-        lines = [
-            f"{'sessions':>8}{'replies':>9}{'p50':>9}{'p95':>9}{'underruns':>19}{'cpu/audio':>11}{'load':>7}"
-            f"{'rows/batch':>12}{'memory':>11}"
-        ]
+        rows = []
         for crowd in self.crowds:
+            group = f"{crowd.num_sessions} sessions"
             first = crowd.first_audio_s
-            p50, p95 = ("-", "-") if first is None else (f"{first.median:.2f} s", f"{first.p95:.2f} s")
-            dry = f"{crowd.num_underruns} ({crowd.underrun_s:.2f} s)"
-            factor = "-" if crowd.cpu_per_audio is None else f"{crowd.cpu_per_audio:.2f}"
-            lines.append(
-                f"{crowd.num_sessions:8}{len(crowd.exchanges):9}{p50:>9}{p95:>9}{dry:>19}{factor:>11}"
-                f"{100 * crowd.load:5.0f} %{_mean_rows(crowd.batch_sizes):12.2f}{crowd.memory_mb:8.0f} MB"
-            )
-        last = self.crowds[-1]
-        if last.unanswered:
-            lines.append(f"{last.unanswered} questions of {last.num_sessions} sessions got no sound")
-        lines += [f"refused: {sentence}" for sentence in last.refused]
-        return "\n".join(lines)
+            silent = Row(group, "time to first audio", None, "s", skipped=SILENT)
+            dry = f"{crowd.underrun_s:.2f} s without sound"
+            rows += [
+                Row(group, "replies", float(len(crowd.exchanges))),
+                silent if first is None else first.row(group, "time to first audio", "s"),
+                Row(group, "underruns", float(crowd.num_underruns), note=dry),
+                Row(group, "questions without sound", float(crowd.unanswered)),
+                Row(group, "cpu/audio", crowd.cpu_per_audio, skipped=SILENT if crowd.cpu_per_audio is None else ""),
+                Row(group, "load of all cores", crowd.load, "%"),
+                Row(group, "rows per batch", _mean_rows(crowd.batch_sizes)),
+                Row(group, "memory", crowd.memory_mb, "MB"),
+            ]
+            rows += [Row(group, "refused", 1.0, note=sentence) for sentence in crowd.refused]
+        return rows + judge(self.crowds[-1])
 
     def draw(self, figure: Any) -> None:
         """Who spoke when in the largest crowd, and time to first audio by the number of sessions."""
@@ -177,7 +177,7 @@ def measure_sessions(
     """Runs crowds of so many sessions one after the other.
 
     Args:
-        counts: sessions of each run; the last is judged by the checks.
+        counts: sessions of each run; the last is judged by the aims.
         seconds: of the last run; no question begins later, those that have begun are answered. The runs before it take
             a third of that.
         seed: of the pauses, the order of the questions and the sampling.
@@ -195,17 +195,19 @@ def measure_sessions(
     for index, count in enumerate(counts):
         span = seconds if index == len(counts) - 1 else seconds * BASELINE_SHARE
         crowds.append(asyncio.run(_crowd(bot, count, span, asked, seed)))
-    return SessionsBench(tuple(crowds), judge(crowds[-1]))
+    return SessionsBench(tuple(crowds))
 
 
-def judge(crowd: Crowd) -> tuple[Check, ...]:
-    """The aims for a crowd; one without any sound meets none of the first."""
-    p95 = math.nan if crowd.first_audio_s is None else crowd.first_audio_s.p95
-    return (
-        below("sessions.p95_ttfa_s", p95, MAX_FIRST_AUDIO_S),
-        at_most("sessions.underruns", crowd.num_underruns, 0),
-        at_most("sessions.unanswered", crowd.unanswered + len(crowd.refused), 0),
-    )
+def judge(crowd: Crowd) -> list[Row]:
+    """The aims for a crowd; one without any sound has no time to first audio."""
+    first = crowd.first_audio_s
+    p95, silent = (None, SILENT) if first is None else (first.p95, "")
+    unanswered = float(crowd.unanswered + len(crowd.refused))
+    return [
+        Row(AIMS, "sessions.p95_ttfa_s", p95, aim=MAX_FIRST_AUDIO_S, aim_is="below", skipped=silent),
+        Row(AIMS, "sessions.underruns", float(crowd.num_underruns), aim=0.0),
+        Row(AIMS, "sessions.unanswered", unanswered, aim=0.0),
+    ]
 
 
 async def _warm_up(bot: Chatbot, question: NDArray[np.float32]) -> None:

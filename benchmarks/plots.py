@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from duologue.bench.harness import Result
+from benchmarks.harness import Result
 
 
 def save(result: Result, path: str | Path) -> None:

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from benchmarks.commit import NUM_TURNS, SPEECH_S, CommitTimes, measure_commits, say
+from benchmarks.harness import Spread, now
+from benchmarks.plots import draw_lines, draw_stack
 from duologue import rates
 from duologue.audio import resample
-from duologue.bench.commit import NUM_TURNS, SPEECH_S, CommitTimes, measure_commits, say
-from duologue.bench.harness import Check, Spread, now
-from duologue.bench.plots import draw_lines, draw_stack
 from duologue.chatbot import Chatbot
 from duologue.decoder.flow import state_bytes
+from duologue.evaluation.report import Row
 from duologue.events import AudioDelta, ReplyDone, Timings
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY
 from duologue.layers import Padded
@@ -70,38 +71,28 @@ class Latency:
     reply_s: float
     commit: CommitTimes
     state_mb: dict[str, float] = field(default_factory=dict)
-    checks: tuple[Check, ...] = ()
 
-    def table(self) -> str:
-        """The table for a terminal."""
-        width = max(map(len, self.stages)) + 2
-        lines = [f"{'stage':{width}}{'median':>10}{'p95':>10}"]
-        for name, timing in self.stages.items():
-            lines.append(f"{name:{width}}{timing.median_ms:8.1f} ms{timing.p95_ms:8.1f} ms  {timing.note}".rstrip())
-        lines.append(f"{'sum':{width}}{self.chain_ms:8.1f} ms")
-        if self.first_audio_s is None or self.real_time_factor is None:
-            lines.append("time to first audio and real-time factor: no reply had any sound")
-        else:
-            first, factor = self.first_audio_s, self.real_time_factor
-            lines.append(
-                f"time to first audio: {first.median:.2f} s (p95 {first.p95:.2f} s) after the end of the question"
-            )
-            if (later := self.baseline_first_audio_s) is not None:
-                lines.append(f"  nothing heard ahead: {later.median:.2f} s (p95 {later.p95:.2f} s)")
-            lines.append(
-                f"real-time factor: {factor.median:.2f} (p95 {factor.p95:.2f}), replies of {self.reply_s:.1f} s"
-            )
-        lines.append("end of speech to first token:")
+    def rows(self) -> list[Row]:
+        """The figures for a terminal."""
+        silent = "no reply had any sound"
+        rows = [
+            Row("stage", name, timing.median_ms, "ms", note=", ".join(filter(None, (timing.note, _p95(timing)))))
+            for name, timing in self.stages.items()
+        ]
+        rows.append(Row("stage", "sum", self.chain_ms, "ms"))
+        for name, unit, spread, note in (
+            ("time to first audio", "s", self.first_audio_s, "after the end of the question"),
+            ("time to first audio, nothing heard ahead", "s", self.baseline_first_audio_s, ""),
+            ("real-time factor", "", self.real_time_factor, f"replies of {self.reply_s:.1f} s"),
+        ):
+            empty = Row("reply", name, None, unit, skipped=silent)
+            rows.append(empty if spread is None else spread.row("reply", name, unit, note))
+        group = "end of speech to first token"
         for (seconds, spread), (_, rest) in zip(self.commit.by_speech, self.commit.open_block_s, strict=True):
-            open_block = f"{rest:.1f} s of it in the open block"
-            lines.append(
-                f"  {seconds:4.1f} s of speech {spread.median:8.1f} ms (p95 {spread.p95:.1f} ms), {open_block}"
-            )
-        for turn, spread in self.commit.by_turn:
-            lines.append(f"  turn {turn:2} {spread.median:16.1f} ms (p95 {spread.p95:.1f} ms)")
-        memory = ", ".join(f"{name} {size:.1f} MB" for name, size in self.state_mb.items())
-        lines.append(f"state of one session: {memory}")
-        return "\n".join(lines)
+            rows.append(spread.row(group, f"after {seconds:g} s of speech", "ms", f"{rest:.1f} s in the open block"))
+        rows += [spread.row(group, f"turn {turn}", "ms") for turn, spread in self.commit.by_turn]
+        rows += [Row("state of one session", name, size, "MB") for name, size in self.state_mb.items()]
+        return rows + self.commit.aims()
 
     def draw(self, figure: Any) -> None:
         """The stages as one bar, and the time to the first token by the length of the speech."""
@@ -171,7 +162,6 @@ def measure_latency(
         reply_s=statistics.median([timings.audio_s for timings in spoken] or [0.0]),
         commit=commit,
         state_mb={"tokenizer": listen_mb, "decoder": speak_mb},
-        checks=commit.checks(),
     )
 
 
@@ -293,6 +283,10 @@ def _device(models: Models) -> torch.device:
 
 def _timing(seconds: list[float], note: str = "") -> Timing:
     return Timing(1000 * statistics.median(seconds), 1000 * float(np.percentile(seconds, 95)), note)
+
+
+def _p95(timing: Timing) -> str:
+    return f"p95 {timing.p95_ms:.1f} ms"
 
 
 def _spread(values: list[float]) -> Spread | None:

@@ -1,7 +1,7 @@
-"""What every bench shares: the clock, repetitions, checks against aims, peak memory, and the record of a run.
+"""What every bench shares: the clock, repetitions, peak memory, and the report of a run.
 
-A bench is a function that returns a `Result`: a frozen dataclass of plain values with `checks`, a table for the
-terminal and a drawing. Here it becomes one line of JSON that also says on what machine and by what command.
+A bench is a function that returns a `Result`: a frozen dataclass of plain values that gives rows of a report and draws
+itself. Here it becomes a `BenchReport`, which also names the machine and the command.
 """
 
 from __future__ import annotations
@@ -14,52 +14,22 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from duologue import machine
-from duologue.config import write_json
+from duologue.evaluation.report import Report, Row, format_value
 
-RECORD_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Check:
-    """One aim, and whether the figure of this run meets it.
-
-    Attributes:
-        name: as the project's list of aims has it, "decoder.pocket.last_over_second".
-        aim: the bound; `ok` knows on which side of it the value has to lie.
-    """
-
-    name: str
-    value: float
-    aim: float
-    ok: bool
-
-
-def at_most(name: str, value: float, aim: float) -> Check:
-    """Met up to and at the aim; what is not a number meets nothing."""
-    return Check(name, value, aim, value <= aim)
-
-
-def at_least(name: str, value: float, aim: float) -> Check:
-    """Met from the aim on."""
-    return Check(name, value, aim, value >= aim)
-
-
-def below(name: str, value: float, aim: float) -> Check:
-    """Met below the aim."""
-    return Check(name, value, aim, value < aim)
+RECORD_VERSION = 2
+AIMS = "aims"  # group of the rows that have an aim; their names are those of docs/benchmarks.md
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, 95th percentile and least of repeated measures; the unit is that of the field that holds it."""
+    """Median, 95th percentile and minimum of repeated measures; the unit is that of the field that holds it."""
 
     median: float
     p95: float
@@ -77,15 +47,17 @@ class Spread:
         """In another unit."""
         return Spread(self.median * factor, self.p95 * factor, self.least * factor, self.num)
 
+    def row(self, group: str, name: str, unit: str, note: str = "") -> Row:
+        """The median as a row, with the 95th percentile in its note."""
+        p95 = f"p95 {format_value(self.p95, unit)}"
+        return Row(group, name, self.median, unit, num=self.num, note=f"{note}, {p95}" if note else p95)
+
 
 class Result(Protocol):
-    """What a bench returns; the rest of its fields are its figures."""
+    """What a bench returns; its fields are its figures."""
 
-    @property
-    def checks(self) -> Sequence[Check]: ...
-
-    def table(self) -> str:
-        """The figures for a terminal."""
+    def rows(self) -> list[Row]:
+        """The figures for a terminal; those of the group `AIMS` have an aim."""
         ...
 
     def draw(self, figure: Any) -> None:
@@ -94,55 +66,49 @@ class Result(Protocol):
 
 
 @dataclass(frozen=True)
-class Record:
-    """One run: what was measured, by which command, of which model, on which machine.
+class BenchReport(Report):
+    """The report of one run.
 
     Attributes:
-        bench: its name, which is also the name of its file.
-        model: name, whether trained, and what else tells one model from another.
-        peak_memory_mb: the most that the process had resident until then, in 10^6 bytes, and `gpu_memory_mb` the most
-            that torch had allocated there.
-        duration_s: of the whole bench, loading not counted.
+        command: the command line that ran the bench.
+        result: what the bench returned.
+        peak_memory_mb: the most that the process had resident until then, in 10^6 bytes.
+        gpu_memory_mb: the most that torch had allocated on the GPU; None without one.
+        duration_s: of the whole bench, without loading.
     """
 
-    bench: str
+    _: KW_ONLY
     command: str
-    model: dict[str, Any]
     result: Result
-    machine: dict[str, Any]
     peak_memory_mb: float
     gpu_memory_mb: float | None
     duration_s: float
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; what is not a number is null."""
-        results = dataclasses.asdict(self.result)  # type: ignore[call-overload]
-        results.pop("checks", None)
         record = {
             "kind": "Bench",
             "version": RECORD_VERSION,
-            "bench": self.bench,
+            "bench": self.suite,
             "command": self.command,
             "model": self.model,
             "machine": self.machine,
             "peak_memory_mb": round(self.peak_memory_mb, 1),
             "gpu_memory_mb": self.gpu_memory_mb,
             "duration_s": round(self.duration_s, 2),
-            "results": results,
-            "checks": [dataclasses.asdict(check) for check in self.result.checks],
+            "results": dataclasses.asdict(self.result),  # type: ignore[call-overload]
+            "checks": [
+                {"name": row.name, "value": row.value, "aim": row.aim, "ok": bool(row.met)}
+                for row in self.rows
+                if row.aim is not None
+            ],
         }
         plain: dict[str, Any] = _finite(record)
         return plain
 
-    def save(self, folder: str | Path) -> Path:
-        """Writes `<bench>.json` into a folder, which may be new."""
-        path = Path(folder) / f"{self.bench}.json"
-        write_json(path, self.to_json())
-        return path
 
-
-def run(bench: str, command: str, model: dict[str, Any], work: Callable[[], Any]) -> Record:
-    """Runs a bench and records it.
+def run(bench: str, command: str, model: dict[str, Any], work: Callable[[], Any]) -> BenchReport:
+    """Runs a bench and reports it.
 
     Args:
         work: returns the bench's `Result`.
@@ -153,13 +119,16 @@ def run(bench: str, command: str, model: dict[str, Any], work: Callable[[], Any]
     result: Result = work()
     duration_s = time.perf_counter() - start
     gpu_mb = torch.cuda.max_memory_allocated() / 1e6 if torch.cuda.is_available() else None
-    return Record(bench, command, model, result, machine.describe(), peak_memory_mb(), gpu_mb, duration_s)
-
-
-def format_checks(checks: Sequence[Check]) -> str:
-    """One line for each check."""
-    return "\n".join(
-        f"{check.name}: {check.value:.4g}, aim {check.aim:g}: {'met' if check.ok else 'NOT met'}" for check in checks
+    return BenchReport(
+        bench,
+        model,
+        machine.describe(),
+        tuple(result.rows()),
+        command=command,
+        result=result,
+        peak_memory_mb=peak_memory_mb(),
+        gpu_memory_mb=gpu_mb,
+        duration_s=duration_s,
     )
 
 

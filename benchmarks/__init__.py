@@ -1,0 +1,1 @@
+"""Benchmarks: what the stages of Duologue cost on a machine. `duologue bench` runs them from a checkout."""

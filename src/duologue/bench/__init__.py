@@ -1,1 +1,0 @@
-"""Benchmarks: what each stage costs on this machine, against its baseline in the same run."""
