@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from duologue.language.backbone import (
     LanguageConfig,
-    Siblings,
+    Provenance,
     extend,
     load_language,
-    load_siblings,
+    load_provenance,
     new_glm,
     save_language,
     start_speech_embeddings,
@@ -22,7 +22,7 @@ from duologue.vocabulary import Vocabulary
 from recipes.pocket.text import train_text_tokenizer
 
 TINY = LanguageConfig(width=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, ffn_dim=48, max_positions=256)
-SIBLINGS = Siblings("a" * 64, "b" * 64)
+SIBLINGS = Provenance("a" * 64, "b" * 64)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_plain_transformers_reads_what_was_saved(vocabulary: Vocabulary, folder:
     with torch.no_grad():
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
     assert ours.config.model_type == "glm"
-    assert load_siblings(folder) == SIBLINGS
+    assert load_provenance(folder) == SIBLINGS
 
 
 def test_the_same_seed_makes_the_same_weights_and_leaves_the_global_generator_alone(vocabulary: Vocabulary) -> None:
@@ -108,9 +108,9 @@ def test_any_causal_lm_is_extended_by_mean_rows(vocabulary: Vocabulary, tied: bo
 
 def test_siblings_of_another_tokenizer_are_refused() -> None:
     with pytest.raises(ValueError, match="the corpus was made with another tokenizer than the model"):
-        SIBLINGS.check(Siblings("c" * 64, "b" * 64), "the corpus", "the model")
+        SIBLINGS.check(Provenance("c" * 64, "b" * 64), "the corpus", "the model")
     with pytest.raises(ValueError, match="another vocabulary"):
-        SIBLINGS.check(Siblings("a" * 64, "c" * 64), "the corpus", "the model")
+        SIBLINGS.check(Provenance("a" * 64, "c" * 64), "the corpus", "the model")
     SIBLINGS.check(SIBLINGS, "the corpus", "the model")
 
 

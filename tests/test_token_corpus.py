@@ -9,16 +9,16 @@ import torch
 
 from duologue.checkpoint import file_hash, load_component, save_component
 from duologue.interleave import Kind, split
-from duologue.language.backbone import Siblings
+from duologue.language.backbone import Provenance
 from duologue.layers import Padded
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import QuantizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.training.corpus import (
     CorpusSample,
+    LabeledTurn,
     Task,
     TokenCorpus,
-    Uttered,
     read_manifest,
     write_manifest,
     write_shard,
@@ -29,15 +29,15 @@ from duologue.vocabulary import Vocabulary
 from recipes.pocket.text import train_text_tokenizer
 from recipes.pocket.writing import main as write_what_is_read
 
-OURS = Siblings("a" * 64, "b" * 64)
-OTHERS = Siblings("c" * 64, "b" * 64)
+OURS = Provenance("a" * 64, "b" * 64)
+OTHERS = Provenance("c" * 64, "b" * 64)
 OFFSET = 100
 
 
 def sample(number: int, task: Task = "chat", split: str = "train") -> CorpusSample:
     user = Turn(Role.USER, Modality.SPEECH, (100 + number, 101), "en", "slt", "plain")
     reply = Turn(Role.ASSISTANT, Modality.INTERLEAVED, (1, 2, number, *range(102, 130)), "en", "awb", "slow")
-    turns = (Uttered(user, (5, 6), loss=False), Uttered(reply))
+    turns = (LabeledTurn(user, (5, 6), loss=False), LabeledTurn(reply))
     return CorpusSample(f"s{number}", task, split, "sum", turns[: 1 if task == "clip" else 2], ("seven", "7"))
 
 
@@ -173,7 +173,7 @@ def recipe(parts: Path, out: Path, **changes: object) -> TokensRecipe:
 def test_audio_becomes_tokens(parts: Path, tmp_path: Path) -> None:
     manifest = run_tokens(recipe(parts, tmp_path, clean_probability=1.0))
     vocabulary = Vocabulary.load(parts / "vocabulary")
-    assert manifest.siblings == Siblings(file_hash(parts / "tokenizer"), vocabulary.hash)
+    assert manifest.siblings == Provenance(file_hash(parts / "tokenizer"), vocabulary.hash)
     corpus = {one.id: one for one in TokenCorpus(tmp_path)}
     assert "c" not in corpus  # of the test
     assert "d" not in corpus  # its text would not stay ahead of its speech
@@ -192,7 +192,7 @@ def test_audio_becomes_tokens(parts: Path, tmp_path: Path) -> None:
 
     talk = corpus["a"]
     assert talk.task == "chat"
-    assert [uttered.turn.role for uttered in talk.turns] == [Role.USER, Role.ASSISTANT] * 2
+    assert [labeled.turn.role for labeled in talk.turns] == [Role.USER, Role.ASSISTANT] * 2
     assert talk.turns[0] == heard
     assert talk.turns[3].turn.style == "loud"
     assert talk.answers == ("three",)
@@ -204,7 +204,7 @@ def test_audio_becomes_tokens(parts: Path, tmp_path: Path) -> None:
 
     read = corpus["writing-000000"]
     assert read.task == "text"
-    assert all(uttered.turn.modality is Modality.TEXT for uttered in read.turns)
+    assert all(labeled.turn.modality is Modality.TEXT for labeled in read.turns)
     assert sum(one.id.startswith("text-facts") for one in corpus.values()) == manifest.shards["text-facts"] > 2000
     assert all(
         vocabulary.kind(token) is not Kind.CONTROL for one in corpus.values() for u in one.turns for token in u.turn.ids

@@ -9,11 +9,28 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from duologue.config import load_config
 from duologue.interleave import INTERLEAVED, TEXT_ONLY, Kind, split, weave
-from duologue.language.backbone import LanguageConfig, Siblings, load_language, load_siblings, new_glm, save_language
-from duologue.training.chat import WHOLE, ChatRecipe, Chats, ChatStage, Copies, Manners, as_text
-from duologue.training.corpus import CorpusSample, TokenCorpus, Uttered, write_manifest, write_shard
+from duologue.language.backbone import (
+    LanguageConfig,
+    Provenance,
+    load_language,
+    load_provenance,
+    new_glm,
+    save_language,
+)
+from duologue.training.chat import WHOLE, ChatRecipe, Chats, ChatStage, DialogueAugmentation, LossMix, as_text
+from duologue.training.corpus import CorpusSample, LabeledTurn, TokenCorpus, write_manifest, write_shard
 from duologue.training.loop import LoopConfig, run
-from duologue.training.packing import SPEECH, TEXT, UNTRAINED, Example, decisions, fill, losses, mishear, pack
+from duologue.training.packing import (
+    SPEECH,
+    TEXT,
+    UNTRAINED,
+    Example,
+    corrupt_heard_speech,
+    decisions,
+    fill,
+    losses,
+    pack,
+)
 from duologue.training.pretrain import Jobs, Mixture, PretrainRecipe, PretrainStage, both
 from duologue.training.tokenize import TokensRecipe
 from duologue.turns import Conversation, Modality, Role, Turn
@@ -44,8 +61,8 @@ def dialogue(vocabulary: Vocabulary, number: int, split_: str, exchanges: int = 
         answer = WORDS[(number + k) % 9 + 1]
         heard = Turn(Role.USER, Modality.SPEECH, spoken(vocabulary, asked, number % 3), "en", f"voice {number % 3}")
         said = weave(vocabulary.encode_text(answer), spoken(vocabulary, answer * 3, 0))
-        turns.append(Uttered(heard, tuple(vocabulary.encode_text(asked))))
-        turns.append(Uttered(Turn(Role.ASSISTANT, Modality.INTERLEAVED, tuple(said), "en", "slt")))
+        turns.append(LabeledTurn(heard, tuple(vocabulary.encode_text(asked))))
+        turns.append(LabeledTurn(Turn(Role.ASSISTANT, Modality.INTERLEAVED, tuple(said), "en", "slt")))
     return CorpusSample(f"{split_}-{number}", "chat", split_, "after", tuple(turns), (answer,))
 
 
@@ -53,22 +70,22 @@ def dialogue(vocabulary: Vocabulary, number: int, split_: str, exchanges: int = 
 def folder(vocabulary: Vocabulary, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     vocabulary.save(folder / "vocabulary")
-    siblings = Siblings("f" * 64, vocabulary.hash)
+    provenance = Provenance("f" * 64, vocabulary.hash)
     samples = []
     for part in ("train", "valid"):
         samples += [dialogue(vocabulary, number, part, 1 + (number % 7 == 0)) for number in range(40)]
         for number, word in enumerate(WORDS):
             for role, voice in ((Role.USER, number % 3), (Role.ASSISTANT, 0)):
                 turn = Turn(role, Modality.SPEECH, spoken(vocabulary, word * 3, voice), "en", f"voice {voice}")
-                uttered = Uttered(turn, tuple(vocabulary.encode_text(word)))
-                samples.append(CorpusSample(f"{part}-{role}-{word}", "clip", part, "", (uttered,)))
+                labeled = LabeledTurn(turn, tuple(vocabulary.encode_text(word)))
+                samples.append(CorpusSample(f"{part}-{role}-{word}", "clip", part, "", (labeled,)))
             said = tuple(vocabulary.encode_text(f"after {word}"))
-            fact = Uttered(Turn(Role.ASSISTANT, Modality.TEXT, said))
+            fact = LabeledTurn(Turn(Role.ASSISTANT, Modality.TEXT, said))
             samples.append(CorpusSample(f"{part}-fact-{word}", "text", part, "", (fact,)))
-    noise = Uttered(Turn(Role.USER, Modality.SPEECH, tuple(vocabulary.speech_ids(range(9)))))
+    noise = LabeledTurn(Turn(Role.USER, Modality.SPEECH, tuple(vocabulary.speech_ids(range(9)))))
     samples.append(CorpusSample("noise", "clip", "train", "", (noise,)))
-    write_shard(folder / "tokens", "all", samples, siblings, vocabulary.speech_offset)
-    write_manifest(folder / "tokens", siblings)
+    write_shard(folder / "tokens", "all", samples, provenance, vocabulary.speech_offset)
+    write_manifest(folder / "tokens", provenance)
     return folder
 
 
@@ -140,8 +157,8 @@ def test_only_speech_that_is_listened_to_is_misheard(vocabulary: Vocabulary) -> 
     heard, said = vocabulary.speech_ids([0] * 400), vocabulary.speech_ids([1] * 400)
     text = vocabulary.encode_text("what comes after nine?")
     example = Example([*text, *heard, *said], [UNTRAINED] * (len(text) + 400) + [SPEECH] * 400)
-    assert mishear(example, 0.0, vocabulary, rng) == example
-    changed = mishear(example, 0.25, vocabulary, rng)
+    assert corrupt_heard_speech(example, 0.0, vocabulary, rng) == example
+    changed = corrupt_heard_speech(example, 0.25, vocabulary, rng)
     wrong = np.flatnonzero(np.array(changed.ids) != np.array(example.ids))
     assert 60 < len(wrong) < 140
     assert wrong.min() >= len(text)
@@ -178,7 +195,7 @@ def test_two_copies_train_every_id_once(num_text: int, num_speech: int) -> None:
 def test_the_first_speech_id_after_the_text_and_the_end_are_trained_in_a_copy(
     vocabulary: Vocabulary, corpus: TokenCorpus
 ) -> None:
-    chats = Chats(corpus, vocabulary, Copies(), Manners(), LENGTH)
+    chats = Chats(corpus, vocabulary, LossMix(), DialogueAugmentation(), LENGTH)
     rng = np.random.default_rng(0)
     turns = list(dialogue(vocabulary, 1, "train").turns)
     copies = {way: chats.example(turns, rng, way) for way in (TEXT, SPEECH, WHOLE)}
@@ -205,25 +222,35 @@ def test_the_first_speech_id_after_the_text_and_the_end_are_trained_in_a_copy(
     assert len(copies[TEXT].ids) == first_speech + 1
 
 
+def test_losses_that_do_not_fit_the_sequence_are_named(
+    vocabulary: Vocabulary, corpus: TokenCorpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = Chats(corpus, vocabulary, LossMix(), DialogueAugmentation(), LENGTH)
+    monkeypatch.setattr(Chats, "_reply", lambda *_: [TEXT])
+    sample = corpus[int(corpus.where("task", "chat")[0])]
+    with pytest.raises(ValueError, match=r"have 1 ids with a loss, its sequence has \d+"):
+        chats.example(list(sample.turns[:2]), np.random.default_rng(0))
+
+
 def test_copies_come_by_their_shares() -> None:
     rng = np.random.default_rng(0)
-    drawn = [Copies(text=4, speech=20).draw(rng) for _ in range(3000)]
+    drawn = [LossMix(text=4, speech=20).draw(rng) for _ in range(3000)]
     assert drawn.count(TEXT) / 3000 == pytest.approx(4 / 24, abs=0.03)
     assert drawn.count(WHOLE) == 0
     with pytest.raises(ValueError, match="not all 0"):
-        Copies(0, 0, 0)
+        LossMix(0, 0, 0)
 
 
 def test_interrupted_replies_end_with_a_heard_id_and_do_not_train_their_end(
     vocabulary: Vocabulary, corpus: TokenCorpus
 ) -> None:
-    manners = Manners(written_question=0.0, written_reply=0.0, interrupted=1.0, joined=0.0)
-    chats = Chats(corpus, vocabulary, Copies(0, 0, 1), manners, 1000)
+    augmentation = DialogueAugmentation(written_question=0.0, written_reply=0.0, interrupted=1.0, joined=0.0)
+    chats = Chats(corpus, vocabulary, LossMix(0, 0, 1), augmentation, 1000)
     rng = np.random.default_rng(1)
     lengths = set()
     for number in range(30):
         turns = chats.dialogue(dialogue(vocabulary, number, "train", 1 + number % 2), rng)
-        cut = [i for i, uttered in enumerate(turns) if uttered.turn.interrupted]
+        cut = [i for i, labeled in enumerate(turns) if labeled.turn.interrupted]
         assert len(cut) == 1
         assert cut[0] < len(turns) - 1
         reply = turns[cut[0]].turn
@@ -240,25 +267,25 @@ def test_interrupted_replies_end_with_a_heard_id_and_do_not_train_their_end(
 
 
 def test_text_in_and_text_out(vocabulary: Vocabulary, corpus: TokenCorpus) -> None:
-    manners = Manners(written_question=1.0, written_reply=1.0, interrupted=0.0, joined=0.0)
-    chats = Chats(corpus, vocabulary, Copies(0, 1, 0), manners, LENGTH)
+    augmentation = DialogueAugmentation(written_question=1.0, written_reply=1.0, interrupted=0.0, joined=0.0)
+    chats = Chats(corpus, vocabulary, LossMix(0, 1, 0), augmentation, LENGTH)
     rng = np.random.default_rng(0)
     turns = chats.dialogue(dialogue(vocabulary, 3, "train"), rng)
-    assert [uttered.turn.modality for uttered in turns] == [Modality.TEXT, Modality.TEXT]
+    assert [labeled.turn.modality for labeled in turns] == [Modality.TEXT, Modality.TEXT]
     example = chats.example(turns, rng)
     prompt = vocabulary.prompt_ids(Conversation((turns[0].turn,)), Modality.TEXT)
     assert list(example.ids[: len(prompt)]) == prompt
     text = vocabulary.decode_text(token for token in example.ids[len(prompt) : -1])
     assert text == "four"
     assert set(example.trains[len(prompt) :]) == {TEXT}  # also where only speech copies are asked for
-    noise = Uttered(Turn(Role.USER, Modality.SPEECH, tuple(vocabulary.speech_ids(range(9)))))
+    noise = LabeledTurn(Turn(Role.USER, Modality.SPEECH, tuple(vocabulary.speech_ids(range(9)))))
     assert as_text(noise, vocabulary) == noise
     assert decisions((*[Kind.TEXT] * 20, Kind.END), TEXT_ONLY) == (TEXT,) * 21
 
 
 def test_histories_that_do_not_fit_are_shortened(vocabulary: Vocabulary, corpus: TokenCorpus) -> None:
-    manners = Manners(0.0, 0.0, 0.0, joined=1.0)
-    chats = Chats(corpus, vocabulary, Copies(0, 0, 1), manners, LENGTH)
+    augmentation = DialogueAugmentation(0.0, 0.0, 0.0, joined=1.0)
+    chats = Chats(corpus, vocabulary, LossMix(0, 0, 1), augmentation, LENGTH)
     rng = np.random.default_rng(0)
     lengths = [len(chats(rng).ids) for _ in range(40)]
     assert max(lengths) <= LENGTH
@@ -314,9 +341,9 @@ def test_reading_aloud_is_learned_from_the_reply_voice_alone(vocabulary: Vocabul
 
 
 def test_a_mixture_without_its_samples_is_refused(vocabulary: Vocabulary, folder: Path, tmp_path: Path) -> None:
-    siblings = Siblings("f" * 64, vocabulary.hash)
-    write_shard(tmp_path, "all", [dialogue(vocabulary, 1, "train")], siblings, vocabulary.speech_offset)
-    write_manifest(tmp_path, siblings)
+    provenance = Provenance("f" * 64, vocabulary.hash)
+    write_shard(tmp_path, "all", [dialogue(vocabulary, 1, "train")], provenance, vocabulary.speech_offset)
+    write_manifest(tmp_path, provenance)
     with pytest.raises(ValueError, match="asks for 'asr', but the corpus has no sample"):
         Jobs(TokenCorpus(tmp_path), vocabulary, Mixture(), LENGTH)
 
@@ -327,12 +354,12 @@ def test_a_mixture_without_its_samples_is_refused(vocabulary: Vocabulary, folder
 def pretrain_recipe(folder: Path, steps: int, **changes: object) -> PretrainRecipe:
     loop = LoopConfig(steps, 3e-3, warmup_steps=5, evaluate_every=10**6, sample_every=10**6, log_every=5)
     fields = {"corpus": str(folder / "tokens"), "vocabulary": str(folder / "vocabulary"), "loop": loop}
-    fields |= {"language": TINY, "length": LENGTH, "num_rows": 4, "num_valid_batches": 2}
+    fields |= {"language": TINY, "length": LENGTH, "num_rows": 4, "num_valid_rows": 2}
     return PretrainRecipe(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def test_batches_are_a_pure_function_of_their_index(folder: Path) -> None:
-    one, other = (PretrainStage(pretrain_recipe(folder, 1, mishear=0.2)) for _ in range(2))
+    one, other = (PretrainStage(pretrain_recipe(folder, 1, corrupt_heard_speech=0.2)) for _ in range(2))
     one.batch(3)
     for name, value in one.batch(5).items():
         assert torch.equal(value, other.batch(5)[name])
@@ -350,7 +377,7 @@ def test_both_stages_train_and_write_what_the_next_one_reads(
     assert "text/speech_nll" not in after
     assert (tmp_path / "pretrain" / "samples" / "step-0000025" / "transcripts.jsonl").read_text().count("said") == 8
     final = tmp_path / "pretrain" / "final" / "language"
-    assert load_siblings(final).vocabulary == vocabulary.hash
+    assert load_provenance(final).vocabulary == vocabulary.hash
 
     loop = LoopConfig(10, 3e-3, warmup_steps=2, evaluate_every=5, sample_every=10**6, log_every=5)
     recipe = ChatRecipe(
@@ -381,7 +408,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(folder: Path, tmp_path: Path)
 def test_a_model_or_corpus_of_another_tokenizer_is_refused(
     vocabulary: Vocabulary, folder: Path, tmp_path: Path
 ) -> None:
-    save_language(tmp_path / "model", new_glm(vocabulary, TINY), Siblings("0" * 64, vocabulary.hash))
+    save_language(tmp_path / "model", new_glm(vocabulary, TINY), Provenance("0" * 64, vocabulary.hash))
     with pytest.raises(ValueError, match="corpus .* was made with another tokenizer than the model"):
         PretrainStage(pretrain_recipe(folder, 1, start_from=str(tmp_path / "model")))
     Vocabulary.extend(train_text_tokenizer(["x"], 300), codebook_size=64).save(tmp_path / "vocabulary")
@@ -401,7 +428,7 @@ def test_any_causal_lm_can_be_the_start(vocabulary: Vocabulary, folder: Path, tm
 
 
 def test_speech_in_a_prompt_stands_between_its_controls(vocabulary: Vocabulary, corpus: TokenCorpus) -> None:
-    chats = Chats(corpus, vocabulary, Copies(0, 0, 1), Manners(0, 0, 0, 0), LENGTH)
+    chats = Chats(corpus, vocabulary, LossMix(0, 0, 1), DialogueAugmentation(0, 0, 0, 0), LENGTH)
     example = chats.example(list(dialogue(vocabulary, 1, "train").turns), np.random.default_rng(0))
     assert example.ids.count(vocabulary.control_id(BEGIN_OF_AUDIO)) == 1
 

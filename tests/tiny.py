@@ -9,7 +9,7 @@ from duologue.decoder.encoder import TokenEncoderConfig
 from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
-from duologue.language.backbone import LanguageConfig, Siblings, new_glm, save_language
+from duologue.language.backbone import LanguageConfig, Provenance, new_glm, save_language
 from duologue.language.sampling import Sampling
 from duologue.models import Card
 from duologue.tokenizer.encoder import EncoderConfig
@@ -38,7 +38,7 @@ def write_tiny_chatbot(folder: Path, max_positions: int = 1024, max_tokens: int 
     vocabulary = Vocabulary.extend(train_text_tokenizer(TEXTS, 300), 32)
     vocabulary.save(folder / "vocabulary")
     model = new_glm(vocabulary, LanguageConfig(32, 2, 2, 1, 16, 64, max_positions))
-    save_language(folder / "language", model, Siblings(file_hash(folder / "tokenizer"), vocabulary.hash))
+    save_language(folder / "language", model, Provenance(file_hash(folder / "tokenizer"), vocabulary.hash))
     flow = Flow(
         FlowConfig(
             encoder=TokenEncoderConfig(codebook_size=32, width=16, num_heads=2, ffn_dim=32, num_layers=1),

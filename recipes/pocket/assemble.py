@@ -18,9 +18,9 @@ from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.language.backbone import (
     LanguageConfig,
-    Siblings,
+    Provenance,
     load_language,
-    load_siblings,
+    load_provenance,
     new_glm,
     save_language,
 )
@@ -41,19 +41,22 @@ def assemble(runs: Path, out: Path, untrained: bool = False, max_tokens: int = 6
     Raises:
         ValueError: a part is missing or damaged, or all together weigh more than 40 MB.
     """
-    for part in ("tokenizer", "recognizer"):  # as they were frozen, byte for byte: the siblings know their hash
+    for part in (
+        "tokenizer",
+        "recognizer",
+    ):  # as they were frozen, byte for byte: the provenance of the other parts has their hash
         shutil.rmtree(out / part, ignore_errors=True)
         shutil.copytree(runs / "frozen" / part, out / part)
     vocabulary = Vocabulary.load(runs / "vocabulary")
     vocabulary.save(out / "vocabulary")
-    siblings = Siblings(file_hash(out / "tokenizer"), vocabulary.hash)
+    provenance = Provenance(file_hash(out / "tokenizer"), vocabulary.hash)
     vocoder = load_component(runs / "vocoder" / "final" / "vocoder", Vocoder, VocoderConfig)
     save_component(out / "decoder" / "vocoder", vocoder, vocoder.config, dtype=torch.float16)
     missing = []
     trained = runs / "flow-voice" / "final" / "flow"
     if untrained and not trained.exists():
         missing.append("flow")
-        flow, extra = _random_flow(vocabulary.codebook_size), {"tokenizer": siblings.tokenizer}
+        flow, extra = _random_flow(vocabulary.codebook_size), {"tokenizer": provenance.tokenizer}
     else:
         flow, extra = load_component(trained, Flow, FlowConfig), read_extra(trained)
     save_component(out / "decoder" / "flow", flow, flow.config, extra=extra, dtype=torch.float16)
@@ -62,8 +65,8 @@ def assemble(runs: Path, out: Path, untrained: bool = False, max_tokens: int = 6
         missing.append("language")
         model = new_glm(vocabulary, LanguageConfig(64, 2, 2, 1, 32, 128))
     else:
-        model, siblings = load_language(language), load_siblings(language)
-    save_language(out / "language", model, siblings, dtype="float16")
+        model, provenance = load_language(language), load_provenance(language)
+    save_language(out / "language", model, provenance, dtype="float16")
     Card("pocket", trained=not missing, sampling=Sampling(temperature=0.0, max_tokens=max_tokens)).save(out)
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     if size > MAX_BYTES:

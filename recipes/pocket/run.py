@@ -74,7 +74,7 @@ def _train(name: str, stage: str, done: Path) -> Step:
 
 
 _MOMENT = "loop.num_steps=2 loop.warmup_steps=1 loop.evaluate_every=2 loop.sample_every=2"
-_FEW = "num_rows=2 num_valid_batches=1"
+_FEW = "num_rows=2 num_valid_rows=1"
 # What `--smoke` adds to the command of a step.
 SMOKE = {
     "free": "--hours 0.06",

@@ -22,7 +22,7 @@ from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.released import ReleasedDecoder, load_released_decoder
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
-from duologue.language.backbone import Dtype, Siblings, load_language, load_siblings
+from duologue.language.backbone import Dtype, Provenance, load_language, load_provenance
 from duologue.language.engine import Engine, PlainEngine, check_engine
 from duologue.language.quantization import Scheme, check_available, quantize
 from duologue.language.released import is_released, load_released_language
@@ -154,10 +154,10 @@ class Models:
             return cls._load_released(released, card, device, dtype or "bfloat16", quantization, decoder_dtype)
         vocabulary = Vocabulary.load(folder / "vocabulary")
         tokenizer = load_tokenizer(folder, device)  # first, so that damage is called damage and not another tokenizer
-        own = Siblings(file_hash(folder / "tokenizer"), vocabulary.hash)
-        load_siblings(folder / "language").check(own, f"the language model in {folder}", "the tokenizer beside it")
+        own = Provenance(file_hash(folder / "tokenizer"), vocabulary.hash)
+        load_provenance(folder / "language").check(own, f"the language model in {folder}", "the tokenizer beside it")
         made_with = read_extra(folder / "decoder" / "flow").get("tokenizer", own.tokenizer)
-        Siblings(made_with, own.vocabulary).check(own, f"the flow in {folder}", "the tokenizer beside it")
+        Provenance(made_with, own.vocabulary).check(own, f"the flow in {folder}", "the tokenizer beside it")
         decoder = load_decoder(folder, device, decoder_dtype)
         language = load_language(folder / "language", dtype or "float32").to(device)
         if quantization is not None:

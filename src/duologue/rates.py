@@ -45,11 +45,6 @@ def tokens_for_samples(num_samples: int) -> int:
     return _ceil_div(_not_negative("num_samples", num_samples), SAMPLES_PER_TOKEN)
 
 
-def samples_for_tokens(num_tokens: int) -> int:
-    """Samples at 16 kHz that `num_tokens` full speech tokens stand for."""
-    return _not_negative("num_tokens", num_tokens) * SAMPLES_PER_TOKEN
-
-
 def frames_for_tokens(num_tokens: int) -> int:
     """Mel frames at 22.05 kHz that are known once `num_tokens` tokens are: floor(441 n / 64), as the released decoder.
 
@@ -61,11 +56,6 @@ def frames_for_tokens(num_tokens: int) -> int:
 def token_of_frame(frame: int) -> int:
     """The token that the mel frame with this absolute index belongs to: 64 i // 441."""
     return _not_negative("frame", frame) * FRAMES_PER_TOKEN.denominator // FRAMES_PER_TOKEN.numerator
-
-
-def first_frame_of_token(token: int) -> int:
-    """The first mel frame with `token_of_frame(frame) == token`: ceil(441 k / 64)."""
-    return _ceil_div(_not_negative("token", token) * FRAMES_PER_TOKEN.numerator, FRAMES_PER_TOKEN.denominator)
 
 
 def speak_samples_for_tokens(num_tokens: int) -> int:

@@ -29,7 +29,7 @@ _BATCH = 16
 def tokenizer_rows(models: Models, test_set: TestSet, recognizer: Recognizer | None) -> list[Row]:
     """What the tokens keep: words, by the tokenizer's own recognition head; use of the codebook; pitch and level."""
     group = "tokenizer"
-    clips = [c for c in (*test_set.speech("user"), *test_set.speech("reply")) if _seconds(c) <= 30.0]
+    clips = [c for c in (*test_set.speech("user"), *test_set.speech("reply")) if _seconds(c) <= _MAX_CLIP_S]
     codes, texts = tokenize(models.tokenizer, clips, recognizer)
     rows = []
     for split in SPLITS:

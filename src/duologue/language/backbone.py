@@ -21,14 +21,14 @@ from transformers.utils import logging as transformers_logging
 from duologue.config import parse_config, read_json, write_json
 from duologue.vocabulary import Vocabulary
 
-SIBLINGS_FILE = "siblings.json"
+PROVENANCE_FILE = "siblings.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Sizes of a new Glm; the defaults are pocket's, about 9 million parameters with its vocabulary.
+    """Sizes of a new Glm; with pocket's vocabulary the defaults have about 9 million parameters.
 
     Attributes:
         num_kv_heads: heads of keys and values, shared by the query heads in groups.
@@ -54,14 +54,14 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True)
-class Siblings:
-    """What a language model or a token corpus was made with, as hashes: its ids mean nothing with any other."""
+class Provenance:
+    """Hashes of the speech tokenizer and the vocabulary that a language model or a token corpus was made with."""
 
     tokenizer: str
     vocabulary: str
 
-    def check(self, other: Siblings, mine: str, theirs: str) -> None:
-        """Refuses a sibling made with another tokenizer or vocabulary.
+    def check(self, other: Provenance, mine: str, theirs: str) -> None:
+        """Refuses a part that was made with another tokenizer or vocabulary.
 
         Raises:
             ValueError: names both parts, `mine` and `theirs`, and what differs.
@@ -174,7 +174,7 @@ def load_language(folder: str | Path, dtype: Dtype = "float32") -> PreTrainedMod
 def save_language(
     folder: str | Path,
     model: PreTrainedModel,
-    siblings: Siblings,
+    provenance: Provenance,
     dtype: Dtype = "float32",
     max_shard_bytes: int = 2**31,
 ) -> None:
@@ -193,15 +193,15 @@ def save_language(
             model.save_pretrained(folder, state_dict=own, max_shard_size=max_shard_bytes)
     finally:
         model.config.dtype = kept
-    write_json(folder / SIBLINGS_FILE, {"version": 1, **asdict(siblings)})
+    write_json(folder / PROVENANCE_FILE, {"version": 1, **asdict(provenance)})
 
 
-def load_siblings(folder: str | Path) -> Siblings:
+def load_provenance(folder: str | Path) -> Provenance:
     """What the language model in a folder was made with. Raises ValueError when the folder does not tell."""
-    data = read_json(Path(folder) / SIBLINGS_FILE)
+    data = read_json(Path(folder) / PROVENANCE_FILE)
     if (version := data.pop("version", None)) != 1:
-        raise ValueError(f"{Path(folder) / SIBLINGS_FILE} has version {version!r}; this release reads version 1")
-    return parse_config(Siblings, data, str(Path(folder) / SIBLINGS_FILE))
+        raise ValueError(f"{Path(folder) / PROVENANCE_FILE} has version {version!r}; this release reads version 1")
+    return parse_config(Provenance, data, str(Path(folder) / PROVENANCE_FILE))
 
 
 def extend(model: PreTrainedModel, vocabulary: Vocabulary) -> None:

@@ -36,26 +36,21 @@ class ReadingEngine:
 
     @property
     def max_positions(self) -> int:
-        """See the engine inside."""
         return self.engine.max_positions
 
     @property
     def max_sessions(self) -> int:
-        """See the engine inside."""
         return self.engine.max_sessions
 
     @property
     def cached_tokens(self) -> int:
-        """See the engine inside."""
         return self.engine.cached_tokens
 
     @property
     def running(self) -> int:
-        """See the engine inside."""
         return self.engine.running
 
     def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
-        """See the engine inside."""
         return self.engine.cached_prefix(prompt_ids)
 
     async def warm(self, prompt_ids: Sequence[int]) -> None:

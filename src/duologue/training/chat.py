@@ -21,18 +21,18 @@ from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveS
 from duologue.language.backbone import load_language, save_language
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import GREEDY, Sampling
-from duologue.training.corpus import CorpusSample, TokenCorpus, Uttered
+from duologue.training.corpus import CorpusSample, LabeledTurn, TokenCorpus
 from duologue.training.loop import Batch, LoopConfig
 from duologue.training.packing import (
     SPEECH,
     TEXT,
     UNTRAINED,
     Example,
+    corrupt_heard_speech,
     decisions,
     fill,
     losses,
     mean_losses,
-    mishear,
     pack,
 )
 from duologue.training.pretrain import NUM_SAMPLES, Jobs, Mixture, both, open_corpora, write_lines
@@ -44,9 +44,13 @@ WHOLE = TEXT | SPEECH
 
 
 @dataclass(frozen=True)
-class Copies:
-    """How often a reply is trained in each way, as shares; the defaults are the paper's epochs. `whole` trains text and
-    speech in one copy, which costs one pass where the two others cost two."""
+class LossMix:
+    """Shares of the ways in which a reply is trained; the defaults are the epochs of the GLM-4-Voice paper.
+
+    Attributes:
+        text, speech: the loss is on the ids of this modality alone.
+        whole: the loss is on both, in one pass instead of two.
+    """
 
     text: float = 4.0
     speech: float = 20.0
@@ -54,7 +58,7 @@ class Copies:
 
     def __post_init__(self) -> None:
         if min(self.text, self.speech, self.whole) < 0 or self.text + self.speech + self.whole <= 0:
-            raise ValueError(f"copies must be 0 or more and not all 0, got {self}")
+            raise ValueError(f"the shares of a loss mix must be 0 or more and not all 0, got {self}")
 
     def draw(self, rng: np.random.Generator) -> int:
         """TEXT, SPEECH or WHOLE."""
@@ -63,8 +67,8 @@ class Copies:
 
 
 @dataclass(frozen=True)
-class Manners:
-    """How often a dialogue is changed, as probabilities.
+class DialogueAugmentation:
+    """Probabilities of changes to a training dialogue.
 
     Attributes:
         written_question: a turn of the user is text.
@@ -85,9 +89,9 @@ class ChatRecipe:
     corpus, vocabulary: folders of the token corpus and of the vocabulary it was made with.
     start_from: folder of the language model that stage 1 made.
     pretrain_share: of the examples that are jobs of stage 1, drawn from `mixture`.
-    length, num_rows: ids in a row, rows in a batch.
+    length, num_rows: ids in a row, rows in a batch; `num_valid_rows` in the one batch of the validation.
     text_weight, speech_weight: of the loss on every text id and every speech id.
-    mishear: share of the speech ids that are only listened to which are replaced by random ones.
+    corrupt_heard_speech: share of the user's speech ids that are replaced by random ones.
     num_questions: of the validation that are answered for the accuracy.
     """
 
@@ -95,25 +99,25 @@ class ChatRecipe:
     vocabulary: str
     start_from: str
     loop: LoopConfig
-    copies: Copies = field(default_factory=Copies)
-    manners: Manners = field(default_factory=Manners)
+    loss_mix: LossMix = field(default_factory=LossMix)
+    augmentation: DialogueAugmentation = field(default_factory=DialogueAugmentation)
     mixture: Mixture = field(default_factory=Mixture)
     pretrain_share: float = 0.15
     length: int = 512
     num_rows: int = 12
     text_weight: float = 1.0
     speech_weight: float = 1.0
-    mishear: float = 0.0
-    num_valid_batches: int = 4
+    corrupt_heard_speech: float = 0.0
+    num_valid_rows: int = 4
     num_questions: int = 100
 
 
-def as_text(uttered: Uttered, vocabulary: Vocabulary) -> Uttered:
+def as_text(labeled: LabeledTurn, vocabulary: Vocabulary) -> LabeledTurn:
     """The turn in writing; one that has no words, as noise has none, stays as it is."""
-    text, _ = both(uttered, vocabulary)
+    text, _ = both(labeled, vocabulary)
     if not text:
-        return uttered
-    return replace(uttered, turn=replace(uttered.turn, modality=Modality.TEXT, ids=tuple(text), voice=""))
+        return labeled
+    return replace(labeled, turn=replace(labeled.turn, modality=Modality.TEXT, ids=tuple(text), voice=""))
 
 
 class Chats:
@@ -121,10 +125,15 @@ class Chats:
     out."""
 
     def __init__(
-        self, corpus: TokenCorpus, vocabulary: Vocabulary, copies: Copies, manners: Manners, length: int
+        self,
+        corpus: TokenCorpus,
+        vocabulary: Vocabulary,
+        loss_mix: LossMix,
+        augmentation: DialogueAugmentation,
+        length: int,
     ) -> None:
         self._corpus, self._vocabulary = corpus, vocabulary
-        self._copies, self._manners, self._length = copies, manners, length
+        self._loss_mix, self._augmentation, self._length = loss_mix, augmentation, length
         self._dialogues = corpus.where("task", "chat")
         if not len(self._dialogues):
             raise ValueError("the corpus holds no dialogues to train on")
@@ -138,18 +147,18 @@ class Chats:
                 if len(example.ids) <= self._length:
                     return example
 
-    def dialogue(self, sample: CorpusSample, rng: np.random.Generator) -> list[Uttered]:
-        """The turns of a sample in the manners drawn for it."""
-        manners = self._manners
+    def dialogue(self, sample: CorpusSample, rng: np.random.Generator) -> list[LabeledTurn]:
+        """The turns of a sample with the changes drawn for it."""
+        augmentation = self._augmentation
         turns = list(sample.turns)
-        interrupted = rng.random() < manners.interrupted
-        if rng.random() < manners.joined or (interrupted and len(turns) <= 2):
+        interrupted = rng.random() < augmentation.interrupted
+        if rng.random() < augmentation.joined or (interrupted and len(turns) <= 2):
             turns = [*self._any(rng).turns, *turns]
-        if rng.random() < manners.written_reply:
+        if rng.random() < augmentation.written_reply:
             turns = [as_text(turn, self._vocabulary) if turn.turn.role is Role.ASSISTANT else turn for turn in turns]
         turns = [
             as_text(turn, self._vocabulary)
-            if turn.turn.role is Role.USER and rng.random() < manners.written_question
+            if turn.turn.role is Role.USER and rng.random() < augmentation.written_question
             else turn
             for turn in turns
         ]
@@ -160,27 +169,31 @@ class Chats:
                 turns[cut] = replace(turns[cut], turn=self._interrupted(turns[cut].turn, rng))
         return turns
 
-    def example(self, turns: list[Uttered], rng: np.random.Generator, copy: int | None = None) -> Example:
-        """A dialogue as a sequence; each reply is trained in the given way, or in one drawn by the shares."""
+    def example(self, turns: list[LabeledTurn], rng: np.random.Generator, way: int | None = None) -> Example:
+        """A dialogue as a sequence; each reply is trained in the given way, or in one drawn from the loss mix."""
         sample = self._vocabulary.chat_sample(Conversation(tuple(turn.turn for turn in turns)))
         trains: list[int] = []
-        for uttered in turns:
-            if uttered.turn.role is Role.ASSISTANT:
-                way = self._copies.draw(rng) if copy is None else copy
-                trains += self._reply(uttered, way)
+        for labeled in turns:
+            if labeled.turn.role is Role.ASSISTANT:
+                trains += self._reply(labeled, self._loss_mix.draw(rng) if way is None else way)
+        trained = np.flatnonzero(sample.loss)
+        if len(trained) != len(trains):
+            raise ValueError(
+                f"the replies of a dialogue have {len(trains)} ids with a loss, its sequence has {len(trained)}"
+            )
         spread = np.zeros(len(sample.ids), np.int64)
-        spread[np.flatnonzero(sample.loss)] = trains
+        spread[trained] = trains
         # Nothing is learned behind the last trained id: a copy for the text ends where the text does.
         end = int(np.flatnonzero(spread)[-1]) + 1 if spread.any() else 1
         return Example(sample.ids[:end], spread[:end].tolist())
 
-    def _reply(self, uttered: Uttered, way: int) -> list[int]:
+    def _reply(self, labeled: LabeledTurn, way: int) -> list[int]:
         """What each id of a reply trains, and its end where the model made it."""
-        turn = uttered.turn
+        turn = labeled.turn
         kinds = self._vocabulary.kinds[list(turn.ids)].tolist()
         if not turn.interrupted:
             kinds.append(int(Kind.END))
-        if not uttered.loss:
+        if not labeled.loss:
             return [UNTRAINED] * len(kinds)
         trains = decisions(tuple(kinds), SCHEDULES[turn.modality])
         if turn.modality is not Modality.INTERLEAVED:
@@ -204,14 +217,14 @@ class ChatStage:
 
     def __init__(self, recipe: ChatRecipe) -> None:
         self.recipe = recipe
-        self.vocabulary, self.siblings, train, self.valid = open_corpora(
+        self.vocabulary, self.provenance, train, self.valid = open_corpora(
             recipe.corpus, recipe.vocabulary, recipe.start_from
         )
         self.model = load_language(recipe.start_from)
         self.phases = {"language": self.model}
         self.weights = {"text": recipe.text_weight, "speech": recipe.speech_weight, "text_nll": 0.0, "speech_nll": 0.0}
         self._padding_id = self.vocabulary.control_id(END_OF_TEXT)
-        self._chats = Chats(train, self.vocabulary, recipe.copies, recipe.manners, recipe.length)
+        self._chats = Chats(train, self.vocabulary, recipe.loss_mix, recipe.augmentation, recipe.length)
         self._jobs = Jobs(train, self.vocabulary, recipe.mixture, recipe.length) if recipe.pretrain_share else None
         answered = [i for i in self.valid.where("task", "chat") if self.valid[int(i)].answers]
         chosen = np.random.default_rng(0).permutation(answered)[: recipe.num_questions]
@@ -223,7 +236,7 @@ class ChatStage:
         def draw() -> Example:
             jobs = self._jobs if self._jobs is not None and rng.random() < self.recipe.pretrain_share else None
             example = self._chats(rng) if jobs is None else jobs(rng)
-            return mishear(example, self.recipe.mishear, self.vocabulary, rng)
+            return corrupt_heard_speech(example, self.recipe.corrupt_heard_speech, self.vocabulary, rng)
 
         return pack(fill(draw, self.recipe.num_rows, self.recipe.length), self.recipe.length, self._padding_id)
 
@@ -233,9 +246,9 @@ class ChatStage:
     def evaluate(self) -> dict[str, float]:
         """Nats per id of validation replies, and the share of spoken and of written questions whose greedy answer in
         text is right."""
-        plain = Manners(written_question=0.0, written_reply=0.0, interrupted=0.0, joined=0.0)
-        chats = Chats(self.valid, self.vocabulary, Copies(0.0, 0.0, 1.0), plain, self.recipe.length)
-        rows = fill(partial(chats, np.random.default_rng(0)), self.recipe.num_valid_batches, self.recipe.length)
+        plain = DialogueAugmentation(written_question=0.0, written_reply=0.0, interrupted=0.0, joined=0.0)
+        chats = Chats(self.valid, self.vocabulary, LossMix(0.0, 0.0, 1.0), plain, self.recipe.length)
+        rows = fill(partial(chats, np.random.default_rng(0)), self.recipe.num_valid_rows, self.recipe.length)
         metrics = mean_losses(self.model, [pack(rows, self.recipe.length, self._padding_id)])
         if self._questions:
             engine = PlainEngine(self.model, self.vocabulary)
@@ -269,7 +282,9 @@ class ChatStage:
 
     def save(self, folder: Path) -> None:
         """Writes `folder/language`."""
-        save_language(folder / "language", self.model, self.siblings, max_shard_bytes=self.recipe.loop.max_shard_bytes)
+        save_language(
+            folder / "language", self.model, self.provenance, max_shard_bytes=self.recipe.loop.max_shard_bytes
+        )
 
     def _prompt(self, question: CorpusSample, written: bool) -> list[int]:
         turns = [

@@ -1,18 +1,17 @@
 """Speech codes and mels of a corpus, computed once for a frozen tokenizer and kept on disk.
 
-    python -m duologue.training.codes --corpus FOLDER --tokenizer FOLDER --out FOLDER
-
 A store is a folder of parts, each for `PART_CLIPS` clips in the order of the corpus: `part-00000.json` (the clips' ids
-and lengths), `part-00000.codes.npy` uint16 (T,) and, where wanted, `part-00000.mels.npy` float16 (F, M), all clips one
-after another. `store.json` names the tokenizer by its hash: a store of another tokenizer is refused. Parts that exist
-are kept, so a stopped run goes on, and a corpus that has grown costs only what is new.
+and lengths), `part-00000.codes.npy` uint16 (T,) and `part-00000.mels.npy` float16 (F, M), all clips one after another.
+`store.json` names the tokenizer by its hash: a store of another tokenizer is refused. Parts that exist are kept, so a
+stopped run goes on, and a corpus that has grown costs only what is new.
+
+The token corpus of `corpus.py` cannot take its place: it holds the codes of augmented sound, and no mels.
 
 Shapes: S samples, T tokens, F mel frames, M mels.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -49,9 +48,8 @@ class CodeStore:
             ends = np.cumsum(index["num_tokens"])
             codes = np.load(part.with_suffix(".codes.npy"), mmap_mode="r")
             self._codes += np.split(codes, ends[:-1])
-            if part.with_suffix(".mels.npy").exists():
-                frames = np.cumsum([rates.frames_for_tokens(n) for n in index["num_tokens"]])
-                self._mels += np.split(np.load(part.with_suffix(".mels.npy"), mmap_mode="r"), frames[:-1])
+            frames = np.cumsum([rates.frames_for_tokens(n) for n in index["num_tokens"]])
+            self._mels += np.split(np.load(part.with_suffix(".mels.npy"), mmap_mode="r"), frames[:-1])
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,8 +63,6 @@ class CodeStore:
 
     def mel(self, index: int) -> NDArray[np.float32]:
         """(F, M) natural-log mel of one clip, F = 441 T // 64."""
-        if len(self._mels) != len(self.ids):
-            raise ValueError(f"{self.folder} was made without mels: make it again with them")
         return self._mels[index].astype(np.float32)
 
 
@@ -76,7 +72,6 @@ def build_store(
     folder: str | Path,
     *,
     roles: Collection[str] | None = None,
-    mels: bool = True,
     max_hours: float | None = None,
 ) -> CodeStore:
     """Computes what is missing of the store of a corpus, and opens it.
@@ -100,10 +95,10 @@ def build_store(
     for first in tqdm(range(0, num_clips, PART_CLIPS), desc=f"codes of {Path(corpus).name}", mininterval=5.0):
         chosen = list(range(first, min(first + PART_CLIPS, num_clips)))
         name = folder / f"part-{first // PART_CLIPS:05d}.json"
-        if _is_complete(name, [clips.records[i].id for i in chosen], mels):
+        if _is_complete(name, [clips.records[i].id for i in chosen]):
             continue
         model = model or load_component(tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
-        _write_part(name, clips, chosen, model, mels)
+        _write_part(name, clips, chosen, model)
     return CodeStore(folder, wanted)
 
 
@@ -131,14 +126,14 @@ def _check_hash(folder: Path, tokenizer_hash: str) -> None:
         )
 
 
-def _is_complete(part: Path, ids: list[str], mels: bool) -> bool:
-    if not part.exists() or (mels and not part.with_suffix(".mels.npy").exists()):
+def _is_complete(part: Path, ids: list[str]) -> bool:
+    if not part.exists() or not part.with_suffix(".mels.npy").exists():
         return False
     return bool(read_json(part)["ids"] == ids)
 
 
 @torch.no_grad()
-def _write_part(part: Path, clips: Clips, chosen: list[int], tokenizer: SpeechTokenizer, mels: bool) -> None:
+def _write_part(part: Path, clips: Clips, chosen: list[int], tokenizer: SpeechTokenizer) -> None:
     """The json is written last: it says that the part is complete."""
     part.unlink(missing_ok=True)
     codes: dict[int, NDArray[np.uint16]] = {}
@@ -150,10 +145,9 @@ def _write_part(part: Path, clips: Clips, chosen: list[int], tokenizer: SpeechTo
             batch = []
     codes |= _tokenize(clips, batch, tokenizer)
     _save(part.with_suffix(".codes.npy"), np.concatenate([codes[i] for i in chosen]))
-    if mels:
-        mel = SpeakMel()
-        rows = [speak_mel(clips.wav(i), mel).numpy().astype(np.float16) for i in chosen]
-        _save(part.with_suffix(".mels.npy"), np.concatenate(rows))
+    mel = SpeakMel()
+    rows = [speak_mel(clips.wav(i), mel).numpy().astype(np.float16) for i in chosen]
+    _save(part.with_suffix(".mels.npy"), np.concatenate(rows))
     ids = [clips.records[i].id for i in chosen]
     write_json(part, {"ids": ids, "num_tokens": [len(codes[i]) for i in chosen]})
 
@@ -170,28 +164,3 @@ def _tokenize(clips: Clips, batch: list[int], tokenizer: SpeechTokenizer) -> dic
         return {}
     codes: Padded = tokenizer(Padded.stack([torch.from_numpy(clips.wav(i)) for i in batch]))
     return {i: row.numpy().astype(np.uint16) for i, row in zip(batch, codes.rows(), strict=True)}
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line of the store."""
-    parser = argparse.ArgumentParser(prog="python -m duologue.training.codes", description=__doc__)
-    parser.add_argument("--corpus", required=True)
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--roles", nargs="+")
-    parser.add_argument("--max-hours", type=float)
-    parser.add_argument("--no-mels", action="store_true")
-    args = parser.parse_args(argv)
-    store = build_store(
-        args.corpus,
-        args.tokenizer,
-        args.out,
-        roles=args.roles,
-        mels=not args.no_mels,
-        max_hours=args.max_hours,
-    )
-    print(f"{len(store)} clips in {args.out}")
-
-
-if __name__ == "__main__":
-    main()

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from duologue.config import parse_config, read_json, to_mapping, write_json
-from duologue.language.backbone import Siblings
+from duologue.language.backbone import Provenance
 from duologue.turns import Modality, Role, Turn
 
 FORMAT_VERSION = 1
@@ -58,7 +58,7 @@ SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Uttered:
+class LabeledTurn:
     """One turn of a sample.
 
     Attributes:
@@ -79,15 +79,19 @@ class CorpusSample:
     task: Task
     split: str
     intent: str
-    turns: tuple[Uttered, ...]
+    turns: tuple[LabeledTurn, ...]
     answers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a corpus holds: samples by task, by split and by shard, and ids by kind."""
+    """What a corpus holds: samples by task, by split and by shard, and ids by kind.
 
-    siblings: Siblings
+    Attributes:
+        siblings: the provenance, under the key that the files of corpora have.
+    """
+
+    siblings: Provenance
     num_samples: int
     num_text_tokens: int
     num_speech_tokens: int
@@ -98,7 +102,7 @@ class Manifest:
 
 
 def write_shard(
-    folder: str | Path, name: str, samples: Iterable[CorpusSample], siblings: Siblings, speech_offset: int
+    folder: str | Path, name: str, samples: Iterable[CorpusSample], provenance: Provenance, speech_offset: int
 ) -> None:
     """Writes `<name>.parquet`, whole or not at all. `speech_offset` tells text and speech ids apart for the counts."""
     folder = Path(folder)
@@ -116,14 +120,14 @@ def write_shard(
         "tasks": dict(Counter(row["task"] for row in rows)),
         "splits": dict(Counter(row["split"] for row in rows)),
     }
-    about = {"siblings": asdict(siblings), "counts": counts}
+    about = {"siblings": asdict(provenance), "counts": counts}
     table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({"duologue": json.dumps(about)}))
     part = folder / f"{name}.parquet.part"
     pq.write_table(table, part, compression="zstd")
     part.rename(folder / f"{name}.parquet")
 
 
-def write_manifest(folder: str | Path, siblings: Siblings) -> Manifest:
+def write_manifest(folder: str | Path, provenance: Provenance) -> Manifest:
     """Counts what the shards of a folder hold and writes the manifest.
 
     Raises:
@@ -136,7 +140,7 @@ def write_manifest(folder: str | Path, siblings: Siblings) -> Manifest:
     shards: dict[str, int] = {}
     for path in sorted(folder.glob("*.parquet")):
         made_with, counts = _about(path)
-        made_with.check(siblings, str(path), "this run")
+        made_with.check(provenance, str(path), "this run")
         total.update({name: counts[name] for name in ("num_samples", "num_text_tokens", "num_speech_tokens")})
         tasks.update(counts["tasks"])
         splits.update(counts["splits"])
@@ -144,7 +148,7 @@ def write_manifest(folder: str | Path, siblings: Siblings) -> Manifest:
     if not shards:
         raise ValueError(f"{folder} holds no shards of a token corpus")
     manifest = Manifest(
-        siblings,
+        provenance,
         total["num_samples"],
         total["num_text_tokens"],
         total["num_speech_tokens"],
@@ -156,7 +160,7 @@ def write_manifest(folder: str | Path, siblings: Siblings) -> Manifest:
     return manifest
 
 
-def read_siblings(shard: Path) -> Siblings:
+def read_provenance(shard: Path) -> Provenance:
     """What one shard was made with."""
     return _about(shard)[0]
 
@@ -174,7 +178,7 @@ class TokenCorpus:
     """The samples of a corpus folder that are of the given splits and tasks.
 
     Args:
-        siblings: of the model that will be trained, when there is one.
+        provenance: of the model that will be trained, when there is one.
 
     Raises:
         ValueError: the folder is no token corpus, was made with another tokenizer or vocabulary, lacks a shard that its
@@ -184,14 +188,14 @@ class TokenCorpus:
     def __init__(
         self,
         folder: str | Path,
-        siblings: Siblings | None = None,
+        provenance: Provenance | None = None,
         splits: Collection[str] | None = None,
         tasks: Collection[Task] | None = None,
     ) -> None:
         folder = Path(folder)
         self.manifest = read_manifest(folder)
-        if siblings is not None:
-            self.manifest.siblings.check(siblings, f"the corpus {folder}", "the model")
+        if provenance is not None:
+            self.manifest.siblings.check(provenance, f"the corpus {folder}", "the model")
         tables = []
         for name, num_samples in self.manifest.shards.items():
             path = folder / f"{name}.parquet"
@@ -222,7 +226,7 @@ class TokenCorpus:
         return len(self._head["id"])
 
     def __getitem__(self, index: int) -> CorpusSample:
-        turns = tuple(self._uttered(turn) for turn in range(self._turn_at[index], self._turn_at[index + 1]))
+        turns = tuple(self._labeled(turn) for turn in range(self._turn_at[index], self._turn_at[index + 1]))
         head = {name: column[index] for name, column in self._head.items()}
         return CorpusSample(**{**head, "turns": turns, "answers": tuple(head["answers"])})
 
@@ -247,7 +251,7 @@ class TokenCorpus:
         """Role of the first turn of each of these samples."""
         return np.array([self._words["role"][turn] for turn in self._turn_at[indices]], dtype=np.str_)
 
-    def _uttered(self, turn: int) -> Uttered:
+    def _labeled(self, turn: int) -> LabeledTurn:
         words = {name: column[turn] for name, column in self._words.items()}
         made = Turn(
             Role(words["role"]),
@@ -257,33 +261,33 @@ class TokenCorpus:
             words["voice"],
             words["style"],
         )
-        return Uttered(made, _slice(self._transcripts, turn), words["loss"])
+        return LabeledTurn(made, _slice(self._transcripts, turn), words["loss"])
 
 
 def _row(sample: CorpusSample) -> dict[str, Any]:
     turns = [
         {
-            "role": str(uttered.turn.role),
-            "modality": str(uttered.turn.modality),
-            "ids": uttered.turn.ids,
-            "transcript": uttered.transcript,
-            "loss": uttered.loss,
-            "language": uttered.turn.language,
-            "voice": uttered.turn.voice,
-            "style": uttered.turn.style,
+            "role": str(labeled.turn.role),
+            "modality": str(labeled.turn.modality),
+            "ids": labeled.turn.ids,
+            "transcript": labeled.transcript,
+            "loss": labeled.loss,
+            "language": labeled.turn.language,
+            "voice": labeled.turn.voice,
+            "style": labeled.turn.style,
         }
-        for uttered in sample.turns
+        for labeled in sample.turns
     ]
     head = {name: getattr(sample, name) for name in ("id", "task", "split", "intent", "answers")}
     return {**head, "turns": turns}
 
 
-def _about(path: Path) -> tuple[Siblings, dict[str, Any]]:
+def _about(path: Path) -> tuple[Provenance, dict[str, Any]]:
     """Hashes and counts that a shard carries in itself."""
     data = json.loads((pq.read_schema(path).metadata or {}).get(b"duologue", b"{}"))
     if "siblings" not in data or "counts" not in data:
         raise ValueError(f"{path} is no shard of a token corpus")
-    return parse_config(Siblings, data["siblings"], str(path)), data["counts"]
+    return parse_config(Provenance, data["siblings"], str(path)), data["counts"]
 
 
 def _flat(lists: pa.ListArray) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -59,7 +58,7 @@ def decisions(kinds: tuple[int, ...], schedule: Schedule) -> tuple[int, ...]:
     return tuple(trains)
 
 
-def mishear(example: Example, share: float, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
+def corrupt_heard_speech(example: Example, share: float, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
     """The example with `share` of the speech ids that it only listens to replaced by random ones.
 
     A model that sees the same clips several times would otherwise learn their exact tokens, which another voice or room
@@ -72,12 +71,6 @@ def mishear(example: Example, share: float, vocabulary: Vocabulary, rng: np.rand
     wrong = heard & (rng.random(len(ids)) < share)
     ids[wrong] = vocabulary.speech_offset + rng.integers(vocabulary.codebook_size, size=int(wrong.sum()))
     return Example(ids.tolist(), example.trains)
-
-
-class Draw(Protocol):
-    """Makes a random example; the generator is all it depends on."""
-
-    def __call__(self, rng: np.random.Generator) -> Example: ...
 
 
 def fill(draw: Callable[[], Example], num_rows: int, length: int, patience: int = 3) -> list[list[Example]]:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from duologue.checkpoint import file_hash, load_component
 from duologue.interleave import TEXT_ONLY, Kind, weave
 from duologue.language.backbone import (
-    SIBLINGS_FILE,
+    PROVENANCE_FILE,
     LanguageConfig,
-    Siblings,
+    Provenance,
     extend,
     load_language,
-    load_siblings,
+    load_provenance,
     new_glm,
     save_language,
     start_speech_embeddings,
@@ -32,9 +32,19 @@ from duologue.language.backbone import (
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
-from duologue.training.corpus import CorpusSample, TokenCorpus, Uttered
+from duologue.training.corpus import CorpusSample, LabeledTurn, TokenCorpus
 from duologue.training.loop import Batch, LoopConfig
-from duologue.training.packing import SPEECH, TEXT, UNTRAINED, Example, fill, losses, mean_losses, mishear, pack
+from duologue.training.packing import (
+    SPEECH,
+    TEXT,
+    UNTRAINED,
+    Example,
+    corrupt_heard_speech,
+    fill,
+    losses,
+    mean_losses,
+    pack,
+)
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import END_OF_TEXT, Sample, Task, Vocabulary
 
@@ -70,9 +80,9 @@ class PretrainRecipe:
     corpus, vocabulary: folders of the token corpus and of the vocabulary it was made with.
     start_from: folder of a causal LM of any architecture to start from; empty for a new Glm of the sizes in `language`.
     tokenizer: folder of the frozen tokenizer, whose codebook a new Glm starts its speech embeddings from; may be empty.
-    length, num_rows: ids in a row, rows in a batch.
+    length, num_rows: ids in a row, rows in a batch; `num_valid_rows` in the one batch of each job's validation.
     text_weight, speech_weight: of the loss on every text id and every speech id.
-    mishear: share of the speech ids that are only listened to which are replaced by random ones.
+    corrupt_heard_speech: share of the speech ids without a loss that are replaced by random ones.
     """
 
     corpus: str
@@ -86,8 +96,8 @@ class PretrainRecipe:
     num_rows: int = 12
     text_weight: float = 1.0
     speech_weight: float = 1.0
-    mishear: float = 0.0
-    num_valid_batches: int = 4
+    corrupt_heard_speech: float = 0.0
+    num_valid_rows: int = 4
 
 
 class Jobs:
@@ -136,7 +146,7 @@ class Jobs:
     def example(self, name: str, sample: CorpusSample, rng: np.random.Generator) -> Example | None:
         """One job on one sample; None for a clip too fast to be woven."""
         vocabulary = self._vocabulary
-        parts = [both(uttered, vocabulary) for uttered in sample.turns]
+        parts = [both(labeled, vocabulary) for labeled in sample.turns]
         text, speech = parts[0]
         match name:
             case "asr":
@@ -156,8 +166,8 @@ class Jobs:
                 made = vocabulary.document_sample(text)
             case "written":
                 turns = [
-                    Turn(uttered.turn.role, Modality.TEXT, tuple(written))
-                    for uttered, (written, _) in zip(sample.turns, parts, strict=True)
+                    Turn(labeled.turn.role, Modality.TEXT, tuple(written))
+                    for labeled, (written, _) in zip(sample.turns, parts, strict=True)
                 ]
                 made = vocabulary.chat_sample(Conversation(tuple(turns)))
             case _:
@@ -174,13 +184,13 @@ class Jobs:
         return ids
 
 
-def both(uttered: Uttered, vocabulary: Vocabulary) -> tuple[Sequence[int], Sequence[int]]:
+def both(labeled: LabeledTurn, vocabulary: Vocabulary) -> tuple[Sequence[int], Sequence[int]]:
     """Text ids and speech ids of a turn; either may be empty."""
-    ids = uttered.turn.ids
-    if uttered.turn.modality is Modality.TEXT:
+    ids = labeled.turn.ids
+    if labeled.turn.modality is Modality.TEXT:
         return ids, ()
-    if uttered.turn.modality is Modality.SPEECH:
-        return uttered.transcript, ids
+    if labeled.turn.modality is Modality.SPEECH:
+        return labeled.transcript, ids
     spoken = vocabulary.kinds[list(ids)] == Kind.SPEECH
     return (
         [token for token, speech in zip(ids, spoken, strict=True) if not speech],
@@ -201,7 +211,7 @@ def by_kind(sample: Sample, vocabulary: Vocabulary) -> Example:
 
 def open_corpora(
     corpus: str, vocabulary: str, model_folder: str
-) -> tuple[Vocabulary, Siblings, TokenCorpus, TokenCorpus]:
+) -> tuple[Vocabulary, Provenance, TokenCorpus, TokenCorpus]:
     """The vocabulary, what the corpus was made with, and its samples for training and for validation.
 
     Raises:
@@ -209,11 +219,13 @@ def open_corpora(
     """
     owner = Vocabulary.load(vocabulary)
     train = TokenCorpus(corpus, splits=("train",))
-    siblings = train.manifest.siblings
-    siblings.check(Siblings(siblings.tokenizer, owner.hash), f"the corpus {corpus}", f"the vocabulary {vocabulary}")
-    if model_folder and (Path(model_folder) / SIBLINGS_FILE).exists():
-        siblings.check(load_siblings(model_folder), f"the corpus {corpus}", f"the model {model_folder}")
-    return owner, siblings, train, TokenCorpus(corpus, splits=("valid",))
+    provenance = train.manifest.siblings
+    provenance.check(
+        Provenance(provenance.tokenizer, owner.hash), f"the corpus {corpus}", f"the vocabulary {vocabulary}"
+    )
+    if model_folder and (Path(model_folder) / PROVENANCE_FILE).exists():
+        provenance.check(load_provenance(model_folder), f"the corpus {corpus}", f"the model {model_folder}")
+    return owner, provenance, train, TokenCorpus(corpus, splits=("valid",))
 
 
 class PretrainStage:
@@ -224,7 +236,7 @@ class PretrainStage:
 
     def __init__(self, recipe: PretrainRecipe) -> None:
         self.recipe = recipe
-        self.vocabulary, self.siblings, train, self.valid = open_corpora(
+        self.vocabulary, self.provenance, train, self.valid = open_corpora(
             recipe.corpus, recipe.vocabulary, recipe.start_from
         )
         if recipe.start_from:
@@ -233,8 +245,8 @@ class PretrainStage:
         else:
             self.model = new_glm(self.vocabulary, recipe.language, recipe.loop.seed)
             if recipe.tokenizer:
-                self.siblings.check(
-                    Siblings(file_hash(recipe.tokenizer), self.vocabulary.hash),
+                self.provenance.check(
+                    Provenance(file_hash(recipe.tokenizer), self.vocabulary.hash),
                     f"the corpus {recipe.corpus}",
                     f"the tokenizer {recipe.tokenizer}",
                 )
@@ -249,7 +261,7 @@ class PretrainStage:
         rng = np.random.default_rng((self.recipe.loop.seed, index))
 
         def draw() -> Example:
-            return mishear(self._jobs(rng), self.recipe.mishear, self.vocabulary, rng)
+            return corrupt_heard_speech(self._jobs(rng), self.recipe.corrupt_heard_speech, self.vocabulary, rng)
 
         rows = fill(draw, self.recipe.num_rows, self.recipe.length)
         return pack(rows, self.recipe.length, self._padding_id)
@@ -265,7 +277,7 @@ class PretrainStage:
                 jobs = Jobs(self.valid, self.vocabulary, Mixture(**{**_NO_JOB, name: 1.0}), self.recipe.length)
             except ValueError:  # a small validation split may hold no sample of a kind
                 continue
-            rows = fill(partial(jobs, np.random.default_rng(0)), self.recipe.num_valid_batches, self.recipe.length)
+            rows = fill(partial(jobs, np.random.default_rng(0)), self.recipe.num_valid_rows, self.recipe.length)
             values = mean_losses(self.model, [pack(rows, self.recipe.length, self._padding_id)])
             metrics.update({f"{name}/{kind}": value for kind, value in values.items()})
         return metrics
@@ -285,7 +297,9 @@ class PretrainStage:
 
     def save(self, folder: Path) -> None:
         """Writes `folder/language`."""
-        save_language(folder / "language", self.model, self.siblings, max_shard_bytes=self.recipe.loop.max_shard_bytes)
+        save_language(
+            folder / "language", self.model, self.provenance, max_shard_bytes=self.recipe.loop.max_shard_bytes
+        )
 
 
 _NO_JOB = dict.fromkeys(asdict(Mixture()), 0.0)

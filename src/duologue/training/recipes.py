@@ -5,17 +5,16 @@ A recipe is YAML read as data into the frozen dataclass of its stage: an unknown
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from duologue.config import parse_config, parse_value, read_yaml, to_mapping, write_json
 
 if TYPE_CHECKING:  # torch is not needed to name the stages
     from duologue.training.loop import LoopConfig, Stage
-
-    _Made: TypeAlias = tuple[Stage, LoopConfig, object]
 
 STAGES = {
     "tokenizer": "speech recognition through a vector quantizer",
@@ -87,50 +86,16 @@ def train(
     folder = Path(out) if out is not None else Path("runs") / stage
     from duologue.training.loop import run
 
-    made, loop, parsed = _MAKERS[stage](mapping, str(recipe))
+    made, loop, parsed = _make(stage, mapping, str(recipe))
     write_json(folder / "recipe.json", {"stage": stage, **to_mapping(parsed)})
     return Trained(stage, folder / "final", run(made, loop, folder, device))
 
 
-# Each stage's libraries are imported only when it runs: others may need an extra that is not installed.
-
-
-def _tokenizer(mapping: dict[str, Any], where: str) -> _Made:
-    from duologue.training.tokenizer import TokenizerRecipe, TokenizerStage
-
-    recipe = parse_config(TokenizerRecipe, mapping, where)
-    return TokenizerStage(recipe), recipe.loop, recipe
-
-
-def _vocoder(mapping: dict[str, Any], where: str) -> _Made:
-    from duologue.training.vocoder import VocoderRecipe, VocoderStage
-
-    recipe = parse_config(VocoderRecipe, mapping, where)
-    return VocoderStage(recipe), recipe.loop, recipe
-
-
-def _flow(mapping: dict[str, Any], where: str) -> _Made:
-    from duologue.training.flow import FlowRecipe, FlowStage
-
-    recipe = parse_config(FlowRecipe, mapping, where)
-    return FlowStage(recipe), recipe.loop, recipe
-
-
-def _pretrain(mapping: dict[str, Any], where: str) -> _Made:
-    from duologue.training.pretrain import PretrainRecipe, PretrainStage
-
-    recipe = parse_config(PretrainRecipe, mapping, where)
-    return PretrainStage(recipe), recipe.loop, recipe
-
-
-def _chat(mapping: dict[str, Any], where: str) -> _Made:
-    from duologue.training.chat import ChatRecipe, ChatStage
-
-    recipe = parse_config(ChatRecipe, mapping, where)
-    return ChatStage(recipe), recipe.loop, recipe
-
-
-_MAKERS = {"tokenizer": _tokenizer, "vocoder": _vocoder, "flow": _flow, "pretrain": _pretrain, "chat": _chat}
+def _make(name: str, mapping: dict[str, Any], where: str) -> tuple[Stage, LoopConfig, object]:
+    """Stage, loop and recipe. The stage's libraries are imported here: others may need an extra that is missing."""
+    module = importlib.import_module(f"duologue.training.{name}")
+    recipe: Any = parse_config(getattr(module, f"{name.capitalize()}Recipe"), mapping, where)
+    return getattr(module, f"{name.capitalize()}Stage")(recipe), recipe.loop, recipe
 
 
 def _make_tokens(mapping: dict[str, Any], where: str) -> Trained:

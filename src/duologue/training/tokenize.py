@@ -7,7 +7,6 @@ already is left as it is, so a stopped run goes on where it was. Ids are compute
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +22,19 @@ import torch
 from tqdm import tqdm
 
 from duologue.checkpoint import file_hash, load_component
-from duologue.config import load_config
 from duologue.interleave import weave
-from duologue.language.backbone import Siblings
+from duologue.language.backbone import Provenance
 from duologue.layers import Padded
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
-from duologue.training.corpus import CorpusSample, Manifest, Task, Uttered, read_siblings, write_manifest, write_shard
+from duologue.training.corpus import (
+    CorpusSample,
+    LabeledTurn,
+    Manifest,
+    Task,
+    read_provenance,
+    write_manifest,
+    write_shard,
+)
 from duologue.training.data import AugmentConfig, Clip, Clips, Wav, augment
 from duologue.turns import Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
@@ -81,15 +87,15 @@ def run_tokens(recipe: TokensRecipe) -> Manifest:
         raise ValueError(
             f"{recipe.tokenizer} has {codes} speech tokens, {recipe.vocabulary} is made for {vocabulary.codebook_size}"
         )
-    siblings = Siblings(file_hash(recipe.tokenizer), vocabulary.hash)
+    provenance = Provenance(file_hash(recipe.tokenizer), vocabulary.hash)
     out = Path(recipe.out)
 
     def make(name: str, samples: Callable[[], list[CorpusSample]]) -> None:
         path = out / f"{name}.parquet"
         if path.exists():
-            read_siblings(path).check(siblings, str(path), "this run")
+            read_provenance(path).check(provenance, str(path), "this run")
         else:
-            write_shard(out, name, samples(), siblings, vocabulary.speech_offset)
+            write_shard(out, name, samples(), provenance, vocabulary.speech_offset)
 
     for folder in map(Path, recipe.corpora):
         shards, tables = sorted(folder.glob("clips*.jsonl")), sorted(folder.glob("dialogues*.jsonl"))
@@ -102,7 +108,7 @@ def run_tokens(recipe: TokensRecipe) -> Manifest:
             make(f"{folder.name}-{table.stem}", partial(_dialogues, table, spoken, vocabulary, recipe))
     for file in map(Path, recipe.texts):
         make(f"text-{file.stem}", partial(_texts, file, vocabulary))
-    return write_manifest(out, siblings)
+    return write_manifest(out, provenance)
 
 
 def _clips(shard: Path, tokenizer: SpeechTokenizer, vocabulary: Vocabulary, recipe: TokensRecipe) -> list[CorpusSample]:
@@ -127,8 +133,8 @@ def _clips(shard: Path, tokenizer: SpeechTokenizer, vocabulary: Vocabulary, reci
         ids = tuple(vocabulary.speech_ids(codes))
         turn = Turn(role, Modality.SPEECH, ids, clip.language, clip.voice, clip.style)
         name = f"{clip.id}#{variant}" if variant else clip.id
-        uttered = Uttered(turn, tuple(vocabulary.encode_text(clip.text)))
-        samples.append(CorpusSample(name, "clip", clip.split, clip.intent, (uttered,)))
+        labeled = LabeledTurn(turn, tuple(vocabulary.encode_text(clip.text)))
+        samples.append(CorpusSample(name, "clip", clip.split, clip.intent, (labeled,)))
     return samples
 
 
@@ -207,7 +213,7 @@ def _dialogues(table: Path, spoken: _Spoken, vocabulary: Vocabulary, recipe: Tok
         for rendition in range(max(1, *map(len, clips))):
             try:
                 turns = tuple(
-                    _uttered(turn, spoken[names[rendition % len(names)]] if names else {}, row["language"], vocabulary)
+                    _labeled(turn, spoken[names[rendition % len(names)]] if names else {}, row["language"], vocabulary)
                     for turn, names in zip(row["turns"], clips, strict=True)
                 )
             except _TooFast:
@@ -235,19 +241,19 @@ class _TooFast(ValueError):
     """A reply whose text would not stay ahead of its speech."""
 
 
-def _uttered(turn: Mapping[str, Any], clip: Mapping[str, Any], language: str, vocabulary: Vocabulary) -> Uttered:
+def _labeled(turn: Mapping[str, Any], clip: Mapping[str, Any], language: str, vocabulary: Vocabulary) -> LabeledTurn:
     """One turn of a dialogue: a user's as speech with its transcript, a reply in runs; text where there is no clip."""
     role, text = Role(turn["role"]), vocabulary.encode_text(turn["text"])
     style = turn.get("style") or clip.get("style", "")
     if not clip:
-        return Uttered(Turn(role, Modality.TEXT, tuple(text), language, style=style))
+        return LabeledTurn(Turn(role, Modality.TEXT, tuple(text), language, style=style))
     if role is not Role.ASSISTANT:
-        return Uttered(Turn(role, Modality.SPEECH, tuple(clip["ids"]), language, clip["voice"], style), tuple(text))
+        return LabeledTurn(Turn(role, Modality.SPEECH, tuple(clip["ids"]), language, clip["voice"], style), tuple(text))
     try:
         woven = weave(text, clip["ids"])
     except ValueError as error:
         raise _TooFast(str(error)) from None
-    return Uttered(Turn(role, Modality.INTERLEAVED, tuple(woven), language, clip["voice"], style))
+    return LabeledTurn(Turn(role, Modality.INTERLEAVED, tuple(woven), language, clip["voice"], style))
 
 
 def _texts(file: Path, vocabulary: Vocabulary) -> list[CorpusSample]:
@@ -258,21 +264,6 @@ def _texts(file: Path, vocabulary: Vocabulary) -> list[CorpusSample]:
         raise ValueError(f"{file} cannot be read as text: {error}") from None
     turns = [Turn(Role.ASSISTANT, Modality.TEXT, tuple(vocabulary.encode_text(line))) for line in lines if line.strip()]
     return [
-        CorpusSample(f"text-{file.stem}-{number:06d}", "text", "train", "text", (Uttered(turn),))
+        CorpusSample(f"text-{file.stem}-{number:06d}", "text", "train", "text", (LabeledTurn(turn),))
         for number, turn in enumerate(turns)
     ]
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line of the step."""
-    parser = argparse.ArgumentParser(prog="python -m duologue.training.tokenize", description="Make a token corpus.")
-    parser.add_argument("--recipe", type=Path, required=True)
-    manifest = run_tokens(load_config(parser.parse_args(argv).recipe, TokensRecipe))
-    print(
-        f"{manifest.num_samples} samples, {manifest.num_speech_tokens} speech tokens, {manifest.num_text_tokens} text "
-        f"tokens, by task {manifest.tasks}, by split {manifest.splits}"
-    )
-
-
-if __name__ == "__main__":
-    main()
