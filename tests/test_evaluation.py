@@ -15,7 +15,7 @@ from duologue.chatbot import model_folder
 from duologue.evaluation.conversations import (
     CURRICULUM,
     OPEN,
-    Exchange,
+    ScoredExchange,
     agreement_rows,
     open_vocabulary_rows,
     speaking_rows,
@@ -163,8 +163,8 @@ def test_the_probe_reads_what_is_in_the_codes_and_nothing_else() -> None:
 # Conversations -------------------------------------------------------------------------------------------------------
 
 
-def exchange(said: str = "It is three.", **changes: object) -> Exchange:
-    one = Exchange(
+def exchange(said: str = "It is three.", **changes: object) -> ScoredExchange:
+    one = ScoredExchange(
         dialogue="d",
         intent="plus",
         split="test",

@@ -18,7 +18,7 @@ from duologue.client.connection import WIRE_RATE, Connection, encode_pcm, open_c
 from duologue.client.conversation import Summary, Talk, TalkSettings
 from duologue.client.pace import CHUNK, Pace, paced
 from duologue.client.playback import Playback
-from duologue.talk.files import Recorder
+from duologue.talk.files import PlaybackRecorder
 from duologue.talk.screen import Screen, bar
 from tests.clock import Clock
 
@@ -305,7 +305,7 @@ def test_files_are_paced_and_what_was_played_is_written(tmp_path: Path) -> None:
     async def play() -> tuple[float, list[np.ndarray]]:
         clock = Clock()
         playback = Playback(WIRE_RATE, ahead_ms=0, clock=clock)
-        recorder = Recorder(playback)
+        recorder = PlaybackRecorder(playback)
         recording = asyncio.create_task(recorder.run(Pace(clock, clock.sleep)))
         heard = [pcm async for pcm in paced(SOUND[:1000], Pace(clock, clock.sleep))]
         assert recorder.num_samples == 0
@@ -344,7 +344,7 @@ def test_ticks_do_not_drift() -> None:
 
 def test_nothing_is_written_when_nothing_was_played(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing was played"):
-        Recorder(Playback(WIRE_RATE)).save(tmp_path / "b.wav")
+        PlaybackRecorder(Playback(WIRE_RATE)).save(tmp_path / "b.wav")
 
 
 @pytest.mark.parametrize(

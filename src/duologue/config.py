@@ -71,7 +71,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The YAML mapping in a file: plain data, no tags. Raises ValueError with one sentence when there is none."""
     try:
-        data = yaml.load(_read_text(Path(path)), Loader=_Loader)
+        data = yaml.load(_read_text(Path(path)), Loader=_PlainLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
     return _object(path, data)
@@ -84,7 +84,7 @@ def parse_value(text: str) -> Any:
         ValueError: it is not plain YAML.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_PlainLoader)
     except yaml.YAMLError:
         raise ValueError(f"{text!r} is not a value in plain YAML") from None
 
@@ -98,7 +98,7 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     scratch.replace(path)
 
 
-class _Loader(yaml.SafeLoader):
+class _PlainLoader(yaml.SafeLoader):
     """YAML as people write it: 1e-4 is a number (YAML 1.1 wants 1.0e-4), a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -109,7 +109,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
+_PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 

@@ -133,27 +133,39 @@ def roll_in(cache: Tensor, x: Padded, width: int) -> tuple[Tensor, Tensor]:
     return joined, take(joined, index.clamp(min=0))
 
 
+def map_state(visit: Callable[..., object], *states: object) -> object:
+    """A state whose leaves are `visit(leaf, ...)` of the leaves of states that are made alike.
+
+    Leaves are tensors, `Padded` and settings, which are anything but lists and dataclasses.
+    """
+    first = states[0]
+    if isinstance(first, list):
+        return [map_state(visit, *items) for items in zip(*states, strict=True)]
+    if dataclasses.is_dataclass(first) and not isinstance(first, Padded | type):
+        names = [field.name for field in dataclasses.fields(first)]
+        return dataclasses.replace(
+            first, **{name: map_state(visit, *(getattr(state, name) for state in states)) for name in names}
+        )
+    return visit(*states)
+
+
 def reset_rows(state: StateT, fresh: StateT, rows: Tensor) -> None:
     """Makes the given rows (B,) bool of a state equal to those of a fresh one, whatever the state is made of."""
+
+    def reset(old: object, new: object) -> object:
+        if isinstance(old, Tensor) and isinstance(new, Tensor):
+            if old.dim() > 1 and old.shape[1] != new.shape[1]:  # a grown cache: the counts say which values are valid
+                new = torch.zeros_like(old)
+            return torch.where(rows.reshape(-1, *([1] * (old.dim() - 1))), new, old)
+        if isinstance(old, Padded) and isinstance(new, Padded):
+            return Padded(old.values, torch.where(rows, new.lengths, old.lengths))
+        if old == new:
+            return old
+        raise TypeError(f"a state may hold tensors, Padded, lists and dataclasses, not {type(old).__name__}")
+
+    changed = map_state(reset, state, fresh)
     for field in dataclasses.fields(state):  # type: ignore[arg-type]
-        setattr(state, field.name, _reset(getattr(state, field.name), getattr(fresh, field.name), rows))
-
-
-def _reset(old: object, new: object, rows: Tensor) -> object:
-    if isinstance(old, Tensor) and isinstance(new, Tensor):
-        if old.dim() > 1 and old.shape[1] != new.shape[1]:  # a cache that grew: its rows are told apart by their counts
-            new = torch.zeros_like(old)
-        return torch.where(rows.reshape(-1, *([1] * (old.dim() - 1))), new, old)
-    if isinstance(old, Padded) and isinstance(new, Padded):
-        return Padded(old.values, torch.where(rows, new.lengths, old.lengths))
-    if isinstance(old, list) and isinstance(new, list):
-        return [_reset(a, b, rows) for a, b in zip(old, new, strict=True)]
-    if dataclasses.is_dataclass(old):
-        reset_rows(old, new, rows)
-        return old
-    if old == new:
-        return old
-    raise TypeError(f"a state may hold tensors, Padded, lists and dataclasses, not {type(old).__name__}")
+        setattr(state, field.name, getattr(changed, field.name))
 
 
 def state_settings(state: object) -> Hashable:
@@ -180,10 +192,10 @@ def join_states(states: Sequence[StateT]) -> StateT:
     """
     if len({state_settings(state) for state in states}) != 1:
         raise ValueError("states made with unequal settings cannot run in one batch")
-    return cast(StateT, states[0] if len(states) == 1 else _join(states))
+    return cast(StateT, states[0] if len(states) == 1 else map_state(_join, *states))
 
 
-def _join(parts: Sequence[object]) -> object:
+def _join(*parts: object) -> object:
     first = parts[0]
     if isinstance(first, Padded):
         padded = cast(Sequence[Padded], parts)
@@ -196,11 +208,6 @@ def _join(parts: Sequence[object]) -> object:
             width = max(part.shape[1] for part in tensors)
             tensors = [_widened(part, width, left=True) for part in tensors]
         return torch.cat(tuple(tensors))
-    if isinstance(first, list):
-        return [_join(items) for items in zip(*cast(Sequence[list[object]], parts), strict=True)]
-    if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        names = [field.name for field in dataclasses.fields(first)]
-        return dataclasses.replace(first, **{name: _join([getattr(part, name) for part in parts]) for name in names})
     return first
 
 
@@ -215,21 +222,14 @@ def _widened(values: Tensor, width: int, left: bool) -> Tensor:
 
 def state_row(state: StateT, row: int) -> StateT:
     """One row of a state as a state of its own: a copy, which does not keep the other rows' memory alive."""
-    return cast(StateT, _row(state, row))
 
+    def copy(leaf: object) -> object:
+        if isinstance(leaf, Padded):
+            length = int(leaf.lengths[row])
+            return Padded(leaf.values[row : row + 1, :length].clone(), leaf.lengths[row : row + 1].clone())
+        return leaf[row : row + 1].clone() if isinstance(leaf, Tensor) else leaf
 
-def _row(state: object, row: int) -> object:
-    if isinstance(state, Padded):
-        length = int(state.lengths[row])
-        return Padded(state.values[row : row + 1, :length].clone(), state.lengths[row : row + 1].clone())
-    if isinstance(state, Tensor):
-        return state[row : row + 1].clone()
-    if isinstance(state, list):
-        return [_row(item, row) for item in state]
-    if dataclasses.is_dataclass(state) and not isinstance(state, type):
-        names = [field.name for field in dataclasses.fields(state)]
-        return dataclasses.replace(state, **{name: _row(getattr(state, name), row) for name in names})
-    return state
+    return cast(StateT, map_state(copy, state))
 
 
 class StreamingStage(Protocol[StateT]):

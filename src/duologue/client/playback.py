@@ -31,7 +31,7 @@ class Cut:
 
 
 @dataclass
-class _Item:
+class _PlayingItem:
     id: str
     chunks: deque[NDArray[np.int16]] = field(default_factory=deque)
     num_waiting: int = 0
@@ -88,7 +88,7 @@ class Playback:
         self.sample_rate, self._clock = sample_rate, clock
         self._ahead, self._max = int(ahead_ms * sample_rate / 1000), int(max_s * sample_rate)
         self._lock = threading.Lock()
-        self._items: deque[_Item] = deque()
+        self._items: deque[_PlayingItem] = deque()
         self._given: deque[_Piece] = deque()
         self._num_given = 0
         self._empty_at = clock()  # when the last sample that was given will have been heard
@@ -191,11 +191,11 @@ class Playback:
         inside = max(0.0, self._empty_at - self._clock()) * self.sample_rate
         return max(0, self._num_given - round(inside))
 
-    def _find(self, item_id: str) -> _Item:
+    def _find(self, item_id: str) -> _PlayingItem:
         for item in self._items:
             if item.id == item_id:
                 return item
-        self._items.append(_Item(item_id))
+        self._items.append(_PlayingItem(item_id))
         return self._items[-1]
 
     def _forget_finished(self) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from duologue.chatbot import Chatbot, model_folder
 from duologue.config import parse_config, read_json
-from duologue.evaluation.conversations import EARS, Exchange, ears_of, listen
+from duologue.evaluation.conversations import EARS, ScoredExchange, ears_of, listen
 from duologue.evaluation.intelligibility import Recogniser
 from duologue.evaluation.prosody import PLAIN
 from duologue.evaluation.report import Row
@@ -34,7 +34,7 @@ class BundledQuestions:
     questions: tuple[BundledQuestion, ...]
 
 
-def ask_bundled(bot: Chatbot, recognisers: Mapping[str, Recogniser]) -> list[Exchange]:
+def ask_bundled(bot: Chatbot, recognisers: Mapping[str, Recogniser]) -> list[ScoredExchange]:
     """One exchange for each recording, without any history; its intent is the name of the recording."""
     folder = model_folder()
     listed = parse_config(BundledQuestions, read_json(folder / QUESTIONS_FILE), str(folder / QUESTIONS_FILE))
@@ -42,7 +42,7 @@ def ask_bundled(bot: Chatbot, recognisers: Mapping[str, Recogniser]) -> list[Exc
     for question in listed.questions:
         reply = bot.chat(folder / question.file)
         exchanges.append(
-            Exchange(
+            ScoredExchange(
                 dialogue=question.file,
                 intent=Path(question.file).stem,
                 split="bundled",
@@ -63,17 +63,17 @@ def ask_bundled(bot: Chatbot, recognisers: Mapping[str, Recogniser]) -> list[Exc
     return exchanges
 
 
-def bundled_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Row]:
+def bundled_rows(exchanges: Sequence[ScoredExchange], why_not: str) -> list[Row]:
     """Shares of right answers in the text of the reply and in what is heard of it, and which they are."""
     rows = [_row(exchanges, "right in the text", lambda one: one.correct)]
     if why_not:
         return [*rows, Row(GROUP, "answer heard", None, "%", skipped=why_not)]
     return rows + [
-        _row(exchanges, f"answer heard{EARS[ears]}", partial(Exchange.heard_correct, ears=ears))
+        _row(exchanges, f"answer heard{EARS[ears]}", partial(ScoredExchange.heard_correct, ears=ears))
         for ears in ears_of(exchanges)
     ]
 
 
-def _row(exchanges: Sequence[Exchange], name: str, right: Callable[[Exchange], bool]) -> Row:
+def _row(exchanges: Sequence[ScoredExchange], name: str, right: Callable[[ScoredExchange], bool]) -> Row:
     parts = {one.intent: float(right(one)) for one in exchanges}
     return Row(GROUP, name, sum(parts.values()) / len(parts), "%", 1.0, "at least", len(parts), parts=parts)

@@ -25,7 +25,7 @@ EARS = {OPEN: "", CURRICULUM: " over the curriculum"}
 
 
 @dataclass(frozen=True)
-class Exchange:
+class ScoredExchange:
     """One question of a test dialogue, asked aloud, and what the chatbot made of it.
 
     Attributes:
@@ -72,7 +72,7 @@ def listen(recognisers: Mapping[str, Recogniser], wav: NDArray[np.float32], samp
     return {name: recogniser.transcribe(wav, sample_rate) for name, recogniser in recognisers.items()}
 
 
-def converse(bot: Chatbot, test_set: TestSet, recognisers: Mapping[str, Recogniser]) -> list[Exchange]:
+def converse(bot: Chatbot, test_set: TestSet, recognisers: Mapping[str, Recogniser]) -> list[ScoredExchange]:
     """Asks every question of the test set aloud, dialogue by dialogue, and listens to every reply."""
     references: dict[str, Mapping[str, str]] = {}
 
@@ -86,7 +86,7 @@ def converse(bot: Chatbot, test_set: TestSet, recognisers: Mapping[str, Recognis
         replies = list(_ask(bot, dialogue, test_set.clips))
         for index, (turn, reply) in enumerate(zip(dialogue.turns, replies, strict=True)):
             exchanges.append(
-                Exchange(
+                ScoredExchange(
                     dialogue=dialogue.id,
                     intent=dialogue.intent,
                     split=dialogue.split,
@@ -107,12 +107,12 @@ def converse(bot: Chatbot, test_set: TestSet, recognisers: Mapping[str, Recognis
     return exchanges
 
 
-def ears_of(exchanges: Sequence[Exchange]) -> list[str]:
+def ears_of(exchanges: Sequence[ScoredExchange]) -> list[str]:
     """The recognisers that listened."""
     return [name for name in EARS if exchanges and name in exchanges[0].heard]
 
 
-def open_vocabulary_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Row]:
+def open_vocabulary_rows(exchanges: Sequence[ScoredExchange], why_not: str) -> list[Row]:
     """ "Repeat after me" with random words: are they in the text of the reply, and in its sound?"""
     group = "open vocabulary"
     chosen = [one for one in exchanges if one.last and one.intent in OPEN_INTENTS]
@@ -133,7 +133,7 @@ def open_vocabulary_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Ro
     return rows
 
 
-def understanding_rows(exchanges: Sequence[Exchange]) -> list[Row]:
+def understanding_rows(exchanges: Sequence[ScoredExchange]) -> list[Row]:
     """S->T: the share of spoken questions whose answer stands in the text of the reply, by intent."""
     return [
         _share_row(exchanges, "understanding", "S->T", split, lambda one: one.correct, aim)
@@ -141,15 +141,15 @@ def understanding_rows(exchanges: Sequence[Exchange]) -> list[Row]:
     ]
 
 
-def speaking_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Row]:
+def speaking_rows(exchanges: Sequence[ScoredExchange], why_not: str) -> list[Row]:
     """S->S: the answer is found in what a recogniser hears of the reply; beside it, in the reference replies."""
     group = "speaking"
     if why_not:
         return [Row(group, f"S->S, {SPLIT_NAMES[split]}", None, skipped=why_not) for split in SPLITS]
     rows = []
     for ears in ears_of(exchanges):
-        right = partial(Exchange.heard_correct, ears=ears)
-        possible = partial(Exchange.reference_correct, ears=ears)
+        right = partial(ScoredExchange.heard_correct, ears=ears)
+        possible = partial(ScoredExchange.reference_correct, ears=ears)
         for split in SPLITS:
             heard = _share_row(exchanges, group, f"S->S{EARS[ears]}", split, right)
             written = _share_row(exchanges, group, "S->T", split, lambda one: one.correct)
@@ -159,7 +159,7 @@ def speaking_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Row]:
     return rows
 
 
-def agreement_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Row]:
+def agreement_rows(exchanges: Sequence[ScoredExchange], why_not: str) -> list[Row]:
     """Does the sound of a reply say what its text says?"""
     name = "WER between the reply's text and what is heard"
     if why_not:
@@ -170,7 +170,7 @@ def agreement_rows(exchanges: Sequence[Exchange], why_not: str) -> list[Row]:
     ]
 
 
-def style_row(exchanges: Sequence[Exchange]) -> Row:
+def style_row(exchanges: Sequence[ScoredExchange]) -> Row:
     """The share of replies in a style whose pace, pitch or level moved the asked way against a plain rendition."""
     asked = [one for one in exchanges if one.change is not None]
     compared = [(style_name(one.style), one.change) for one in asked if not math.isnan(one.change or 0.0)]
@@ -184,7 +184,7 @@ def style_row(exchanges: Sequence[Exchange]) -> Row:
     return Row("style", name, _share([ok for _, ok in moved]), "%", 0.9, "at least", len(moved), note, parts=parts)
 
 
-def time_rows(exchanges: Sequence[Exchange]) -> list[Row]:
+def time_rows(exchanges: Sequence[ScoredExchange]) -> list[Row]:
     """Time to first audio after the end of the question, and real-time factor of the replies."""
     spoken = [one for one in exchanges if one.first_audio_s is not None and one.audio_s > 0]
     if not spoken:
@@ -231,11 +231,11 @@ def _prosody(reply: Reply) -> Prosody:
 
 
 def _share_row(
-    exchanges: Sequence[Exchange],
+    exchanges: Sequence[ScoredExchange],
     group: str,
     name: str,
     split: str,
-    right: Callable[[Exchange], bool],
+    right: Callable[[ScoredExchange], bool],
     aim: float | None = None,
 ) -> Row:
     """Share of the scored exchanges of a split that are right, and by intent."""

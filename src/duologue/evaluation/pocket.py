@@ -10,7 +10,7 @@ from duologue.evaluation.bundled import ask_bundled, bundled_rows
 from duologue.evaluation.conversations import (
     CURRICULUM,
     OPEN,
-    Exchange,
+    ScoredExchange,
     agreement_rows,
     converse,
     open_vocabulary_rows,
@@ -65,7 +65,7 @@ def evaluate_pocket(
     )
 
 
-def _sample(one: Exchange) -> dict[str, Any]:
+def _sample(one: ScoredExchange) -> dict[str, Any]:
     """What the results file keeps of an exchange."""
     kept = ("dialogue", "intent", "split", "style", "asked", "said")
     return {**{name: getattr(one, name) for name in kept}, "heard": dict(one.heard), "correct": one.correct}

@@ -89,7 +89,7 @@ class Engine(Protocol):
 
 
 @dataclass(eq=False)
-class _Kept:
+class _CachedIds:
     """Keys and values of `ids`, and the scores (V,) float32 of the id after them."""
 
     ids: list[int]
@@ -98,11 +98,11 @@ class _Kept:
 
 
 @dataclass(eq=False)
-class _Row:
+class _EngineJob:
     """A conversation in the engine's thread: `waiting` ids will be run behind the kept ones, then the request draws
     its next id from the scores. One without a request is a prompt that is warmed for later."""
 
-    kept: _Kept
+    kept: _CachedIds
     waiting: list[int]
     request: Request | None
     warmed: Future[None] = field(default_factory=Future)
@@ -157,9 +157,9 @@ class PlainEngine:
         self._side_by_side = SideBySide(model)
         self.model = self._side_by_side.model
         self._max_caches, self._max_step_tokens = max_caches, max_step_tokens
-        self._kept: list[_Kept] = []  # the longest unused first; like `_rows` it belongs to the engine's thread
-        self._rows: list[_Row] = []
-        self._arrived: list[_Row] = []
+        self._kept: list[_CachedIds] = []  # the longest unused first; like `_rows` it belongs to the engine's thread
+        self._rows: list[_EngineJob] = []
+        self._arrived: list[_EngineJob] = []
         self._is_working = False
         self._lock = threading.Lock()
         self._executor = ThreadPoolExecutor(1, "language", torch.set_num_threads, (num_step_threads(model),))
@@ -193,7 +193,7 @@ class PlainEngine:
         """See `Engine.cached_prefix`."""
         return max((_common_prefix(kept.ids, prompt_ids) for kept in self._all_kept()), default=0)
 
-    def _all_kept(self) -> list[_Kept]:
+    def _all_kept(self) -> list[_CachedIds]:
         return [*self._kept, *(row.kept for row in [*self._rows])]
 
     async def generate(
@@ -248,18 +248,18 @@ class PlainEngine:
             self._leave(request)
 
     def _begin(self, request: Request) -> None:
-        self._work_on(_Row(_Kept([]), request.prompt, request))
+        self._work_on(_EngineJob(_CachedIds([]), request.prompt, request))
 
     def _leave(self, request: Request) -> None:
         self._requests.remove(request)
         self._work_on()
 
     def _warm(self, prompt_ids: Sequence[int]) -> Future[None]:
-        row = _Row(_Kept([]), self._requests.check(prompt_ids), None)
+        row = _EngineJob(_CachedIds([]), self._requests.check(prompt_ids), None)
         self._work_on(row)
         return row.warmed
 
-    def _work_on(self, arrived: _Row | None = None) -> None:
+    def _work_on(self, arrived: _EngineJob | None = None) -> None:
         """Wakes the engine's thread: a row has arrived, or one may go on or has to go."""
         with self._lock:
             if arrived is not None:
@@ -290,7 +290,7 @@ class PlainEngine:
             except Exception as error:
                 self._fail([*self._rows, *arrived], error)
 
-    def _fail(self, rows: list[_Row], error: Exception) -> None:
+    def _fail(self, rows: list[_EngineJob], error: Exception) -> None:
         """Ends all that runs. What was kept before is whole and stays."""
         self._rows = []
         self._requests.fail(error)
@@ -298,7 +298,7 @@ class PlainEngine:
             if not row.warmed.done():
                 row.warmed.set_exception(engine_failed(error))
 
-    def _enter(self, row: _Row) -> None:
+    def _enter(self, row: _EngineJob) -> None:
         """Gives a new row what is known of the beginning of its prompt."""
         prompt = row.waiting
         if row.request is None and len(prompt) + self._requests.num_reserved > self.max_cached_tokens:
@@ -329,15 +329,15 @@ class PlainEngine:
             if not row.waiting and row.request is not None:
                 self._draw(row)
 
-    def _run(self, ids: list[list[int]], kept: list[_Kept]) -> Tensor:
+    def _run(self, ids: list[list[int]], kept: list[_CachedIds]) -> Tensor:
         self.num_computed += sum(map(len, ids))
         return self._side_by_side.step(ids, [one.cache for one in kept])
 
-    def _draw(self, row: _Row) -> None:
+    def _draw(self, row: _EngineJob) -> None:
         assert row.request is not None
         row.waiting = [row.request.choose(row.kept.scores)]
 
-    def _dismiss(self) -> list[_Row]:
+    def _dismiss(self) -> list[_EngineJob]:
         """Takes out the rows that have ended and keeps their conversations as the last used ones. Gives the warmed."""
         ended = [row for row in self._rows if row.ended]
         for row in ended:
@@ -356,7 +356,7 @@ class PlainEngine:
         ):
             self._kept.pop(0)
 
-    def _take(self, prompt: list[int]) -> _Kept:
+    def _take(self, prompt: list[int]) -> _CachedIds:
         """What is known of the longest beginning of a prompt.
 
         A kept conversation that the prompt continues is taken out, because it will grow, and so is a prompt that is
@@ -367,7 +367,7 @@ class PlainEngine:
             if (common := _common_prefix(kept.ids, prompt)) > shared:
                 best, shared = kept, common
         if best is None:
-            return _Kept([])
+            return _CachedIds([])
         if shared == len(best.ids):
             if best in self._kept:
                 self._kept.remove(best)
@@ -379,7 +379,7 @@ class PlainEngine:
                 return best
         # Scores are known only behind the last kept id, so a copy leaves one id of the prompt to be run.
         shared = min(shared, len(prompt) - 1)
-        return _Kept(prompt[:shared], best.cache.copy(shared))
+        return _CachedIds(prompt[:shared], best.cache.copy(shared))
 
 
 def check_engine(name: str) -> None:

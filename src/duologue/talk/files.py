@@ -19,7 +19,7 @@ def read_pcm(path: str | Path) -> NDArray[np.int16]:
     return to_pcm(resample(wav, sample_rate, WIRE_RATE))
 
 
-class Recorder:
+class PlaybackRecorder:
     """A loudspeaker that writes down what it plays: the answers one after the other, without the waiting between."""
 
     def __init__(self, playback: Playback) -> None:

@@ -13,7 +13,7 @@ from duologue.client.connection import WIRE_RATE, open_connection
 from duologue.client.conversation import Summary, Talk, TalkSettings
 from duologue.client.pace import Pace, paced, silence
 from duologue.client.playback import Playback
-from duologue.talk.files import Recorder, read_pcm
+from duologue.talk.files import PlaybackRecorder, read_pcm
 from duologue.talk.screen import Display, JsonLines, Meter, Screen
 from duologue.talk.sounds import Loudspeaker, Microphone, devices
 
@@ -52,7 +52,7 @@ async def converse(server: str, model: str, key: str, ends: Ends, settings: Talk
     playback, meter = Playback(WIRE_RATE), Meter()
     display: Display = JsonLines() if as_json else Screen(model, lambda: meter.level, lambda: playback.level)
     heard = read_pcm(ends.source) if ends.source is not None else None
-    recorder = Recorder(playback)
+    recorder = PlaybackRecorder(playback)
     async with open_connection(server, model, key) as connection:
         talk = Talk(connection, playback, settings, display.observe)
         with contextlib.ExitStack() as stack:

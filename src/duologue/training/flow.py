@@ -110,7 +110,7 @@ class FlowModel(nn.Module):
 
 
 @dataclass(frozen=True)
-class Utterance:
+class TrainingUtterance:
     """One clip, or clips of one voice joined: the number of their corpus, their places there, what is known of the
     first."""
 
@@ -236,7 +236,7 @@ class FlowStage:
             table = self.model.speakers.weight.detach()
             save_tensors(folder / "speakers", {name: table[i].clone() for i, name in enumerate(self.voices)})
 
-    def _open_corpora(self) -> tuple[list[CodeStore], list[Utterance]]:
+    def _open_corpora(self) -> tuple[list[CodeStore], list[TrainingUtterance]]:
         recipe = self.recipe
         stores, utterances = [], []
         for number, corpus in enumerate(recipe.corpora):
@@ -250,7 +250,7 @@ class FlowStage:
                 if clip.id != name:
                     raise ValueError(f"{folder} does not belong to {corpus}: clip {i} is {name}, not {clip.id}")
                 if store.num_tokens(i):
-                    utterances.append(Utterance(number, (i,), clip, store.num_tokens(i)))
+                    utterances.append(TrainingUtterance(number, (i,), clip, store.num_tokens(i)))
         return stores, join(utterances, recipe.joined_tokens) if recipe.joined_tokens else utterances
 
     def _make_flow(self) -> Flow | ReleasedFlow:
@@ -276,7 +276,7 @@ class FlowStage:
             )
         )
 
-    def _collate(self, utterances: Sequence[Utterance], starts: Sequence[int], num_tokens: int) -> Batch:
+    def _collate(self, utterances: Sequence[TrainingUtterance], starts: Sequence[int], num_tokens: int) -> Batch:
         """Tokens [start, start + num_tokens) of each clip and the frames that are theirs."""
         tokens, mels, voices = [], [], []
         for one, start in zip(utterances, starts, strict=True):
@@ -296,7 +296,7 @@ class FlowStage:
             "voice": torch.tensor(voices),
         }
 
-    def _generate(self, utterances: Sequence[Utterance], guidance_scale: float | None) -> list[Tensor]:
+    def _generate(self, utterances: Sequence[TrainingUtterance], guidance_scale: float | None) -> list[Tensor]:
         """Whole clips from their tokens: natural-log mels (F, M)."""
         longest = max(one.num_tokens for one in utterances)
         batch = self._collate(utterances, [0] * len(utterances), longest)
@@ -306,12 +306,12 @@ class FlowStage:
         tokens = Padded(batch["tokens"].to(device), batch["num_tokens"].to(device))
         return [mel.cpu() for mel in self.flow(tokens, state).rows()]
 
-    def whole(self, utterances: Sequence[Utterance]) -> tuple[Padded, list[Tensor]]:
+    def whole(self, utterances: Sequence[TrainingUtterance]) -> tuple[Padded, list[Tensor]]:
         """Tokens (B, T) and natural-log mels (F, M) of whole utterances."""
         batch = self._collate(utterances, [0] * len(utterances), max(one.num_tokens for one in utterances))
         return Padded(batch["tokens"], batch["num_tokens"]), [self._mel(one) for one in utterances]
 
-    def _mel(self, one: Utterance) -> Tensor:
+    def _mel(self, one: TrainingUtterance) -> Tensor:
         """(F, M) of F = 441 T // 64 frames; where clips join, a frame may have to be there twice for that."""
         parts, num_frames, num_tokens = [], 0, 0
         for index in one.indices:
@@ -323,9 +323,9 @@ class FlowStage:
         return torch.from_numpy(np.concatenate(parts))
 
 
-def join(utterances: Sequence[Utterance], max_tokens: int) -> list[Utterance]:
+def join(utterances: Sequence[TrainingUtterance], max_tokens: int) -> list[TrainingUtterance]:
     """Joins clips of one corpus, voice, role and split, in their order, as long as they have at most so many tokens."""
-    open_ones: dict[tuple[object, ...], Utterance] = {}
+    open_ones: dict[tuple[object, ...], TrainingUtterance] = {}
     joined = []
     for one in utterances:
         key = one.store, one.clip.voice, one.clip.role, one.clip.split

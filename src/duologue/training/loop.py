@@ -65,7 +65,7 @@ class LoopConfig:
         return self.learning_rate * (self.min_lr_ratio + (1 - self.min_lr_ratio) * fall)
 
 
-class Stage(Protocol):
+class TrainingStage(Protocol):
     """What one training stage tells the loop.
 
     Attributes:
@@ -101,7 +101,7 @@ class NonFiniteLoss(RuntimeError):
     """Training stopped before an optimizer step, because a loss is not a number."""
 
 
-def run(stage: Stage, config: LoopConfig, out: Path, device: str = "cpu") -> dict[str, float]:
+def run(stage: TrainingStage, config: LoopConfig, out: Path, device: str = "cpu") -> dict[str, float]:
     """Trains until `config.num_steps`, resuming from the newest checkpoint under `out`; returns the last evaluation."""
     rank, world = _start_distributed()
     out.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ def run(stage: Stage, config: LoopConfig, out: Path, device: str = "cpu") -> dic
 
 
 def _optimize(
-    stage: Stage,
+    stage: TrainingStage,
     phase: str,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -190,7 +190,7 @@ def _optimize(
     return values
 
 
-def _quiet(stage: Stage, work: Any) -> Any:
+def _quiet(stage: TrainingStage, work: Any) -> Any:
     """Runs work in evaluation mode without gradients, and puts the stage back."""
     for module in stage.phases.values():
         module.eval()
@@ -201,7 +201,9 @@ def _quiet(stage: Stage, work: Any) -> Any:
     return result
 
 
-def _prefetch(stage: Stage, config: LoopConfig, step: int, rank: int, world: int) -> Iterator[tuple[int, Batch]]:
+def _prefetch(
+    stage: TrainingStage, config: LoopConfig, step: int, rank: int, world: int
+) -> Iterator[tuple[int, Batch]]:
     """Batches with their indices, the next one made while one is used."""
     first = step * config.accumulate * world + rank
     with ThreadPoolExecutor(1) as pool:
@@ -231,7 +233,7 @@ def _start_distributed() -> tuple[int, int]:
 
 
 def _checkpoint(
-    stage: Stage, optimizers: Mapping[str, torch.optim.Optimizer], step: int, folder: Path, max_shard_bytes: int
+    stage: TrainingStage, optimizers: Mapping[str, torch.optim.Optimizer], step: int, folder: Path, max_shard_bytes: int
 ) -> None:
     """Writes weights and optimizers beside the older checkpoint, then removes the older one."""
     unfinished = folder / f"step-{step:07d}.part"
@@ -249,7 +251,7 @@ def _checkpoint(
         shutil.rmtree(old)
 
 
-def _resume(stage: Stage, optimizers: Mapping[str, torch.optim.Optimizer], folder: Path) -> int:
+def _resume(stage: TrainingStage, optimizers: Mapping[str, torch.optim.Optimizer], folder: Path) -> int:
     """Loads the newest checkpoint; returns its step, or 0 when there is none."""
     found = sorted(folder.glob("step-???????"))
     if not found:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from duologue.config import parse_config, parse_value, read_yaml, to_mapping, write_json
 
 if TYPE_CHECKING:  # torch is not needed to name the stages
-    from duologue.training.loop import LoopConfig, Stage
+    from duologue.training.loop import LoopConfig, TrainingStage
 
 STAGES = {
     "tokenizer": "speech recognition through a vector quantizer",
@@ -91,7 +91,7 @@ def train(
     return Trained(stage, folder / "final", run(made, loop, folder, device))
 
 
-def _make(name: str, mapping: dict[str, Any], where: str) -> tuple[Stage, LoopConfig, object]:
+def _make(name: str, mapping: dict[str, Any], where: str) -> tuple[TrainingStage, LoopConfig, object]:
     """Stage, loop and recipe. The stage's libraries are imported here: others may need an extra that is missing."""
     module = importlib.import_module(f"duologue.training.{name}")
     recipe: Any = parse_config(getattr(module, f"{name.capitalize()}Recipe"), mapping, where)
