@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import DTYPES, KEY_VARIABLE, Parser, add_command, add_precision, positive, say_if_untrained
+from duologue.cli.parser import (
+    DTYPES,
+    KEY_VARIABLE,
+    Parser,
+    add_command,
+    add_device,
+    add_precision,
+    positive,
+    say_if_untrained,
+)
 from duologue.config import write_json
 
 if TYPE_CHECKING:
@@ -53,7 +62,7 @@ class Bench:
 
     Attributes:
         precision: whether it takes the options of `add_precision`.
-        model: what `--model` takes by default; None where random weights do without one.
+        random_weights: whether it does without a model: random weights of pocket's size are then the default.
     """
 
     name: str
@@ -61,7 +70,7 @@ class Bench:
     run: Callable[[argparse.Namespace], None]
     options: tuple[Option, ...]
     precision: bool = False
-    model: str | None = "pocket"
+    random_weights: bool = False
 
 
 def seconds(text: str) -> float:
@@ -78,8 +87,11 @@ def seconds(text: str) -> float:
 def add(names: Any) -> None:
     """Adds a parser for each bench."""
     for bench in BENCHES:
-        parser: Parser = add_command(names, bench.name, bench.run, bench.help, model=True)
-        parser.set_defaults(bench=bench.name, model=bench.model)
+        parser: Parser = add_command(names, bench.name, bench.run, bench.help, model=not bench.random_weights)
+        parser.set_defaults(bench=bench.name)
+        if bench.random_weights:
+            parser.add_argument("--model", help="a preset or a model folder (default: random weights of pocket's size)")
+            add_device(parser)
         parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result (.png, .svg, ...)")
         parser.add_argument(
             "-o", "--output", type=Path, metavar="FOLDER", help=f"write the record there, as {bench.name}.json"
@@ -303,7 +315,7 @@ BENCHES = (
             Option("--reply", positive, 64, "ids of a reply"),
             Option("--repetitions", positive, 3, ""),
         ),
-        model=None,
+        random_weights=True,
     ),
     Bench(
         "server",
