@@ -29,7 +29,7 @@ from duologue.config import load_config, to_mapping, write_json
 from duologue.decoder.released_blocks import Streaming, last_of
 from duologue.decoder.released_flow import ReleasedFlow, ReleasedFlowConfig, ReleasedFlowState
 from duologue.layers import Padded
-from duologue.training.flow import FlowRecipe, FlowStage, Utterance, join
+from duologue.training.flow import FlowRecipe, FlowStage, TrainingUtterance, join
 
 RUN = Path("runs/released_context/flow")
 RECIPE = Path(__file__).parent / "flow.yaml"
@@ -187,7 +187,9 @@ def _seam(mels: Sequence[Tensor], borders: Sequence[set[int]]) -> float:
 
 def held_out(stage: FlowStage, num_tokens: int, num_replies: int) -> tuple[Padded, list[Tensor]]:
     """Tokens (B, N) and mels of held-out clips, joined to replies of about so many tokens."""
-    chosen: list[Utterance] = sorted(join(stage.valid, num_tokens), key=lambda one: -one.num_tokens)[:num_replies]
+    chosen: list[TrainingUtterance] = sorted(join(stage.valid, num_tokens), key=lambda one: -one.num_tokens)[
+        :num_replies
+    ]
     return stage.whole(chosen)
 
 
