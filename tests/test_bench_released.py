@@ -13,7 +13,7 @@ from duologue.bench.solvers import measure_solvers
 from duologue.cli import main
 from duologue.decoder.solvers import Solver
 from duologue.layers import Padded
-from duologue.released import PRESETS
+from duologue.released.random_weights import PRESETS
 from tests.released_sizes import FLOW, HIFT
 from tests.test_flow import CODES, tiny_flow
 

@@ -22,7 +22,6 @@ from duologue.decoder.encoder import (
     phase_of_frame,
     token_of_frame,
 )
-from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import (
     Flow,
     FlowConfig,
@@ -34,6 +33,7 @@ from duologue.decoder.flow import (
     state_bytes,
 )
 from duologue.decoder.solvers import Method, Solver
+from duologue.decoder.transformer import EstimatorConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded
 

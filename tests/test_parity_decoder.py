@@ -21,10 +21,11 @@ from torch import Tensor
 from duologue.audio import SpeakMel
 from duologue.checkpoint import load_weights
 from duologue.config import parse_config, read_json
-from duologue.decoder.hift import HiFT, HiFTConfig
-from duologue.decoder.hift_stream import speak_as_released
-from duologue.decoder.released_flow import NUM_STEPS, ReleasedFlow, ReleasedFlowConfig
-from duologue.decoder.released_stream import (
+from duologue.layers import Padded
+from duologue.released.decoder.flow import NUM_STEPS, ReleasedFlow, ReleasedFlowConfig
+from duologue.released.decoder.hift import HiFT, HiFTConfig
+from duologue.released.decoder.hift_stream import speak_as_released
+from tests.released_stream import (
     ReleasedBlock,
     SourceNoise,
     init_released,
@@ -32,7 +33,6 @@ from duologue.decoder.released_stream import (
     released_noise,
     step_released,
 )
-from duologue.layers import Padded
 
 FOLDER = Path(os.environ.get("DUOLOGUE_PARITY") or Path(__file__).parents[2] / "shared" / "parity")
 SPEC = read_json(FOLDER / "decoder.json") if (FOLDER / "decoder.json").is_file() else {}

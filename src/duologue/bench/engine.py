@@ -23,12 +23,11 @@ from transformers import PreTrainedModel
 from duologue.bench.harness import Check, Spread, at_least, at_most
 from duologue.bench.plots import draw_lines
 from duologue.interleave import SPEECH_ONLY
-from duologue.language.backbone import Dtype, LanguageConfig, load_language, new_glm
+from duologue.language.backbone import Dtype, LanguageConfig, new_glm
 from duologue.language.continuous import ContinuousEngine
 from duologue.language.engine import PlainEngine
-from duologue.language.released import is_released, load_released_language
 from duologue.language.sampling import Sampling
-from duologue.released import find_released
+from duologue.models import open_folder
 from duologue.vocabulary import Vocabulary
 
 AnyEngine = PlainEngine | ContinuousEngine
@@ -130,14 +129,8 @@ def stored_language(
     folder: Path, device: str = "cpu", dtype: Dtype | None = None
 ) -> tuple[Callable[[], PreTrainedModel], Vocabulary]:
     """Reads the language model of a model folder anew each time, and its vocabulary, without the rest."""
-    released = find_released(folder)
-    if released is None:
-        where, chosen, vocabulary = folder / "language", dtype or "float32", Vocabulary.load(folder / "vocabulary")
-    else:
-        where, chosen, vocabulary = released.language, dtype or "bfloat16", released.load_vocabulary()
-    if is_released(where):
-        return lambda: load_released_language(where, chosen, device, None), vocabulary
-    return lambda: load_language(where, chosen).to(device), vocabulary
+    opened = open_folder(folder)
+    return lambda: opened.load_language(device, dtype), opened.vocabulary
 
 
 def measure_engine(

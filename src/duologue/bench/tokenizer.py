@@ -34,7 +34,7 @@ from duologue.bench.plots import draw_lines
 from duologue.bench.speech import chunks, questions, speech_of
 from duologue.decoder.flow import state_bytes
 from duologue.layers import Padded
-from duologue.released import PRESETS
+from duologue.released.random_weights import PRESETS
 from duologue.tokenizer.tokenizer import SpeechTokenizer
 
 CHUNKS_MS = (20, 40, 100)

@@ -115,16 +115,16 @@ def _latency(args: argparse.Namespace) -> None:
 def _tokenizer(args: argparse.Namespace) -> None:
     from duologue.bench.tokenizer import measure_tokenizer, random_tokenizer
     from duologue.chatbot import model_folder
-    from duologue.models import Card, load_tokenizer
+    from duologue.models import open_folder
 
     name = args.bench
     if args.preset is not None:
         tokenizer, model = random_tokenizer(args.preset).to(args.device), {"name": args.preset, "trained": False}
         name = f"{name}-{args.preset}"
     else:
-        folder = model_folder(args.model)
-        card = Card.load(folder)
-        tokenizer, model = load_tokenizer(folder, args.device), {"name": card.name, "trained": card.trained}
+        folder = open_folder(model_folder(args.model))
+        tokenizer = folder.load_tokenizer(args.device)
+        model = {"name": folder.card.name, "trained": folder.card.trained}
     counts = args.seconds, args.repetitions, args.warm_up
     _run(args, model, lambda: measure_tokenizer(tokenizer, *counts), name)
 
@@ -132,26 +132,26 @@ def _tokenizer(args: argparse.Namespace) -> None:
 def _decoder(args: argparse.Namespace) -> None:
     from duologue.bench.decoder import measure_decoder
     from duologue.chatbot import model_folder
-    from duologue.decoder.released import ReleasedDecoder
-    from duologue.models import Card, codebook_size, load_decoder
+    from duologue.models import open_folder
+    from duologue.released.decoder.decoder import ReleasedDecoder
 
     if args.preset is not None:
         from duologue.bench.tokenizer import RANDOM
-        from duologue.released import PRESETS
+        from duologue.released.random_weights import PRESETS
 
         sizes = PRESETS[RANDOM[args.preset]]()
         _released_decoder(args, {"name": args.preset, "trained": False}, sizes.flow, sizes.vocoder)
         return
-    folder = model_folder(args.model)
-    card = Card.load(folder)
-    decoder = load_decoder(folder, args.device)
+    folder = open_folder(model_folder(args.model))
+    card = folder.card
+    decoder = folder.load_decoder(args.device)
     model = {"name": card.name, "trained": card.trained}
     if isinstance(decoder, ReleasedDecoder):
         _released_decoder(args, model, decoder.flow.config, decoder.vocoder.network.config)
         return
     solver = card.num_steps, card.guidance_scale
     counts = args.seconds, args.repetitions or 15, args.replies
-    _run(args, model, lambda: measure_decoder(decoder, codebook_size(decoder), *counts, *solver))
+    _run(args, model, lambda: measure_decoder(decoder, decoder.codebook_size, *counts, *solver))
 
 
 def _released_decoder(args: argparse.Namespace, model: dict[str, Any], flow: Any, vocoder: Any) -> None:
@@ -171,14 +171,14 @@ def _solvers(args: argparse.Namespace) -> None:
     from duologue.bench.solvers import measure_solvers, question_tokens
     from duologue.chatbot import model_folder
     from duologue.decoder.decoder import SpeechDecoder
-    from duologue.models import Card, load_decoder, load_tokenizer
+    from duologue.models import open_folder
 
-    folder = model_folder(args.model)
-    card = Card.load(folder)
-    decoder = load_decoder(folder, args.device)
+    folder = open_folder(model_folder(args.model))
+    card = folder.card
+    decoder = folder.load_decoder(args.device)
     if not isinstance(decoder, SpeechDecoder):
-        raise ValueError(f"{folder} has a released decoder, whose solver is Euler's; choose a model with our own")
-    tokens = question_tokens(load_tokenizer(folder, args.device))
+        raise ValueError(f"{folder.path} has a released decoder, whose solver is Euler's; choose a model with our own")
+    tokens = question_tokens(folder.load_tokenizer(args.device))
     scale = card.guidance_scale if args.guidance is None else args.guidance
     _run(
         args,
@@ -201,7 +201,7 @@ def _sessions(args: argparse.Namespace) -> None:
 def _engine(args: argparse.Namespace) -> None:
     from duologue.bench.engine import measure_engine, random_language, stored_language
     from duologue.chatbot import model_folder
-    from duologue.models import Card
+    from duologue.models import open_folder
     from duologue.vocabulary import Vocabulary
 
     if args.model is None:
@@ -211,7 +211,7 @@ def _engine(args: argparse.Namespace) -> None:
         make_model, model = random_language(vocabulary, args.device), {"name": "pocket's size", "trained": False}
     else:
         folder = model_folder(args.model)
-        card = Card.load(folder)
+        card = open_folder(folder).card
         make_model, vocabulary = stored_language(folder, args.device, args.dtype)
         model = {"name": card.name, "trained": card.trained}
     sizes = args.requests, args.prompt, args.reply, args.repetitions

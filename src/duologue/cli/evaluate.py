@@ -91,11 +91,12 @@ def _solvers(args: argparse.Namespace, test_set: TestSet) -> Report:
     from duologue.chatbot import model_folder
     from duologue.decoder.decoder import SpeechDecoder
     from duologue.evaluation.solvers import Setting, evaluate_solvers, parse_setting
-    from duologue.models import Card, load_decoder, load_tokenizer
+    from duologue.models import open_folder
 
     folder = model_folder(args.model)
-    card = Card.load(folder)
-    decoder = load_decoder(folder, args.device)
+    opened = open_folder(folder)
+    card = opened.card
+    decoder = opened.load_decoder(args.device)
     if not isinstance(decoder, SpeechDecoder):
         raise ValueError(f"{folder} has a released decoder, whose solver is Euler's; choose a model with our own")
     config = decoder.flow.config
@@ -103,7 +104,7 @@ def _solvers(args: argparse.Namespace, test_set: TestSet) -> Report:
     own = Setting(config.make_solver(card.num_steps), scale)
     settings = [own] if args.setting is None else [parse_setting(text, scale) for text in args.setting]
     model = _about(folder, card, ("tokenizer", "decoder"))
-    tokenizer = load_tokenizer(folder, args.device)
+    tokenizer = opened.load_tokenizer(args.device)
     return evaluate_solvers(tokenizer, decoder, test_set, settings, args.clips, model=model, seed=args.seed)
 
 

@@ -39,7 +39,7 @@ class Quantized:
 
 
 class Quantizer(nn.Module):
-    """Nearest code by L2, no projection and no scaling, the lowest index on ties (checkpoints.md 1.2, step 6)."""
+    """Nearest code by L2, no projection and no scaling, the lowest index on ties (docs/checkpoints.md 1.2, step 6)."""
 
     ema_count: Tensor
     ema_weight: Tensor
