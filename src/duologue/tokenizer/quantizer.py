@@ -1,4 +1,4 @@
-"""Vector quantizer with an EMA codebook: one vector per token -> one of `codebook_size` codes (paper section 1)."""
+"""Vector quantizer with an EMA codebook: one vector per token -> one of `codebook_size` codes (arXiv:2412.02612)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage `flow`: the flow decoder learns to turn speech tokens into mels (paper section 2).
+"""Stage `flow`: the flow decoder learns to turn speech tokens into mels (arXiv:2412.02612).
 
 First many voices with a learned speaker vector each, the reply voice being the zero vector; then, started from that,
 the reply voice alone with truncated utterances (the first n blocks of 10 tokens). The flow is pocket's, or one of the
