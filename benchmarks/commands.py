@@ -116,16 +116,16 @@ def _latency(args: argparse.Namespace) -> None:
 def _tokenizer(args: argparse.Namespace) -> None:
     from benchmarks.tokenizer import measure_tokenizer, random_tokenizer
     from duologue.chatbot import model_folder
-    from duologue.models import Card, load_tokenizer
+    from duologue.models import open_folder
 
     name = args.bench
     if args.preset is not None:
         tokenizer, model = random_tokenizer(args.preset).to(args.device), {"name": args.preset, "trained": False}
         name = f"{name}-{args.preset}"
     else:
-        folder = model_folder(args.model)
-        card = Card.load(folder)
-        tokenizer, model = load_tokenizer(folder, args.device), {"name": card.name, "trained": card.trained}
+        folder = open_folder(model_folder(args.model))
+        tokenizer = folder.load_tokenizer(args.device)
+        model = {"name": folder.card.name, "trained": folder.card.trained}
     counts = args.seconds, args.repetitions, args.warm_up
     _run(args, model, lambda: measure_tokenizer(tokenizer, *counts), name)
 
@@ -133,26 +133,25 @@ def _tokenizer(args: argparse.Namespace) -> None:
 def _decoder(args: argparse.Namespace) -> None:
     from benchmarks.decoder import measure_decoder
     from duologue.chatbot import model_folder
-    from duologue.decoder.released import ReleasedDecoder
-    from duologue.models import Card, codebook_size, load_decoder
+    from duologue.models import open_folder
+    from duologue.released.decoder.decoder import ReleasedDecoder
 
     if args.preset is not None:
         from benchmarks.tokenizer import RANDOM
-        from duologue.released import PRESETS
+        from duologue.released.random_weights import PRESETS
 
         sizes = PRESETS[RANDOM[args.preset]]()
         _released_decoder(args, {"name": args.preset, "trained": False}, sizes.flow, sizes.vocoder)
         return
-    folder = model_folder(args.model)
-    card = Card.load(folder)
-    decoder = load_decoder(folder, args.device)
+    folder = open_folder(model_folder(args.model))
+    card, decoder = folder.card, folder.load_decoder(args.device)
     model = {"name": card.name, "trained": card.trained}
     if isinstance(decoder, ReleasedDecoder):
         _released_decoder(args, model, decoder.flow.config, decoder.vocoder.network.config)
         return
     solver = card.num_steps, card.guidance_scale
     counts = args.seconds, args.repetitions or 15, args.replies
-    _run(args, model, lambda: measure_decoder(decoder, codebook_size(decoder), *counts, *solver))
+    _run(args, model, lambda: measure_decoder(decoder, decoder.codebook_size, *counts, *solver))
 
 
 def _released_decoder(args: argparse.Namespace, model: dict[str, Any], flow: Any, vocoder: Any) -> None:

@@ -25,11 +25,10 @@ from benchmarks.harness import AIMS, Spread
 from benchmarks.plots import draw_lines
 from duologue.evaluation.report import Row
 from duologue.interleave import SPEECH_ONLY
-from duologue.language.backbone import Dtype, LanguageConfig, load_language, new_glm
+from duologue.language.backbone import Dtype, LanguageConfig, new_glm
 from duologue.language.engine import PlainEngine
-from duologue.language.released import is_released, load_released_language
 from duologue.language.sampling import Sampling
-from duologue.released import find_released
+from duologue.models import open_folder
 from duologue.vocabulary import Vocabulary
 
 COUNTS = (1, 4, 8, 16)
@@ -114,14 +113,8 @@ def stored_language(
     folder: Path, device: str = "cpu", dtype: Dtype | None = None
 ) -> tuple[PreTrainedModel, Vocabulary]:
     """The language model of a model folder and its vocabulary, without the rest."""
-    released = find_released(folder)
-    if released is None:
-        where, chosen, vocabulary = folder / "language", dtype or "float32", Vocabulary.load(folder / "vocabulary")
-    else:
-        where, chosen, vocabulary = released.language, dtype or "bfloat16", released.load_vocabulary()
-    if is_released(where):
-        return load_released_language(where, chosen, device, None), vocabulary
-    return load_language(where, chosen).to(device), vocabulary
+    opened = open_folder(folder)
+    return opened.load_language(device, dtype), opened.vocabulary
 
 
 def measure_engine(

@@ -28,13 +28,13 @@ from benchmarks.harness import AIMS, Spread, now
 from benchmarks.plots import draw_lines
 from duologue import rates
 from duologue.decoder.flow import state_bytes
-from duologue.decoder.hift import HiFTConfig
-from duologue.decoder.hift_stream import speak_as_released
-from duologue.decoder.released import ReleasedDecoder, ReleasedDecoderState, build_released_decoder
-from duologue.decoder.released_blocks import Streaming
-from duologue.decoder.released_flow import NUM_STEPS, ReleasedFlowConfig
 from duologue.evaluation.report import Row
 from duologue.layers import Padded
+from duologue.released.decoder.blocks import Streaming
+from duologue.released.decoder.decoder import ReleasedDecoder, ReleasedDecoderState, build_released_decoder
+from duologue.released.decoder.flow import NUM_STEPS, ReleasedFlowConfig
+from duologue.released.decoder.hift import HiFTConfig
+from duologue.released.decoder.hift_stream import speak_as_released
 
 MAX_LAST_OVER_FIRST = 1.2
 MIN_SPEEDUP = 6.0

@@ -35,7 +35,7 @@ from duologue.audio import LogMel
 from duologue.decoder.flow import state_bytes
 from duologue.evaluation.report import Row
 from duologue.layers import Padded
-from duologue.released import PRESETS
+from duologue.released.random_weights import PRESETS
 from duologue.tokenizer.tokenizer import SpeechTokenizer
 
 CHUNKS_MS = (20, 40, 100)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import GlmConfig, GlmForCausalLM
 
 from duologue.audio import LogMelConfig
+from duologue.released.tokenizer import ReleasedSpeechTokenizer, resample_released
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import QuantizerConfig
-from duologue.tokenizer.released import ReleasedSpeechTokenizer, resample_released
 from duologue.tokenizer.tokenizer import SpeechTokenizerConfig
 
 FILE = Path(__file__).parent / "golden" / "released_tokens.safetensors"

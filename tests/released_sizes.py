@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from duologue.decoder.conformer import ConformerConfig
-from duologue.decoder.hift import HiFTConfig, PitchConfig
-from duologue.decoder.released import ReleasedDecoder, build_released_decoder
-from duologue.decoder.released_blocks import Streaming
-from duologue.decoder.released_flow import ReleasedFlowConfig
-from duologue.decoder.unet import UNetConfig
+from duologue.released.decoder.blocks import Streaming
+from duologue.released.decoder.conformer import ConformerConfig
+from duologue.released.decoder.decoder import ReleasedDecoder, build_released_decoder
+from duologue.released.decoder.flow import ReleasedFlowConfig
+from duologue.released.decoder.hift import HiFTConfig, PitchConfig
+from duologue.released.decoder.unet import UNetConfig
 
 VOCAB = 32
 FLOW = ReleasedFlowConfig(

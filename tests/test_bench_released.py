@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from benchmarks import harness
 from benchmarks.released_decoder import _parabola, measure_released_decoder
 from duologue.cli import main
-from duologue.released import PRESETS
+from duologue.released.random_weights import PRESETS
 from tests.released_sizes import FLOW, HIFT
 
 

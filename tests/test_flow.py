@@ -23,7 +23,6 @@ from duologue.decoder.encoder import (
     phase_of_frame,
     token_of_frame,
 )
-from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import (
     Flow,
     FlowConfig,
@@ -35,6 +34,7 @@ from duologue.decoder.flow import (
     state_bytes,
 )
 from duologue.decoder.solver import cosine_times, solve_euler
+from duologue.decoder.transformer import EstimatorConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded
 

@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from duologue.decoder.hift_stream import speak_as_released
-from duologue.decoder.released_blocks import OFFLINE, Streaming
-from duologue.decoder.released_stream import init_released, released_mel, released_noise, step_released
 from duologue.layers import Padded
+from duologue.released.decoder.blocks import OFFLINE, Streaming
+from duologue.released.decoder.hift_stream import speak_as_released
 from tests.released_sizes import formula, small_decoder, small_tokens
+from tests.released_stream import init_released, released_mel, released_noise, step_released
 
 FILE = Path(__file__).parent / "golden" / "released_decoder.safetensors"
 

@@ -15,14 +15,15 @@ from transformers import PreTrainedModel
 from duologue import rates
 from duologue.audio import LogMel
 from duologue.interleave import Kind
-from duologue.language.convert import convert
-from duologue.language.released import load_released_language
-from duologue.language.released_text import load_released_vocabulary, released_ids, released_prompt
 from duologue.layers import Padded
-from duologue.tokenizer.released import ReleasedSpeechTokenizer, load_released_tokenizer, resample_released
+from duologue.released.convert import convert
+from duologue.released.language import load_released_language
+from duologue.released.text import load_released_vocabulary
+from duologue.released.tokenizer import ReleasedSpeechTokenizer, load_released_tokenizer, resample_released
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import RELEASED_TEMPLATE, Vocabulary
 from tests.parity import PARITY, RELEASED, assert_close, facts, params, tensors
+from tests.released_prompts import released_ids, released_prompt
 
 TEXTS = RELEASED / "9b" / "expected_text_ids.json"
 Folders = Callable[[str], Path]

@@ -21,18 +21,18 @@ from torch import Tensor
 from duologue.audio import SpeakMel
 from duologue.checkpoint import load_weights
 from duologue.config import parse_config, read_json
-from duologue.decoder.hift import HiFT, HiFTConfig
-from duologue.decoder.hift_stream import speak_as_released
-from duologue.decoder.released_flow import NUM_STEPS, ReleasedFlow, ReleasedFlowConfig
-from duologue.decoder.released_stream import (
+from duologue.layers import Padded
+from duologue.released.decoder.flow import NUM_STEPS, ReleasedFlow, ReleasedFlowConfig
+from duologue.released.decoder.hift import HiFT, HiFTConfig
+from duologue.released.decoder.hift_stream import speak_as_released
+from tests.released_noise import hashed_noise, uniform
+from tests.released_stream import (
     ReleasedBlock,
-    SourceNoise,
     init_released,
     released_mel,
     released_noise,
     step_released,
 )
-from duologue.layers import Padded
 
 FOLDER = Path(os.environ.get("DUOLOGUE_PARITY") or Path(__file__).parents[2] / "shared" / "parity")
 SPEC = read_json(FOLDER / "decoder.json") if (FOLDER / "decoder.json").is_file() else {}
@@ -145,27 +145,6 @@ def check_features(case: dict[str, Any]) -> None:
     mel = SpeakMel()(fixture().tensors[f"{name}.wave"])
     assert mel.shape[1] == case["frames"]
     assert_close(mel, frames_first(fixture().tensors[f"{name}.mel"]), fixture().tolerance["melspec_abs"])
-
-
-def uniform(shape: tuple[int, ...], salt: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The stored cases' own noise: the hash that decoder.json describes."""
-    low = np.uint64(2**32 - 1)
-    x = (np.arange(math.prod(shape), dtype=np.uint64) * np.uint64(2654435761) + np.uint64(salt * 40503 + 12345)) & low
-    for shift, factor in ((15, 2246822519), (13, 3266489917)):
-        x ^= x >> np.uint64(shift)
-        x = (x * np.uint64(factor)) & low
-    x ^= x >> np.uint64(16)
-    return (x.astype(np.float64) / 2**32).reshape(shape)
-
-
-def hashed_noise(salt: int) -> SourceNoise:
-    def draw(_: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        samples, harmonics = size
-        phase = (2 * uniform((1, harmonics), salt + 1000) - 1) * np.pi
-        noise = (uniform((1, harmonics, samples), salt) - 0.5) * math.sqrt(12)
-        return torch.from_numpy(phase.astype(np.float32)), frames_first(torch.from_numpy(noise.astype(np.float32)))
-
-    return draw
 
 
 @functools.cache

@@ -13,16 +13,18 @@ from torch.nn import functional
 
 from duologue import rates
 from duologue.config import read_json
-from duologue.decoder import released_flow
-from duologue.decoder.hift import HiFT, HiFTConfig
-from duologue.decoder.regulator import LengthRegulator, RaggedGroupNorm, nearest_token
-from duologue.decoder.released import ReleasedDecoder
-from duologue.decoder.released_blocks import GROWING, OFFLINE, Streaming
-from duologue.decoder.released_flow import ReleasedFlow, ReleasedFlowConfig
-from duologue.decoder.released_stream import init_released, released_noise, step_released
 from duologue.layers import Padded
+from duologue.released.decoder import flow as released_flow
+from duologue.released.decoder.blocks import OFFLINE, Streaming
+from duologue.released.decoder.decoder import ReleasedDecoder
+from duologue.released.decoder.flow import ReleasedFlow, ReleasedFlowConfig
+from duologue.released.decoder.hift import HiFT, HiFTConfig
+from duologue.released.decoder.regulator import LengthRegulator, RaggedGroupNorm, nearest_token
 from tests.released_sizes import VOCAB, formula, small_decoder, small_tokens
+from tests.released_stream import init_released, released_noise, step_released
 
+# The blocks of the released code, each with all that was given out before it.
+GROWING = Streaming(block_tokens=(25, 50, 100, 150, 200), overlap_frames=34, window_frames=None)
 SHARED = Path(os.environ.get("DUOLOGUE_PARITY") or Path(__file__).parents[2] / "shared" / "parity").parent
 KEYS = SHARED / "spec" / "decoder_keys.json"
 SHORT = Streaming(block_tokens=(6, 10, 20), overlap_frames=12, window_frames=None)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from duologue.decoder.hift import HiFTConfig
-from duologue.decoder.released import ReleasedDecoder, load_released_decoder, save_released_decoder
-from duologue.decoder.released_blocks import OFFLINE
-from duologue.decoder.released_flow import ReleasedFlowConfig
-from duologue.decoder.released_folder import read_decoder_config, read_weights, write_decoder_config
 from duologue.layers import Padded
+from duologue.released.decoder.blocks import OFFLINE
+from duologue.released.decoder.decoder import ReleasedDecoder, load_released_decoder, save_released_decoder
+from duologue.released.decoder.flow import ReleasedFlowConfig
+from duologue.released.decoder.folder import read_decoder_config, read_weights, write_decoder_config
+from duologue.released.decoder.hift import HiFTConfig
 from tests.released_sizes import FLOW, HIFT, small_decoder, small_tokens
 
 RELEASED = Path(os.environ.get("DUOLOGUE_RELEASED") or Path(__file__).parents[2] / "shared" / "released") / "decoder"

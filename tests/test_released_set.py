@@ -18,8 +18,9 @@ from duologue.cli import main
 from duologue.doctor import State, examine
 from duologue.language.engine import PlainEngine
 from duologue.layers import Padded
-from duologue.models import Card, Models, load_decoder
-from duologue.released import find_released, init_random
+from duologue.models import Models, open_folder
+from duologue.released.folder import ReleasedFolder
+from duologue.released.random_weights import init_random
 from tests.parity import RELEASED
 
 
@@ -48,12 +49,12 @@ def ask(bot: Chatbot) -> None:
 
 
 def test_a_random_set_answers_and_says_that_it_is_random(made: Path) -> None:
-    assert not Card.load(made).trained
+    assert not open_folder(made).card.trained
     ask(load(made, dtype="float32"))
 
 
 def test_the_decoder_of_a_set_computes_in_the_type_that_is_asked_for(made: Path, tmp_path: Path) -> None:
-    usual, named, half = (load_decoder(made, dtype=dtype) for dtype in (None, "float32", "bfloat16"))
+    usual, named, half = (open_folder(made).load_decoder(dtype=dtype) for dtype in (None, "float32", "bfloat16"))
     for decoder, dtype in ((usual, torch.float32), (half, torch.bfloat16)):
         assert {p.dtype for p in decoder.flow.decoder.parameters()} == {dtype}  # the U-Net
         assert {p.dtype for p in decoder.flow.encoder.parameters()} == {torch.float32}
@@ -135,7 +136,7 @@ def test_a_bad_set_is_told_in_one_sentence(released: Path, spoil: Callable[[Path
 
 def test_a_folder_without_any_part_is_no_set(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    assert find_released(tmp_path) is None
+    assert ReleasedFolder.find(tmp_path) is None
 
 
 def test_the_doctor_tells_what_each_part_needs_and_how_to_run_it(

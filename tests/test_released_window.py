@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from duologue import rates
-from duologue.decoder.conformer import BlockConformer
 from duologue.decoder.flow import noise_at, state_bytes
-from duologue.decoder.released_blocks import Streaming
-from duologue.decoder.released_flow import ReleasedFlow, ReleasedFlowState
 from duologue.layers import Padded, join_states, state_row
+from duologue.released.decoder.blocks import Streaming
+from duologue.released.decoder.conformer import BlockConformer
+from duologue.released.decoder.flow import ReleasedFlow, ReleasedFlowState
 from tests.released_sizes import formula, small_decoder, small_tokens
 
 WINDOW = Streaming(block_tokens=(7, 25), overlap_frames=12, window_frames=60)

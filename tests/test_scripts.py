@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from duologue.interleave import Allowed, Kind
-from duologue.language.released_text import byte_letters
 from duologue.language.sampling import KindMasks, Sampling
-from duologue.language.scripts import fits, language_mask
+from duologue.language.scripts import byte_letters, fits, language_mask
 from duologue.vocabulary import Vocabulary
 
 SAMPLES = {

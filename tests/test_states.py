@@ -10,8 +10,8 @@ import torch
 from duologue.block_policy import BlockPolicy
 from duologue.chatbot import Chatbot
 from duologue.decoder.encoder import TokenEncoderConfig
-from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import Flow, FlowConfig
+from duologue.decoder.transformer import EstimatorConfig
 from duologue.events import AudioDelta, ReplyDone
 from duologue.interleave import INTERLEAVED, Schedule, weave
 from duologue.language.sampling import Sampling

@@ -17,11 +17,11 @@ from duologue import rates
 from duologue.audio import LogMel, LogMelConfig
 from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.encoder import TokenEncoderConfig
-from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import Flow, FlowConfig
-from duologue.decoder.released_blocks import Streaming
+from duologue.decoder.transformer import EstimatorConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded, join_states, state_row
+from duologue.released.decoder.blocks import Streaming
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import QuantizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig

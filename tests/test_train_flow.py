@@ -13,14 +13,14 @@ from duologue import rates
 from duologue.audio import LogMelConfig, SpeakMel
 from duologue.checkpoint import file_hash, load_component, read_extra, save_component
 from duologue.config import load_config
-from duologue.decoder.conformer import ConformerConfig
 from duologue.decoder.encoder import TokenEncoderConfig
-from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import Flow, FlowConfig
-from duologue.decoder.released_flow import ReleasedFlow, ReleasedFlowConfig
-from duologue.decoder.unet import UNetConfig
+from duologue.decoder.transformer import EstimatorConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded
+from duologue.released.decoder.conformer import ConformerConfig
+from duologue.released.decoder.flow import ReleasedFlow, ReleasedFlowConfig
+from duologue.released.decoder.unet import UNetConfig
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import QuantizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig

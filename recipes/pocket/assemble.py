@@ -13,8 +13,8 @@ import torch
 
 from duologue.checkpoint import file_hash, load_component, read_extra, save_component
 from duologue.decoder.encoder import TokenEncoderConfig
-from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import Flow, FlowConfig
+from duologue.decoder.transformer import EstimatorConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.language.backbone import (
     LanguageConfig,

@@ -26,9 +26,9 @@ from torch import Tensor
 from duologue import machine, rates
 from duologue.checkpoint import load_component
 from duologue.config import load_config, to_mapping, write_json
-from duologue.decoder.released_blocks import Streaming, last_of
-from duologue.decoder.released_flow import ReleasedFlow, ReleasedFlowConfig, ReleasedFlowState
 from duologue.layers import Padded
+from duologue.released.decoder.blocks import Streaming, last_of
+from duologue.released.decoder.flow import ReleasedFlow, ReleasedFlowConfig, ReleasedFlowState
 from duologue.training.flow import FlowRecipe, FlowStage, TrainingUtterance, join
 
 RUN = Path("runs/released_context/flow")

@@ -114,7 +114,7 @@ class LogMel(nn.Module):
     """16 kHz wav (B, S) -> log-mel (B, T, M) at 100 frames/s, a streaming stage.
 
     A row is padded with zeros to a whole number of speech tokens (1280 samples), then reflected at both edges, as the
-    released feature extractor does for a clip alone (checkpoints.md 1.4).
+    released feature extractor does for a clip alone (docs/checkpoints.md 1.4).
     """
 
     window: Tensor
@@ -210,7 +210,7 @@ class LogMel(nn.Module):
 
 
 class SpeakMel(nn.Module):
-    """22.05 kHz wav (B, S) -> natural-log mel (B, S // 256, 80), the decoder's target (checkpoints.md 3.5)."""
+    """22.05 kHz wav (B, S) -> natural-log mel (B, S // 256, 80), the decoder's target (docs/checkpoints.md 3.5)."""
 
     window: Tensor
     filters: Tensor

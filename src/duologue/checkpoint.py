@@ -8,9 +8,14 @@ Nothing is executed when a folder is read, and whatever is wrong with one is sai
 key. Files are replaced one by one, weights first: a save that is cut short leaves readable files.
 """
 
+from __future__ import annotations
+
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,14 +24,47 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import parse_config, read_json, to_mapping, write_json
+from duologue.config import parse_config, read_json, to_mapping, write_json
 
 FORMAT_VERSION = 1
 MAX_SHARD_BYTES = 2**31
 _OWN_KEYS = ("kind", "version", "extra")
+# Plain floating point, as safetensors names it.
+FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 Module = TypeVar("Module", bound=nn.Module)
 Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a safetensors file, known from the file's header; its values are read on demand.
+
+    Attributes:
+        dtype: as the file names it: F32, BF16, ...
+    """
+
+    path: Path
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def read(self, dtype: torch.dtype | None = None, start: int | None = None, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) in memory of their own, in the given type; by default all rows in the stored type.
+
+        Raises:
+            ValueError: the file is damaged, or a value is not finite in that type.
+        """
+        with _open(self.path) as file:
+            # A tensor without dimensions has no rows to slice.
+            stored = file.get_slice(self.key)[start:stop] if self.shape else file.get_tensor(self.key)
+            tensor: Tensor = stored.to(stored.dtype if dtype is None else dtype, copy=True)
+        _check_finite(str(self.path), self.key, tensor)
+        return tensor
 
 
 def save_component(
@@ -173,21 +211,59 @@ def load_tensors(folder: str | Path, name: str = "model") -> dict[str, Tensor]:
     Raises:
         ValueError: a file is missing, truncated or damaged, or the index and the shards disagree.
     """
+    stored = stored_tensors(folder, name)
+    tensors: dict[str, Tensor] = {}
+    for path in sorted({one.path for one in stored.values()}):
+        with _open(path) as file:
+            tensors |= {key: file.get_tensor(key) for key, one in stored.items() if one.path == path}
+    return tensors
+
+
+def stored_tensors(folder: str | Path, name: str = "model") -> dict[str, StoredTensor]:
+    """The tensors of `<name>.safetensors`, or of the shards in `<name>.safetensors.index.json`; no value is read.
+
+    Raises:
+        ValueError: a file is missing, truncated or damaged, or the index and the shards disagree.
+    """
     folder = Path(folder)
     _check_folder(folder)
     index = folder / f"{name}.safetensors.index.json"
     if not index.exists():
-        return dict(_read_shard(folder / f"{name}.safetensors"))
+        return stored_in_file(folder / f"{name}.safetensors")
     weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise ValueError(f"{index} has no key 'weight_map'")
-    tensors: dict[str, Tensor] = {}
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise ValueError(f"{index} has no key 'weight_map' that puts every weight into a file")
+    files: dict[str, dict[str, StoredTensor]] = {}
     for file_name in sorted(set(weight_map.values())):
-        tensors.update(_read_shard(folder / file_name))
+        if Path(file_name).name != file_name:
+            raise ValueError(f"{index} names the file {file_name!r}, which is not one of its own folder")
+        if not (folder / file_name).is_file():
+            first = min(key for key, file in weight_map.items() if file == file_name)
+            raise ValueError(f"{folder / file_name} does not exist, but {index.name} puts the weight {first!r} into it")
+        files[file_name] = stored_in_file(folder / file_name)
     for key, file_name in weight_map.items():
-        if key not in tensors:
+        if key not in files[file_name]:
             raise ValueError(f"{folder / file_name} lacks the weight {key!r} that {index.name} puts there")
-    return tensors
+    found = [stored for tensors in files.values() for stored in tensors.values()]
+    for stored in found:
+        if weight_map.get(stored.key) != stored.path.name:
+            raise ValueError(f"{stored.path} holds the weight {stored.key!r}, which {index.name} does not put there")
+    return {stored.key: stored for stored in found}
+
+
+def stored_in_file(path: str | Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, in the order of their bytes; no value is read.
+
+    Raises:
+        ValueError: the file is missing, truncated or damaged.
+    """
+    path = Path(path)
+    found = {}
+    with _open(path) as file:
+        for key in file.offset_keys():
+            part = file.get_slice(key)
+            found[key] = StoredTensor(path, key, str(part.get_dtype()), tuple(part.get_shape()))
+    return found
 
 
 def file_hash(folder: str | Path) -> str:
@@ -263,13 +339,13 @@ def _num_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _read_shard(path: Path) -> Iterator[tuple[str, Tensor]]:
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
     if not path.exists():
         raise ValueError(f"{path} does not exist")
     try:
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - the file is no mapping
-                yield key, file.get_tensor(key)
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated, damaged or no safetensors file ({error})") from None
 

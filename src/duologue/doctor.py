@@ -139,14 +139,13 @@ def _model(name: str | Path) -> Iterator[Check]:
     mend = "make pocket" if str(name) == "pocket" else ""
     try:
         from duologue.chatbot import model_folder
-        from duologue.models import CARD_FILE, Card, Models
+        from duologue.models import CARD_FILE, Models
 
         folder = model_folder(name)
         if not (folder / CARD_FILE).exists():
             yield from _released(folder)
             return
-        card = Card.load(folder)
-        Models.load(folder)  # reads and checks every part
+        card = Models.load(folder).card  # reads and checks every part
     except ImportError as error:
         yield Check(label, State.BROKEN, f"cannot be looked at: {error}", "pip install -c constraints.txt -e .")
         return
@@ -167,10 +166,10 @@ def _released(folder: Path) -> Iterator[Check]:
 
     from duologue.language.quantization import check_available
     from duologue.memory import estimate
-    from duologue.released import find_released
+    from duologue.released.folder import ReleasedFolder
 
     told = estimate(folder)
-    released = find_released(folder)
+    released = ReleasedFolder.find(folder)
     if released is not None:
         released.check()
     for part in told.parts:

@@ -6,21 +6,23 @@ are not read, so sparse ones will do.
 
 from __future__ import annotations
 
-import pickletools
-import zipfile
-from collections.abc import Iterator
+import math
+import pickle
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from duologue.checkpoint import stored_in_file
 from duologue.config import read_json
-from duologue.headers import FLOAT_TYPES, TYPE_BYTES, read_header
 
 GB = 1e9
 WORKSPACE_GB = 1.0  # activations, the program itself, buffers of the allocator
 DEFAULT_POSITIONS = 8192
 # Bytes for each weight of the layers' matrices; scales of int4 groups included.
 SCHEME_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.01, "int4": 0.54}
-_STORAGES = {"FloatStorage": 4, "HalfStorage": 2, "BFloat16Storage": 2, "DoubleStorage": 8}
+_NUMBERS = ("F", "BF", "I8", "U8")  # names of safetensors: floating point, and 8-bit integers of quantized weights
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,6 @@ class Part:
     Attributes:
         name: its path inside of the model folder.
         num_parameters: floating point values.
-        stored_bytes: of the values as they lie on disk.
         is_language: whether a language model; then the three below are more than 0.
         num_in_layers: parameters that quantization reaches: the matrices of the layers.
         token_bytes: keys and values of one token of a conversation, in 16 bit.
@@ -39,7 +40,6 @@ class Part:
 
     name: str
     num_parameters: int
-    stored_bytes: int
     is_language: bool = False
     num_in_layers: int = 0
     token_bytes: int = 0
@@ -118,11 +118,9 @@ def estimate(folder: str | Path) -> Estimate:
 
 
 def _part(owner: Path, folder: Path) -> Part:
-    num_parameters, stored_bytes, num_in_layers = 0, 0, 0
-    for key, numel, num_bytes, dimensions in _values(owner):
-        num_parameters += numel
-        stored_bytes += num_bytes
-        num_in_layers += numel if ".layers." in key and dimensions == 2 else 0
+    shapes = dict(_shapes(owner))
+    num_parameters = sum(math.prod(shape) for shape in shapes.values())
+    num_in_layers = sum(math.prod(shape) for key, shape in shapes.items() if ".layers." in key and len(shape) == 2)
     name = owner.relative_to(folder).as_posix() if owner != folder else folder.name
     config = read_json(owner / "config.json") if (owner / "config.json").exists() else {}
     layers = config.get("num_layers", config.get("num_hidden_layers"))
@@ -130,35 +128,23 @@ def _part(owner: Path, folder: Path) -> Part:
     head_dim = config.get("kv_channels", config.get("head_dim"))
     sizes = [size for size in (layers, groups, head_dim) if type(size) is int]
     if config.get("model_type") is None or len(sizes) < 3:
-        return Part(name, num_parameters, stored_bytes)
+        return Part(name, num_parameters)
     positions = config.get("seq_length", config.get("max_position_embeddings"))
     token_bytes = 2 * sizes[0] * sizes[1] * sizes[2] * 2
     max_positions = min(positions, DEFAULT_POSITIONS) if type(positions) is int else DEFAULT_POSITIONS
-    return Part(name, num_parameters, stored_bytes, True, num_in_layers, token_bytes, max_positions)
+    return Part(name, num_parameters, True, num_in_layers, token_bytes, max_positions)
 
 
-def _values(owner: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Key, number of values, bytes and dimensions of every floating point tensor; a .pt file is one."""
+def _shapes(owner: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Key and shape of every tensor of numbers in a folder's weight files; no value is read."""
     for path in sorted(owner.glob("*.safetensors")):
-        for key, stored in read_header(path).items():
-            if stored.dtype in FLOAT_TYPES or TYPE_BYTES[stored.dtype] == 1:
-                yield key, stored.numel, stored.num_bytes, len(stored.shape)
+        for key, stored in stored_in_file(path).items():
+            if stored.dtype.startswith(_NUMBERS):
+                yield f"{path.name} {key}", stored.shape
     for path in sorted(owner.glob("*.pt")):
-        num_bytes, width = _pickled(path)
-        yield path.name, num_bytes // width, num_bytes, 0
-
-
-def _pickled(path: Path) -> tuple[int, int]:
-    """Bytes of all tensors of a file of torch.save, and of one value. Nothing of the file is executed."""
-    if not zipfile.is_zipfile(path):
-        return path.stat().st_size, _STORAGES["FloatStorage"]
-    with zipfile.ZipFile(path) as file:
-        sizes = {entry.filename: entry.file_size for entry in file.infolist()}
-        names = [name for name in sizes if name.endswith("data.pkl")]
-        widths = set()
-        for name in names:
-            for _, argument, _ in pickletools.genops(file.read(name)):
-                if isinstance(argument, str) and argument.split(" ")[-1] in _STORAGES:
-                    widths.add(_STORAGES[argument.split(" ")[-1]])
-    num_bytes = sum(size for name, size in sizes.items() if "/data/" in name)
-    return num_bytes, max(widths, default=_STORAGES["FloatStorage"])
+        try:
+            tensors = torch.load(path, map_location="meta", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError):
+            raise ValueError(f"{path} is damaged, or holds objects besides tensors, which are not loaded") from None
+        for key, tensor in tensors.items() if isinstance(tensors, Mapping) else ():
+            yield f"{path.name} {key}", tuple(tensor.shape)

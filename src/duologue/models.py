@@ -1,16 +1,17 @@
 """Models: the parts of one chatbot as they lie in a model folder, loaded and checked against each other.
 
-duologue.json  vocabulary/  tokenizer/  language/  decoder/flow/  decoder/vocoder/
+duologue.json  vocabulary/  tokenizer/  recognizer/  language/  decoder/flow/  decoder/vocoder/
 
-Or a set of released parts, see `released.py`: every function here takes both.
+Or a set of released parts, see `released/folder.py`. `open_folder` decides which of the two a folder is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +21,14 @@ from duologue.checkpoint import file_hash, load_component, read_extra
 from duologue.config import parse_config, read_json, to_mapping, write_json
 from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.flow import Flow, FlowConfig
-from duologue.decoder.released import ReleasedDecoder, load_released_decoder
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.language.backbone import Dtype, Provenance, load_language, load_provenance
 from duologue.language.engine import Engine, PlainEngine, check_engine
 from duologue.language.quantization import Scheme, check_available, quantize
-from duologue.language.released import is_released, load_released_language
 from duologue.language.sampling import Sampling
 from duologue.layers import Padded
-from duologue.released import ReleasedFolders, find_released
+from duologue.released.folder import ReleasedFolder
 from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
-from duologue.tokenizer.released import load_released_tokenizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.vocabulary import Vocabulary
 
@@ -43,14 +41,14 @@ DecoderDtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Card:
-    """What stands on a model folder (`duologue.json`).
+    """Description of a model (`duologue.json`).
 
     Attributes:
-        trained: false for random weights, which are for load tests and say nothing.
-        voices: names that a reply's voice can have; the first is the default.
-        sampling: how replies are sampled unless told otherwise.
+        trained: false for random weights, which are for load tests; their output is noise.
+        voices: names of the reply's voices; the first is the default.
+        sampling: default sampling of replies.
         num_steps, guidance_scale: of the flow's solver; None takes those of its config.
-        follows_instructions: whether it was trained with turns of the system; another one is not shown instructions.
+        follows_instructions: whether the model was trained with system turns; other models get no instructions.
     """
 
     name: str
@@ -67,15 +65,8 @@ class Card:
 
     @classmethod
     def load(cls, folder: str | Path) -> Card:
-        """The card in a folder; of a released set, which has none, what can be told of it.
-
-        Raises:
-            ValueError: the folder holds neither a card of this version nor a released set.
-        """
+        """Reads a folder's card. Raises ValueError for a folder without a card of this version."""
         path = Path(folder) / CARD_FILE
-        if (released := find_released(folder)) is not None:
-            name = path.resolve().parent.name
-            return cls(name, trained=not released.is_random, languages=("en", "zh"), follows_instructions=True)
         data = read_json(path)
         if data.pop("kind", None) != "Chatbot" or data.pop("version", None) != CARD_VERSION:
             raise ValueError(f"{path} is not the card of a chatbot in version {CARD_VERSION}")
@@ -88,6 +79,8 @@ class Decoder(Protocol):
     flow: Any
     vocoder: Any
 
+    @property
+    def codebook_size(self) -> int: ...
     def init_state(
         self, batch_size: int, num_steps: int | None = ..., guidance_scale: float | None = ..., seed: int = ...
     ) -> Any: ...
@@ -97,12 +90,119 @@ class Decoder(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
-@dataclass(frozen=True)
-class Models:
-    """Weights and what belongs to them; no state of any conversation.
+class ModelFolder(Protocol):
+    """A model on disk: `PocketFolder` in our own format, or a released set.
 
     Attributes:
-        recognizer: reads speech tokens, where the model folder has one: a conversation does without it.
+        tokenizer_path: folder of the speech tokenizer; its hash identifies the codebook.
+    """
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def tokenizer_path(self) -> Path: ...
+    @property
+    def card(self) -> Card: ...
+    @property
+    def vocabulary(self) -> Vocabulary: ...
+    def check(self) -> None:
+        """Raises ValueError, one sentence, when parts are damaged or do not belong together."""
+
+    def load_tokenizer(self, device: str = ...) -> SpeechTokenizer: ...
+    def load_recognizer(self, device: str = ...) -> Recognizer | None: ...
+    def load_language(
+        self, device: str = ..., dtype: Dtype | None = ..., quantization: Scheme | None = ...
+    ) -> PreTrainedModel: ...
+    def load_decoder(self, device: str = ..., dtype: DecoderDtype | None = ...) -> Decoder: ...
+
+
+def open_folder(path: str | Path) -> ModelFolder:
+    """The model in a folder, of either format; its parts are read on demand.
+
+    Raises:
+        ValueError: an incomplete released set.
+    """
+    path = Path(path)
+    released = None if (path / CARD_FILE).exists() else _ReleasedFolder.find(path)
+    return PocketFolder(path) if released is None else released
+
+
+@dataclass(frozen=True)
+class PocketFolder:
+    """A model folder in our own format."""
+
+    path: Path
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer"
+
+    @cached_property
+    def card(self) -> Card:
+        return Card.load(self.path)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary.load(self.path / "vocabulary")
+
+    def check(self) -> None:
+        """Checks that language model and flow were made with the tokenizer and the vocabulary of this folder.
+
+        Raises:
+            ValueError: names the part that was made with another one; or the tokenizer is damaged.
+        """
+        self.load_tokenizer()  # first, so that damage is not reported as another tokenizer
+        own = Provenance(file_hash(self.tokenizer_path), self.vocabulary.hash)
+        load_provenance(self.path / "language").check(
+            own, f"the language model in {self.path}", "the tokenizer beside it"
+        )
+        made_with = read_extra(self.path / "decoder" / "flow").get("tokenizer", own.tokenizer)
+        Provenance(made_with, own.vocabulary).check(own, f"the flow in {self.path}", "the tokenizer beside it")
+
+    def load_tokenizer(self, device: str = "cpu") -> SpeechTokenizer:
+        """The speech tokenizer, without the rest. Raises ValueError as `checkpoint.load_component`."""
+        return load_component(self.tokenizer_path, SpeechTokenizer, SpeechTokenizerConfig).to(device)
+
+    def load_recognizer(self, device: str = "cpu") -> Recognizer | None:
+        """The recognizer of speech tokens, None where the folder has none."""
+        place = self.path / "recognizer"
+        return load_component(place, Recognizer, RecognizerConfig).to(device).eval() if place.is_dir() else None
+
+    def load_language(
+        self, device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
+    ) -> PreTrainedModel:
+        """The language model, float32 where no type is given. Raises ValueError as `backbone.load_language`."""
+        language = load_language(self.path / "language", dtype or "float32").to(device)
+        if quantization is not None:
+            quantize(language.model, quantization)
+        return language
+
+    def load_decoder(self, device: str = "cpu", dtype: DecoderDtype | None = None) -> SpeechDecoder:
+        """Flow and vocoder, in evaluation mode. Raises ValueError for a bad part, or a type other than float32."""
+        if dtype not in (None, "float32"):
+            raise ValueError(
+                f"the decoder in {self.path} computes in float32; only a released one can do so in {dtype}"
+            )
+        flow = load_component(self.path / "decoder" / "flow", Flow, FlowConfig)
+        vocoder = load_component(self.path / "decoder" / "vocoder", Vocoder, VocoderConfig)
+        return SpeechDecoder(flow, vocoder).to(device).eval()
+
+
+class _ReleasedFolder(ReleasedFolder):
+    """A released set as a model folder. It has no card: its description is inferred from its configs."""
+
+    @cached_property
+    def card(self) -> Card:
+        name = self.path.resolve().name
+        return Card(name, trained=not self.is_random, languages=("en", "zh"), follows_instructions=True)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The loaded parts of one chatbot; they hold no state of a conversation.
+
+    Attributes:
+        recognizer: reads text from speech tokens; None where the folder has none.
 
     Raises:
         ValueError: the parts have codebooks of unequal sizes.
@@ -119,7 +219,7 @@ class Models:
         sizes = {
             "tokenizer": self.tokenizer.config.quantizer.codebook_size,
             "vocabulary": self.vocabulary.codebook_size,
-            "decoder": codebook_size(self.decoder),
+            "decoder": self.decoder.codebook_size,
         }
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the parts of {self.card.name} have codebooks of unequal sizes: {sizes}")
@@ -140,40 +240,25 @@ class Models:
             dtype: of the language model; bfloat16 for released ones and float32 for ours by default.
             quantization: "int8" or "int4" for the matrices of the language model's layers.
             engine: what runs the language model; "plain" is the only choice, see docs/engines.md.
-            decoder_dtype: as of `load_decoder`.
+            decoder_dtype: of a released decoder's U-Net, "float32" (the default) or "bfloat16".
         Raises:
             ValueError: one sentence: a part is missing, damaged, of other sizes or made for another tokenizer; no
                 library for the quantization; a type that the decoder has not.
         """
-        folder = Path(folder)
-        card = Card.load(folder)
+        opened = open_folder(folder)
+        card = opened.card
         check_engine(engine)
         if quantization is not None:
             check_available(quantization, torch.device(device))
-        if (released := find_released(folder)) is not None:
-            return cls._load_released(released, card, device, dtype or "bfloat16", quantization, decoder_dtype)
-        vocabulary = Vocabulary.load(folder / "vocabulary")
-        tokenizer = load_tokenizer(folder, device)  # first, so that damage is called damage and not another tokenizer
-        own = Provenance(file_hash(folder / "tokenizer"), vocabulary.hash)
-        load_provenance(folder / "language").check(own, f"the language model in {folder}", "the tokenizer beside it")
-        made_with = read_extra(folder / "decoder" / "flow").get("tokenizer", own.tokenizer)
-        Provenance(made_with, own.vocabulary).check(own, f"the flow in {folder}", "the tokenizer beside it")
-        decoder = load_decoder(folder, device, decoder_dtype)
-        language = load_language(folder / "language", dtype or "float32").to(device)
-        if quantization is not None:
-            quantize(language.model, quantization)
-        return cls(
-            tokenizer,
-            vocabulary,
-            PlainEngine(language, vocabulary),
-            decoder,
-            card,
-            load_recognizer(folder, device),
-        )
+        opened.check()
+        tokenizer, decoder = opened.load_tokenizer(device), opened.load_decoder(device, decoder_dtype)
+        language = opened.load_language(device, dtype, quantization)
+        made = PlainEngine(language, opened.vocabulary)
+        return cls(tokenizer, opened.vocabulary, made, decoder, card, opened.load_recognizer(device))
 
     @torch.inference_mode()
     def transcribe(self, codes: Sequence[int]) -> str:
-        """What the recognizer reads in the speech tokens of one utterance; the worker's work, in pieces of 30 s.
+        """The recognizer's text for the speech tokens of one utterance, in pieces of 30 s; slow, for the worker.
 
         Raises:
             ValueError: the model has no recognizer, or a code lies outside of the codebook.
@@ -188,79 +273,3 @@ class Models:
             piece = torch.tensor([codes[at : at + size]], device=table.device)
             texts += self.recognizer.transcribe(Padded.full(functional.embedding(piece, table)))
         return " ".join(text for text in texts if text)
-
-    @classmethod
-    def _load_released(
-        cls,
-        folders: ReleasedFolders,
-        card: Card,
-        device: str,
-        dtype: Dtype,
-        quantization: Scheme | None,
-        decoder_dtype: DecoderDtype | None,
-    ) -> Models:
-        folders.check()  # all headers before any weight
-        vocabulary = folders.load_vocabulary()
-        tokenizer: SpeechTokenizer = load_released_tokenizer(folders.tokenizer).to(device)
-        decoder = _released_decoder(folders, decoder_dtype).to(device)
-        if is_released(folders.language):
-            language = load_released_language(folders.language, dtype, device, quantization)
-        else:
-            language = load_language(folders.language, dtype).to(device)
-            if quantization is not None:
-                quantize(language.model, quantization)
-        return cls(tokenizer, vocabulary, PlainEngine(language, vocabulary), decoder, card)
-
-
-def tokenizer_folder(folder: str | Path) -> Path:
-    """Where the tokenizer of a model folder lies."""
-    released = find_released(folder)
-    return Path(folder) / "tokenizer" if released is None else released.tokenizer
-
-
-def load_tokenizer(folder: str | Path, device: str = "cpu") -> SpeechTokenizer:
-    """The tokenizer of a model folder, without the rest."""
-    place: Path = tokenizer_folder(folder)
-    if find_released(folder) is not None:
-        return load_released_tokenizer(place).to(device)
-    return load_component(place, SpeechTokenizer, SpeechTokenizerConfig).to(device)
-
-
-def load_recognizer(folder: str | Path, device: str = "cpu") -> Recognizer | None:
-    """The recognizer of a model folder, None where it has none."""
-    place = Path(folder) / "recognizer"
-    return load_component(place, Recognizer, RecognizerConfig).to(device).eval() if place.is_dir() else None
-
-
-def load_decoder(folder: str | Path, device: str = "cpu", dtype: DecoderDtype | None = None) -> Decoder:
-    """Flow and vocoder of a model folder, without the rest.
-
-    Args:
-        dtype: of a released decoder's U-Net, "float32" (the default) or "bfloat16"; pocket's has float32 alone.
-    Raises:
-        ValueError: a part is missing or damaged, or there is no such type.
-    """
-    decoder: nn.Module
-    if (released := find_released(folder)) is not None:
-        decoder = _released_decoder(released, dtype)
-    elif dtype not in (None, "float32"):
-        raise ValueError(f"the decoder in {folder} computes in float32; only a released one can do so in {dtype}")
-    else:
-        flow = load_component(Path(folder) / "decoder" / "flow", Flow, FlowConfig)
-        vocoder = load_component(Path(folder) / "decoder" / "vocoder", Vocoder, VocoderConfig)
-        decoder = SpeechDecoder(flow, vocoder)
-    ready: Any = decoder.to(device).eval()
-    return ready  # type: ignore[no-any-return]
-
-
-def _released_decoder(folders: ReleasedFolders, dtype: DecoderDtype | None) -> ReleasedDecoder:
-    if dtype not in (None, *get_args(DecoderDtype)):
-        raise ValueError(f"unknown decoder_dtype {dtype!r}; the choices are {', '.join(get_args(DecoderDtype))}")
-    return load_released_decoder(folders.decoder, dtype=getattr(torch, dtype or "float32"))
-
-
-def codebook_size(decoder: Decoder) -> int:
-    """Speech tokens that a decoder knows are below it."""
-    if isinstance(decoder, ReleasedDecoder):
-        return decoder.flow.config.codebook_size
-    return int(decoder.flow.config.encoder.codebook_size)

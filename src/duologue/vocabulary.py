@@ -6,7 +6,7 @@ Nobody else subtracts an offset or writes a control token. The prompt is built f
 user is encoded with every special token off, so no text can become a control or a speech token. On disk it is a folder
 with `tokenizer.json` (the tokenizers library's own format, untouched) and `vocabulary.json`.
 
-A prompt, with the literal texts of `ChatTemplate` in braces (checkpoints.md 2.1):
+A prompt, with the literal texts of `ChatTemplate` in braces (docs/checkpoints.md 2.1):
 
     [gMASK]<sop> <|system|>{role_break}{instruction} <|user|>{role_break}<|begin_of_audio|>...<|end_of_audio|>
     <|assistant|>{reply_marker} reply, whose end is the next <|user|>

@@ -33,11 +33,11 @@ def add(commands: Any) -> None:
 
 
 def _convert(args: argparse.Namespace) -> None:
-    from duologue.language.convert import convert
-    from duologue.released import find_released
+    from duologue.released.convert import convert
+    from duologue.released.folder import ReleasedFolder
 
-    released = find_released(args.folder)
-    folder = args.folder if released is None else released.language
+    released = ReleasedFolder.find(args.folder)
+    folder = args.folder if released is None else released.language_path
     convert(folder, args.output, args.dtype, progress=sys.stderr.isatty())
     if args.json:
         print(json.dumps({"folder": str(args.output)}))
@@ -46,7 +46,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _init_random(args: argparse.Namespace) -> None:
-    from duologue.released import init_random
+    from duologue.released.random_weights import init_random
 
     init_random(args.preset, args.output, args.seed, progress=sys.stderr.isatty())
     if args.json:

@@ -35,18 +35,18 @@ def _tokenize(args: argparse.Namespace) -> None:
     from duologue.checkpoint import file_hash
     from duologue.config import write_json
     from duologue.layers import Padded
-    from duologue.models import load_tokenizer, tokenizer_folder
+    from duologue.models import open_folder
 
     wav, sample_rate = load_audio(args.audio)
-    folder = model_folder(args.model)
-    tokenizer = load_tokenizer(folder, args.device)
+    folder = open_folder(model_folder(args.model))
+    tokenizer = folder.load_tokenizer(args.device)
     heard = torch.from_numpy(resample(wav, sample_rate, rates.LISTEN_SAMPLE_RATE))[None].to(args.device)
     with torch.inference_mode():
         tokens = tokenizer(Padded.full(heard)).rows()[0].tolist()
     result = {
         "kind": "SpeechTokens",
         "version": 1,
-        "tokenizer": file_hash(tokenizer_folder(folder)),
+        "tokenizer": file_hash(folder.tokenizer_path),
         "codebook_size": tokenizer.config.quantizer.codebook_size,
         "token_rate": rates.TOKEN_RATE,
         "audio_s": len(wav) / sample_rate,
@@ -68,18 +68,18 @@ def _synthesize(args: argparse.Namespace) -> None:
     from duologue.chatbot import model_folder
     from duologue.checkpoint import file_hash
     from duologue.layers import Padded
-    from duologue.models import Card, load_decoder, tokenizer_folder
+    from duologue.models import open_folder
 
     output = checked_output(args.output)
     tokens, tokenizer = _read_tokens(args.tokens)
-    folder = model_folder(args.model)
-    card = Card.load(folder)
-    if tokenizer is not None and tokenizer != (own := file_hash(tokenizer_folder(folder))):
+    folder = open_folder(model_folder(args.model))
+    card = folder.card
+    if tokenizer is not None and tokenizer != (own := file_hash(folder.tokenizer_path)):
         raise ValueError(
             f"{args.tokens} was made with another tokenizer than that of {card.name} "
             f"({tokenizer[:12]} and {own[:12]}): its tokens mean something else there"
         )
-    decoder = load_decoder(folder, args.device, args.decoder_dtype)
+    decoder = folder.load_decoder(args.device, args.decoder_dtype)
     say_if_untrained(card)
     with torch.inference_mode():
         state = decoder.init_state(1, card.num_steps, card.guidance_scale, args.seed)

@@ -29,6 +29,11 @@ class SpeechDecoder(nn.Module):
         self.flow = flow
         self.vocoder = vocoder
 
+    @property
+    def codebook_size(self) -> int:
+        """Number of speech codes that the decoder accepts: valid ones are `0 <= code < codebook_size`."""
+        return self.flow.config.encoder.codebook_size
+
     def init_state(
         self,
         batch_size: int,

@@ -47,7 +47,7 @@ def block_of_token(token: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenEncoderConfig:
-    """Sizes of the token encoder; the defaults are pocket's.
+    """Sizes of the token encoder. The sizes of a model stand in its recipe, not here.
 
     Attributes:
         codebook_size: number of speech tokens; must be the tokenizer's.

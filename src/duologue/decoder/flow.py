@@ -25,8 +25,8 @@ from duologue.decoder.encoder import (
     check_tokens,
     frames_for_tokens,
 )
-from duologue.decoder.estimators import BLOCK_FRAMES, CausalTransformer, EstimatorCache, EstimatorConfig
 from duologue.decoder.solver import cosine_times, solve_euler
+from duologue.decoder.transformer import BLOCK_FRAMES, CausalTransformer, EstimatorCache, EstimatorConfig
 from duologue.layers import Padded, reset_rows, split_at, take
 
 _CALL_BLOCKS = 8  # at most this many blocks of 10 tokens in one call: bounds the attention of a long utterance
@@ -34,7 +34,7 @@ _CALL_BLOCKS = 8  # at most this many blocks of 10 tokens in one call: bounds th
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Sizes and solver settings of the flow; the defaults are pocket's.
+    """Sizes and solver settings of the flow. The sizes of a model stand in its recipe, not here.
 
     Attributes:
         mel_mean, mel_std: of the corpus's natural-log mels; the flow works on (mel - mean) / std.
@@ -197,6 +197,34 @@ class Flow(nn.Module):
         """Tokens (B, T) -> mel (B, 441 T // 64, M); what a stream gives, at once. A fresh state may carry settings."""
         state = self.init_state(len(x.lengths)) if state is None else state
         return Padded.concat([self.step(x, state), self.flush(state)])
+
+    @property
+    def speaker_dim(self) -> int:
+        """Size of a speaker vector."""
+        return self.config.speaker_dim
+
+    def predict(
+        self, tokens: Padded, start: Tensor, speaker: Tensor, given: Tensor, x_t: Tensor, time: Tensor, keep: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One evaluation of the flow for training, with the encoder's first guess of the mel.
+
+        Args:
+            tokens: (B, T) int64, cut out of utterances at token `start` (B,), a multiple of 10.
+            speaker: (B, S).
+            given: (B, F, M) mel of the prompt, zeros behind it.
+            x_t: (B, F, M) at time (B,).
+            keep: (B,) bool, false where guidance dropout hides the condition.
+        Returns:
+            velocity and first guess, both (B, F, M) on the scale of `normalise`.
+        """
+        encoder_state = self.encoder.init_state(len(start))
+        encoder_state.start = start
+        condition = self.encoder.step(tokens, speaker, encoder_state)
+        context = self.estimator.embed_context(condition.values, speaker, given) * keep[:, None, None]
+        cache = self.estimator.init_cache(len(start), 1)
+        span = self.estimator.span(condition, start, cache)
+        velocity = self.estimator.step(x_t, time, context[:, :, None], span, cache)[:, :, 0]
+        return velocity, condition.values[..., : self.config.num_mels].float()
 
     def normalise(self, mel: Tensor) -> Tensor:
         """Natural-log mel -> what the flow works on."""

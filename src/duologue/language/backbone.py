@@ -28,7 +28,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Sizes of a new Glm; with pocket's vocabulary the defaults have about 9 million parameters.
+    """Sizes of a new Glm. The sizes of a model stand in its recipe, not here.
 
     Attributes:
         num_kv_heads: heads of keys and values, shared by the query heads in groups.
@@ -77,7 +77,7 @@ class Provenance:
 
 def new_glm(vocabulary: Vocabulary, config: LanguageConfig, seed: int = 0) -> PreTrainedModel:
     """A Glm with random weights over the joint vocabulary, float32 on the CPU. The layout is that of GLM-4-Voice
-    (checkpoints.md 2.3): SwiGLU, RMSNorm, bias on q, k and v alone, rotary positions on half of each head in
+    (docs/checkpoints.md 2.3): SwiGLU, RMSNorm, bias on q, k and v alone, rotary positions on half of each head in
     interleaved pairs."""
     glm = GlmConfig(
         vocab_size=vocabulary.size,

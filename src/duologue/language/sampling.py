@@ -23,7 +23,7 @@ from duologue.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one reply is sampled; the defaults are those of the released demo (checkpoints.md 2.3).
+    """How one reply is sampled; the defaults are those of the released demo (docs/checkpoints.md 2.3).
 
     Attributes:
         temperature: 0 takes the most likely kind, and the most likely id of it.

@@ -1,7 +1,7 @@
 """The listening half of Whisper, made causal: log-mel frames -> one vector per speech token.
 
 Shapes: B batch, T frames (mel at 100 Hz, encoder at 50 Hz, tokens at 12.5 Hz), M mels, D width, H heads.
-Parameter names are those of the released checkpoint (checkpoints.md 1.3).
+Parameter names are those of the released checkpoint (docs/checkpoints.md 1.3).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Encoder(nn.Module):
         Args:
             mel: rows of multiples of 8 frames.
             num_valid: (B,) mel frames of the piece that hold sound; later ones pad the last token: they are averaged
-                into it but hidden as keys (checkpoints.md 1.2, steps 4 and 5).
+                into it but hidden as keys (docs/checkpoints.md 1.2, steps 4 and 5).
         """
         if not mel.values.shape[1]:
             return Padded(mel.values.new_zeros(len(mel.lengths), 0, self.config.width), mel.lengths)

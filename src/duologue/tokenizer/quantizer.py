@@ -1,4 +1,4 @@
-"""Vector quantizer with an EMA codebook: one vector per token -> one of `codebook_size` codes (paper section 1)."""
+"""Vector quantizer with an EMA codebook: one vector per token -> one of `codebook_size` codes (arXiv:2412.02612)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Quantized:
 
 
 class Quantizer(nn.Module):
-    """Nearest code by L2, no projection and no scaling, the lowest index on ties (checkpoints.md 1.2, step 6)."""
+    """Nearest code by L2, no projection and no scaling, the lowest index on ties (docs/checkpoints.md 1.2, step 6)."""
 
     ema_count: Tensor
     ema_weight: Tensor

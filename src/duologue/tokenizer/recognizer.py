@@ -1,6 +1,6 @@
 """The training side of the tokenizer: what must be readable from the codes, so that the codes keep it.
 
-Layers after the quantizer, a speech-recognition decoder (paper section 1), two CTC heads that speed its training up
+Layers after the quantizer, a speech-recognition decoder (arXiv:2412.02612), two CTC heads that speed its training up
 (one on the codes, one on the frames before pooling), and a linear probe for loudness and pitch, which recognition alone
 would throw away. None of it takes part in a conversation.
 

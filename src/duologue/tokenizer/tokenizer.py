@@ -52,7 +52,7 @@ class SpeechTokenizerState:
 class SpeechTokenizer(nn.Module):
     """wav (B, S) float32 at 16 kHz -> codes (B, T) int64, T = ceil(S / 1280), a streaming stage.
 
-    Sound is cut into pieces of 30 s that know nothing of each other, as the released model has it (checkpoints.md
+    Sound is cut into pieces of 30 s that know nothing of each other, as the released model has it (docs/checkpoints.md
     1.5). Within a piece the codes of closed attention blocks come out of `step`, those of the open block of `flush`.
     """
 

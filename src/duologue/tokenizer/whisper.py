@@ -1,4 +1,4 @@
-"""A new speech tokenizer that starts from a Whisper checkpoint in transformers' format (paper section 1).
+"""A new speech tokenizer that starts from a Whisper checkpoint in transformers' format (arXiv:2412.02612).
 
 The encoder is cut in two: the first layers become the tokenizer's, the rest the layers after the quantizer.
 Convolutions keep their weights and become causal, attention becomes block-causal; training heals what that breaks.

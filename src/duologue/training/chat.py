@@ -1,4 +1,4 @@
-"""Stage `chat`: the model answers spoken questions aloud (paper section 3, stage 2).
+"""Stage `chat`: the model answers spoken questions aloud (arXiv:2412.02612, stage 2).
 
 Every reply comes in two copies: one trains its text, with the loss on speech masked, the other its speech, with the
 loss on text masked. Who speaks how is drawn anew each time: users speak or write, replies are spoken or only written,

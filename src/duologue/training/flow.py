@@ -1,4 +1,4 @@
-"""Stage `flow`: the flow decoder learns to turn speech tokens into mels (paper section 2).
+"""Stage `flow`: the flow decoder learns to turn speech tokens into mels (arXiv:2412.02612).
 
 First many voices with a learned speaker vector each, the reply voice being the zero vector; then, started from that,
 the reply voice alone with truncated utterances (the first n blocks of 10 tokens). The flow is pocket's, or one of the
@@ -25,10 +25,9 @@ from duologue.audio import save_audio
 from duologue.checkpoint import file_hash, load_component, read_extra, save_component, save_tensors
 from duologue.decoder.encoder import frames_for_tokens, token_of_frame
 from duologue.decoder.flow import Flow, FlowConfig
-from duologue.decoder.regulator import mask_of
-from duologue.decoder.released_flow import ReleasedFlow, ReleasedFlowConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded
+from duologue.released.decoder.flow import ReleasedFlow, ReleasedFlowConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.training.codes import CodeStore, build_store
 from duologue.training.data import Clip, Clips, LengthBatches
@@ -101,8 +100,7 @@ class FlowModel(nn.Module):
     def __init__(self, flow: Flow | ReleasedFlow, num_voices: int) -> None:
         super().__init__()
         self.flow = flow
-        size = flow.config.spk_embed_dim if isinstance(flow, ReleasedFlow) else flow.config.speaker_dim
-        self.speakers = nn.Embedding(max(num_voices, 1), size)
+        self.speakers = nn.Embedding(max(num_voices, 1), flow.speaker_dim)
 
     def speaker(self, voice: Tensor) -> Tensor:
         """Voice numbers (B,), or REPLY -> (B, S)."""
@@ -170,8 +168,7 @@ class FlowStage:
 
     def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         flow, start = self.flow, batch["start"]
-        mel = batch["mel"].float()  # (B, F, M)
-        mel = mel if isinstance(flow, ReleasedFlow) else flow.normalise(mel)
+        mel = flow.normalise(batch["mel"].float())  # (B, F, M)
         mask = torch.arange(mel.shape[1], device=mel.device) < batch["num_frames"][:, None]
         frame = torch.arange(mel.shape[1], device=mel.device)
         prompted = frame < batch["prompt"][:, None]
@@ -184,10 +181,8 @@ class FlowStage:
             time = 1 - torch.cos(time * (math.pi / 2))
         x_t = torch.lerp(x0, mel, time[:, None, None])
         given = mel * prompted[:, :, None]
-        if isinstance(flow, ReleasedFlow):
-            velocity, coarse = _predict_released(flow, batch, speaker, given, x_t, time)
-        else:
-            velocity, coarse = _predict(flow, batch, speaker, given, x_t, time)
+        tokens = Padded(batch["tokens"], batch["num_tokens"])
+        velocity, coarse = flow.predict(tokens, start, speaker, given, x_t, time, batch["keep"])
         return {
             "velocity": _mean_square(velocity - (mel - x0), mask & ~prompted),
             "coarse": _mean_square(coarse - mel, mask),
@@ -255,22 +250,25 @@ class FlowStage:
 
     def _make_flow(self) -> Flow | ReleasedFlow:
         recipe = self.recipe
-        config = recipe.flow if recipe.released is None else recipe.released
         tokenizer = load_component(recipe.tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
         if recipe.start_from:
             start = Path(recipe.start_from) / "flow"
             if read_extra(start).get("tokenizer") != self.tokenizer_hash:
                 raise ValueError(f"{start} was trained with another tokenizer than {recipe.tokenizer}")
-            return _load_flow(start, config)
+            if recipe.released is not None:
+                return load_component(start, ReleasedFlow, ReleasedFlowConfig)
+            return load_component(start, Flow, FlowConfig)
         size = tokenizer.config.quantizer.codebook_size
         mels = np.concatenate([self._mel(one).numpy() for one in self.train[:_STATISTICS_CLIPS]])
         torch.manual_seed(recipe.loop.seed)
-        if isinstance(config, ReleasedFlowConfig):
-            return _begin_released(dataclasses.replace(config, vocab_size=size), torch.from_numpy(mels.mean(0)))
+        if recipe.released is not None:
+            return _begin_released(
+                dataclasses.replace(recipe.released, vocab_size=size), torch.from_numpy(mels.mean(0))
+            )
         return Flow(
             dataclasses.replace(
-                config,
-                encoder=dataclasses.replace(config.encoder, codebook_size=size),
+                recipe.flow,
+                encoder=dataclasses.replace(recipe.flow.encoder, codebook_size=size),
                 mel_mean=round(float(mels.mean()), 4),
                 mel_std=round(float(mels.std()), 4),
             )
@@ -340,12 +338,6 @@ def join(utterances: Sequence[TrainingUtterance], max_tokens: int) -> list[Train
     return [*joined, *open_ones.values()]
 
 
-def _load_flow(folder: Path, config: FlowConfig | ReleasedFlowConfig) -> Flow | ReleasedFlow:
-    if isinstance(config, ReleasedFlowConfig):
-        return load_component(folder, ReleasedFlow, ReleasedFlowConfig)
-    return load_component(folder, Flow, FlowConfig)
-
-
 def _begin_released(config: ReleasedFlowConfig, mean: Tensor) -> ReleasedFlow:
     """Random weights; what it gives begins at the mean mel (M,), for it works on mels as they are, far from zero."""
     flow = ReleasedFlow(config)
@@ -354,41 +346,6 @@ def _begin_released(config: ReleasedFlowConfig, mean: Tensor) -> ReleasedFlow:
         assert layer.bias is not None
         layer.bias.data.copy_(mean)
     return flow
-
-
-def _predict(
-    flow: Flow, batch: Batch, speaker: Tensor, given: Tensor, x_t: Tensor, time: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Velocity and the encoder's first guess of the mel.
-
-    Args:
-        speaker: (B, S).
-        given: (B, F, M) mel of the prompt, zeros behind it.
-        x_t: (B, F, M) at time (B,).
-    Returns:
-        both (B, F, M).
-    """
-    start = batch["start"]
-    encoder_state = flow.encoder.init_state(len(start))
-    encoder_state.start = start
-    condition = flow.encoder.step(Padded(batch["tokens"], batch["num_tokens"]), speaker, encoder_state)
-    context = flow.estimator.embed_context(condition.values, speaker, given) * batch["keep"][:, None, None]
-    cache = flow.estimator.init_cache(len(start), 1)
-    span = flow.estimator.span(condition, start, cache)
-    velocity = flow.estimator.step(x_t, time, context[:, :, None], span, cache)[:, :, 0]
-    return velocity, condition.values[..., : flow.config.num_mels].float()
-
-
-def _predict_released(
-    flow: ReleasedFlow, batch: Batch, speaker: Tensor, given: Tensor, x_t: Tensor, time: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The same of the released architecture: a cut clip is an utterance of its own, and sees nothing before the cut."""
-    tokens = Padded(batch["tokens"], batch["num_tokens"])
-    mu = flow.length_regulator(flow.encode(tokens), batch["num_frames"]).values
-    keep = batch["keep"][:, None]
-    mask = mask_of(batch["num_frames"], mu.shape[1])
-    inputs = (mu * keep[:, None], flow.speaker_condition(speaker) * keep, given * keep[:, None])
-    return flow.decoder["estimator"](x_t, time, *inputs, mask), mu
 
 
 def _mean_square(error: Tensor, mask: Tensor) -> Tensor:

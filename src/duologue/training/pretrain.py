@@ -1,4 +1,4 @@
-"""Stage `pretrain`: speech and text become one language (paper section 3, stage 1).
+"""Stage `pretrain`: speech and text become one language (arXiv:2412.02612, stage 1; arXiv:2411.17607).
 
 A mixture of jobs over the token corpus, packed into rows. Reading aloud (TTS) and weaving are learned from the reply
 voice alone, because that is the voice the model answers in; listening (ASR) from every voice.

@@ -1,4 +1,4 @@
-"""Stage `tokenizer`: the codes are learned by recognising speech through them (paper section 1)."""
+"""Stage `tokenizer`: the codes are learned by recognising speech through them (arXiv:2412.02612)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The released vocoder, HiFT: log-mel -> pitch -> harmonics and noise -> spectrum -> wave at 22.05 kHz.
 
-Modules carry the names of the released state dict hift.pt (checkpoints.md 3.6); the configuration carries the names of
-its config.yaml. `HiFT` is the network alone; `duologue.decoder.hift_stream` makes a streaming stage of it.
+Modules carry the names of the released state dict hift.pt (docs/checkpoints.md 3.6); the configuration carries the
+names of its config.yaml. `HiFT` is the network alone; `hift_stream.py` makes a streaming stage of it.
 
 Shapes: B batch, T mel frames, S samples (256 T), M mels, C channels, K harmonics. Rows of unequal lengths equal single
 runs: every convolution finds zeros behind a row's end, and the transforms end where the row ends.
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from duologue.decoder.regulator import hide, mask_of
 from duologue.layers import Padded, take
+from duologue.released.decoder.regulator import hide, mask_of
 
 _MAX_MAGNITUDE = 100.0
 _LAST_SLOPE = 0.01  # torch's default, which the released code leaves before the last convolution

@@ -1,9 +1,8 @@
 """The released decoder's own streaming, defects included: for parity, not for listening.
 
-What `released.ReleasedDecoder` does otherwise: here the fade's weights sum to 1.08, one frame is doubled in the prompt
-and lost from the wave at every cut, the phase of the voice begins anew with each block, and an utterance that does not
-end in a final block loses its tail (checkpoints.md 3.7). No generator of the process is touched: the noise is that of
-`torch.manual_seed(42)` on the CPU, drawn from a generator of its own.
+`ReleasedDecoder` differs. Here the weights of the fade sum to 1.08. At every cut one frame is doubled in the prompt and
+lost from the wave, and the phase of the voice starts anew. An utterance without a final block loses its tail
+(docs/checkpoints.md 3.7). The noise is that of `torch.manual_seed(42)` on the CPU, from a generator of its own.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ import torch
 from torch import Tensor
 
 from duologue import rates
-from duologue.decoder.hift import HiFT
-from duologue.decoder.hift_stream import speak_as_released
-from duologue.decoder.released_flow import NUM_STEPS, ReleasedFlow
 from duologue.layers import Padded
+from duologue.released.decoder.flow import NUM_STEPS, ReleasedFlow
+from duologue.released.decoder.hift import HiFT
+from duologue.released.decoder.hift_stream import speak_as_released
 
 OVERLAP_TOKENS = 5
 OVERLAP_FRAMES = rates.frames_for_tokens(OVERLAP_TOKENS)  # 34

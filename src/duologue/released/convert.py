@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from duologue.checkpoint import FLOAT_TYPES, stored_in_file
 from duologue.config import read_json, write_json
-from duologue.headers import FLOAT_TYPES, Stored, header_bytes, read_header, read_tensor
 from duologue.language.backbone import DTYPES, Dtype
-from duologue.language.released import Part, ReleasedWeights, read_released
-from duologue.language.released_text import load_released_vocabulary, save_for_transformers
+from duologue.released.language import NativeWeight, ReleasedWeights, read_released
+from duologue.released.text import load_released_vocabulary, save_for_transformers
+from duologue.released.weights import write_stream
 
-COPY_BYTES = 2**24
+PIECE_VALUES = 2**23  # read at once
 PROGRESS_FILE = "conversion.json"  # in a folder whose conversion is not finished
 
 
@@ -30,7 +31,8 @@ def convert(
     """Writes a released folder as one that plain transformers loads by `from_pretrained`, vocabulary included.
 
     Shard by shard: every file is written aside and renamed when it is whole, so an interrupted conversion goes on with
-    the first shard that is missing. Memory beside the program itself: a few pieces of `COPY_BYTES`.
+    the first shard that is missing. Memory besides the program: a few pieces of
+    `PIECE_VALUES` values, and what the system keeps of the tensor that they are read from.
 
     Args:
         dtype: of the new weights; that of the old ones by default.
@@ -47,21 +49,18 @@ def convert(
     out = Path(out)
     _begin(weights, out, dtype)
     written_as = DTYPES[dtype] if dtype is not None else FLOAT_TYPES[next(iter(weights.stored.values())).dtype]
-    shards: dict[str, list[Part]] = {}
-    for part in weights.parts:
-        shards.setdefault(weights.stored[part.source].path.name, []).append(part)
-    for parts in shards.values():
-        parts.sort(key=lambda part: weights.place(part).offset)
-    total = sum(stored.num_bytes for stored in weights.stored.values())
-    with tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar:
-        for name, parts in sorted(shards.items()):
-            places = {part.key: weights.place(part) for part in parts}
+    shards: dict[str, list[NativeWeight]] = {}
+    for weight in weights.native:
+        shards.setdefault(weights.stored[weight.source].path.name, []).append(weight)
+    total = sum(stored.numel for stored in weights.stored.values())
+    with tqdm(total=total, unit_scale=True, disable=not progress) as bar:
+        for name, native in sorted(shards.items()):
+            shapes = {weight.key: weights.shape(weight) for weight in native}
             if not (out / name).exists():  # a shard that exists is whole
-                _write_shard(out / name, places, written_as, bar.update)
+                write_stream(out / name, shapes, written_as, _pieces(weights, native, written_as))
                 if after_shard is not None:
                     after_shard(name)
-            else:
-                bar.update(sum(place.num_bytes for place in places.values()))
+            bar.update(sum(math.prod(shape) for shape in shapes.values()))
     _finish(weights, out, sorted(shards), written_as)
     save_for_transformers(vocabulary, out)
     (out / PROGRESS_FILE).unlink()
@@ -94,11 +93,11 @@ def _begin(weights: ReleasedWeights, out: Path, dtype: Dtype | None) -> None:
 
 
 def _finish(weights: ReleasedWeights, out: Path, shards: list[str], dtype: torch.dtype) -> None:
-    written = {key: stored for name in shards for key, stored in read_header(out / name).items()}
+    written = {key: stored for name in shards for key, stored in stored_in_file(out / name).items()}
     index = out / "model.safetensors.index.json"
     if shards != ["model.safetensors"]:
         weight_map = {key: stored.path.name for key, stored in written.items()}
-        total = sum(stored.num_bytes for stored in written.values())
+        total = sum(stored.numel for stored in written.values()) * dtype.itemsize
         write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     config = weights.config.to_diff_dict()
     config["dtype"] = str(dtype).removeprefix("torch.")
@@ -108,21 +107,11 @@ def _finish(weights: ReleasedWeights, out: Path, shards: list[str], dtype: torch
         write_json(out / generation.name, read_json(generation))
 
 
-def _write_shard(path: Path, places: Mapping[str, Stored], dtype: torch.dtype, done: Callable[[int], object]) -> None:
-    """One safetensors file, its tensors copied range by range."""
-    scratch = path.with_name(f".{path.name}.new")
-    with scratch.open("wb") as file:
-        file.write(header_bytes({key: place.shape for key, place in places.items()}, dtype))
-        for place in places.values():
-            _copy(place, file, dtype, done)
-    scratch.replace(path)
-
-
-def _copy(place: Stored, file: BinaryIO, dtype: torch.dtype, done: Callable[[int], object]) -> None:
-    width = FLOAT_TYPES[place.dtype].itemsize
-    piece = COPY_BYTES // width * width
-    for start in range(0, place.num_bytes, piece):
-        size = min(piece, place.num_bytes - start)
-        chunk = replace(place, shape=(size // width,), offset=place.offset + start, num_bytes=size)
-        file.write(read_tensor(chunk, dtype).view(torch.uint8).numpy().tobytes())
-        done(size)
+def _pieces(weights: ReleasedWeights, native: Sequence[NativeWeight], dtype: torch.dtype) -> Iterator[Tensor]:
+    """The values of these weights, some rows at a time."""
+    for weight in native:
+        stored = weights.stored[weight.source]
+        num_rows, *inner = weights.shape(weight)
+        first, step = weight.start or 0, max(1, PIECE_VALUES // math.prod(inner))
+        for start in range(first, first + num_rows, step):
+            yield stored.read(dtype, start, min(start + step, first + num_rows))

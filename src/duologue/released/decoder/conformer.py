@@ -2,7 +2,7 @@
 
 A block sees itself and the past, so keys and values of closed blocks can be kept and encoding goes on exactly.
 
-Modules carry the names of the released state dict, `encoder.*` of flow.pt (checkpoints.md 3.2 step 3 and 3.4); the
+Modules carry the names of the released state dict, `encoder.*` of flow.pt (docs/checkpoints.md 3.2 step 3 and 3.4); the
 configuration carries the names of its config.yaml.
 
 Shapes: B batch, T tokens, W cached tokens, D width, H heads.
@@ -76,8 +76,8 @@ class ConformerState:
 
 
 @dataclass(frozen=True)
-class Reach:
-    """What the layers of one call share.
+class AttentionPlan:
+    """Positions, mask and cache widths shared by all layers of one step.
 
     Attributes:
         positions: (W + 2 T - 1, D), see `relative_positions`.
@@ -108,16 +108,16 @@ class RelativeAttention(nn.Module):
         nn.init.xavier_uniform_(self.pos_bias_u)
         nn.init.xavier_uniform_(self.pos_bias_v)
 
-    def forward(self, x: Tensor, reach: Reach, cache: AttentionCache) -> Tensor:
+    def forward(self, x: Tensor, plan: AttentionPlan, cache: AttentionCache) -> Tensor:
         """x (B, T, D) -> (B, T, D); the cache takes in the closed blocks."""
         time = x.shape[1]
         heads = (self.num_heads, -1)
         query = self.linear_q(x).unflatten(-1, heads)  # (B, T, H, D / H)
-        key = Padded(self.linear_k(x).unflatten(-1, heads), reach.closed)
-        value = Padded(self.linear_v(x).unflatten(-1, heads), reach.closed)
-        keys, cache.keys = roll_in(cache.keys.to(x.dtype), key, reach.width)
-        values, cache.values = roll_in(cache.values.to(x.dtype), value, reach.width)
-        place = self.linear_pos(reach.positions).unflatten(-1, heads).permute(1, 2, 0)  # (H, D / H, W + 2 T - 1)
+        key = Padded(self.linear_k(x).unflatten(-1, heads), plan.closed)
+        value = Padded(self.linear_v(x).unflatten(-1, heads), plan.closed)
+        keys, cache.keys = roll_in(cache.keys.to(x.dtype), key, plan.width)
+        values, cache.values = roll_in(cache.values.to(x.dtype), value, plan.width)
+        place = self.linear_pos(plan.positions).unflatten(-1, heads).permute(1, 2, 0)  # (H, D / H, W + 2 T - 1)
         scale = query.shape[-1] ** -0.5
         by_distance = (query + self.pos_bias_v).transpose(1, 2) @ place  # (B, H, T, W + 2 T - 1)
         # From query i to key j, which may be a cached one, the distance W + i - j stands at place T - 1 - i + j.
@@ -125,7 +125,7 @@ class RelativeAttention(nn.Module):
         key_index = torch.arange(keys.shape[1], device=x.device)
         index = time - 1 - query_index[:, None] + key_index
         bias = by_distance.gather(-1, index.expand(*by_distance.shape[:2], -1, -1)) * scale
-        bias = bias.masked_fill(~reach.mask, -torch.inf)
+        bias = bias.masked_fill(~plan.mask, -torch.inf)
         query = (query + self.pos_bias_u).transpose(1, 2)
         keys, values = keys.transpose(1, 2), values.transpose(1, 2)
         out = functional.scaled_dot_product_attention(query, keys, values, attn_mask=bias, scale=scale)
@@ -152,8 +152,8 @@ class ConformerLayer(nn.Module):
         self.norm_mha = nn.LayerNorm(config.output_size, eps=1e-5)
         self.norm_ff = nn.LayerNorm(config.output_size, eps=1e-5)
 
-    def forward(self, x: Tensor, reach: Reach, cache: AttentionCache) -> Tensor:
-        x = x + self.self_attn(self.norm_mha(x), reach, cache)
+    def forward(self, x: Tensor, plan: AttentionPlan, cache: AttentionCache) -> Tensor:
+        x = x + self.self_attn(self.norm_mha(x), plan, cache)
         return x + self.feed_forward(self.norm_ff(x))  # type: ignore[no-any-return]
 
 
@@ -204,9 +204,9 @@ class BlockConformer(nn.Module):
         kept = int((state.start + closed).max())
         h = self.embed(x.values) * math.sqrt(width)
         positions = relative_positions(cached + h.shape[1] - 1, h.shape[1], width, h)
-        reach = Reach(positions, mask, closed, kept if max_cached is None else min(kept, max_cached))
+        plan = AttentionPlan(positions, mask, closed, kept if max_cached is None else min(kept, max_cached))
         for layer, cache in zip(self.encoders, state.layers, strict=True):
-            h = layer(h, reach, cache)
+            h = layer(h, plan, cache)
         state.start = state.start + closed
         return Padded(self.after_norm(h), x.lengths)
 

@@ -1,4 +1,4 @@
-"""The released flow: speech tokens -> log-mel, by a U-Net over the whole utterance (checkpoints.md 3.1 to 3.4).
+"""The released flow: speech tokens -> log-mel, by a U-Net over the whole utterance (docs/checkpoints.md 3.1 to 3.4).
 
 Modules carry the names of the released state dict flow.pt. Attention and normalisation of the U-Net run over all frames
 that it is given, so it has no exact incremental form: a block of a stream is decoded with the mel that was given out
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from duologue import rates
-from duologue.decoder.conformer import BlockConformer, ConformerConfig, ConformerState
 from duologue.decoder.encoder import check_tokens, frames_for_tokens
 from duologue.decoder.flow import noise_at
-from duologue.decoder.regulator import LengthRegulator, RegulatorConfig, mask_of
-from duologue.decoder.released_blocks import FORGET_TOKENS, Streaming, fade, last_of, select, where_rows
 from duologue.decoder.solver import solve_euler
-from duologue.decoder.unet import UNet, UNetConfig
 from duologue.layers import Padded, reset_rows, split_at
+from duologue.released.decoder.blocks import FORGET_TOKENS, Streaming, fade, last_of, select, where_rows
+from duologue.released.decoder.conformer import BlockConformer, ConformerConfig, ConformerState
+from duologue.released.decoder.regulator import LengthRegulator, RegulatorConfig, mask_of
+from duologue.released.decoder.unet import UNet, UNetConfig
 
 NUM_STEPS = 10  # of the solver, a constant of the released code
 
@@ -76,10 +76,6 @@ class ReleasedFlowConfig:
         for name in ("vocab_size", "spk_embed_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-
-    @property
-    def codebook_size(self) -> int:
-        return self.vocab_size
 
 
 @dataclass
@@ -140,6 +136,31 @@ class ReleasedFlow(nn.Module):
         self.encoder_proj = nn.Linear(config.encoder.output_size, config.output_size)
         self.length_regulator = LengthRegulator(config.length_regulator, config.output_size)
         self.decoder = nn.ModuleDict({"estimator": UNet(config.estimator)})
+
+    @property
+    def speaker_dim(self) -> int:
+        """Size of a speaker vector."""
+        return self.config.spk_embed_dim
+
+    def normalise(self, mel: Tensor) -> Tensor:
+        """Natural-log mel -> the values that the flow predicts, here the mel itself."""
+        return mel
+
+    def predict(
+        self, tokens: Padded, start: Tensor, speaker: Tensor, given: Tensor, x_t: Tensor, time: Tensor, keep: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """One evaluation for training, as `duologue.decoder.flow.Flow.predict`.
+
+        `start` is not used: a cut clip is an utterance of its own, and sees nothing before the cut.
+        """
+        num_frames = frames_for_tokens(start + tokens.lengths) - frames_for_tokens(start)
+        mu = self.length_regulator(self.encode(tokens), num_frames).values
+        inputs = (
+            mu * keep[:, None, None],
+            self.speaker_condition(speaker) * keep[:, None],
+            given * keep[:, None, None],
+        )
+        return self.decoder["estimator"](x_t, time, *inputs, mask_of(num_frames, mu.shape[1])), mu
 
     def estimate_in(self, dtype: torch.dtype) -> ReleasedFlow:
         """Turns the U-Net, where nearly all of the work is, into this type; all else stays, the solver's sums too."""

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from duologue.decoder.flow import noise_at
-from duologue.decoder.hift import HiFT, exact_cycles, released_cycles
 from duologue.layers import Padded, reset_rows, split_at, take
+from duologue.released.decoder.hift import HiFT, exact_cycles, released_cycles
 
 # Streams of noise apart from each other and from the flow's.
 _NOISE_SEED, _PHASE_SEED = 0x1F123BB5, 0x5851F42D
@@ -153,7 +153,7 @@ def _cut(values: Tensor, first: Tensor, count: Tensor) -> Padded:
 def speak_as_released(
     network: HiFT, mel: Tensor, start: Tensor, noise: Tensor, cached_source: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One call of the released vocoder, for parity (checkpoints.md 3.6): phases begin anew, with float32 sums.
+    """One call of the released vocoder, for parity (docs/checkpoints.md 3.6): phases begin anew, with float32 sums.
 
     Args:
         mel: (1, T, M).

@@ -1,7 +1,7 @@
 """The released estimator: a 1-D U-Net of residual convolutions and transformer blocks over a whole utterance.
 
-Modules carry the names of the released state dict, `decoder.estimator.*` of flow.pt (checkpoints.md 3.3 and 3.4). Its
-GroupNorm and its attention run over all frames, so it has no exact incremental form. Rows of unequal lengths equal
+Modules carry the names of the released state dict, `decoder.estimator.*` of flow.pt (docs/checkpoints.md 3.3 and 3.4).
+Its GroupNorm and its attention run over all frames, so it has no exact incremental form. Rows of unequal lengths equal
 single runs: keys behind a row's end are hidden, statistics count real frames only.
 
 Shapes: B batch, T frames, C channels, M mels, H heads.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from duologue.decoder.regulator import RaggedGroupNorm, hide
+from duologue.released.decoder.regulator import RaggedGroupNorm, hide
 
 NUM_GROUPS = 8
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from duologue.checkpoint import load_tensors
 from duologue.config import parse_config, to_mapping
-from duologue.decoder.hift import HiFTConfig
-from duologue.decoder.released_flow import ReleasedFlowConfig
+from duologue.released.decoder.flow import ReleasedFlowConfig
+from duologue.released.decoder.hift import HiFTConfig
 
 CONFIG_FILE = "config.yaml"
 _TAGS = ("!new:", "!apply:", "!name:")

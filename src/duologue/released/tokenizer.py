@@ -1,7 +1,7 @@
 """The released speech tokenizer (glm-4-voice-tokenizer): its folder as our SpeechTokenizer, and its own batching.
 
-    config.json                  a Whisper config with `quantize_*` and `pooling_*` keys (checkpoints.md 1.1)
-    model.safetensors            keys as they are, or with the prefix `model.encoder.` (checkpoints.md 1.3)
+    config.json                  a Whisper config with `quantize_*` and `pooling_*` keys (docs/checkpoints.md 1.1)
+    model.safetensors            keys as they are, or with the prefix `model.encoder.` (docs/checkpoints.md 1.3)
     preprocessor_config.json     a WhisperFeatureExtractor
 
 Shapes: B pieces of at most 30 s, S samples, T tokens, D width.
@@ -23,9 +23,10 @@ from torch.nn import functional
 
 from duologue import rates
 from duologue.audio import LogMel, LogMelConfig, resample
+from duologue.checkpoint import StoredTensor, stored_tensors
 from duologue.config import read_json
-from duologue.headers import Stored, check_plain, check_stored, read_headers, read_tensor
 from duologue.layers import Padded
+from duologue.released.weights import check_plain, check_stored
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import Quantized, QuantizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
@@ -78,7 +79,7 @@ class ReleasedSpeechTokenizer(SpeechTokenizer):
         self.embed_positions2 = nn.Embedding(-(-config.encoder.max_positions // rates.POOL), config.encoder.width)
 
     def encode_pieces(self, pieces: Sequence[Tensor]) -> Pieces:
-        """Runs pieces (S,) at 16 kHz of at most 30 s as one batch, as the released code does (checkpoints.md 1.4).
+        """Runs pieces (S,) at 16 kHz of at most 30 s as one batch, as the released code does (docs/checkpoints.md 1.4).
 
         All are padded with zeros to the longest one in whole tokens before features are taken, so a piece whose length
         is a whole number of tokens differs in its last mel frame from one that is run alone.
@@ -134,28 +135,48 @@ class ReleasedSpeechTokenizer(SpeechTokenizer):
         return self.quantizer.codebook.weight.device
 
 
-def load_released_tokenizer(folder: str | Path) -> ReleasedSpeechTokenizer:
-    """Reads a released folder, float32 on the CPU, in evaluation mode.
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """A released tokenizer's folder that fits its config, known from its headers.
+
+    Attributes:
+        stored: key of `ReleasedSpeechTokenizer` to its tensor.
+    """
+
+    config: SpeechTokenizerConfig
+    stored: dict[str, StoredTensor]
+
+    def load(self) -> ReleasedSpeechTokenizer:
+        """The tokenizer, float32 on the CPU, in evaluation mode. Raises ValueError for values that are not finite."""
+        with torch.device("meta"):
+            module = ReleasedSpeechTokenizer(self.config)
+        weights = {key: entry.read(torch.float32) for key, entry in self.stored.items()}
+        weights.setdefault("quantizer.ema_count", torch.zeros(self.config.quantizer.codebook_size))
+        weights.setdefault("quantizer.ema_weight", weights["quantizer.codebook.weight"].clone())
+        module.load_state_dict(weights, assign=True)
+        module.features = LogMel(self.config.features)
+        return module.eval()
+
+
+def read_released_tokenizer(folder: str | Path) -> TokenizerFiles:
+    """Config and headers of a released folder, checked against each other; no weight is read.
 
     Raises:
         ValueError: one sentence naming file and key: a part is missing or truncated, another architecture, a quantized
             checkpoint, a weight missing, unexpected or of another shape.
     """
-    folder = Path(folder)
     config = read_released_config(folder)
     with torch.device("meta"):
-        module = ReleasedSpeechTokenizer(config)
-    stored = stored_weights(folder, module)
-    weights = {key: read_tensor(entry, torch.float32) for key, entry in stored.items()}
-    weights.setdefault("quantizer.ema_count", torch.zeros(config.quantizer.codebook_size))
-    weights.setdefault("quantizer.ema_weight", weights["quantizer.codebook.weight"].clone())
-    module.load_state_dict(weights, assign=True)
-    module.features = LogMel(config.features)
-    return module.eval()
+        return TokenizerFiles(config, _stored_weights(Path(folder), ReleasedSpeechTokenizer(config)))
+
+
+def load_released_tokenizer(folder: str | Path) -> ReleasedSpeechTokenizer:
+    """Reads a released folder. Raises ValueError as `read_released_tokenizer` and `TokenizerFiles.load`."""
+    return read_released_tokenizer(folder).load()
 
 
 def read_released_config(folder: str | Path) -> SpeechTokenizerConfig:
-    """Sizes from `config.json` and `preprocessor_config.json`. Raises ValueError as `load_released_tokenizer`."""
+    """Sizes from `config.json` and `preprocessor_config.json`. Raises ValueError as `read_released_tokenizer`."""
     folder = Path(folder)
     path = folder / "config.json"
     config = read_json(path)
@@ -190,17 +211,11 @@ def read_released_config(folder: str | Path) -> SpeechTokenizerConfig:
     )
 
 
-def stored_weights(folder: Path, module: ReleasedSpeechTokenizer) -> dict[str, Stored]:
-    """Where each weight of our module lies in a released folder, checked by the headers alone.
-
-    Args:
-        module: of the folder's config; may be on the meta device.
-    Raises:
-        ValueError: as `load_released_tokenizer`.
-    """
+def _stored_weights(folder: Path, module: ReleasedSpeechTokenizer) -> dict[str, StoredTensor]:
+    """The stored tensor of each weight of the module, which is of the folder's config."""
     num_layers = module.config.encoder.num_layers
     found = {}
-    for key, stored in read_headers(folder).items():
+    for key, stored in stored_tensors(folder).items():
         bare = key.removeprefix(PREFIX)
         parts = bare.split(".")
         behind = parts[0] == "layers" and parts[1].isdigit() and int(parts[1]) >= num_layers

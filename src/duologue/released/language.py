@@ -1,8 +1,6 @@
 """The released language model (glm-4-voice-9b): ChatGLM shards read as transformers' native Glm.
 
-Names change and the joint query_key_value splits by rows, nothing is permuted (checkpoints.md 2.4). Rows lie one behind
-the other in a file, so every native weight is a range of bytes, which `convert.py` copies and `load_released_language`
-reads.
+Names change and the joint query_key_value splits by rows; nothing is permuted (docs/checkpoints.md 2.4).
 """
 
 from __future__ import annotations
@@ -12,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel
 
+from duologue.checkpoint import StoredTensor, stored_tensors
 from duologue.config import read_json
-from duologue.headers import Stored, check_plain, check_stored, read_headers, read_tensor
 from duologue.language.backbone import DTYPES, Dtype
 from duologue.language.quantization import Scheme, check_available, quantize
+from duologue.released.weights import check_plain, check_stored
 
 SEQ_LENGTH = 8192  # where the config does not tell
 # What ChatGLM's code can be configured to do and the release does not: refused, never ignored.
@@ -48,21 +47,18 @@ _DROPPED = "transformer.rotary_pos_emb.inv_freq"  # computed from the config
 
 
 @dataclass(frozen=True)
-class Part:
-    """A native weight: rows [start, stop) of a stored one; all of it where `start` is None."""
+class NativeWeight:
+    """A native weight: rows [start, stop) of a stored one; all rows where these are None.
+
+    Attributes:
+        key: of `GlmForCausalLM`.
+        source: key of the ChatGLM.
+    """
 
     key: str
     source: str
     start: int | None = None
     stop: int | None = None
-
-    def of(self, stored: Stored) -> Stored:
-        """Where this part lies in the file."""
-        if self.start is None or self.stop is None:
-            return stored
-        row = stored.num_bytes // stored.shape[0]
-        shape = (self.stop - self.start, *stored.shape[1:])
-        return Stored(stored.path, self.key, stored.dtype, shape, stored.offset + self.start * row, shape[0] * row)
 
 
 @dataclass(frozen=True)
@@ -70,17 +66,25 @@ class ReleasedWeights:
     """A folder that fits its config, known from its headers.
 
     Attributes:
-        stored: ChatGLM key to its place, without the dropped one.
-        parts: native weights, layer by layer.
+        stored: ChatGLM key to its tensor, without the dropped one.
+        native: the weights of the native model, layer by layer.
     """
 
     folder: Path
     config: GlmConfig
-    stored: dict[str, Stored]
-    parts: list[Part]
+    stored: dict[str, StoredTensor]
+    native: list[NativeWeight]
 
-    def place(self, part: Part) -> Stored:
-        return part.of(self.stored[part.source])
+    def shape(self, weight: NativeWeight) -> tuple[int, ...]:
+        """The shape of a native weight."""
+        shape = self.stored[weight.source].shape
+        if weight.start is None or weight.stop is None:
+            return shape
+        return (weight.stop - weight.start, *shape[1:])
+
+    def read(self, weight: NativeWeight, dtype: torch.dtype | None = None) -> Tensor:
+        """The values of a native weight, see `StoredTensor.read`."""
+        return self.stored[weight.source].read(dtype, weight.start, weight.stop)
 
 
 def is_released(folder: str | Path) -> bool:
@@ -98,10 +102,10 @@ def read_released(folder: str | Path) -> ReleasedWeights:
     """
     folder = Path(folder)
     config = read_config(folder)
-    stored = read_headers(folder)
+    stored = stored_tensors(folder)
     stored.pop(_DROPPED, None)
     check_stored(stored, chatglm_shapes(config), folder)
-    return ReleasedWeights(folder, config, stored, native_parts(config))
+    return ReleasedWeights(folder, config, stored, native_weights(config))
 
 
 def read_config(folder: str | Path) -> GlmConfig:
@@ -176,37 +180,37 @@ def chatglm_shapes(config: GlmConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def native_parts(config: GlmConfig) -> list[Part]:
+def native_weights(config: GlmConfig) -> list[NativeWeight]:
     """The weights of `GlmForCausalLM`, and which rows of which ChatGLM weight each of them is."""
     heads = config.num_attention_heads * config.head_dim
     shared = config.num_key_value_heads * config.head_dim
     edges = {"q_proj": (0, heads), "k_proj": (heads, heads + shared), "v_proj": (heads + shared, heads + 2 * shared)}
-    parts = []
+    weights = []
     for source in chatglm_shapes(config):
         if source in _OUTSIDE:
-            parts.append(Part(_OUTSIDE[source], source))
+            weights.append(NativeWeight(_OUTSIDE[source], source))
             continue
         number, name = source.removeprefix("transformer.encoder.layers.").split(".", 1)
         if name in _IN_LAYER:
-            parts.append(Part(f"model.layers.{number}.{_IN_LAYER[name]}", source))
+            weights.append(NativeWeight(f"model.layers.{number}.{_IN_LAYER[name]}", source))
             continue
         ending = name.rsplit(".", 1)[1]
         for projection, (start, stop) in edges.items():
-            parts.append(Part(f"model.layers.{number}.self_attn.{projection}.{ending}", source, start, stop))
-    return parts
+            weights.append(NativeWeight(f"model.layers.{number}.self_attn.{projection}.{ending}", source, start, stop))
+    return weights
 
 
 def load_released_language(
-    folder: str | Path,
+    released: str | Path | ReleasedWeights,
     dtype: Dtype = "bfloat16",
     device: str | torch.device = "cpu",
     quantization: Scheme | None = None,
     progress: bool = False,
 ) -> PreTrainedModel:
-    """Reads a released folder into a native Glm, in evaluation mode.
+    """Reads a released folder, or one known from its headers, into a native Glm in evaluation mode.
 
     Weights are read one by one, layer by layer, and each layer is quantized before the next is read: what is needed
-    beside the model itself is one layer.
+    besides the model itself is one layer.
 
     Args:
         quantization: "int8" or "int4" for the weights of the layers' matrices; see `quantization.quantize`.
@@ -216,34 +220,32 @@ def load_released_language(
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; the choices are {', '.join(DTYPES)}")
-    weights = read_released(folder)
+    weights = released if isinstance(released, ReleasedWeights) else read_released(released)
     if quantization is not None:
         check_available(quantization, torch.device(device))
     with torch.device("meta"):
         model = GlmForCausalLM(weights.config)
     model.config.dtype = DTYPES[dtype]
     model.model.rotary_emb = type(model.model.rotary_emb)(weights.config).to(device)
-    bar = tqdm(total=sum(s.num_bytes for s in weights.stored.values()), unit="B", unit_scale=True, disable=not progress)
-    with bar:
-        for name, parts in _by_module(weights.parts):
+    total = sum(stored.numel for stored in weights.stored.values())
+    with tqdm(total=total, unit_scale=True, disable=not progress) as bar:
+        for name, native in _by_module(weights.native):
             owner = model.get_submodule(name)
-            for part in parts:
-                place = weights.place(part)
-                local = part.key.removeprefix(f"{name}.")
-                holder, _, attribute = local.rpartition(".")
-                tensor = read_tensor(place, DTYPES[dtype]).to(device)
+            for weight in native:
+                holder, _, attribute = weight.key.removeprefix(f"{name}.").rpartition(".")
+                tensor = weights.read(weight, DTYPES[dtype]).to(device)
                 setattr(owner.get_submodule(holder), attribute, nn.Parameter(tensor, requires_grad=False))
-                bar.update(place.num_bytes)
+                bar.update(tensor.numel())
             if quantization is not None and name.startswith("model.layers."):
                 quantize(owner, quantization)
     return model.eval()
 
 
-def _by_module(parts: list[Part]) -> Iterator[tuple[str, list[Part]]]:
-    """Parts by the module that is loaded at once: one layer, or what stands outside of the layers."""
-    groups: dict[str, list[Part]] = {}
-    for part in parts:
-        words = part.key.split(".")
+def _by_module(weights: list[NativeWeight]) -> Iterator[tuple[str, list[NativeWeight]]]:
+    """Weights by the module that is loaded at once: one layer, or one module outside of the layers."""
+    groups: dict[str, list[NativeWeight]] = {}
+    for weight in weights:
+        words = weight.key.split(".")
         name = ".".join(words[:3]) if words[1] == "layers" else ".".join(words[:-1])
-        groups.setdefault(name, []).append(part)
+        groups.setdefault(name, []).append(weight)
     yield from groups.items()

@@ -1,7 +1,4 @@
-"""Estimators: networks that predict the velocity of the flow at x_t, given the condition.
-
-One for now, pocket's `CausalTransformer`, built for exact streaming. The released U-Net sees the whole utterance at
-once (GroupNorm and attention over all frames), so it has no exact incremental form and does not share this interface.
+"""CausalTransformer: predicts the velocity of the flow at x_t, given the condition; it streams exactly.
 
 Shapes: B batch, T frames, G guidance branches (conditional, and unconditional where guidance is on), M mels, D width,
 H heads, C condition channels, S speaker channels. Branches share weights and mask and lie side by side in one call.
@@ -25,7 +22,7 @@ BLOCK_FRAMES = -(-rates.BLOCK_TOKENS * rates.FRAMES_PER_TOKEN.numerator // rates
 
 @dataclass(frozen=True)
 class EstimatorConfig:
-    """Sizes of the estimator; the defaults are pocket's.
+    """Sizes of the estimator. The sizes of a model stand in its recipe, not here.
 
     Attributes:
         past_blocks: blocks of 10 tokens (68 or 69 frames) seen besides the own one; None for the whole past, then the
@@ -171,7 +168,7 @@ class CausalTransformer(nn.Module):
 
 
 def sinusoids_of(time: Tensor, width: int) -> Tensor:
-    """Times (B,) in [0, 1] -> (B, width): sines and cosines of 1000 t times 1 .. 1/10000 (checkpoints.md 3.3)."""
+    """Times (B,) in [0, 1] -> (B, width): sines and cosines of 1000 t times 1 .. 1/10000 (docs/checkpoints.md 3.3)."""
     half = width // 2
     scales = torch.exp(-torch.arange(half, device=time.device) * (math.log(10000.0) / (half - 1)))
     angle = 1000.0 * time.float()[:, None] * scales

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from duologue import rates
 from duologue.checkpoint import load_weights, save_tensors
-from duologue.decoder.hift import HiFT, HiFTConfig
-from duologue.decoder.hift_stream import HiFTState, HiFTVocoder
-from duologue.decoder.released_blocks import Streaming
-from duologue.decoder.released_flow import ReleasedFlow, ReleasedFlowConfig, ReleasedFlowState
-from duologue.decoder.released_folder import CONFIG_FILE, read_decoder_config, read_weights, write_decoder_config
 from duologue.layers import Padded
+from duologue.released.decoder.blocks import Streaming
+from duologue.released.decoder.flow import ReleasedFlow, ReleasedFlowConfig, ReleasedFlowState
+from duologue.released.decoder.folder import CONFIG_FILE, read_decoder_config, read_weights, write_decoder_config
+from duologue.released.decoder.hift import HiFT, HiFTConfig
+from duologue.released.decoder.hift_stream import HiFTState, HiFTVocoder
 
 
 @dataclass
@@ -34,14 +34,19 @@ class ReleasedDecoderState:
 class ReleasedDecoder(nn.Module):
     """Speech tokens (B, T) int64 -> wav (B, 256 (441 T // 64)) float32 at 22.05 kHz, a streaming stage.
 
-    Unlike the released streaming it gives every frame once, whatever ends the utterance: see `released_flow` for the
-    mel and `hift_stream` for the wave, and `released_stream` for the released bookkeeping.
+    Unlike the released streaming it gives every frame once, whatever ends the utterance: see `flow.py` for the mel and
+    `hift_stream.py` for the wave.
     """
 
     def __init__(self, flow: ReleasedFlow, vocoder: HiFTVocoder) -> None:
         super().__init__()
         self.flow = flow
         self.vocoder = vocoder
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of speech codes that the decoder accepts: valid ones are `0 <= code < codebook_size`."""
+        return self.flow.config.vocab_size
 
     def init_state(
         self,
@@ -89,19 +94,23 @@ def build_released_decoder(
 
 
 def load_released_decoder(
-    folder: str | Path, streaming: Streaming | None = None, dtype: torch.dtype = torch.float32
+    folder: str | Path,
+    streaming: Streaming | None = None,
+    dtype: torch.dtype = torch.float32,
+    configs: tuple[ReleasedFlowConfig, HiFTConfig] | None = None,
 ) -> ReleasedDecoder:
     """Reads a folder in the released format: config.yaml, and flow and hift as .pt or .safetensors.
 
     Args:
         dtype: of the U-Net, where nearly all of the work is; the rest stays in float32, and so do the solver's sums.
+        configs: those of the folder's config.yaml; read where None.
     Returns:
         the decoder on the CPU, in evaluation mode.
     Raises:
         ValueError: one sentence naming file and key: a part is missing or damaged, describes something else, or its
             weights have other names or shapes than the config asks for.
     """
-    flow, hift = read_decoder_config(folder)
+    flow, hift = read_decoder_config(folder) if configs is None else configs
     try:
         with torch.device("meta"):  # no time is spent on random weights that are overwritten
             decoder = build_released_decoder(flow, hift, streaming)

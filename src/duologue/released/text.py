@@ -4,7 +4,7 @@
     tokenizer_config.json    special and speech tokens: `added_tokens_decoder`, id to content
     added_tokens.json        or here, name to id
 
-Every id is looked up by its string; no id stands here (checkpoints.md 2.1, 2.1b, 2.2).
+Every id is looked up by its string; no id stands here (docs/checkpoints.md 2.1, 2.1b, 2.2).
 """
 
 from __future__ import annotations
@@ -13,22 +13,20 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from duologue.config import read_json, write_json
+from duologue.language.scripts import byte_letters
 from duologue.turns import Role
 from duologue.vocabulary import (
-    BEGIN_OF_AUDIO,
     CHAT_CONTROLS,
-    END_OF_AUDIO,
     END_OF_TEXT,
     RELEASED_TEMPLATE,
     ROLE_TOKENS,
-    ChatTemplate,
     Vocabulary,
     VocabularyConfig,
 )
@@ -196,40 +194,6 @@ def save_for_transformers(vocabulary: Vocabulary, folder: str | Path) -> None:
     write_json(folder / "tokenizer_config.json", settings)
 
 
-# The released code's own way to keep a conversation: one string, stripped and encoded again every turn.
-
-
-def user_string(user: str | Iterable[int]) -> str:
-    """What a user's turn is in the string: text as it stands, markers in it included; speech codes by name."""
-    if isinstance(user, str):
-        return user
-    return BEGIN_OF_AUDIO + "".join(f"<|audio_{code}|>" for code in user) + END_OF_AUDIO
-
-
-def released_prompt(
-    user: str | Iterable[int], previous: str = "", completion: str = "", template: ChatTemplate = RELEASED_TEMPLATE
-) -> str:
-    """The string that the released demo would send, faults included (checkpoints.md 2.1; for parity only).
-
-    Text of the user is not escaped: markers in it act. The joined history loses whitespace at both ends.
-
-    Args:
-        user: the text, or speech codes.
-        previous: the prompt of the turn before, empty at first; completion: what was answered to it.
-    """
-    prompt = (previous + completion).strip()
-    if ROLE_TOKENS[Role.SYSTEM] not in prompt:
-        instruction = template.text_instruction if isinstance(user, str) else template.speech_instruction
-        prompt += ROLE_TOKENS[Role.SYSTEM] + template.role_break + instruction
-    prompt += ROLE_TOKENS[Role.USER] + template.role_break + user_string(user)
-    return prompt + ROLE_TOKENS[Role.ASSISTANT] + template.reply_marker
-
-
-def released_ids(vocabulary: Vocabulary, prompt: str) -> list[int]:
-    """Ids of a prompt string with its prefix, markers in it taken as the tokens they name."""
-    return list(vocabulary.tokenizer.encode(prompt, add_special_tokens=True).ids)
-
-
 def _num_rows(folder: Path, num_known: int) -> int:
     path = folder / "config.json"
     config = read_json(path)
@@ -237,10 +201,3 @@ def _num_rows(folder: Path, num_known: int) -> int:
     if type(rows) is not int or rows < num_known:
         raise ValueError(f"{path}: padded_vocab_size is {rows!r}, but the tokenizer has ids up to {num_known - 1}")
     return rows
-
-
-def byte_letters() -> list[str]:
-    """The letter that stands for each byte in byte-level BPE: printable ones for themselves, others from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

@@ -1,6 +1,6 @@
 """Length regulation as released: encoded tokens at 12.5/s -> the flow's condition at 86.13 frames/s.
 
-Modules carry the names of the released state dict, `length_regulator.*` of flow.pt (checkpoints.md 3.2 step 6).
+Modules carry the names of the released state dict, `length_regulator.*` of flow.pt (docs/checkpoints.md 3.2 step 6).
 
 Shapes: B batch, T frames, N tokens, C channels.
 """

@@ -82,9 +82,8 @@ class Streaming:
         return ((given - self.window_frames).clamp(min=0) // 2 * 2).maximum(forgotten)
 
 
-# All of an utterance in one block; and the blocks of the released code, each with all that was given out before it.
+# All of an utterance in one block.
 OFFLINE = Streaming(block_tokens=(), window_frames=None)
-GROWING = Streaming(block_tokens=(25, 50, 100, 150, 200), overlap_frames=34, window_frames=None)
 
 
 def select(x: Padded, index: Tensor) -> Padded:

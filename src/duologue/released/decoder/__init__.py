@@ -1,0 +1,1 @@
+"""glm-4-voice-decoder: speech tokens -> log-mel -> wave."""
