@@ -20,7 +20,7 @@ from websockets.sync.connection import Connection
 
 import duologue
 from duologue.audio import load_audio, resample
-from duologue.chatbot import Chatbot
+from duologue.conversation.chatbot import Chatbot
 from duologue.interleave import INTERLEAVED, Schedule, weave
 from duologue.language.sampling import Sampling
 from duologue.models import Models

@@ -15,7 +15,7 @@ from duologue.bench.decoder import DecoderBench, measure_decoder
 from duologue.bench.harness import Spread
 from duologue.bench.sessions import Crowd, Exchange, Loudspeaker, SessionsBench, measure_sessions
 from duologue.bench.tokenizer import measure_tokenizer, random_tokenizer
-from duologue.chatbot import Chatbot, load
+from duologue.conversation.chatbot import Chatbot, load
 from duologue.decoder.decoder import SpeechDecoder
 from duologue.layers import Padded
 from duologue.models import Decoder

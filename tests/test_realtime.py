@@ -9,8 +9,8 @@ import pytest
 
 from duologue import rates
 from duologue.audio import resample
+from duologue.conversation.ear import Listening
 from duologue.interleave import INTERLEAVED, Kind
-from duologue.listening import Listening
 from duologue.serving.formats import pack
 from duologue.serving.live import Live
 from duologue.serving.objects import Pcma, Pcmu

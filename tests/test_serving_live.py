@@ -20,7 +20,7 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from duologue.audio import load_audio, resample
-from duologue.chatbot import Chatbot, load, model_folder
+from duologue.conversation.chatbot import Chatbot, load, model_folder
 from duologue.serving.recording import SAMPLE_RATE, Recorder, remove_leftovers
 from duologue.turns import Conversation, Role
 from tests.serving import Running, running

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from duologue.audio import load_audio
-from duologue.chatbot import Chatbot, load, model_folder
+from duologue.conversation.chatbot import Chatbot, load, model_folder
 from duologue.serving.encoders import FILE_FORMATS, SAMPLE_RATE, Encoder, FileFormat, encode
 from duologue.serving.speech import chunks
 from duologue.serving.transcriptions import Utterance, subtitles

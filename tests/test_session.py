@@ -10,12 +10,12 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import duologue
-from duologue.chatbot import Chatbot
-from duologue.events import AudioDelta, EndReason, Interrupted, ReplyDone, SpeechDelta, TextDelta
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.events import AudioDelta, EndReason, Interrupted, ReplyDone, SpeechDelta, TextDelta
+from duologue.conversation.session import Pcm
 from duologue.interleave import TEXT_ONLY, split
 from duologue.models import Models
 from duologue.rates import speak_samples_for_tokens, tokens_for_samples
-from duologue.session import Pcm
 from duologue.turns import Modality, Role
 from tests.tiny import write_tiny_chatbot
 

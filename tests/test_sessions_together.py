@@ -13,17 +13,17 @@ import pytest
 import torch
 
 import duologue
-from duologue.chatbot import Chatbot
-from duologue.events import AudioDelta, EndReason, Interrupted, ReplyDone, TextDelta
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.ear import Ahead
+from duologue.conversation.events import AudioDelta, EndReason, Interrupted, ReplyDone, TextDelta
+from duologue.conversation.session import Session
+from duologue.conversation.worker import Worker
 from duologue.interleave import legal_prefix
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
 from duologue.layers import Padded
-from duologue.listening import Ahead
 from duologue.rates import SAMPLES_PER_TOKEN
-from duologue.session import Session
 from duologue.turns import Modality, Role, Turn
-from duologue.worker import Worker
 from tests.tiny import write_tiny_chatbot
 
 TOLERANCE = 1e-4

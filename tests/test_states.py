@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from duologue.block_policy import BlockPolicy
-from duologue.chatbot import Chatbot
+from duologue.conversation.block_policy import BlockPolicy
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.events import AudioDelta, ReplyDone
+from duologue.conversation.mouth import heard_text
 from duologue.decoder.encoder import TokenEncoderConfig
 from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import Flow, FlowConfig
-from duologue.events import AudioDelta, ReplyDone
 from duologue.interleave import INTERLEAVED, Schedule, weave
 from duologue.language.sampling import Sampling
 from duologue.layers import Padded, join_states, state_row, state_settings
 from duologue.models import Models
 from duologue.rates import speak_samples_for_tokens
-from duologue.speaking import heard_text
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import QuantizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from duologue import rates
 from duologue.bench.harness import Check, Spread, at_most
 from duologue.bench.speech import chunks, speech_of
-from duologue.chatbot import Chatbot
-from duologue.events import SpeechDelta, TextDelta
-from duologue.session import Session
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.events import SpeechDelta, TextDelta
+from duologue.conversation.session import Session
 
 SPEECH_S = (2.5, 3.9, 10.0, 29.0)
 NUM_TURNS = 10

@@ -26,9 +26,9 @@ from duologue.audio import resample
 from duologue.bench.commit import NUM_TURNS, SPEECH_S, CommitTimes, measure_commits, say
 from duologue.bench.harness import Check, Spread, now
 from duologue.bench.plots import draw_lines, draw_stack
-from duologue.chatbot import Chatbot
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.events import AudioDelta, ReplyDone, Timings
 from duologue.decoder.flow import state_bytes
-from duologue.events import AudioDelta, ReplyDone, Timings
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY
 from duologue.layers import Padded
 from duologue.models import Models

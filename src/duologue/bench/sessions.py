@@ -25,12 +25,12 @@ from duologue import rates
 from duologue.bench.harness import Check, Spread, at_most, below, peak_memory_mb
 from duologue.bench.plots import draw_lines
 from duologue.bench.speech import chunks, questions
-from duologue.chatbot import Chatbot
-from duologue.events import AudioDelta
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.events import AudioDelta
+from duologue.conversation.session import Session
+from duologue.conversation.worker import WorkerFull, WorkerStats
 from duologue.language.requests import EngineFull
 from duologue.machine import num_cores
-from duologue.session import Session
-from duologue.worker import WorkerFull, WorkerStats
 
 CHUNK_MS = 40
 MAX_FIRST_AUDIO_S = 1.5

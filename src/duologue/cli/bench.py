@@ -22,7 +22,7 @@ from duologue.cli.parser import (
 )
 
 if TYPE_CHECKING:
-    from duologue.chatbot import Chatbot
+    from duologue.conversation.chatbot import Chatbot
     from duologue.models import EngineName
 
 PRESETS = ("glm-4-voice-9b",)
@@ -104,7 +104,7 @@ def add(commands: Any) -> None:
 def _latency(args: argparse.Namespace) -> None:
     from duologue.audio import load_audio
     from duologue.bench.latency import measure_latency
-    from duologue.chatbot import model_folder
+    from duologue.conversation.chatbot import model_folder
 
     question = args.question if args.question is not None else model_folder() / "question.wav"
     wav, sample_rate = load_audio(question)  # before the models: what is wrong with a file is said at once
@@ -114,7 +114,7 @@ def _latency(args: argparse.Namespace) -> None:
 
 def _tokenizer(args: argparse.Namespace) -> None:
     from duologue.bench.tokenizer import measure_tokenizer, random_tokenizer
-    from duologue.chatbot import model_folder
+    from duologue.conversation.chatbot import model_folder
     from duologue.models import Card, load_tokenizer
 
     name = args.bench
@@ -131,7 +131,7 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
 def _decoder(args: argparse.Namespace) -> None:
     from duologue.bench.decoder import measure_decoder
-    from duologue.chatbot import model_folder
+    from duologue.conversation.chatbot import model_folder
     from duologue.decoder.released import ReleasedDecoder
     from duologue.models import Card, codebook_size, load_decoder
 
@@ -169,7 +169,7 @@ def _released_decoder(args: argparse.Namespace, model: dict[str, Any], flow: Any
 
 def _solvers(args: argparse.Namespace) -> None:
     from duologue.bench.solvers import measure_solvers, question_tokens
-    from duologue.chatbot import model_folder
+    from duologue.conversation.chatbot import model_folder
     from duologue.decoder.decoder import SpeechDecoder
     from duologue.models import Card, load_decoder, load_tokenizer
 
@@ -200,7 +200,7 @@ def _sessions(args: argparse.Namespace) -> None:
 
 def _engine(args: argparse.Namespace) -> None:
     from duologue.bench.engine import measure_engine, random_language, stored_language
-    from duologue.chatbot import model_folder
+    from duologue.conversation.chatbot import model_folder
     from duologue.models import Card
     from duologue.vocabulary import Vocabulary
 
@@ -263,7 +263,7 @@ def _seconds(text: str) -> float:
 
 
 def _load(args: argparse.Namespace, engine: EngineName = "plain") -> Chatbot:
-    from duologue.chatbot import load
+    from duologue.conversation.chatbot import load
 
     bot = load(args.model, args.device, args.dtype, args.quantize, engine, args.decoder_dtype)
     say_if_untrained(bot.models.card)

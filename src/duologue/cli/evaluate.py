@@ -69,8 +69,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _pocket(args: argparse.Namespace, test_set: TestSet) -> Report:
-    from duologue.chatbot import load, model_folder
     from duologue.checkpoint import load_component
+    from duologue.conversation.chatbot import load, model_folder
     from duologue.evaluation.pocket import evaluate_pocket
     from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
 
@@ -88,7 +88,7 @@ def _pocket(args: argparse.Namespace, test_set: TestSet) -> Report:
 
 
 def _solvers(args: argparse.Namespace, test_set: TestSet) -> Report:
-    from duologue.chatbot import model_folder
+    from duologue.conversation.chatbot import model_folder
     from duologue.decoder.decoder import SpeechDecoder
     from duologue.evaluation.solvers import Setting, evaluate_solvers, parse_setting
     from duologue.models import Card, load_decoder, load_tokenizer

@@ -61,7 +61,7 @@ def _serve(args: argparse.Namespace) -> None:
         level=logging.INFO if args.verbose else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    from duologue.chatbot import load
+    from duologue.conversation.chatbot import load
     from duologue.serving.app import create_app
     from duologue.serving.warm_up import warm_up
 

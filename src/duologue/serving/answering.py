@@ -22,7 +22,10 @@ from typing import Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from duologue import events, rates
+from duologue import rates
+from duologue.conversation import events
+from duologue.conversation.session import Session
+from duologue.conversation.worker import WorkerFull
 from duologue.interleave import Kind
 from duologue.language.requests import EngineFull
 from duologue.serving import protocol
@@ -44,9 +47,7 @@ from duologue.serving.objects import (
 from duologue.serving.outbox import Outbox
 from duologue.serving.playback_estimate import Playback
 from duologue.serving.recording import Recorder
-from duologue.session import Session
 from duologue.turns import Conversation, Modality, Role, Turn
-from duologue.worker import WorkerFull
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from starlette.routing import Match, Mount
 from starlette.types import Scope
 
-from duologue.chatbot import Chatbot
+from duologue.conversation.chatbot import Chatbot
 from duologue.machine import version_of
 from duologue.serving.completions import completion_routes
 from duologue.serving.errors import ApiError, add_error_handlers, documented

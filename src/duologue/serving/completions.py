@@ -21,7 +21,8 @@ import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
-from duologue.events import AudioDelta, EndReason, ReplyDone, TextDelta
+from duologue.conversation.events import AudioDelta, EndReason, ReplyDone, TextDelta
+from duologue.conversation.session import Session
 from duologue.interleave import Kind
 from duologue.serving.chat_types import (
     AssistantAudio,
@@ -40,7 +41,6 @@ from duologue.serving.chat_types import (
 from duologue.serving.encoders import Encoder, encode
 from duologue.serving.errors import ApiError, documented, error_json, told
 from duologue.serving.service import Service, read_sound, streamed, unless_gone
-from duologue.session import Session
 from duologue.turns import Conversation, Modality, Role, Turn
 
 AUDIO_KEPT_S = 3600

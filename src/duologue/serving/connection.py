@@ -10,7 +10,7 @@ import traceback
 
 from fastapi import WebSocket, WebSocketDisconnect
 
-from duologue.chatbot import Chatbot
+from duologue.conversation.chatbot import Chatbot
 from duologue.serving.admission import Visit, new_session_id
 from duologue.serving.items import Items
 from duologue.serving.live import Kept, Live

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue import rates
+from duologue.conversation.session import Session
 from duologue.serving.formats import Incoming
 from duologue.serving.items import Sound
 from duologue.serving.objects import AudioInput, ProtocolError
@@ -27,7 +28,6 @@ from duologue.serving.turn_detection import (
     TurnDetector,
     TurnSettings,
 )
-from duologue.session import Session
 from duologue.turns import Turn
 
 RATE = rates.LISTEN_SAMPLE_RATE

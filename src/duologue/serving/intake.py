@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 from numpy.typing import NDArray
 
-from duologue.chatbot import Chatbot
+from duologue.conversation.chatbot import Chatbot
 from duologue.interleave import Kind
 from duologue.serving.formats import unpack
 from duologue.serving.items import Item, Sound, written

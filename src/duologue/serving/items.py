@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue import rates
+from duologue.conversation.mouth import heard_text
 from duologue.interleave import INTERLEAVED, Kind, legal_prefix
 from duologue.serving.formats import whole
 from duologue.serving.objects import AnyItem, Content, Format, Message, ProtocolError
-from duologue.speaking import heard_text
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
 

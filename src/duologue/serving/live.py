@@ -11,8 +11,9 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 
-from duologue.block_policy import BlockPolicy
-from duologue.chatbot import Chatbot
+from duologue.conversation.block_policy import BlockPolicy
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.worker import WorkerFull
 from duologue.serving import protocol
 from duologue.serving.admission import STOPPING, Visit
 from duologue.serving.answering import Answer, Wish
@@ -38,7 +39,6 @@ from duologue.serving.protocol import ClientEvent, ErrorBody, new_id
 from duologue.serving.settings import Settings
 from duologue.serving.turn_detection import Detection, Started, TimedOut
 from duologue.turns import Conversation, Modality, Role, Turn
-from duologue.worker import WorkerFull
 
 log = logging.getLogger(__name__)
 

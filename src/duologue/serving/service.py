@@ -20,15 +20,15 @@ from starlette.types import Receive, Scope, Send
 
 from duologue import rates
 from duologue.audio import StreamingResampler, check_wav
-from duologue.chatbot import Chatbot
-from duologue.events import EndReason, Event, ReplyDone
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.events import EndReason, Event, ReplyDone
+from duologue.conversation.session import Session
 from duologue.serving.admission import Admission
 from duologue.serving.errors import ApiError
 from duologue.serving.metrics import Metrics
 from duologue.serving.objects import FOREIGN_VOICES, VoiceId
 from duologue.serving.resume import Shelf
 from duologue.serving.settings import Settings
-from duologue.session import Session
 
 Result = TypeVar("Result")
 

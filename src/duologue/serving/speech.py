@@ -20,13 +20,13 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from duologue.events import AudioDelta, ReplyDone
+from duologue.conversation.events import AudioDelta, ReplyDone
+from duologue.conversation.session import Session
 from duologue.language.reading import ReadingEngine
 from duologue.serving.encoders import MEDIA_TYPES, Encoder, FileFormat
 from duologue.serving.errors import ApiError, documented, error_json, told
 from duologue.serving.objects import Strict, VoiceId
 from duologue.serving.service import Service, streamed
-from duologue.session import Session
 
 MAX_CHUNK_IDS = 60  # text that is said in one breath: one reply of the model
 SPEECH_PER_TEXT = 8  # ids of speech that one id of text may take at most

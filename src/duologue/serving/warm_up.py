@@ -8,7 +8,7 @@ import gc
 import numpy as np
 
 from duologue import rates
-from duologue.chatbot import Chatbot
+from duologue.conversation.chatbot import Chatbot
 from duologue.interleave import INTERLEAVED
 from duologue.serving.turn_detection import SileroStream
 

@@ -22,15 +22,15 @@ from numpy.typing import NDArray
 
 from duologue import rates
 from duologue.audio import check_wav
-from duologue.block_policy import BlockPolicy
-from duologue.events import AudioDelta, EndReason, Event, Interrupted, ReplyDone, Timings
+from duologue.conversation.block_policy import BlockPolicy
+from duologue.conversation.ear import MAX_BEHIND_S, Ahead, Listening
+from duologue.conversation.events import AudioDelta, EndReason, Event, Interrupted, ReplyDone, Timings
+from duologue.conversation.mouth import Speaker, heard_text
+from duologue.conversation.worker import Worker
 from duologue.interleave import INTERLEAVED, TEXT_ONLY, Kind, legal_prefix
 from duologue.language.sampling import Sampling
-from duologue.listening import MAX_BEHIND_S, Ahead, Listening
 from duologue.models import Models
-from duologue.speaking import Speaker, heard_text
 from duologue.turns import Conversation, Modality, Role, Turn
-from duologue.worker import Worker
 
 MIN_REPLY_TOKENS = 64
 

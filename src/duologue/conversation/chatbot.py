@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from duologue import rates
 from duologue.audio import check_wav, load_audio
-from duologue.events import Event
+from duologue.conversation.events import Event
+from duologue.conversation.session import Reply, Session
+from duologue.conversation.worker import Worker
 from duologue.language.backbone import Dtype
 from duologue.language.quantization import Scheme
 from duologue.language.sampling import Sampling
 from duologue.layers import num_step_threads
 from duologue.models import DecoderDtype, EngineName, Models
-from duologue.session import Reply, Session
-from duologue.worker import Worker
 
 __all__ = ["Chatbot", "Reply", "Session", "load"]
 
@@ -92,7 +92,7 @@ def model_folder(name: str | Path = "pocket") -> Path:
     Raises:
         ValueError: one sentence naming what was asked for and what there is.
     """
-    folder = Path(__file__).parent / str(name) if name in PRESETS else Path(name)
+    folder = Path(__file__).parent.parent / str(name) if name in PRESETS else Path(name)
     if folder.is_dir():
         return folder
     if isinstance(name, str) and HUB_ID.fullmatch(name):

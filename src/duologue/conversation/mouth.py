@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from duologue import rates
-from duologue.block_policy import BlockPolicy
-from duologue.events import AudioDelta, EndReason, Event, SpeechDelta, TextDelta, Timings
+from duologue.conversation.block_policy import BlockPolicy
+from duologue.conversation.ear import RESPONSE_S
+from duologue.conversation.events import AudioDelta, EndReason, Event, SpeechDelta, TextDelta, Timings
+from duologue.conversation.worker import Stepped, Worker
 from duologue.interleave import InterleaveState, Kind, Schedule
 from duologue.language.sampling import Sampling
-from duologue.listening import RESPONSE_S
 from duologue.models import Models
 from duologue.vocabulary import TextStream
-from duologue.worker import Stepped, Worker
 
 
 class Speaker:

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from duologue import rates
 from duologue.audio import LogMel, StreamingResampler
+from duologue.conversation.worker import Stepped, Worker, WorkerFull
 from duologue.language.engine import Engine
 from duologue.tokenizer.tokenizer import SpeechTokenizer
-from duologue.worker import Stepped, Worker, WorkerFull
 
 RESPONSE_S = 0.5
 """When work for which the user waits is due: behind playback that runs dry sooner, before all that has time."""
