@@ -10,7 +10,7 @@ import torch
 from duologue.conversation.block_policy import BlockPolicy
 from duologue.conversation.chatbot import Chatbot
 from duologue.conversation.events import AudioDelta, ReplyDone
-from duologue.conversation.mouth import heard_text
+from duologue.conversation.history import heard_text
 from duologue.decoder.encoder import TokenEncoderConfig
 from duologue.decoder.estimators import EstimatorConfig
 from duologue.decoder.flow import Flow, FlowConfig

@@ -62,15 +62,6 @@ class Speaker:
     def is_stopped(self) -> bool:
         return self._stopped.done()
 
-    @property
-    def num_speech_estimated(self) -> float:
-        """Speech tokens of the whole reply: those it has, or, where it was cut, as many as the text of its last run
-        will need at least."""
-        state = self._interleave
-        if self.reason is EndReason.END or not state.schedule.text_run:
-            return len(self.codes)
-        return max(len(self.codes), state.num_text * state.schedule.speech_run / state.schedule.text_run)
-
     def took_question(self, seconds: float) -> None:
         """The user's turn is tokenized, which took so many seconds of work."""
         self._stages["tokenizer"] = seconds
@@ -219,16 +210,3 @@ class Speaker:
 
 async def _next(stream: AsyncIterator[int]) -> int | None:
     return await anext(stream, None)
-
-
-def heard_text(text: str, share: float) -> str:
-    """The beginning of a transcript of which this share of the speech was heard, up to a whole word: an estimate."""
-    size = min(round(len(text) * share), len(text))
-    while 0 < size < len(text) and _in_word(text[size - 1]) and _in_word(text[size]):
-        size -= 1
-    return text[:size].rstrip()
-
-
-def _in_word(character: str) -> bool:
-    """Letters of scripts that part words by blanks."""
-    return character == "'" or (character.isalnum() and ord(character) < 0x2E80)

@@ -25,14 +25,13 @@ from duologue.audio import check_wav
 from duologue.conversation.block_policy import BlockPolicy
 from duologue.conversation.ear import MAX_BEHIND_S, Ahead, Listening
 from duologue.conversation.events import AudioDelta, EndReason, Event, Interrupted, ReplyDone, Timings
-from duologue.conversation.mouth import Speaker, heard_text
+from duologue.conversation.history import HeardPart, heard_part, open_prompt, reply_prompt, turn_of
+from duologue.conversation.mouth import Speaker
 from duologue.conversation.worker import Worker
-from duologue.interleave import INTERLEAVED, TEXT_ONLY, Kind, legal_prefix
+from duologue.interleave import INTERLEAVED, TEXT_ONLY
 from duologue.language.sampling import Sampling
 from duologue.models import Models
 from duologue.turns import Conversation, Modality, Role, Turn
-
-MIN_REPLY_TOKENS = 64
 
 Pcm = NDArray[np.float32] | NDArray[np.int16] | bytes
 
@@ -194,9 +193,8 @@ class Session:
         self._add_reply(Turn(Role.ASSISTANT, modality, tuple(speaker.ids), question.language, self.voice), question)
         is_estimate = cut_at is not None and modality is not Modality.TEXT
         if cut_at is not None:
-            codes = codes[: self.cut_last_reply(cut_at, unfinished=reason is not EndReason.END)]
-            if is_estimate:
-                text = heard_text(text, len(codes) / max(speaker.num_speech_estimated, 1))
+            heard = self.cut_last_reply(cut_at, unfinished=reason is not EndReason.END)
+            codes, text = codes[: heard.num_speech], heard.text(text)
             reason = EndReason.INTERRUPTED
         self._dismiss(speaker)  # the reply is over, whenever its last events are read
         if cut_at is not None:
@@ -268,24 +266,19 @@ class Session:
             self.cut_last_reply(played)
             self._notify_ahead()
 
-    def cut_last_reply(self, num_samples_played: int, unfinished: bool = False) -> int:
-        """Shortens the last reply to what was heard; returns the speech tokens that stay.
+    def cut_last_reply(self, num_samples_played: int, unfinished: bool = False) -> HeardPart:
+        """Shortens the last reply to what was heard.
 
         Args:
             unfinished: the reply was not complete, so that it counts as interrupted even when all of it was heard.
         """
         turns = self.conversation.turns
         place = max(i for i, turn in enumerate(turns) if turn.role is Role.ASSISTANT)
-        last = turns[place]
-        kinds = [self.models.vocabulary.kind(token) for token in last.ids]
-        kept = last.ids
-        if last.modality is not Modality.TEXT:  # what was written was read
-            heard = rates.tokens_heard(num_samples_played, rates.SPEAK_SAMPLE_RATE)
-            kept = last.ids[: legal_prefix(kinds, heard)]
-        if unfinished or len(kept) < len(last.ids):
-            last = dataclasses.replace(last, ids=kept, interrupted=True)
-        self.conversation = dataclasses.replace(self.conversation, turns=(*turns[:place], last, *turns[place + 1 :]))
-        return sum(self.models.vocabulary.kind(token) is Kind.SPEECH for token in kept)
+        heard = heard_part(turns[place], num_samples_played, self.models.vocabulary, finished=not unfinished)
+        self.conversation = dataclasses.replace(
+            self.conversation, turns=(*turns[:place], heard.turn, *turns[place + 1 :])
+        )
+        return heard
 
     def save(self, path: str | Path) -> None:
         """Writes the conversation as versioned JSON of token ids; see `turns.Conversation`."""
@@ -302,43 +295,14 @@ class Session:
         Raises:
             ValueError: the last turn alone does not fit.
         """
-        prompt = self._fitting(lambda conversation: self.models.vocabulary.prompt_ids(conversation, reply))
-        return prompt, min(self.sampling.max_tokens, self.models.engine.max_positions - len(prompt))
-
-    def _fitting(self, ids_of: Callable[[Conversation], list[int]], *extra: Turn) -> list[int]:
-        """Ids of the conversation and extra turns, without the oldest turns where they do not fit.
-
-        Turns are left out by quarters of the model's positions, so that the prompts of the next turns begin alike and
-        what the engine has kept of them still serves.
-        """
-        size = self.models.engine.max_positions - MIN_REPLY_TOKENS
-        whole = self.conversation.plus(*extra)
-        prompt = ids_of(whole)
-        if len(prompt) <= size:
-            return prompt
-        quarter = max(size // 4, 1)
-        to_drop = -(-(len(prompt) - size) // quarter) * quarter
-        *past, last = whole.turns
-        dropped = 0
-        while (oldest := next((turn for turn in past if turn.role is not Role.SYSTEM), None)) is not None:
-            if dropped >= to_drop and oldest.role is not Role.ASSISTANT:  # no reply stays without its question
-                break
-            past.remove(oldest)
-            dropped += len(oldest.ids)
-        prompt = ids_of(dataclasses.replace(whole, turns=(*past, last)))
-        if len(prompt) <= size:
-            return prompt
-        raise ValueError(
-            f"the question is too long: its {len(prompt)} tokens do not fit the {self.models.engine.max_positions} "
-            f"positions of {self.models.card.name} (at most about {size / rates.TOKEN_RATE:.0f} seconds of speech)"
-        )
+        prompt, sampling = reply_prompt(self.models, self.conversation, reply, self.sampling)
+        return prompt, sampling.max_tokens
 
     def _open_prompt(self) -> list[int] | None:
         """What is certain of the next prompt while the user speaks; None while it depends on a reply under way."""
         if self._listening is None or self._speaker is not None:
             return None
-        ids = tuple(self.models.vocabulary.speech_ids(self._listening.codes))
-        return self._fitting(self.models.vocabulary.open_prompt_ids, Turn(Role.USER, Modality.SPEECH, ids))
+        return open_prompt(self.models, self.conversation, self._listening.codes)
 
     def _notify_ahead(self) -> None:
         if self._ahead is not None:
@@ -370,8 +334,7 @@ class Session:
         spoken, text = vocabulary.speech_ids(codes), vocabulary.encode_text(written)
         if not spoken and not text:
             raise ValueError("nothing was said: feed speech or write text before asking for a reply")
-        modality = Modality.SPEECH if not text else Modality.INTERLEAVED if spoken else Modality.TEXT
-        turn = Turn(Role.USER, modality, (*spoken, *text), self.language)
+        turn = turn_of(Role.USER, [*spoken, *text], vocabulary, self.language)
         self.conversation = self.conversation.plus(turn)
         return turn
 

@@ -22,6 +22,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
 from duologue.conversation.events import AudioDelta, EndReason, ReplyDone, TextDelta
+from duologue.conversation.history import turn_of
 from duologue.conversation.session import Session
 from duologue.interleave import Kind
 from duologue.serving.chat_types import (
@@ -125,9 +126,7 @@ class Completion:
                 ids += self._read(part.text, where)
         if not ids and isinstance(message, UserMessage):
             raise ApiError(f"{where} says nothing", param=f"{where}.content")
-        kinds = {vocabulary.kind(token) for token in ids}
-        both = Modality.SPEECH if kinds == {Kind.SPEECH} else Modality.INTERLEAVED
-        return Turn(role, both if Kind.SPEECH in kinds else Modality.TEXT, tuple(ids))
+        return turn_of(role, ids, vocabulary)
 
     def _read(self, text: str, where: str) -> list[int]:
         most = self._service.settings.max_input_chars

@@ -8,13 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue.conversation.chatbot import Chatbot
-from duologue.interleave import Kind
+from duologue.conversation.history import turn_of
 from duologue.serving.formats import unpack
 from duologue.serving.items import Item, Sound, written
 from duologue.serving.objects import AnyItem, Content, Format, FunctionCall, FunctionCallOutput, Message, ProtocolError
 from duologue.serving.protocol import new_id
-from duologue.turns import Modality, Role, Turn
-from duologue.vocabulary import Vocabulary
+from duologue.turns import Role
 
 
 async def new_item(
@@ -53,15 +52,9 @@ async def new_item(
         parts.append(part.model_copy(update={"audio": None}))
     kept = Message(type="message", id=item_id, status="completed", role=body.role, content=parts)
     # One sound belongs to one part; of several there is none to give back.
-    return Item(kept, _turn(ids, Role(body.role), bot.models.vocabulary), sound=sounds[0] if len(sounds) == 1 else None)
-
-
-def _turn(ids: list[int], role: Role, vocabulary: Vocabulary) -> Turn:
-    kinds = {vocabulary.kind(token) for token in ids}
-    modality = Modality.TEXT
-    if Kind.SPEECH in kinds:
-        modality = Modality.SPEECH if kinds == {Kind.SPEECH} else Modality.INTERLEAVED
-    return Turn(role, modality, tuple(ids))
+    return Item(
+        kept, turn_of(Role(body.role), ids, bot.models.vocabulary), sound=sounds[0] if len(sounds) == 1 else None
+    )
 
 
 async def _sound(part: Content, wire: Format, max_audio_s: float, place: str) -> NDArray[np.float32]:

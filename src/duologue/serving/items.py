@@ -6,7 +6,6 @@ which knows better than the server what was played can still say so.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue import rates
-from duologue.conversation.mouth import heard_text
-from duologue.interleave import INTERLEAVED, Kind, legal_prefix
+from duologue.conversation.history import heard_part
+from duologue.interleave import Kind
 from duologue.serving.formats import whole
 from duologue.serving.objects import AnyItem, Content, Format, Message, ProtocolError
 from duologue.turns import Conversation, Modality, Role, Turn
@@ -82,22 +81,11 @@ class Item:
         assert self.whole is not None
         assert isinstance(self.body, Message)
         self.heard_ms = min(heard_ms, self.spoken_ms)
-        kinds = [vocabulary.kind(token) for token in self.whole.ids]
-        kept = self.whole.ids
-        is_complete = self.body.status == "completed"
-        if self.heard_ms < self.spoken_ms or not is_complete:
-            num_samples = int(self.heard_ms * self.speed * rates.SPEAK_SAMPLE_RATE / 1000)
-            kept = kept[: legal_prefix(kinds, rates.tokens_heard(num_samples))]
-        short = len(kept) < len(self.whole.ids)
-        self.turn = dataclasses.replace(self.whole, ids=kept, interrupted=short) if kept else None
-        num_text, num_speech = kinds.count(Kind.TEXT), kinds.count(Kind.SPEECH)
-        if not is_complete:  # its last text was not spoken yet
-            num_speech = max(num_speech, num_text * INTERLEAVED.speech_run // INTERLEAVED.text_run)
-        num_heard = sum(vocabulary.kind(token) is Kind.SPEECH for token in kept)
-        text = vocabulary.decode_text(
-            t for t, kind in zip(self.whole.ids, kinds, strict=True) if kind is Kind.TEXT
-        ).lstrip()
-        said = heard_text(text, num_heard / num_speech) if num_speech else ""
+        num_samples = int(self.heard_ms * self.speed * rates.SPEAK_SAMPLE_RATE / 1000)
+        heard = heard_part(self.whole, num_samples, vocabulary, finished=self.body.status == "completed")
+        self.turn = heard.turn if heard.turn.ids else None
+        text_ids = [token for token in self.whole.ids if vocabulary.kind(token) is Kind.TEXT]
+        said = heard.text(vocabulary.decode_text(text_ids).lstrip())
         content = [part.model_copy(update={"transcript": said}) for part in self.body.content]
         self.body = self.body.model_copy(update={"content": content})
         return self.heard_ms
