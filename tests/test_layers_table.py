@@ -14,6 +14,7 @@ MAX_LINES = 500
 # import each other without a circle, folders of one layer never.
 LAYERS = {
     "rates": 0,
+    "pcm": 0,
     "config": 0,
     "interleave": 0,
     "vocabulary": 0,

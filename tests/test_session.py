@@ -12,9 +12,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 import duologue
 from duologue.conversation.chatbot import Chatbot
 from duologue.conversation.events import AudioDelta, EndReason, Interrupted, ReplyDone, SpeechDelta, TextDelta
-from duologue.conversation.session import Pcm
 from duologue.interleave import TEXT_ONLY, split
 from duologue.models import Models
+from duologue.pcm import Pcm
 from duologue.rates import speak_samples_for_tokens, tokens_for_samples
 from duologue.turns import Modality, Role
 from tests.tiny import write_tiny_chatbot

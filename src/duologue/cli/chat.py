@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from duologue.cli.parser import add_command, add_precision, checked_output, say_if_untrained
 
 if TYPE_CHECKING:
+    from duologue.conversation.answer import Reply
     from duologue.conversation.events import Event, Timings
-    from duologue.conversation.session import Reply
     from duologue.language.sampling import Sampling
     from duologue.models import Card
 

@@ -14,7 +14,6 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,35 +21,18 @@ from numpy.typing import NDArray
 
 from duologue import rates
 from duologue.audio import check_wav
+from duologue.conversation.answer import Reply
 from duologue.conversation.block_policy import BlockPolicy
 from duologue.conversation.ear import MAX_BEHIND_S, Ahead, Listening
-from duologue.conversation.events import AudioDelta, EndReason, Event, Interrupted, ReplyDone, Timings
+from duologue.conversation.events import AudioDelta, EndReason, Event, Interrupted, ReplyDone
 from duologue.conversation.history import HeardPart, heard_part, open_prompt, reply_prompt, turn_of
 from duologue.conversation.mouth import Speaker
 from duologue.conversation.worker import Worker
 from duologue.interleave import INTERLEAVED, TEXT_ONLY
 from duologue.language.sampling import Sampling
 from duologue.models import Models
+from duologue.pcm import Pcm
 from duologue.turns import Conversation, Modality, Role, Turn
-
-Pcm = NDArray[np.float32] | NDArray[np.int16] | bytes
-
-
-@dataclass(frozen=True, eq=False)
-class Reply:
-    """A whole answer.
-
-    Attributes:
-        audio: float32 (S,) in [-1, 1]; empty for a reply in text alone.
-        speech_tokens: codes in [0, codebook_size).
-    """
-
-    text: str
-    audio: NDArray[np.float32]
-    sample_rate: int
-    speech_tokens: tuple[int, ...]
-    reason: EndReason
-    timings: Timings
 
 
 class Session:
@@ -105,14 +87,14 @@ class Session:
         Raises:
             ValueError: unusable samples, or a rate that changes in the middle of a turn.
         """
-        self._feed(check_wav(_as_float(pcm), sample_rate, "the pcm that was fed"), sample_rate)
+        self._feed(check_wav(pcm, sample_rate, "the pcm that was fed"), sample_rate)
 
     async def hear(self, pcm: Pcm, sample_rate: int = rates.LISTEN_SAMPLE_RATE) -> None:
         """Hears more of the user as `feed` does, and listens ahead: what is settled is prefilled in the background.
 
         Waits only when the tokenizer has fallen far behind. Raises ValueError as `feed`.
         """
-        wav = check_wav(_as_float(pcm), sample_rate, "the pcm that was heard")
+        wav = check_wav(pcm, sample_rate, "the pcm that was heard")
         for start in range(0, len(wav), sample_rate):  # by the second, so that nobody waits for a long piece
             if start:
                 await asyncio.sleep(0)
@@ -343,15 +325,3 @@ class Session:
         turns = self.conversation.turns
         place = max((i + 1 for i, turn in enumerate(turns) if turn is question), default=len(turns))
         self.conversation = dataclasses.replace(self.conversation, turns=(*turns[:place], reply, *turns[place:]))
-
-
-def _as_float(pcm: Pcm) -> NDArray[np.float32]:
-    if isinstance(pcm, bytes):
-        if len(pcm) % 2:
-            raise ValueError(f"pcm must hold whole 16-bit samples, got {len(pcm)} bytes")
-        pcm = np.frombuffer(pcm, "<i2")
-    if pcm.dtype == np.int16:
-        return pcm.astype(np.float32) / 32768.0
-    if pcm.dtype != np.float32:
-        raise ValueError(f"pcm must be float32, int16 or bytes of int16, not {pcm.dtype}")
-    return pcm  # type: ignore[return-value]

@@ -132,6 +132,7 @@ class PlainEngine(Limited):
         max_step_tokens: ids of prompts that one step runs.
 
     Attributes:
+        language: the model as it was given, for those who call it without the engine.
         model: what the engine runs: the same weights, in modules and a config of its own.
         num_computed: ids that were run through the model so far.
     """
@@ -148,6 +149,7 @@ class PlainEngine(Limited):
     ) -> None:
         self.num_computed = 0
         self._requests = running_requests(model, vocabulary, max_sessions, max_cached_tokens, max_unread)
+        self.language = model
         self._side_by_side = SideBySide(model)
         self.model = self._side_by_side.model
         self._max_caches, self._max_step_tokens = max_caches, max_step_tokens

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from duologue import rates
 from duologue.audio import StreamingResampler
+from duologue.pcm import to_int16
 from duologue.serving.tempo import Tempo
 
 FileFormat: TypeAlias = Literal["wav", "pcm", "flac", "mp3", "opus"]
@@ -67,7 +68,7 @@ class Encoder:
         wav = self._resampler.step(self._tempo.step(wav, last), last)
         self.num_samples += len(wav)
         if self._file is None:
-            self._growing.write(np.round(np.clip(wav, -1.0, 1.0) * 32767.0).astype("<i2").tobytes())
+            self._growing.write(to_int16(wav).tobytes())
         elif len(wav):
             self._file.write(np.clip(wav, -1.0, 1.0))
         if last and self._file is not None:

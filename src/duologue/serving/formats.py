@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from duologue import rates
 from duologue.audio import StreamingResampler
+from duologue.pcm import from_int16, to_int16
 from duologue.serving.objects import Format, Pcm, ProtocolError
 from duologue.serving.tempo import Tempo
 
@@ -41,16 +42,15 @@ def unpack(audio: str, wire: Format, param: str = "audio") -> Wav:
         return _g711(data, wire)
     if len(data) % 2:
         raise ProtocolError(f"{param} must hold whole 16-bit samples, got {len(data)} bytes", "invalid_audio", param)
-    return np.frombuffer(data, "<i2").astype(np.float32) / 32768.0
+    return from_int16(np.frombuffer(data, "<i2"))
 
 
 def pack(wav: Wav, wire: Format) -> bytes:
     """Samples at the format's rate as its bytes."""
-    wav = np.clip(wav, -1.0, 1.0)
     if isinstance(wire, Pcm):
-        return np.round(wav * 32767.0).astype("<i2").tobytes()
+        return to_int16(wav).tobytes()
     buffer = io.BytesIO()
-    soundfile.write(buffer, wav, wire.rate, format="RAW", subtype=_SUBTYPES[wire.type])
+    soundfile.write(buffer, np.clip(wav, -1.0, 1.0), wire.rate, format="RAW", subtype=_SUBTYPES[wire.type])
     return buffer.getvalue()
 
 

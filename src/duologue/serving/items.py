@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from duologue import rates
 from duologue.conversation.history import heard_part
 from duologue.interleave import Kind
+from duologue.pcm import from_int16, to_int16
 from duologue.serving.formats import whole
 from duologue.serving.objects import AnyItem, Content, Format, Message, ProtocolError
 from duologue.turns import Conversation, Modality, Role, Turn
@@ -35,7 +36,7 @@ class Sound:
     @classmethod
     def of(cls, parts: Sequence[NDArray[np.float32]], sample_rate: int) -> Sound:
         wav = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-        return cls((np.clip(wav, -1.0, 1.0) * 32767.0).astype(np.int16), sample_rate)
+        return cls(to_int16(wav), sample_rate)
 
     @property
     def seconds(self) -> float:
@@ -46,7 +47,7 @@ class Sound:
 
     def to_wire(self, wire: Format) -> str:
         """base64 text."""
-        return whole(self.samples.astype(np.float32) / 32768.0, self.sample_rate, wire)
+        return whole(from_int16(self.samples), self.sample_rate, wire)
 
 
 @dataclass(eq=False)
