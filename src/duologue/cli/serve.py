@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from duologue.serving.server import Server, listen, url_of
+    from duologue.serving.server import Server, listen, url_of, warm_up
     from duologue.serving.settings import Settings
 
     settings = Settings(**_given(args))
@@ -63,7 +63,6 @@ def _serve(args: argparse.Namespace) -> None:
     )
     from duologue.conversation.chatbot import load
     from duologue.serving.app import create_app
-    from duologue.serving.warm_up import warm_up
 
     bot = load(args.model, args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype)
     say_if_untrained(bot.models.card)

@@ -39,7 +39,7 @@ _KBPS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 _KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 
 
-class Encoder:
+class FileEncoder:
     """One file, from the sound of a reply as the decoder makes it. Work for a thread.
 
     Args:
@@ -85,7 +85,7 @@ class Encoder:
 
 def encode(wav: NDArray[np.float32], file_format: FileFormat, speed: float = 1.0) -> bytes:
     """A whole file of wav (S,) at the decoder's rate, with its length where the format tells it."""
-    encoder = Encoder(file_format, speed)
+    encoder = FileEncoder(file_format, speed)
     encoder.step(wav, last=True)
     return encoder.whole()
 

@@ -87,12 +87,14 @@ class Outgoing:
 
     def __init__(self, wire: Format, speed: float = 1.0) -> None:
         self.wire = wire
-        self._tempo = Tempo(speed, rates.SPEAK_SAMPLE_RATE)
+        self._tempo = None if speed == 1.0 else Tempo(speed, rates.SPEAK_SAMPLE_RATE)
         self._resampler = StreamingResampler(rates.SPEAK_SAMPLE_RATE, wire.rate)
 
     def step(self, wav: Wav, last: bool = False) -> list[tuple[str, float]]:
         """wav of the decoder -> what is ready, in pieces of at most half a second: base64 text and milliseconds."""
-        wav = self._resampler.step(self._tempo.step(wav, last), last)
+        if self._tempo is not None:
+            wav = self._tempo.step(wav, last)
+        wav = self._resampler.step(wav, last)
         size = int(PIECE_S * self.wire.rate)
         pieces = [wav[start : start + size] for start in range(0, len(wav), size)]
         return [(_to_base64(pack(piece, self.wire)), 1000 * len(piece) / self.wire.rate) for piece in pieces]

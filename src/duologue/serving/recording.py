@@ -71,7 +71,7 @@ class _Side:
         self.num_samples += len(samples)
 
 
-class Recorder:
+class SessionRecorder:
     """Takes the sound of one session as it comes and goes. Writes go to the system's cache: they do not wait.
 
     Args:
