@@ -45,7 +45,7 @@ def encoded(data: bytes) -> str:
 
 def test_pcm_is_little_endian_16_bit() -> None:
     assert unpack(encoded(b"\x00\x80\xff\x7f\x01\x00"), PCM).tolist() == [-1.0, 32767 / 32768, 1 / 32768]
-    assert pack(np.array([-2.0, 0.0, 2.0], np.float32), PCM) == b"\x01\x80\x00\x00\xff\x7f"
+    assert pack(np.array([-2.0, 0.0, 2.0], np.float32), PCM) == b"\x00\x80\x00\x00\xff\x7f"
 
 
 @pytest.mark.parametrize(
