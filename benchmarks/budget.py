@@ -18,8 +18,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from duologue import rates
-from duologue.chatbot import model_folder
 from duologue.config import load_config
+from duologue.conversation.chatbot import model_folder
 from duologue.decoder.flow import Flow, max_state_bytes
 from duologue.decoder.vocoder import Vocoder
 from duologue.interleave import INTERLEAVED

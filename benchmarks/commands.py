@@ -25,7 +25,7 @@ from duologue.cli.parser import (
 from duologue.config import write_json
 
 if TYPE_CHECKING:
-    from duologue.chatbot import Chatbot
+    from duologue.conversation.chatbot import Chatbot
 
 PRESETS = ("glm-4-voice-9b",)
 
@@ -105,7 +105,7 @@ def add(names: Any) -> None:
 def _latency(args: argparse.Namespace) -> None:
     from benchmarks.latency import measure_latency
     from duologue.audio import load_audio
-    from duologue.chatbot import model_folder
+    from duologue.conversation.chatbot import model_folder
 
     question = args.question if args.question is not None else model_folder() / "question.wav"
     wav, sample_rate = load_audio(question)  # before the models: what is wrong with a file is said at once
@@ -115,7 +115,7 @@ def _latency(args: argparse.Namespace) -> None:
 
 def _tokenizer(args: argparse.Namespace) -> None:
     from benchmarks.tokenizer import measure_tokenizer, random_tokenizer
-    from duologue.chatbot import model_folder
+    from duologue.conversation.chatbot import model_folder
     from duologue.models import open_folder
 
     name = args.bench
@@ -132,7 +132,7 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
 def _decoder(args: argparse.Namespace) -> None:
     from benchmarks.decoder import measure_decoder
-    from duologue.chatbot import model_folder
+    from duologue.conversation.chatbot import model_folder
     from duologue.models import open_folder
     from duologue.released.decoder.decoder import ReleasedDecoder
 
@@ -177,7 +177,7 @@ def _sessions(args: argparse.Namespace) -> None:
 
 def _engine(args: argparse.Namespace) -> None:
     from benchmarks.engine import measure_engine, random_language, stored_language
-    from duologue.chatbot import model_folder
+    from duologue.conversation.chatbot import model_folder
     from duologue.models import Card
     from duologue.vocabulary import Vocabulary
 
@@ -211,7 +211,7 @@ def _server(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> Chatbot:
-    from duologue.chatbot import load
+    from duologue.conversation.chatbot import load
 
     bot = load(args.model, args.device, args.dtype, args.quantize, decoder_dtype=args.decoder_dtype)
     say_if_untrained(bot.models.card)

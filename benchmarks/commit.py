@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from benchmarks.harness import AIMS, Spread
 from benchmarks.speech import chunks, speech_of
 from duologue import rates
-from duologue.chatbot import Chatbot
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.events import SpeechDelta, TextDelta
+from duologue.conversation.session import Session
 from duologue.evaluation.report import Row
-from duologue.events import SpeechDelta, TextDelta
-from duologue.session import Session
 
 SPEECH_S = (2.5, 3.9, 10.0, 29.0)
 NUM_TURNS = 10

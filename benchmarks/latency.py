@@ -26,10 +26,10 @@ from benchmarks.harness import Spread, now
 from benchmarks.plots import draw_lines, draw_stack
 from duologue import rates
 from duologue.audio import resample
-from duologue.chatbot import Chatbot
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.events import AudioDelta, ReplyDone, Timings
 from duologue.decoder.flow import state_bytes
 from duologue.evaluation.report import Row
-from duologue.events import AudioDelta, ReplyDone, Timings
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY
 from duologue.layers import Padded
 from duologue.models import Models

@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 from benchmarks.harness import AIMS, Spread
 from benchmarks.speech import questions
 from duologue.audio import resample
-from duologue.client.connection import WIRE_RATE, Connection, open_connection, to_pcm
+from duologue.client.connection import WIRE_RATE, Connection, open_connection
 from duologue.client.conversation import Talk, TalkSettings
 from duologue.client.pace import Pace, paced, silence
 from duologue.client.playback import Playback
 from duologue.evaluation.report import Row
+from duologue.pcm import to_int16
 from duologue.rates import LISTEN_SAMPLE_RATE
 
 MAX_FIRST_AUDIO_S = 1.5
@@ -183,7 +184,7 @@ def measure_server(
     if num_cycles and pid is None:
         raise ValueError("cycles need the server's process on this machine: give its --pid, or let one be started")
     if said is None:
-        said = [to_pcm(resample(wav, LISTEN_SAMPLE_RATE, WIRE_RATE)) for wav in questions()]
+        said = [to_int16(resample(wav, LISTEN_SAMPLE_RATE, WIRE_RATE)) for wav in questions()]
     settings = TalkSettings(transcribe=False, max_tokens=max_tokens)
     load = asyncio.run(_load(url, key, num_clients, num_turns, spread_s, settings, said)) if num_clients else None
     cycles = None

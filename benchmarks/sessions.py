@@ -24,13 +24,13 @@ from benchmarks.harness import AIMS, Spread, peak_memory_mb
 from benchmarks.plots import draw_lines
 from benchmarks.speech import chunks, questions
 from duologue import rates
-from duologue.chatbot import Chatbot
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.events import AudioDelta
+from duologue.conversation.session import Session
+from duologue.conversation.worker import WorkerFull, WorkerStats
 from duologue.evaluation.report import Row
-from duologue.events import AudioDelta
 from duologue.language.requests import EngineFull
 from duologue.machine import num_cores
-from duologue.session import Session
-from duologue.worker import WorkerFull, WorkerStats
 
 CHUNK_MS = 40
 SILENT = "no reply had any sound"

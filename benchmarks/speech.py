@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from duologue import rates
 from duologue.audio import load_audio, resample
-from duologue.chatbot import model_folder
+from duologue.conversation.chatbot import model_folder
 
 
 def questions() -> list[NDArray[np.float32]]:

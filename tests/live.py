@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.server import Footprint, footprint, metrics_of
-from duologue.chatbot import model_folder
 from duologue.client.connection import WIRE_RATE, Connection, Dropped, ServerEvent, decode_pcm, open_connection
 from duologue.client.process import ServerProcess
+from duologue.conversation.chatbot import model_folder
 from duologue.models import Card
 from duologue.talk.files import read_pcm
 from tests.tiny import write_tiny_chatbot

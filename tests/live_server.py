@@ -20,12 +20,12 @@ from websockets.sync.connection import Connection
 
 import duologue
 from duologue.audio import load_audio, resample
-from duologue.chatbot import Chatbot
+from duologue.conversation.chatbot import Chatbot
 from duologue.interleave import INTERLEAVED, Schedule, weave
 from duologue.language.sampling import Sampling
 from duologue.models import Models
 from duologue.serving.app import create_app
-from duologue.serving.live import Kept
+from duologue.serving.items import SavedConversation
 from duologue.serving.server import Server, listen
 from duologue.serving.service import Service
 from duologue.serving.settings import Settings
@@ -221,12 +221,10 @@ def sound(events: Sequence[Event]) -> bytes:
     return b"".join(base64.b64decode(delta) for delta in deltas)
 
 
-def kept(server: LiveServer, session_id: str) -> Kept:
+def kept(server: LiveServer, session_id: str) -> SavedConversation:
     """What the server keeps of a conversation whose client has gone."""
     for _ in range(2000):
-        if session_id in server.service.shelf._kept:
-            state = server.service.shelf._kept[session_id].state
-            assert isinstance(state, Kept)
-            return state
+        if session_id in server.service.resumable._stored:
+            return server.service.resumable._stored[session_id].conversation
         time.sleep(0.005)
     raise AssertionError("the server has not noticed that its client is gone")

@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from duologue.chatbot import Chatbot
+from duologue.conversation.chatbot import Chatbot
 from duologue.serving.app import create_app
 from duologue.serving.server import Server, listen, url_of
 from duologue.serving.service import Service

@@ -15,7 +15,7 @@ from benchmarks.decoder import DecoderBench, measure_decoder
 from benchmarks.harness import AIMS, Spread
 from benchmarks.sessions import Crowd, Exchange, Loudspeaker, SessionsBench, measure_sessions
 from benchmarks.tokenizer import measure_tokenizer, random_tokenizer
-from duologue.chatbot import Chatbot, load
+from duologue.conversation.chatbot import Chatbot, load
 from duologue.decoder.decoder import SpeechDecoder
 from duologue.evaluation.report import Report, Row, format_table
 from duologue.layers import Padded

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from duologue.block_policy import BlockPolicy
+from duologue.conversation.block_policy import BlockPolicy
 from duologue.interleave import INTERLEAVED
 from duologue.rates import TOKEN_RATE
 

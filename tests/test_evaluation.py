@@ -11,7 +11,7 @@ import pytest
 
 from duologue import machine
 from duologue.audio import load_audio
-from duologue.chatbot import model_folder
+from duologue.conversation.chatbot import model_folder
 from duologue.evaluation.conversations import (
     CURRICULUM,
     OPEN,

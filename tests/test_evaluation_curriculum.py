@@ -9,7 +9,7 @@ import pytest
 
 import duologue
 from duologue.audio import load_audio
-from duologue.chatbot import model_folder
+from duologue.conversation.chatbot import model_folder
 from duologue.evaluation.bundled import ask_bundled, bundled_rows
 from duologue.evaluation.conversations import CURRICULUM, OPEN
 from duologue.evaluation.curriculum import Curriculum, bigram_arpa, english_sentences

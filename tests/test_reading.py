@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from duologue.chatbot import Chatbot, load
+from duologue.conversation.chatbot import Chatbot, load
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, Kind, Schedule, split
 from duologue.language.reading import ReadingEngine
 from duologue.language.sampling import Sampling

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from duologue.serving import protocol
-from duologue.serving.objects import Message, Pcmu, ProtocolError, ResponseParams, SemanticVad, ServerVad, Session
+from duologue.serving.objects import Message, Pcmu, ProtocolError, ResponseParams, SemanticVad, ServerVad, SessionConfig
 from duologue.serving.protocol import CLIENT_EVENTS, ServerEvent, read_client_event
 
 OWN = {"duologue.tokens", "duologue.timings"}
-SESSION = Session(id="sess_1", model="pocket")
+SESSION = SessionConfig(id="sess_1", model="pocket")
 VAD = "session.audio.input.turn_detection"
 PICTURE = {"type": "message", "role": "user", "content": [{"type": "input_image"}]}
 
@@ -244,7 +244,7 @@ def test_events_of_clients_are_the_sdks() -> None:
 def test_a_session_has_every_field_of_the_sdks() -> None:
     types = pytest.importorskip("openai.types.realtime")
     known = types.RealtimeSessionCreateRequest.model_fields
-    assert set(known) == set(Session.model_fields) - {"id", "object", "expires_at"}
+    assert set(known) == set(SessionConfig.model_fields) - {"id", "object", "expires_at"}
     told = json.loads(protocol.SessionCreated(session=SESSION).to_json())
     parsed = types.SessionCreatedEvent.model_validate(told)
     assert parsed.session.audio.input.turn_detection.type == "server_vad"

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 import duologue
 from duologue.audio import load_audio, resample
+from duologue.conversation.block_policy import PlaybackClock
 from duologue.serving.formats import Incoming, Outgoing, pack, unpack
 from duologue.serving.objects import Format, Pcm, Pcma, Pcmu, ProtocolError, SemanticVad, ServerVad
-from duologue.serving.playback_estimate import Playback
 from duologue.serving.tempo import Tempo
 from duologue.serving.turn_detection import (
     WINDOW,
@@ -45,7 +45,7 @@ def encoded(data: bytes) -> str:
 
 def test_pcm_is_little_endian_16_bit() -> None:
     assert unpack(encoded(b"\x00\x80\xff\x7f\x01\x00"), PCM).tolist() == [-1.0, 32767 / 32768, 1 / 32768]
-    assert pack(np.array([-2.0, 0.0, 2.0], np.float32), PCM) == b"\x01\x80\x00\x00\xff\x7f"
+    assert pack(np.array([-2.0, 0.0, 2.0], np.float32), PCM) == b"\x00\x80\x00\x00\xff\x7f"
 
 
 @pytest.mark.parametrize(
@@ -145,30 +145,30 @@ def test_speed_is_the_same_in_any_chunks(cuts: list[int], speed: float) -> None:
 
 
 def test_what_was_sent_is_played_one_after_the_other() -> None:
-    playback = Playback()
-    assert playback.played_ms(5.0) == 0.0
-    playback.sent(800, 10.0)
-    playback.sent(800, 10.1)
-    assert playback.played_ms(10.5) == pytest.approx(500)
-    assert playback.played_ms(11.6) == pytest.approx(1600)
+    playback = PlaybackClock()
+    assert playback.played_s(5.0) == 0.0
+    playback.sent(0.8, 10.0)
+    playback.sent(0.8, 10.1)
+    assert playback.played_s(10.5) == pytest.approx(0.5)
+    assert playback.played_s(11.6) == pytest.approx(1.6)
     assert not playback.is_over(11.59)
     assert playback.is_over(11.61)
     assert playback.underruns == 0
 
 
 def test_a_gap_is_not_sound() -> None:
-    playback = Playback()
-    playback.sent(100, 0.0)
-    playback.sent(100, 5.0)
-    assert playback.played_ms(5.05) == pytest.approx(150)
+    playback = PlaybackClock()
+    playback.sent(0.1, 0.0)
+    playback.sent(0.1, 5.0)
+    assert playback.played_s(5.05) == pytest.approx(0.15)
     assert playback.underruns == 1
 
 
 def test_a_listener_who_stopped_hears_no_more() -> None:
-    playback = Playback()
-    playback.sent(1000, 0.0)
-    playback.stop(playback.played_ms(0.3))
-    assert playback.played_ms(9.0) == pytest.approx(300)
+    playback = PlaybackClock()
+    playback.sent(1.0, 0.0)
+    playback.stop(playback.played_s(0.3))
+    assert playback.played_s(9.0) == pytest.approx(0.3)
     assert playback.is_over(0.3)
 
 

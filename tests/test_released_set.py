@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from duologue import rates
 from duologue.audio import load_audio
-from duologue.chatbot import Chatbot, load
 from duologue.cli import main
+from duologue.conversation.chatbot import Chatbot, load
 from duologue.doctor import State, examine
 from duologue.language.engine import PlainEngine
 from duologue.layers import Padded

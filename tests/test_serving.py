@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from duologue.chatbot import Chatbot, load
+from duologue.conversation.chatbot import Chatbot, load
 from duologue.serving.settings import Settings, is_loopback_host
 from tests.serving import Running, running
 from tests.tiny import write_tiny_chatbot

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from duologue.chatbot import Chatbot, load, model_folder
+from duologue.conversation.chatbot import Chatbot, load, model_folder
 from duologue.language.requests import EngineFull
 from tests.serving import Running, running
 from tests.tiny import write_tiny_chatbot

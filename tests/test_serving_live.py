@@ -20,8 +20,8 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
 from duologue.audio import load_audio, resample
-from duologue.chatbot import Chatbot, load, model_folder
-from duologue.serving.recording import SAMPLE_RATE, Recorder, remove_leftovers
+from duologue.conversation.chatbot import Chatbot, load, model_folder
+from duologue.serving.recording import SAMPLE_RATE, SessionRecorder, remove_leftovers
 from duologue.turns import Conversation, Role
 from tests.serving import Running, running
 from tests.tiny import write_tiny_chatbot
@@ -185,7 +185,7 @@ def test_a_dropped_client_goes_on_with_its_conversation(bot: Chatbot) -> None:
             client.write("Hello")
             first = client.ask()
             client.socket.socket.shutdown(socket.SHUT_RDWR)  # without a word, as a lost network does
-        eventually(lambda: len(server.service.shelf) == 1)
+        eventually(lambda: len(server.service.resumable) == 1)
         query = f"?model=x&session_id={session['id']}"
         with Client(server, query, KEYS[1]) as stranger:
             assert stranger.until("session.created")["session"]["id"] != session["id"]
@@ -213,8 +213,8 @@ def test_the_time_to_come_back_ends(bot: Chatbot) -> None:
     with running(bot, resume_s=0.2) as server:
         with Client(server) as client:
             session = client.until("session.created")["session"]["id"]
-        eventually(lambda: len(server.service.shelf) == 1)
-        eventually(lambda: len(server.service.shelf) == 0)
+        eventually(lambda: len(server.service.resumable) == 1)
+        eventually(lambda: len(server.service.resumable) == 0)
         with Client(server, f"?session_id={session}") as client:
             assert client.until("session.created")["session"]["id"] != session
 
@@ -274,7 +274,7 @@ def test_no_log_tells_what_was_said_or_by_whom(bot: Chatbot, caplog: pytest.LogC
 
 def test_both_sides_stand_where_they_sounded(tmp_path: Path) -> None:
     now = 0.0
-    recorder = Recorder(tmp_path, "sess_1", "tiny", clock=lambda: now)
+    recorder = SessionRecorder(tmp_path, "sess_1", "tiny", clock=lambda: now)
     half = np.full(SAMPLE_RATE // 2, 0.5, np.float32)
     now = 1.5
     recorder.heard(half, SAMPLE_RATE)  # 1.0 to 1.5
@@ -296,7 +296,7 @@ def test_both_sides_stand_where_they_sounded(tmp_path: Path) -> None:
     assert stretches(0) == [(1.0, 1.5)]
     assert stretches(1) == [(2.0, 2.75), (4.0, 4.5)]
     assert json.loads((folder / "session.json").read_text())["note"] == "x"
-    Recorder(tmp_path, "sess_2", "tiny")
+    SessionRecorder(tmp_path, "sess_2", "tiny")
     assert remove_leftovers(tmp_path) == 1
     assert list(tmp_path.iterdir()) == [folder]
 

@@ -10,7 +10,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
-from duologue.chatbot import load
+from duologue.conversation.chatbot import load
 from tests.serving import Running, running
 from tests.tiny import write_tiny_chatbot
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import soundfile
 
-from duologue.chatbot import load, model_folder
+from duologue.conversation.chatbot import load, model_folder
 from tests.serving import Running, running
 from tests.tiny import write_tiny_chatbot
 

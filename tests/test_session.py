@@ -10,12 +10,13 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import duologue
-from duologue.chatbot import Chatbot
-from duologue.events import AudioDelta, EndReason, Interrupted, ReplyDone, SpeechDelta, TextDelta
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.events import AudioDelta, EndReason, Interrupted, ReplyDone, SpeechDelta, TextDelta
+from duologue.conversation.history import reply_prompt
 from duologue.interleave import TEXT_ONLY, split
 from duologue.models import Models
+from duologue.pcm import Pcm
 from duologue.rates import speak_samples_for_tokens, tokens_for_samples
-from duologue.session import Pcm
 from duologue.turns import Modality, Role
 from tests.tiny import write_tiny_chatbot
 
@@ -69,7 +70,7 @@ def test_chunks_do_not_matter(bot: Chatbot) -> None:
     whole.feed(wav, 44100)
     for start in range(0, len(wav), 1234):
         pieces.feed(wav[start : start + 1234], 44100)
-    assert whole.end_user_turn() == pieces.end_user_turn()
+    assert asyncio.run(whole.commit()) == asyncio.run(pieces.commit())
 
 
 def test_pcm_of_any_kind(bot: Chatbot) -> None:
@@ -79,7 +80,7 @@ def test_pcm_of_any_kind(bot: Chatbot) -> None:
     for pcm in kinds:
         session = bot.session()
         session.feed(pcm)
-        turns.append(session.end_user_turn())
+        turns.append(asyncio.run(session.commit()))
     assert turns[0] == turns[1] == turns[2]
 
 
@@ -153,13 +154,13 @@ def test_interrupt_after_the_reply_is_done(bot: Chatbot) -> None:
 def test_the_next_prompt_begins_with_the_last(bot: Chatbot) -> None:
     session = bot.session()
     session.feed(noise(16000))
-    session.end_user_turn()
-    before, _ = session.prompt(Modality.INTERLEAVED)
+    asyncio.run(session.commit())
+    before, _ = reply_prompt(bot.models, session.conversation, Modality.INTERLEAVED, session.sampling)
     session.feed(noise(16000, 5))  # a second turn of the user without a reply between
     session.reply_now()
     session.feed(noise(16000, 6))
-    session.end_user_turn()
-    after, _ = session.prompt(Modality.INTERLEAVED)
+    asyncio.run(session.commit())
+    after, _ = reply_prompt(bot.models, session.conversation, Modality.INTERLEAVED, session.sampling)
     assert after[: len(before) - 1] == before[:-1]
 
 

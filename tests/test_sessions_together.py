@@ -13,17 +13,18 @@ import pytest
 import torch
 
 import duologue
-from duologue.chatbot import Chatbot
-from duologue.events import AudioDelta, EndReason, Interrupted, ReplyDone, TextDelta
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.ear import PromptPrefetcher
+from duologue.conversation.events import AudioDelta, EndReason, Interrupted, ReplyDone, TextDelta
+from duologue.conversation.history import reply_prompt
+from duologue.conversation.session import Session
+from duologue.conversation.worker import Worker
 from duologue.interleave import legal_prefix
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
 from duologue.layers import Padded
-from duologue.listening import Ahead
 from duologue.rates import SAMPLES_PER_TOKEN
-from duologue.session import Session
-from duologue.turns import Modality, Role, Turn
-from duologue.worker import Worker
+from duologue.turns import Conversation, Modality, Role, Turn
 from tests.tiny import write_tiny_chatbot
 
 TOLERANCE = 1e-4
@@ -243,9 +244,9 @@ async def computed(bot: Chatbot, work: Callable[[], Awaitable[object]]) -> int:
 
 async def rested(session: Session) -> None:
     """Until all that is settled was prefilled."""
-    listening, ahead = session._listening, session._ahead
+    listening, ahead = session.ear._turn, session.ear._prefetcher
     assert listening is not None
-    assert isinstance(ahead, Ahead)
+    assert isinstance(ahead, PromptPrefetcher)
     await settled(lambda: listening.step is None and (ahead._task is None or (ahead._task.done() and not ahead._stale)))
     await asyncio.sleep(0.01)
     await settled(lambda: ahead._task is None or (ahead._task.done() and not ahead._stale))
@@ -352,19 +353,20 @@ def test_an_interruption_at_the_last_event_cuts_too(bot: Chatbot) -> None:
 def test_prompts_of_a_long_conversation_begin_alike(tmp_path: Path) -> None:
     """Turns are left out by quarters of the positions, not with every turn."""
     bot = duologue.load(write_tiny_chatbot(tmp_path, max_positions=400))
-    session = bot.session()
-    prompts = []
+    vocabulary, prompts = bot.models.vocabulary, []
+    conversation = Conversation(vocabulary=vocabulary.hash)
     for turn in range(30):
-        session.write(f"Question {turn}?")
-        session.end_user_turn()
-        prompts.append(session.prompt(Modality.TEXT)[0])
+        question = Turn(Role.USER, Modality.TEXT, tuple(vocabulary.encode_text(f"Question {turn}?")))
+        conversation = conversation.plus(question)
+        prompts.append(reply_prompt(bot.models, conversation, Modality.TEXT, bot.models.card.sampling)[0])
         assert len(prompts[-1]) <= 400 - 64
-        reply = Turn(Role.ASSISTANT, Modality.TEXT, tuple(bot.models.vocabulary.encode_text("An answer.")))
-        session.conversation = session.conversation.plus(reply)
+        conversation = conversation.plus(
+            Turn(Role.ASSISTANT, Modality.TEXT, tuple(vocabulary.encode_text("An answer.")))
+        )
     kept = [after[: len(before) - 1] == before[:-1] for before, after in pairwise(prompts)]
     full = kept.index(False)
     assert 3 <= kept.count(False) <= 0.5 * len(kept[full:])
-    assert len(session.conversation) == 60
+    assert len(conversation) == 60
 
 
 def test_a_bound_for_one_reply(bot: Chatbot) -> None:

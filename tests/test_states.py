@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from duologue.block_policy import BlockPolicy
-from duologue.chatbot import Chatbot
+from duologue.conversation.block_policy import BlockPolicy
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.events import AudioDelta, ReplyDone
+from duologue.conversation.history import heard_text
+from duologue.conversation.session import Session
 from duologue.decoder.encoder import TokenEncoderConfig
 from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.transformer import EstimatorConfig
-from duologue.events import AudioDelta, ReplyDone
 from duologue.interleave import INTERLEAVED, Schedule, weave
 from duologue.language.sampling import Sampling
 from duologue.layers import Padded, join_states, state_row, state_settings
 from duologue.models import Models
 from duologue.rates import speak_samples_for_tokens
-from duologue.speaking import heard_text
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import QuantizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
@@ -106,8 +107,8 @@ def test_blocks_grow_when_sound_is_ready(tmp_path: Path) -> None:
     """By a clock that stands still no playback is used up: after the first block every one is as large as can be."""
     models = Models.load(write_tiny_chatbot(tmp_path))
     models = dataclasses.replace(models, engine=Fast(models.vocabulary))
-    session = Chatbot(models).session()
-    session.policy = lambda: BlockPolicy(clock=lambda: 0.0, max_tokens=30)
+    bot = Chatbot(models)
+    session = Session(models, bot.worker, policy=lambda: BlockPolicy(clock=lambda: 0.0, max_tokens=30))
     session.write("Hello")
     events = list(session.events())
     done = events[-1]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from duologue.conversation.worker import Stepped, Worker, WorkerFull
 from duologue.layers import Padded, num_step_threads, reset_rows
-from duologue.worker import Stepped, Worker, WorkerFull
 
 
 @dataclass

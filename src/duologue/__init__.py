@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from duologue.chatbot import Chatbot, Reply, Session, load
+    from duologue.conversation.chatbot import Chatbot, Reply, Session, load
 
 __version__ = "0.1.0"
 __all__ = ["Chatbot", "Reply", "Session", "load"]
@@ -18,7 +18,7 @@ __all__ = ["Chatbot", "Reply", "Session", "load"]
 def __getattr__(name: str) -> object:
     # Importing torch and transformers takes seconds: only those who ask for a door wait for it.
     if name in __all__:
-        from duologue import chatbot
+        from duologue.conversation import chatbot
 
         return getattr(chatbot, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,6 +20,7 @@ from transformers.audio_utils import mel_filter_bank
 
 from duologue import rates
 from duologue.layers import Padded, reset_rows, split_at, take
+from duologue.pcm import Pcm, as_float
 
 MAX_FILE_S = 3600.0
 
@@ -51,8 +52,9 @@ def load_audio(path: str | Path) -> tuple[NDArray[np.float32], int]:
     return check_wav(wav, sample_rate, str(path)), sample_rate
 
 
-def check_wav(wav: NDArray[np.float32], sample_rate: int, name: str = "the audio") -> NDArray[np.float32]:
-    """Returns wav (S,) as float32 in [-1, 1], or says in a ValueError why it cannot be used."""
+def check_wav(pcm: Pcm, sample_rate: int, name: str = "the audio") -> NDArray[np.float32]:
+    """Returns samples (S,) as float32 in [-1, 1], or says in a ValueError why they cannot be used."""
+    wav = as_float(pcm, name)
     if not 4000 <= sample_rate <= 384000:
         raise ValueError(f"{name} has a sample rate of {sample_rate} Hz; rates from 4000 to 384000 are taken")
     if wav.ndim != 1:
@@ -61,7 +63,7 @@ def check_wav(wav: NDArray[np.float32], sample_rate: int, name: str = "the audio
         raise ValueError(f"{name} is empty: it holds no samples")
     if not np.isfinite(wav).all():
         raise ValueError(f"{name} holds NaN or infinite samples")
-    return np.clip(wav.astype(np.float32), -1.0, 1.0)
+    return np.clip(wav, -1.0, 1.0)
 
 
 def save_audio(path: str | Path, wav: NDArray[np.float32], sample_rate: int) -> None:

@@ -138,7 +138,7 @@ def _model(name: str | Path) -> Iterator[Check]:
     label = f"model {name}"
     mend = "make pocket" if str(name) == "pocket" else ""
     try:
-        from duologue.chatbot import model_folder
+        from duologue.conversation.chatbot import model_folder
         from duologue.models import CARD_FILE, Models
 
         folder = model_folder(name)

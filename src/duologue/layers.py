@@ -17,7 +17,8 @@ out again, so that sessions share a step whenever they happen to need one at the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
@@ -372,3 +373,14 @@ def num_step_threads(*modules: nn.Module) -> int:
     """
     num_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
     return 1 if num_parameters <= _FEW_PARAMETERS else torch.get_num_threads()
+
+
+@contextmanager
+def step_threads(*modules: nn.Module) -> Iterator[None]:
+    """Steps of these modules in the calling thread, with as many threads of the CPU as `num_step_threads` says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_step_threads(*modules))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -16,6 +16,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from duologue.checkpoint import file_hash, load_component, read_extra
 from duologue.config import parse_config, read_json, to_mapping, write_json

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from duologue.cli.parser import add_command, add_precision, checked_output, say_if_untrained
 
 if TYPE_CHECKING:
-    from duologue.events import Event, Timings
+    from duologue.conversation.answer import Reply
+    from duologue.conversation.events import Event, Timings
     from duologue.language.sampling import Sampling
     from duologue.models import Card
-    from duologue.session import Reply
 
 
 def add(commands: Any) -> None:
@@ -41,7 +41,7 @@ def _chat(args: argparse.Namespace) -> None:
     if not args.questions and not args.text:
         raise ValueError("there is no question: give a sound file, or --text")
     from duologue.audio import load_audio, save_audio
-    from duologue.chatbot import load
+    from duologue.conversation.chatbot import load
 
     outputs = _numbered(args.output, len(args.questions) + len(args.text))
     heard = [
@@ -91,7 +91,7 @@ class _Transcript:
         self._head = head
 
     def __call__(self, event: Event) -> None:
-        from duologue.events import TextDelta
+        from duologue.conversation.events import TextDelta
 
         text = event.text if isinstance(event, TextDelta) else ""
         # Random weights say anything, control sequences of the terminal too.

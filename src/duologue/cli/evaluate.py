@@ -59,8 +59,8 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _pocket(args: argparse.Namespace, test_set: TestSet) -> Report:
-    from duologue.chatbot import load, model_folder
     from duologue.checkpoint import load_component
+    from duologue.conversation.chatbot import load, model_folder
     from duologue.evaluation.pocket import evaluate_pocket
     from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
 

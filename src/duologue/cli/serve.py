@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from duologue.serving.server import Server, listen, url_of
+    from duologue.serving.server import Server, listen, url_of, warm_up
     from duologue.serving.settings import Settings
 
     settings = Settings(**_given(args))
@@ -61,9 +61,8 @@ def _serve(args: argparse.Namespace) -> None:
         level=logging.INFO if args.verbose else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
-    from duologue.chatbot import load
+    from duologue.conversation.chatbot import load
     from duologue.serving.app import create_app
-    from duologue.serving.warm_up import warm_up
 
     bot = load(args.model, args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype)
     say_if_untrained(bot.models.card)

@@ -31,9 +31,9 @@ def _tokenize(args: argparse.Namespace) -> None:
 
     from duologue import rates
     from duologue.audio import load_audio, resample
-    from duologue.chatbot import model_folder
     from duologue.checkpoint import file_hash
     from duologue.config import write_json
+    from duologue.conversation.chatbot import model_folder
     from duologue.layers import Padded
     from duologue.models import open_folder
 
@@ -65,8 +65,8 @@ def _synthesize(args: argparse.Namespace) -> None:
 
     from duologue import rates
     from duologue.audio import save_audio
-    from duologue.chatbot import model_folder
     from duologue.checkpoint import file_hash
+    from duologue.conversation.chatbot import model_folder
     from duologue.layers import Padded
     from duologue.models import open_folder
 

@@ -130,11 +130,6 @@ def decode_pcm(text: str) -> NDArray[np.int16]:
     return np.frombuffer(base64.b64decode(text, validate=True), "<i2").astype(np.int16)
 
 
-def to_pcm(wav: NDArray[np.float32]) -> NDArray[np.int16]:
-    """(S,) float32 in [-1, 1] -> int16."""
-    return (np.clip(wav, -1.0, 1.0) * 32767.0).round().astype(np.int16)
-
-
 def _dropped(url: str, closed: ConnectionClosed) -> Dropped:
     if closed.rcvd is None:
         return Dropped(f"the line to {url} broke")

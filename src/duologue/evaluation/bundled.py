@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from duologue.chatbot import Chatbot, model_folder
 from duologue.config import parse_config, read_json
+from duologue.conversation.chatbot import Chatbot, model_folder
 from duologue.evaluation.conversations import EARS, ScoredExchange, ears_of, listen
 from duologue.evaluation.intelligibility import Recogniser
 from duologue.evaluation.prosody import PLAIN

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from duologue.chatbot import Chatbot, Reply
+from duologue.conversation.chatbot import Chatbot, Reply
 from duologue.evaluation.intelligibility import Recogniser, error_row
 from duologue.evaluation.prosody import PLAIN, Prosody, measure_prosody, style_change, style_moved, style_name
 from duologue.evaluation.report import Row, difference_row

@@ -20,6 +20,7 @@ from duologue.audio import resample
 from duologue.evaluation.curriculum import Curriculum, bigram_arpa, english_sentences
 from duologue.evaluation.report import Row
 from duologue.evaluation.scoring import word_errors
+from duologue.pcm import to_int16
 
 RECOGNISER_SAMPLE_RATE = 16_000
 _EDGE_S = 0.25  # silence around a clip: the recogniser's noise estimate needs some, and drops words at bare edges
@@ -108,7 +109,7 @@ class Recogniser:
             return ""
         wav = resample(wav, sample_rate, RECOGNISER_SAMPLE_RATE)
         edge = np.zeros(int(_EDGE_S * RECOGNISER_SAMPLE_RATE), np.float32)
-        pcm = (np.clip(np.concatenate([edge, wav, edge]), -1, 1) * 32767).astype("<i2").tobytes()
+        pcm = to_int16(np.concatenate([edge, wav, edge])).tobytes()
         self._decoder.reinit_feat()  # forgets the cepstral mean of the clip before
         self._decoder.start_utt()
         self._decoder.process_raw(pcm, full_utt=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from duologue import machine
-from duologue.chatbot import Chatbot
+from duologue.conversation.chatbot import Chatbot
 from duologue.evaluation.bundled import ask_bundled, bundled_rows
 from duologue.evaluation.conversations import (
     CURRICULUM,

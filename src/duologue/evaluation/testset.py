@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue.evaluation.curriculum import Curriculum, load_curriculum
+from duologue.pcm import from_int16
 
 SEEN, UNSEEN = "test", "test_unseen"
 SPLITS = (SEEN, UNSEEN)
@@ -45,7 +46,7 @@ class TestClip:
     @property
     def wav(self) -> NDArray[np.float32]:
         """(S,) float32 in [-1, 1]."""
-        return self.samples.astype(np.float32) / 32768.0
+        return from_int16(self.samples)
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,7 @@ class PlainEngine:
         max_step_tokens: ids of prompts that one step runs.
 
     Attributes:
+        language: the model as it was given, for those who call it without the engine.
         model: what the engine runs: the same weights, in modules and a config of its own.
         num_computed: ids that were run through the model so far.
     """
@@ -154,6 +155,7 @@ class PlainEngine:
         self._requests = RunningRequests(
             vocabulary, masks, max_positions, max_sessions, max_cached_tokens, max_unread, on_room=self._work_on
         )
+        self.language = model
         self._side_by_side = SideBySide(model)
         self.model = self._side_by_side.model
         self._max_caches, self._max_step_tokens = max_caches, max_step_tokens

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from duologue.interleave import InterleaveState, Schedule
-from duologue.language.sampling import KindMasks, Sampling, choose, choose_kind, within_budget
+from duologue.language.sampling import KindMasks, Sampling, draw
 from duologue.vocabulary import Vocabulary
 
 
@@ -72,15 +72,7 @@ class Request:
     def choose(self, scores: Tensor) -> int:
         """Draws the next id from scores (V,) float32 and hands it to the reader."""
         remaining = self.sampling.max_tokens - len(self.ids)
-        allowed = within_budget(self._state, remaining)
-        kind, scores = choose_kind(scores, self._masks, allowed, self.sampling, self._generator)
-        token = choose(
-            scores,
-            self.sampling.temperature_for(kind),
-            self.sampling.top_p,
-            self.sampling.top_k,
-            self._generator,
-        )
+        token = draw(scores, self._masks, self._state, remaining, self.sampling, self._generator)
         self._state.advance(self._vocabulary.kind(token))
         with self._lock:
             if self._ended:  # cancelled while the step ran

@@ -132,6 +132,19 @@ def choose_kind(
     return kinds[drawn], each[drawn]
 
 
+def draw(
+    scores: Tensor,
+    masks: KindMasks,
+    state: InterleaveState,
+    remaining: int,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> int:
+    """The next id of a reply from scores (V,) float32, where `remaining` ids are left; the state is not advanced."""
+    kind, scores = choose_kind(scores, masks, within_budget(state, remaining), sampling, generator)
+    return choose(scores, sampling.temperature_for(kind), sampling.top_p, sampling.top_k, generator)
+
+
 _LIKELY = 256, 2048
 
 

@@ -1,4 +1,5 @@
-"""Who may come in: keys, origins, hosts, how many at a time; and the door that closes before the server stops."""
+"""Who may come in: keys, origins, hosts, how many at a time; who comes back to which conversation; and the door that
+closes before the server stops."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import urlsplit
 
+from duologue.serving.items import SavedConversation
 from duologue.serving.metrics import Metrics
-from duologue.serving.recording import Recorder
+from duologue.serving.recording import SessionRecorder
 from duologue.serving.settings import Settings, is_loopback_host
 
 KEY_SUBPROTOCOL = "openai-insecure-api-key."  # how a browser, which cannot set headers, shows its key
@@ -35,24 +36,69 @@ class Refused(Exception):
 
 
 @dataclass(eq=False)
-class Visit:
-    """One client of `/v1/realtime` that was let in, as `converse` needs to know it.
+class ClientConnection:
+    """One client of `/v1/realtime` that was let in.
 
     Attributes:
-        session_id: told in `session.created`; with `?session_id=` a dropped client comes back to its conversation.
+        session_id: sent in `session.created`; with `?session_id=` a dropped client comes back to its conversation.
         draining: set when the server stops: finish the current answer, then close with 1012 and a reason.
         recorder: takes the sound of both sides, or None when nothing is recorded.
-        resumed: what an earlier visit kept under this id, or None for a new conversation.
-        kept: set by `converse`: what a later visit can go on with. None keeps nothing.
-        about: JSON values that `converse` adds to the recording's `session.json`.
     """
 
     session_id: str
     draining: asyncio.Event
-    recorder: Recorder | None = None
-    resumed: object | None = None
-    kept: object | None = None
-    about: dict[str, Any] = field(default_factory=dict)
+    recorder: SessionRecorder | None = None
+
+
+@dataclass(eq=False)
+class _Stored:
+    key: str
+    conversation: SavedConversation
+    timer: asyncio.TimerHandle
+
+
+@dataclass(eq=False)
+class ResumeStore:
+    """Conversations whose client was dropped, by session id, until they are taken or expire. Lives on the event loop.
+
+    Attributes:
+        keep_s: how long; 0 keeps nothing.
+        max_kept: conversations at a time; the oldest goes first.
+    """
+
+    keep_s: float
+    max_kept: int
+    _stored: dict[str, _Stored] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def put(self, session_id: str, key: str, conversation: SavedConversation) -> None:
+        """Keeps the conversation of a session that was opened under this key's name."""
+        if self.keep_s <= 0:
+            return
+        self._drop(session_id)
+        while len(self._stored) >= self.max_kept:
+            self._drop(next(iter(self._stored)))
+        timer = asyncio.get_running_loop().call_later(self.keep_s, self._drop, session_id)
+        self._stored[session_id] = _Stored(key, conversation, timer)
+
+    def take(self, session_id: str, key: str) -> SavedConversation | None:
+        """The conversation, which is then no longer kept; None if there is none or it belongs to another key."""
+        stored = self._stored.get(session_id)
+        if stored is None or stored.key != key:
+            return None
+        self._drop(session_id)
+        return stored.conversation
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        for session_id in list(self._stored):
+            self._drop(session_id)
+
+    def _drop(self, session_id: str) -> None:
+        if (stored := self._stored.pop(session_id, None)) is not None:
+            stored.timer.cancel()
 
 
 @dataclass(eq=False)

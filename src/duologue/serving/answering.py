@@ -22,31 +22,34 @@ from typing import Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from duologue import events, rates
+from duologue import rates
+from duologue.conversation import events
+from duologue.conversation.block_policy import PlaybackClock
+from duologue.conversation.history import reply_prompt
+from duologue.conversation.mouth import Mouth
+from duologue.conversation.worker import WorkerFull
 from duologue.interleave import Kind
 from duologue.language.requests import EngineFull
+from duologue.language.sampling import Sampling
 from duologue.serving import protocol
 from duologue.serving.formats import Outgoing
 from duologue.serving.items import Item, Items, Sound
 from duologue.serving.metrics import Metrics
 from duologue.serving.objects import (
     Content,
-    ErrorDetails,
     Format,
     InputTokens,
     Message,
     OutputTokens,
     ProtocolError,
     Response,
+    ResponseError,
     StatusDetails,
     Usage,
 )
-from duologue.serving.outbox import Outbox
-from duologue.serving.playback_estimate import Playback
-from duologue.serving.recording import Recorder
-from duologue.session import Session
-from duologue.turns import Conversation, Modality, Role, Turn
-from duologue.worker import WorkerFull
+from duologue.serving.recording import SessionRecorder
+from duologue.serving.send_queue import SendQueue
+from duologue.turns import Conversation, Role, Turn
 
 log = logging.getLogger(__name__)
 
@@ -63,15 +66,15 @@ class _Place(TypedDict):
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a response shall be.
+class ResponseSpec:
+    """A resolved request for one response.
 
     Attributes:
         context: the turns that are answered.
         truncate: may the oldest turns be left out where they do not all fit?
-        asked: when the question was over, on the event loop's clock; `commit_s` of work went into that.
+        question_s: seconds of work that the end of the question took.
         in_conversation: does the reply become an item of the conversation?
-        told: own events that the client asked for.
+        notify: own events that the client asked for.
     """
 
     response: Response
@@ -81,10 +84,9 @@ class Wish:
     speed: float
     max_tokens: int | None
     truncate: bool
-    asked: float
-    commit_s: float = 0.0
+    question_s: float = 0.0
     in_conversation: bool = True
-    told: frozenset[str] = frozenset()
+    notify: frozenset[str] = frozenset()
 
     @property
     def text_only(self) -> bool:
@@ -97,22 +99,22 @@ class Answer:
 
     Attributes:
         live: it goes on for the client.
-        cancelled: what waits of it in the outbox is not sent.
+        cancelled: what waits in the queue is not sent.
         over: `response.done` is on its way.
         playback: of the sound that was sent.
     """
 
-    wish: Wish
-    session: Session
+    spec: ResponseSpec
+    mouth: Mouth
     items: Items
-    outbox: Outbox
+    queue: SendQueue
     metrics: Metrics
-    recorder: Recorder | None = None
+    recorder: SessionRecorder | None = None
     on_item: Callable[[Item], Awaitable[str | None]] | None = None
     live: bool = True
     cancelled: bool = False
     over: asyncio.Event = field(default_factory=asyncio.Event)
-    playback: Playback = field(default_factory=Playback)
+    playback: PlaybackClock = field(default_factory=PlaybackClock)
     item: Item | None = None
 
     def __post_init__(self) -> None:
@@ -121,7 +123,7 @@ class Answer:
         self._ids: list[int] = []
         self._text = ""
         self._sound: list[NDArray[np.float32]] = []
-        self._outgoing = Outgoing(self.wish.wire, self.wish.speed)
+        self._outgoing = Outgoing(self.spec.wire, self.spec.speed)
         self._prompt: list[int] = []
         self._num_cached = 0  # of the prompt when the model began with it
         self._previous: str | None = None
@@ -129,11 +131,11 @@ class Answer:
 
     @property
     def id(self) -> str:
-        return self.wish.response.id
+        return self.spec.response.id
 
     async def announce(self) -> None:
         """Tells that the response begins; before `run`, so that nothing that ends it can come first."""
-        await self.outbox.put(protocol.ResponseCreated(response=self.wish.response))
+        await self.queue.put(protocol.ResponseCreated(response=self.spec.response))
 
     async def run(self) -> None:
         """Produces the reply. Never raises, but for cancellation."""
@@ -153,31 +155,31 @@ class Answer:
             return
         self.live, self.cancelled = False, True
         heard_ms = self._stop_playing()
-        self.session.interrupt(heard_ms * self.wish.speed)
+        self.mouth.stop()
         await self._finish("cancelled", reason, heard_ms=heard_ms)
 
     def abandon(self) -> None:
-        """The client is gone: the item becomes what was heard of it, and nobody is told."""
+        """Stops without sending events (the client is gone); truncates the item to the sound already played."""
         self.live, self.cancelled = False, True
         heard_ms = self._stop_playing()
-        self.session.interrupt(heard_ms * self.wish.speed)
+        self.mouth.stop()
         if self.item is not None and not self._finished:
             self._finished = True
             self._settle(self.item, False)
-            if not self.wish.text_only:
+            if not self.spec.text_only:
                 self.item.cut(heard_ms, self.items.vocabulary)
 
     def stop_playing(self, played_ms: float) -> None:
         """The client says how much it has played, and that it plays no more."""
-        self.playback.stop(played_ms)
+        self.playback.stop(played_ms / 1000)
         if self.recorder is not None:
             self.recorder.cut(played_ms)
 
     def _stop_playing(self) -> float:
         """How much of what was sent has been played by now, as far as the server can tell; no more is played."""
-        played_ms = self.playback.played_ms(asyncio.get_running_loop().time())
-        self.playback.stop(played_ms)
-        return played_ms
+        played_s = self.playback.played_s(asyncio.get_running_loop().time())
+        self.playback.stop(played_s)
+        return 1000 * played_s
 
     async def cut(self) -> None:
         """Cuts the history to what has been heard, after the response was over."""
@@ -186,41 +188,43 @@ class Answer:
 
     async def _cut(self, heard_ms: float) -> None:
         item = self.item
-        if item is None or self.wish.text_only or not self.wish.in_conversation:
+        if item is None or self.spec.text_only or not self.spec.in_conversation:
             return
         kept = item.cut(heard_ms, self.items.vocabulary)
         if self.recorder is not None:
             self.recorder.cut(kept)
-        await self.outbox.put(protocol.ItemTruncated(item_id=item.id, content_index=0, audio_end_ms=round(kept)))
+        await self.queue.put(protocol.ItemTruncated(item_id=item.id, content_index=0, audio_end_ms=round(kept)))
 
     async def _reply(self) -> None:
-        wish, session = self.wish, self.session
-        session.conversation = wish.context
-        self._look_at_prompt()
-        begun = asyncio.get_running_loop().time()
+        sampling = self._fit_prompt()
         if not self.live:
             return
-        reply = session.reply(text_only=wish.text_only, max_tokens=wish.max_tokens)
-        async with contextlib.aclosing(reply):  # type: ignore[type-var]  # it is an asynchronous generator
+        reply = self.mouth.speak(self._prompt, sampling, self.spec.question_s)
+        async with contextlib.aclosing(reply):
             async for event in reply:
                 if isinstance(event, events.ReplyDone):
-                    await self._done(event, begun - wish.asked)
+                    await self._done(event)
                 elif self.live:
                     await self._take(event)
 
-    def _look_at_prompt(self) -> None:
-        """Counts the prompt. Raises ValueError or ProtocolError when it does not fit."""
-        modality = Modality.TEXT if self.wish.text_only else Modality.INTERLEAVED
-        self._prompt, _ = self.session.prompt(modality)
-        self._num_cached = self.session.models.engine.cached_prefix(self._prompt)
-        if not self.wish.truncate:
-            whole = self.items.vocabulary.prompt_ids(self.session.conversation, modality)
+    def _fit_prompt(self) -> Sampling:
+        """Makes the prompt, and the sampling that it leaves room for. Raises ValueError or ProtocolError where it does
+        not fit."""
+        spec, models = self.spec, self.mouth.models
+        sampling = models.card.sampling
+        if spec.max_tokens is not None:
+            sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, spec.max_tokens))
+        self._prompt, sampling = reply_prompt(models, spec.context, self.mouth.modality, sampling)
+        self._num_cached = models.engine.cached_prefix(self._prompt)
+        if not spec.truncate:
+            whole = self.items.vocabulary.prompt_ids(spec.context, self.mouth.modality)
             if len(whole) > len(self._prompt):
                 raise ProtocolError(
                     f"the conversation of {len(whole)} tokens does not fit the model, and session.truncation is "
                     "'disabled'",
                     "context_length_exceeded",
                 )
+        return sampling
 
     async def _take(self, event: events.Event) -> None:
         if self.item is None:
@@ -232,7 +236,7 @@ class Answer:
             self._ids += event.ids
             self._text += event.text
             if event.text:
-                kind = protocol.TextDelta if self.wish.text_only else protocol.TranscriptDelta
+                kind = protocol.OutputTextDelta if self.spec.text_only else protocol.TranscriptDelta
                 await self._emit(kind(**self._place(), delta=event.text))
         elif isinstance(event, events.SpeechDelta):
             await self._tell_tokens("speech", list(event.tokens))
@@ -242,24 +246,24 @@ class Answer:
             await self._send_sound(event.wav)
 
     async def _send_sound(self, wav: NDArray[np.float32], last: bool = False) -> None:
-        if self.wish.speed == 1.0:  # 0.2 ms for each second: less than the way to a thread and back
+        if self.spec.speed == 1.0:  # 0.2 ms for each second: less than the way to a thread and back
             pieces = self._outgoing.step(wav, last)
         else:
             pieces = await asyncio.to_thread(self._outgoing.step, wav, last)
         if self.live and self.recorder is not None and len(wav):
             self.recorder.spoke(wav, rates.SPEAK_SAMPLE_RATE)
         for audio, duration_ms in pieces:
-            await self._emit(protocol.AudioDelta(**self._place(), delta=audio), partial(self._sent, duration_ms))
+            await self._emit(protocol.OutputAudioDelta(**self._place(), delta=audio), partial(self._sent, duration_ms))
 
     def _sent(self, duration_ms: float) -> None:
         if not self.cancelled:
-            self.playback.sent(duration_ms, asyncio.get_running_loop().time())
+            self.playback.sent(duration_ms / 1000, asyncio.get_running_loop().time())
 
     async def _emit(self, event: protocol.ServerEvent, when_sent: Callable[[], None] | None = None) -> None:
         """Sends an event unless the response is cancelled before its turn comes."""
         async with self._emitting:
             if self.live:
-                await self.outbox.put(event, lambda: self.cancelled, when_sent)
+                await self.queue.put(event, lambda: self.cancelled, when_sent)
 
     async def _open(self) -> None:
         """The reply begins: its item and the one part of it."""
@@ -267,25 +271,25 @@ class Answer:
             if not self.live:
                 return
             body = self._body("in_progress")
-            self.item = Item(body, speed=self.wish.speed)
-            await self.outbox.put(protocol.OutputItemAdded(response_id=self.id, item=body))
-            if self.wish.in_conversation:
+            self.item = Item(body, speed=self.spec.speed)
+            await self.queue.put(protocol.OutputItemAdded(response_id=self.id, item=body))
+            if self.spec.in_conversation:
                 if self.recorder is not None:
                     self.recorder.begin_reply()
                 if self.on_item is not None:
                     self._previous = await self.on_item(self.item)
-                await self.outbox.put(protocol.ItemAdded(item=body, previous_item_id=self._previous))
-            await self.outbox.put(protocol.PartAdded(**self._place(), part=self._part()))
+                await self.queue.put(protocol.ItemAdded(item=body, previous_item_id=self._previous))
+            await self.queue.put(protocol.PartAdded(**self._place(), part=self._part()))
 
-    async def _done(self, done: events.ReplyDone, waited_s: float) -> None:
+    async def _done(self, done: events.ReplyDone) -> None:
         """The reply is complete, or what remained of a cancelled one has been dropped."""
-        timings = _from_the_question(done.timings, waited_s, self.wish.commit_s)
+        timings = done.timings
         status: Status = "incomplete" if done.reason is events.EndReason.LENGTH else "completed"
         if self.live:
             await self._flush_tokens()
             if self.item is None:
                 await self._open()
-            if self.item is not None and not self.wish.text_only:
+            if self.item is not None and not self.spec.text_only:
                 await self._send_sound(np.zeros(0, np.float32), last=True)
         if self.live:
             await self._tell_timings(timings)
@@ -301,13 +305,13 @@ class Answer:
             return
         self.metrics.reply("realtime", "failed", events.Timings())
         self.metrics.errors.labels(code).inc()
-        await self._finish("failed", error=ErrorDetails(type=kind, code=code, message=message))
+        await self._finish("failed", error=ResponseError(type=kind, code=code, message=message))
 
     async def _finish(
         self,
         status: Status,
         reason: Reason | None = None,
-        error: ErrorDetails | None = None,
+        error: ResponseError | None = None,
         heard_ms: float | None = None,
     ) -> None:
         """Sends what closes the response, once."""
@@ -318,7 +322,7 @@ class Answer:
             output = []
             if self.item is not None:
                 output = [await self._close_item(self.item, status == "completed")]
-            response = self.wish.response.model_copy(
+            response = self.spec.response.model_copy(
                 update={
                     "status": status,
                     "status_details": StatusDetails(type=status, reason=reason, error=error),
@@ -326,7 +330,7 @@ class Answer:
                     "usage": self._usage() if self._prompt else None,
                 }
             )
-            await self.outbox.put(protocol.ResponseDone(response=response))
+            await self.queue.put(protocol.ResponseDone(response=response))
             if heard_ms is not None:
                 await self._cut(heard_ms)
             self.over.set()
@@ -334,25 +338,24 @@ class Answer:
     def _settle(self, item: Item, completed: bool) -> Message:
         """The item's last form, with all of its ids and sound."""
         body = self._body("completed" if completed else "incomplete")
-        modality = Modality.TEXT if self.wish.text_only else Modality.INTERLEAVED
         item.body = body
-        item.turn = item.whole = Turn(Role.ASSISTANT, modality, tuple(self._ids), voice=self.wish.voice)
-        if not self.wish.text_only:
+        item.turn = item.whole = Turn(Role.ASSISTANT, self.mouth.modality, tuple(self._ids), voice=self.spec.voice)
+        if not self.spec.text_only:
             item.sound = Sound.of(self._sound, rates.SPEAK_SAMPLE_RATE)
-            item.spoken_ms = 1000 * item.sound.seconds / self.wish.speed
+            item.spoken_ms = 1000 * item.sound.seconds / self.spec.speed
             self.items.forget_sound()
         return body
 
     async def _close_item(self, item: Item, completed: bool) -> Message:
-        put, place = self.outbox.put, self._place()
+        put, place = self.queue.put, self._place()
         body = self._settle(item, completed)
-        if self.wish.text_only:
+        if self.spec.text_only:
             await put(protocol.TextDone(**place, text=self._text))
         else:
             await put(protocol.AudioDone(**place))
             await put(protocol.TranscriptDone(**place, transcript=self._text))
         await put(protocol.PartDone(**place, part=self._part()))
-        if self.wish.in_conversation:
+        if self.spec.in_conversation:
             await put(protocol.ItemDone(item=body, previous_item_id=self._previous))
         await put(protocol.OutputItemDone(response_id=self.id, item=body))
         return body
@@ -364,15 +367,15 @@ class Answer:
             part = {"type": "output_text", "text": self._text}
             content = [
                 Content.model_validate(
-                    part if self.wish.text_only else {"type": "output_audio", "transcript": self._text}
+                    part if self.spec.text_only else {"type": "output_audio", "transcript": self._text}
                 )
             ]
         return Message(type="message", id=item_id, role="assistant", status=status, content=content)
 
-    def _part(self) -> protocol.Part:
-        if self.wish.text_only:
-            return protocol.Part(type="text", text=self._text)
-        return protocol.Part(type="audio", transcript=self._text)
+    def _part(self) -> protocol.ContentPart:
+        if self.spec.text_only:
+            return protocol.ContentPart(type="text", text=self._text)
+        return protocol.ContentPart(type="audio", transcript=self._text)
 
     def _place(self) -> _Place:
         assert self.item is not None
@@ -393,7 +396,7 @@ class Answer:
         )
 
     async def _tell_tokens(self, kind: Literal["text", "speech"], ids: list[int]) -> None:
-        if "duologue.tokens" not in self.wish.told:
+        if "duologue.tokens" not in self.spec.notify:
             return
         if kind != self._tokens[0]:
             await self._flush_tokens()
@@ -408,9 +411,9 @@ class Answer:
             await self._emit(protocol.Tokens(response_id=self.id, kind=kind, ids=ids, count=len(ids)))
 
     async def _tell_timings(self, timings: events.Timings) -> None:
-        if "duologue.timings" in self.wish.told:
-            await self.outbox.put(
-                protocol.Timings(
+        if "duologue.timings" in self.spec.notify:
+            await self.queue.put(
+                protocol.ResponseTimings(
                     response_id=self.id,
                     tokenize_ms=1000 * timings.tokenize_s,
                     prefill_ms=1000 * timings.prefill_s,
@@ -425,19 +428,3 @@ class Answer:
 
 def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else 1000 * seconds
-
-
-def _from_the_question(timings: events.Timings, waited_s: float, commit_s: float) -> events.Timings:
-    """The timings of a reply, counted from the end of the question instead of from the reply's own beginning."""
-
-    def later(seconds: float | None) -> float | None:
-        return None if seconds is None else seconds + waited_s
-
-    return dataclasses.replace(
-        timings,
-        tokenize_s=timings.tokenize_s + commit_s,
-        first_text_s=later(timings.first_text_s),
-        first_audio_s=later(timings.first_audio_s),
-        total_s=timings.total_s + waited_s,
-        stages={**timings.stages, "tokenizer": timings.stages.get("tokenizer", 0.0) + commit_s},
-    )

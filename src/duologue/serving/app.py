@@ -25,11 +25,11 @@ from pydantic import BaseModel
 from starlette.routing import Match, Mount
 from starlette.types import Scope
 
-from duologue.chatbot import Chatbot
+from duologue.conversation.chatbot import Chatbot
 from duologue.machine import version_of
 from duologue.serving.completions import completion_routes
 from duologue.serving.errors import ApiError, add_error_handlers, documented
-from duologue.serving.gate import Gate
+from duologue.serving.middleware import RequestGuard
 from duologue.serving.realtime import realtime_routes
 from duologue.serving.recording import remove_leftovers
 from duologue.serving.service import Service
@@ -88,7 +88,7 @@ def create_app(bot: Chatbot, settings: Settings | None = None) -> FastAPI:
             remove_leftovers(service.settings.record_folder)
         yield
         service.admission.drain()
-        service.shelf.clear()
+        service.resumable.clear()
 
     app = FastAPI(title="Duologue", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
@@ -100,7 +100,7 @@ def create_app(bot: Chatbot, settings: Settings | None = None) -> FastAPI:
     app.include_router(_status_routes(service))
     app.include_router(realtime_routes(service))
     app.router.routes.append(_Page("/", StaticFiles(directory=PAGE, html=True), name="page"))
-    app.add_middleware(Gate, settings=service.settings, admission=service.admission, metrics=service.metrics)
+    app.add_middleware(RequestGuard, settings=service.settings, admission=service.admission, metrics=service.metrics)
     # Outermost, so that an allowed page can read a refusal.
     if service.settings.allowed_origins:
         app.add_middleware(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import dataclasses
 import json
 import secrets
 import time
@@ -21,7 +22,9 @@ import numpy as np
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
-from duologue.events import AudioDelta, EndReason, ReplyDone, TextDelta
+from duologue.conversation.events import AudioDelta, EndReason, ReplyDone, TextDelta
+from duologue.conversation.history import reply_prompt, turn_of
+from duologue.conversation.mouth import Mouth
 from duologue.interleave import Kind
 from duologue.serving.chat_types import (
     AssistantAudio,
@@ -37,10 +40,9 @@ from duologue.serving.chat_types import (
     TextPart,
     UserMessage,
 )
-from duologue.serving.encoders import Encoder, encode
+from duologue.serving.encoders import FileEncoder, encode
 from duologue.serving.errors import ApiError, documented, error_json, told
 from duologue.serving.service import Service, read_sound, streamed, unless_gone
-from duologue.session import Session
 from duologue.turns import Conversation, Modality, Role, Turn
 
 AUDIO_KEPT_S = 3600
@@ -75,7 +77,11 @@ class Completion:
         self.text_only = "audio" not in asked.modalities
         voice = service.voice(None if asked.audio is None else asked.audio.voice, "audio.voice")
         card = service.bot.models.card
-        self.session: Session = service.bot.session(voice=voice, sampling=asked.sampling(card.sampling))
+        sampling = asked.sampling(card.sampling)
+        if asked.token_limit is not None:
+            sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, asked.token_limit))
+        self._voice, self._sampling = voice, sampling
+        self._prompt: list[int] = []
         self.id, self.audio_id = f"chatcmpl-{secrets.token_hex(12)}", f"audio_{secrets.token_hex(12)}"
         self.created = int(time.time())
         self.usage = CompletionUsage()
@@ -94,12 +100,16 @@ class Completion:
         if not turns or turns[-1].role is not Role.USER:
             raise ApiError("the last message must be one of the user", param="messages")
         vocabulary = self._service.bot.models.vocabulary
-        self.session.conversation = Conversation(tuple(turns), vocabulary.hash)
+        conversation = Conversation(tuple(turns), vocabulary.hash)
         modality = Modality.TEXT if self.text_only else Modality.INTERLEAVED
+        models = self._service.bot.models
         try:
-            prompt, _ = await asyncio.to_thread(self.session.prompt, modality)
+            prompt, self._sampling = await asyncio.to_thread(
+                reply_prompt, models, conversation, modality, self._sampling
+            )
         except ValueError as error:
             raise ApiError(str(error), "context_length_exceeded", "messages") from None
+        self._prompt = prompt
         audio = sum(vocabulary.kind(token) is Kind.SPEECH for token in prompt)
         self.usage = CompletionUsage(prompt_tokens=len(prompt), prompt_tokens_details=PromptDetails(audio_tokens=audio))
 
@@ -125,9 +135,7 @@ class Completion:
                 ids += self._read(part.text, where)
         if not ids and isinstance(message, UserMessage):
             raise ApiError(f"{where} says nothing", param=f"{where}.content")
-        kinds = {vocabulary.kind(token) for token in ids}
-        both = Modality.SPEECH if kinds == {Kind.SPEECH} else Modality.INTERLEAVED
-        return Turn(role, both if Kind.SPEECH in kinds else Modality.TEXT, tuple(ids))
+        return turn_of(role, ids, vocabulary)
 
     def _read(self, text: str, where: str) -> list[int]:
         most = self._service.settings.max_input_chars
@@ -141,21 +149,21 @@ class Completion:
         except ValueError:
             raise ApiError(f"{where} is not base64", "invalid_audio", where) from None
         wav = await asyncio.to_thread(read_sound, data, self._service.settings.audio_buffer_s, where)
-        return self._service.bot.models.vocabulary.speech_ids(await self._service.codes(wav))
+        return self._service.bot.models.vocabulary.speech_ids(await self._service.tokenize(wav))
 
     async def events(self) -> AsyncGenerator[TextDelta | AudioDelta, None]:
         """Text and sound as they are made; behind them usage, reason and what is kept are known."""
-        reply = self._service.replying(
-            "chat", self.session, text_only=self.text_only, max_tokens=self._asked.token_limit
-        )
+        bot = self._service.bot
+        mouth = Mouth(bot.models, bot.worker, text_only=self.text_only)
+        reply = self._service.replying("chat", mouth, self._prompt, self._sampling)
         async with aclosing(reply) as events:
             async for event in events:
                 if (isinstance(event, TextDelta) and event.text) or isinstance(event, AudioDelta):
                     yield event
                 elif isinstance(event, ReplyDone):
-                    self._finish(event)
+                    self._finish(event, mouth.turn)
 
-    def _finish(self, done: ReplyDone) -> None:
+    def _finish(self, done: ReplyDone, turn: Turn) -> None:
         text, speech = done.timings.num_text_tokens, done.timings.num_speech_tokens
         self.finish_reason = "length" if done.reason is EndReason.LENGTH else "stop"
         details = CompletionDetails(audio_tokens=speech, text_tokens=text)
@@ -167,7 +175,8 @@ class Completion:
             }
         )
         if not self.text_only:
-            self.expires_at = self._spoken.put(self.audio_id, self._key, self.session.conversation.turns[-1])
+            turn = dataclasses.replace(turn, voice=self._voice)
+            self.expires_at = self._spoken.put(self.audio_id, self._key, turn)
 
     async def whole(self) -> ChatCompletion:
         """The answer at once."""
@@ -212,7 +221,7 @@ class Completion:
             yield b"data: [DONE]\n\n"
 
     async def _chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        encoder = Encoder(self._asked.file_format)
+        encoder = FileEncoder(self._asked.file_format)
         first: dict[str, Any] = {"role": "assistant", "content": "" if self.text_only else None}
         if not self.text_only:
             first["audio"] = {"id": self.audio_id}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from duologue import rates
 from duologue.audio import StreamingResampler
+from duologue.pcm import to_int16
 from duologue.serving.tempo import Tempo
 
 FileFormat: TypeAlias = Literal["wav", "pcm", "flac", "mp3", "opus"]
@@ -38,7 +39,7 @@ _KBPS_1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 _KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 
 
-class Encoder:
+class FileEncoder:
     """One file, from the sound of a reply as the decoder makes it. Work for a thread.
 
     Args:
@@ -67,7 +68,7 @@ class Encoder:
         wav = self._resampler.step(self._tempo.step(wav, last), last)
         self.num_samples += len(wav)
         if self._file is None:
-            self._growing.write(np.round(np.clip(wav, -1.0, 1.0) * 32767.0).astype("<i2").tobytes())
+            self._growing.write(to_int16(wav).tobytes())
         elif len(wav):
             self._file.write(np.clip(wav, -1.0, 1.0))
         if last and self._file is not None:
@@ -84,7 +85,7 @@ class Encoder:
 
 def encode(wav: NDArray[np.float32], file_format: FileFormat, speed: float = 1.0) -> bytes:
     """A whole file of wav (S,) at the decoder's rate, with its length where the format tells it."""
-    encoder = Encoder(file_format, speed)
+    encoder = FileEncoder(file_format, speed)
     encoder.step(wav, last=True)
     return encoder.whole()
 

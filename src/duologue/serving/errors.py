@@ -12,10 +12,10 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from duologue.conversation.worker import WorkerFull
 from duologue.language.requests import EngineFull
 from duologue.serving.admission import Refused
 from duologue.serving.metrics import Metrics
-from duologue.worker import WorkerFull
 
 logger = logging.getLogger("duologue.serving")
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from duologue import rates
 from duologue.audio import StreamingResampler
+from duologue.pcm import from_int16, to_int16
 from duologue.serving.objects import Format, Pcm, ProtocolError
 from duologue.serving.tempo import Tempo
 
@@ -41,16 +42,15 @@ def unpack(audio: str, wire: Format, param: str = "audio") -> Wav:
         return _g711(data, wire)
     if len(data) % 2:
         raise ProtocolError(f"{param} must hold whole 16-bit samples, got {len(data)} bytes", "invalid_audio", param)
-    return np.frombuffer(data, "<i2").astype(np.float32) / 32768.0
+    return from_int16(np.frombuffer(data, "<i2"))
 
 
 def pack(wav: Wav, wire: Format) -> bytes:
     """Samples at the format's rate as its bytes."""
-    wav = np.clip(wav, -1.0, 1.0)
     if isinstance(wire, Pcm):
-        return np.round(wav * 32767.0).astype("<i2").tobytes()
+        return to_int16(wav).tobytes()
     buffer = io.BytesIO()
-    soundfile.write(buffer, wav, wire.rate, format="RAW", subtype=_SUBTYPES[wire.type])
+    soundfile.write(buffer, np.clip(wav, -1.0, 1.0), wire.rate, format="RAW", subtype=_SUBTYPES[wire.type])
     return buffer.getvalue()
 
 
@@ -87,12 +87,14 @@ class Outgoing:
 
     def __init__(self, wire: Format, speed: float = 1.0) -> None:
         self.wire = wire
-        self._tempo = Tempo(speed, rates.SPEAK_SAMPLE_RATE)
+        self._tempo = None if speed == 1.0 else Tempo(speed, rates.SPEAK_SAMPLE_RATE)
         self._resampler = StreamingResampler(rates.SPEAK_SAMPLE_RATE, wire.rate)
 
     def step(self, wav: Wav, last: bool = False) -> list[tuple[str, float]]:
         """wav of the decoder -> what is ready, in pieces of at most half a second: base64 text and milliseconds."""
-        wav = self._resampler.step(self._tempo.step(wav, last), last)
+        if self._tempo is not None:
+            wav = self._tempo.step(wav, last)
+        wav = self._resampler.step(wav, last)
         size = int(PIECE_S * self.wire.rate)
         pieces = [wav[start : start + size] for start in range(0, len(wav), size)]
         return [(_to_base64(pack(piece, self.wire)), 1000 * len(piece) / self.wire.rate) for piece in pieces]

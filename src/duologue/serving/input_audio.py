@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue import rates
+from duologue.conversation.ear import Ear
+from duologue.conversation.history import turn_of
 from duologue.serving.formats import Incoming
 from duologue.serving.items import Sound
 from duologue.serving.objects import AudioInput, ProtocolError
@@ -27,8 +29,7 @@ from duologue.serving.turn_detection import (
     TurnDetector,
     TurnSettings,
 )
-from duologue.session import Session
-from duologue.turns import Turn
+from duologue.turns import Role, Turn
 
 RATE = rates.LISTEN_SAMPLE_RATE
 AT_ONCE = RATE  # samples whose probabilities are computed in one piece of work
@@ -41,7 +42,7 @@ MIN_COMMIT_MS = 100
 
 
 @dataclass(frozen=True, eq=False)
-class Heard:
+class UserTurn:
     """A turn of the user: its ids, its sound, and the seconds that its end took."""
 
     turn: Turn
@@ -57,7 +58,7 @@ class Listener:
     """One client's sound. Positions count samples at 16 kHz since the session began.
 
     Args:
-        session: hears the user, and is used for nothing else.
+        ear: hears the user.
         max_s: length of a turn.
         on_sound: gets every wav (S,) and its rate, for recording.
         probability: makes the state of one stream's speech probability.
@@ -65,13 +66,13 @@ class Listener:
 
     def __init__(
         self,
-        session: Session,
+        ear: Ear,
         config: AudioInput,
         max_s: float,
         on_sound: Callable[[NDArray[np.float32], int], None] | None = None,
         probability: Callable[[], SpeechProbability] = SileroStream,
     ) -> None:
-        self.session = session
+        self.ear = ear
         self.detector: TurnDetector | None = None
         self._max_s, self._on_sound, self._new_probability = max_s, on_sound, probability
         self._probability = probability()
@@ -96,11 +97,6 @@ class Listener:
             self._start_detector(settings)
         else:
             self.detector.settings = settings
-
-    @property
-    def is_open(self) -> bool:
-        """Does the turn under way hold any sound?"""
-        return self._open > 0
 
     async def append(self, audio: str) -> AsyncIterator[Detection]:
         """Takes sound as base64 text and yields what the detector finds, each at once: whoever gets `Stopped` or
@@ -148,7 +144,7 @@ class Listener:
                 await self._hear_until(self.detector.sample)
         self._drop_until(self._total - int(WAITING_S * RATE))
 
-    async def commit(self, detection: Detection | None = None) -> Heard:
+    async def commit(self, detection: Detection | None = None) -> UserTurn:
         """Ends the turn: where the detector said, or here when the client does it.
 
         Raises:
@@ -171,15 +167,22 @@ class Listener:
         loop = asyncio.get_running_loop()
         began, parts = loop.time(), self._parts
         self._parts, self._open = [], 0
-        turn = await self.session.commit()
-        return Heard(turn, Sound.of(parts, RATE), loop.time() - began)
+        spoken = await self.ear.finish()
+        vocabulary = self.ear.models.vocabulary
+        turn = turn_of(Role.USER, vocabulary.speech_ids(spoken.codes), vocabulary)
+        return UserTurn(turn, Sound.of(parts, RATE), loop.time() - began)
 
     def clear(self) -> None:
         """Forgets all sound that is not committed."""
-        self.session.discard()
+        self.ear.discard()
         self._parts, self._open = [], 0
         self._incoming = Incoming(self._incoming.wire)
         self._restart()
+
+    def close(self) -> None:
+        """The conversation is over."""
+        self.clear()
+        self.ear.close()
 
     def _restart(self) -> None:
         """Detection begins anew behind the last sample."""
@@ -195,7 +198,7 @@ class Listener:
         if len(wav):
             self._parts.append(wav)
             self._open += len(wav)
-            await self.session.hear(wav, RATE)
+            await self.ear.hear(wav, RATE)
 
     async def _hear_until(self, sample: int) -> None:
         if parts := self._take_until(sample):

@@ -6,7 +6,7 @@ which knows better than the server what was played can still say so.
 
 from __future__ import annotations
 
-import dataclasses
+import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,16 +14,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue import rates
-from duologue.interleave import INTERLEAVED, Kind, legal_prefix
-from duologue.serving.formats import whole
-from duologue.serving.objects import AnyItem, Content, Format, Message, ProtocolError
-from duologue.speaking import heard_text
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.ear import tokenize
+from duologue.conversation.history import heard_part, turn_of
+from duologue.interleave import Kind
+from duologue.pcm import from_int16, to_int16
+from duologue.serving.formats import unpack, whole
+from duologue.serving.objects import (
+    AnyItem,
+    Content,
+    Format,
+    FunctionCall,
+    FunctionCallOutput,
+    Message,
+    ProtocolError,
+    SessionConfig,
+)
+from duologue.serving.protocol import new_id
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
 
 KEPT_SOUND_S = 300.0  # sound of a conversation's items that can be retrieved; the oldest goes first
-# Behind anything else than the user's words: the model speaks of its own accord, as far as it can.
-NOTHING_SAID = Turn(Role.USER, Modality.TEXT, ())
+# Appended when the history does not end with a turn of the user, so that the prompt always asks for a reply.
+EMPTY_USER_TURN = Turn(Role.USER, Modality.TEXT, ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +49,7 @@ class Sound:
     @classmethod
     def of(cls, parts: Sequence[NDArray[np.float32]], sample_rate: int) -> Sound:
         wav = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-        return cls((np.clip(wav, -1.0, 1.0) * 32767.0).astype(np.int16), sample_rate)
+        return cls(to_int16(wav), sample_rate)
 
     @property
     def seconds(self) -> float:
@@ -47,7 +60,7 @@ class Sound:
 
     def to_wire(self, wire: Format) -> str:
         """base64 text."""
-        return whole(self.samples.astype(np.float32) / 32768.0, self.sample_rate, wire)
+        return whole(from_int16(self.samples), self.sample_rate, wire)
 
 
 @dataclass(eq=False)
@@ -82,22 +95,11 @@ class Item:
         assert self.whole is not None
         assert isinstance(self.body, Message)
         self.heard_ms = min(heard_ms, self.spoken_ms)
-        kinds = [vocabulary.kind(token) for token in self.whole.ids]
-        kept = self.whole.ids
-        is_complete = self.body.status == "completed"
-        if self.heard_ms < self.spoken_ms or not is_complete:
-            num_samples = int(self.heard_ms * self.speed * rates.SPEAK_SAMPLE_RATE / 1000)
-            kept = kept[: legal_prefix(kinds, rates.tokens_heard(num_samples))]
-        short = len(kept) < len(self.whole.ids)
-        self.turn = dataclasses.replace(self.whole, ids=kept, interrupted=short) if kept else None
-        num_text, num_speech = kinds.count(Kind.TEXT), kinds.count(Kind.SPEECH)
-        if not is_complete:  # its last text was not spoken yet
-            num_speech = max(num_speech, num_text * INTERLEAVED.speech_run // INTERLEAVED.text_run)
-        num_heard = sum(vocabulary.kind(token) is Kind.SPEECH for token in kept)
-        text = vocabulary.decode_text(
-            t for t, kind in zip(self.whole.ids, kinds, strict=True) if kind is Kind.TEXT
-        ).lstrip()
-        said = heard_text(text, num_heard / num_speech) if num_speech else ""
+        num_samples = int(self.heard_ms * self.speed * rates.SPEAK_SAMPLE_RATE / 1000)
+        heard = heard_part(self.whole, num_samples, vocabulary, finished=self.body.status == "completed")
+        self.turn = heard.turn if heard.turn.ids else None
+        text_ids = [token for token in self.whole.ids if vocabulary.kind(token) is Kind.TEXT]
+        said = heard.text(vocabulary.decode_text(text_ids).lstrip())
         content = [part.model_copy(update={"transcript": said}) for part in self.body.content]
         self.body = self.body.model_copy(update={"content": content})
         return self.heard_ms
@@ -130,9 +132,10 @@ class Items:
     def __iter__(self) -> Iterator[Item]:
         return iter(self.order)
 
-    @property
-    def last_id(self) -> str | None:
-        return self.order[-1].id if self.order else None
+    def turns(self, system: Turn | None = None) -> Conversation:
+        """What the model is shown, with its instructions first where there are any."""
+        shown = [turn for turn in (system, *(item.turn for item in self.order)) if turn is not None]
+        return Conversation(tuple(shown), self.vocabulary.hash)
 
     def get(self, item_id: str, action: str, param: str = "item_id") -> Item:
         """The item with this id. Raises ProtocolError where there is none; `action` is what was to be done with it."""
@@ -182,15 +185,81 @@ class Items:
                 item.sound = None
 
 
+@dataclass(eq=False)
+class SavedConversation:
+    """A conversation as a client that was dropped finds it again.
+
+    Attributes:
+        config: the session as clients see it.
+    """
+
+    config: SessionConfig
+    items: Items
+
+
 def answerable(vocabulary: Vocabulary, turns: Sequence[Turn | None]) -> Conversation:
     """A conversation of these turns, ending with one that the model can answer."""
     shown = [turn for turn in turns if turn is not None]
     if not shown or shown[-1].role not in (Role.USER, Role.OBSERVATION):
-        shown.append(NOTHING_SAID)
+        shown.append(EMPTY_USER_TURN)
     return Conversation(tuple(shown), vocabulary.hash)
 
 
-def written(part: Content, role: str, where: str) -> str:
+async def new_item(
+    bot: Chatbot, body: AnyItem, wire: Format, max_chars: int, max_audio_s: float, where: str = "item"
+) -> Item:
+    """The item that a client described. Calls of tools and their results are kept, and not shown to the model.
+
+    Args:
+        wire: format of its sound.
+        max_chars, max_audio_s: of one message.
+        where: its path in the event.
+    Raises:
+        ProtocolError: a part that its role cannot have, without its value, too long, or not sound of this format.
+    """
+    item_id = body.id or new_id("item")
+    if isinstance(body, FunctionCall | FunctionCallOutput):
+        return Item(body.model_copy(update={"id": item_id, "status": "completed"}))
+    if not body.content:
+        raise ProtocolError(f"{where}.content must hold at least one part", param=f"{where}.content")
+    ids: list[int] = []
+    sounds: list[Sound] = []
+    parts: list[Content] = []
+    for index, part in enumerate(body.content):
+        place = f"{where}.content.{index}"
+        if part.type == "input_audio" and body.role == "user":
+            wav = await _sound(part, wire, max_audio_s, place)
+            codes = await tokenize(bot.models, bot.worker, wav, wire.rate)
+            ids += bot.models.vocabulary.speech_ids(codes)
+            sounds.append(Sound.of([wav], wire.rate))
+        else:
+            text = _written(part, body.role, place)
+            if len(text) > max_chars:
+                raise ProtocolError(
+                    f"{place}.text has {len(text)} characters; at most {max_chars} are taken", param=f"{place}.text"
+                )
+            ids += bot.models.vocabulary.encode_text(text)
+        parts.append(part.model_copy(update={"audio": None}))
+    kept = Message(type="message", id=item_id, status="completed", role=body.role, content=parts)
+    # One sound belongs to one part; of several there is none to give back.
+    return Item(
+        kept, turn_of(Role(body.role), ids, bot.models.vocabulary), sound=sounds[0] if len(sounds) == 1 else None
+    )
+
+
+async def _sound(part: Content, wire: Format, max_audio_s: float, place: str) -> NDArray[np.float32]:
+    if not part.audio:
+        raise ProtocolError(f"{place}.audio is missing", "missing_required_parameter", f"{place}.audio")
+    wav = await asyncio.to_thread(unpack, part.audio, wire, f"{place}.audio")
+    if len(wav) > max_audio_s * wire.rate:
+        raise ProtocolError(
+            f"{place}.audio lasts {len(wav) / wire.rate:.0f} s; at most {max_audio_s:g} s are taken",
+            param=f"{place}.audio",
+        )
+    return wav
+
+
+def _written(part: Content, role: str, where: str) -> str:
     """The text of a part of a message of this role. Raises ProtocolError for a part that the role cannot have."""
     wanted = "output_text" if role == "assistant" else "input_text"
     if part.type != wanted:

@@ -55,13 +55,13 @@ class ProtocolError(Exception):
 
 
 class Strict(BaseModel):
-    """Unknown keys are errors, and 1 is not "1"."""
+    """Rejects unknown keys and does not coerce types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Sparse(Strict):
-    """Told without the fields that nobody gave: some clients refuse fields that they do not know, null or not."""
+class OmitUnset(Strict):
+    """Serialized without unset fields, because some clients reject unknown keys even when null."""
 
     @model_serializer(mode="wrap")
     def _given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class SemanticVad(Strict):
 TurnDetection: TypeAlias = Annotated[ServerVad | SemanticVad, Field(discriminator="type")]
 
 
-class Transcription(Sparse):
+class Transcription(OmitUnset):
     """Wish for transcripts of what the user says. The model's own recognition head makes them, whatever the name."""
 
     model: str | None = None
@@ -134,7 +134,7 @@ class Transcription(Sparse):
     delay: str | None = None
 
 
-class NoiseReduction(Sparse):
+class NoiseReduction(OmitUnset):
     type: Literal["near_field", "far_field"] | None = None
     strength: float | None = None
 
@@ -155,10 +155,6 @@ class AudioOutput(Strict):
     voice: str | VoiceId = ""
     speed: float = Field(default=1.0, ge=0.25, le=1.5)
 
-    @property
-    def voice_name(self) -> str:
-        return self.voice if isinstance(self.voice, str) else self.voice.id
-
 
 class Audio(Strict):
     input: AudioInput = AudioInput()
@@ -175,7 +171,7 @@ def _one_modality(value: list[Modality]) -> list[Modality]:
     return ["audio"] if "audio" in value else ["text"]
 
 
-class Session(Strict):
+class SessionConfig(Strict):
     """The configuration of a session, complete; `updated` takes a client's changes."""
 
     type: Literal["realtime"] = "realtime"
@@ -198,15 +194,15 @@ class Session(Strict):
 
     _modalities = field_validator("output_modalities")(_one_modality)
 
-    def updated(self, changes: Mapping[str, Any]) -> Session:
-        """This session with what a client gave. Only what is given changes.
+    def updated(self, changes: Mapping[str, Any]) -> SessionConfig:
+        """This configuration with what a client gave. Only what is given changes.
 
         Raises:
             ProtocolError: naming the first field that is unknown or has a value that is not supported.
         """
         changes = {name: value for name, value in changes.items() if name not in _OF_THE_SERVER}
         merged = _merge(self.model_dump(), changes)
-        return read(Session, merged, "session")
+        return read(SessionConfig, merged, "session")
 
 
 def _merge(old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -231,7 +227,7 @@ def _merge(old: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-class Content(Sparse):
+class Content(OmitUnset):
     """One part of a message."""
 
     type: Literal["input_text", "input_audio", "output_text", "output_audio"]
@@ -345,7 +341,7 @@ class Usage(Strict):
     output_token_details: OutputTokens
 
 
-class ErrorDetails(Strict):
+class ResponseError(Strict):
     type: str
     code: str | None = None
     message: str | None = None
@@ -354,7 +350,7 @@ class ErrorDetails(Strict):
 class StatusDetails(Strict):
     type: Literal["completed", "cancelled", "incomplete", "failed"]
     reason: Literal["turn_detected", "client_cancelled", "max_output_tokens"] | None = None
-    error: ErrorDetails | None = None
+    error: ResponseError | None = None
 
 
 class Response(Strict):

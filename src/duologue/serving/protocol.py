@@ -16,11 +16,11 @@ from pydantic import Field
 from duologue.serving.objects import (
     AnyItem,
     NewItem,
+    OmitUnset,
     ProtocolError,
     Response,
     ResponseParams,
-    Session,
-    Sparse,
+    SessionConfig,
     Strict,
     read,
 )
@@ -174,7 +174,7 @@ class ServerEvent(Strict):
         return self.model_dump_json()
 
 
-class ErrorBody(Strict):
+class RealtimeError(Strict):
     type: str
     message: str
     code: str | None = None
@@ -184,11 +184,11 @@ class ErrorBody(Strict):
 
 class Error(ServerEvent):
     type: Literal["error"] = "error"
-    error: ErrorBody
+    error: RealtimeError
 
     @classmethod
     def of(cls, error: ProtocolError) -> Error:
-        body = ErrorBody(
+        body = RealtimeError(
             type=error.kind, message=error.message, code=error.code, param=error.param, event_id=error.event_id
         )
         return cls(error=body)
@@ -196,12 +196,12 @@ class Error(ServerEvent):
 
 class SessionCreated(ServerEvent):
     type: Literal["session.created"] = "session.created"
-    session: Session
+    session: SessionConfig
 
 
 class SessionUpdated(ServerEvent):
     type: Literal["session.updated"] = "session.updated"
-    session: Session
+    session: SessionConfig
 
 
 class AudioCommitted(ServerEvent):
@@ -292,7 +292,7 @@ class TranscriptionFailed(_OfTranscription):
     type: Literal["conversation.item.input_audio_transcription.failed"] = (
         "conversation.item.input_audio_transcription.failed"
     )
-    error: ErrorBody
+    error: RealtimeError
 
 
 class ResponseCreated(ServerEvent):
@@ -320,7 +320,7 @@ class OutputItemDone(_OfOutput):
     item: AnyItem
 
 
-class Part(Sparse):
+class ContentPart(OmitUnset):
     type: Literal["text", "audio"]
     text: str | None = None
     transcript: str | None = None
@@ -333,15 +333,15 @@ class _OfPart(_OfOutput):
 
 class PartAdded(_OfPart):
     type: Literal["response.content_part.added"] = "response.content_part.added"
-    part: Part
+    part: ContentPart
 
 
 class PartDone(_OfPart):
     type: Literal["response.content_part.done"] = "response.content_part.done"
-    part: Part
+    part: ContentPart
 
 
-class TextDelta(_OfPart):
+class OutputTextDelta(_OfPart):
     type: Literal["response.output_text.delta"] = "response.output_text.delta"
     delta: str
 
@@ -361,7 +361,7 @@ class TranscriptDone(_OfPart):
     transcript: str
 
 
-class AudioDelta(_OfPart):
+class OutputAudioDelta(_OfPart):
     type: Literal["response.output_audio.delta"] = "response.output_audio.delta"
     delta: str = Field(repr=False)
 
@@ -380,7 +380,7 @@ class Tokens(ServerEvent):
     count: int
 
 
-class Timings(ServerEvent):
+class ResponseTimings(ServerEvent):
     """Where the time of a reply went, in milliseconds from the end of the question; null where it did not come to
     that. `stages` is the work by stage."""
 

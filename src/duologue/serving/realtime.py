@@ -1,4 +1,7 @@
-"""The route `/v1/realtime`: who may open a conversation, which one is resumed, and what remains when it ends."""
+"""The route `/v1/realtime`: one WebSocket from its request to the close and its reason.
+
+Here is decided who may open a conversation, which one is resumed, and what remains when it ends.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,30 @@ import asyncio
 import ctypes
 import logging
 import sys
+import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from fastapi import APIRouter, WebSocket
+from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from starlette.websockets import WebSocketState
 
-from duologue.serving.admission import Refused, Visit, new_session_id
-from duologue.serving.connection import converse
+from duologue.serving.admission import ClientConnection, Refused, new_session_id
 from duologue.serving.errors import error_response
-from duologue.serving.live import Kept
-from duologue.serving.objects import ProtocolError
-from duologue.serving.protocol import Error
-from duologue.serving.recording import Recorder
+from duologue.serving.items import Items, SavedConversation
+from duologue.serving.objects import Audio, AudioOutput, ProtocolError, SessionConfig
+from duologue.serving.protocol import Error, new_id
+from duologue.serving.realtime_session import RealtimeSession
+from duologue.serving.recording import SessionRecorder
+from duologue.serving.send_queue import Ended, Ending, SendQueue
 from duologue.serving.service import Service
-from duologue.turns import Conversation
+from duologue.serving.settings import Settings
 
 log = logging.getLogger(__name__)
 
 SUBPROTOCOL = "realtime"
 LEAVE_S = 5.0
+CLOSE_S = 2.0  # a client that does not answer the close is left
 MAX_REASON = 120  # bytes; a close frame holds 123
 
 
@@ -43,7 +50,7 @@ class Conversations:
     service: Service
     _open: dict[str, _Open] = field(default_factory=dict)  # by session id
 
-    async def visit(self, socket: WebSocket, model: str, session_id: str) -> None:
+    async def connect(self, socket: WebSocket, model: str, session_id: str) -> None:
         """One WebSocket from its request to its end."""
         service = self.service
         offered = socket.scope.get("subprotocols") or []
@@ -68,15 +75,23 @@ class Conversations:
 
     async def _hold(self, socket: WebSocket, model: str, session_id: str, key: str) -> None:
         service, settings = self.service, self.service.settings
-        resumed = service.shelf.take(session_id, key) if session_id else None
-        visit = Visit(session_id if resumed is not None else new_session_id(), service.admission.draining)
-        visit.resumed = resumed
-        if resumed is not None:
+        saved = service.resumable.take(session_id, key) if session_id else None
+        if saved is None:
+            session_id = new_session_id()
+            config = SessionConfig(audio=Audio(output=AudioOutput(voice=service.bot.models.card.voices[0])))
+            saved = SavedConversation(config, Items(service.bot.models.vocabulary, new_id("conv")))
+        else:
             service.metrics.sessions_resumed.inc()
+        expires_at = int(time.time() + settings.session_s)
+        # Whatever model answers, the client is shown the name that it asked for.
+        saved.config = saved.config.model_copy(update={"id": session_id, "model": model, "expires_at": expires_at})
+        client = ClientConnection(session_id, service.admission.draining)
         if settings.record_folder is not None:
-            visit.recorder = await asyncio.to_thread(Recorder, settings.record_folder, visit.session_id, service.model)
-        task = asyncio.create_task(converse(socket, service.bot, settings, service.metrics, model, visit))
-        there = self._open[visit.session_id] = _Open(key, task)
+            client.recorder = await asyncio.to_thread(
+                SessionRecorder, settings.record_folder, session_id, service.model
+            )
+        task = asyncio.create_task(_converse(socket, service, client, saved))
+        there = self._open[session_id] = _Open(key, task)
         log.info("a conversation begins (%s), %d now", key or "no key", len(self._open))
         try:
             await asyncio.wait([task])
@@ -84,10 +99,10 @@ class Conversations:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-            if visit.kept is not None:
-                service.shelf.put(visit.session_id, key, visit.kept)
-            await _finish_recording(visit)
-            del self._open[visit.session_id]
+            service.resumable.put(session_id, key, saved)
+            if client.recorder is not None:
+                await _finish_recording(client.recorder, saved)
+            del self._open[session_id]
             log.info("a conversation ends (%s), %d now", key or "no key", len(self._open))
             there.left.set()
             if not self._open:
@@ -116,24 +131,89 @@ def _give_memory_back() -> None:
         trim(0)
 
 
-async def _finish_recording(visit: Visit) -> None:
+async def _finish_recording(recorder: SessionRecorder, saved: SavedConversation) -> None:
     """Gives the recording its name, in a thread. The conversation is what the model was shown of it."""
-    recorder, kept = visit.recorder, visit.kept
-    if recorder is None:
-        return
-    conversation, about = Conversation(), dict(visit.about)
-    if isinstance(kept, Kept):
-        turns = tuple(item.turn for item in kept.items if item.turn is not None)
-        conversation = Conversation(turns, kept.items.vocabulary.hash)
-        about |= {
-            "session": kept.config.model_dump(mode="json"),
-            "items": [item.body.model_dump(mode="json", exclude_none=True) for item in kept.items],
-        }
+    about = {
+        "session": saved.config.model_dump(mode="json"),
+        "items": [item.body.model_dump(mode="json", exclude_none=True) for item in saved.items],
+    }
     try:
-        await asyncio.shield(asyncio.to_thread(recorder.finish, conversation, about))
+        await asyncio.shield(asyncio.to_thread(recorder.finish, saved.items.turns(), about))
     except OSError as error:
         log.error("a recording could not be written: %s", error.strerror)
         await asyncio.to_thread(recorder.discard)
+
+
+async def _converse(
+    socket: WebSocket, service: Service, client: ClientConnection, conversation: SavedConversation
+) -> None:
+    """Holds one conversation over an accepted WebSocket until it closes; `conversation` is changed as it goes on."""
+    settings, metrics = service.settings, service.metrics
+    queue = SendQueue(socket, settings.outbound_events, settings.stall_s, metrics)
+    session: RealtimeSession | None = None
+    # Unless one of the tasks says otherwise, somebody outside has cancelled them all.
+    ending = Ending(1012, "the server ended the connection", "draining")
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            session = RealtimeSession(service.bot, settings, metrics, client, queue, tasks, conversation)
+            tasks.create_task(queue.send())
+            tasks.create_task(_end_after(settings.session_s))
+            tasks.create_task(_end_when_draining(client, session, queue))
+            await session.begin()
+            await _listen(socket, session, settings)
+    except* Ended as group:
+        ending = next(error.ending for error in _leaves(group) if isinstance(error, Ended))
+        # The frame of the TaskGroup refers to the group, and that to the frame: sound would wait for the collector.
+        traceback.clear_frames(group.__traceback__)
+    except* Exception:
+        ending = Ending(1011, "the server failed; its log says why", "error")
+        log.exception("a conversation failed")
+    finally:
+        if session is not None:
+            session.end()
+        metrics.closed.labels(ending.label).inc()
+        with suppress(Exception):
+            async with asyncio.timeout(CLOSE_S):
+                await socket.close(ending.code, ending.reason)
+
+
+async def _listen(socket: WebSocket, session: RealtimeSession, settings: Settings) -> None:
+    """Takes messages for ever. Raises Ended."""
+    while True:
+        try:
+            async with asyncio.timeout(settings.idle_s):
+                message = await socket.receive()
+        except TimeoutError:
+            raise Ended(1000, f"the client has sent nothing for {settings.idle_s:g} s", "idle") from None
+        except (WebSocketDisconnect, RuntimeError):
+            raise Ended(1000, "the client is gone", "client") from None
+        if message["type"] == "websocket.disconnect":
+            raise Ended(1000, "the client is gone", "client")
+        text = message.get("text")
+        content: str | bytes = message.get("bytes") or b"" if text is None else text
+        if len(content) > settings.max_message_bytes:
+            raise Ended(1009, f"a message may have at most {settings.max_message_bytes} bytes", "message_size")
+        await session.take(content)
+
+
+async def _end_after(session_s: float) -> None:
+    await asyncio.sleep(session_s)
+    raise Ended(1000, f"a session may last at most {session_s:g} s", "session_length")
+
+
+async def _end_when_draining(client: ClientConnection, session: RealtimeSession, queue: SendQueue) -> None:
+    """When the server stops, the current answer is finished first."""
+    await client.draining.wait()
+    await session.finish_answers()
+    await queue.empty()
+    raise Ended(1012, "the server is stopping; connect again later", "draining")
+
+
+def _leaves(group: BaseExceptionGroup[Ended]) -> list[BaseException]:
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return leaves
 
 
 def realtime_routes(service: Service) -> APIRouter:
@@ -143,6 +223,6 @@ def realtime_routes(service: Service) -> APIRouter:
 
     @router.websocket("/v1/realtime")
     async def realtime(socket: WebSocket, model: str = "", session_id: str = "") -> None:
-        await conversations.visit(socket, model, session_id)
+        await conversations.connect(socket, model, session_id)
 
     return router

@@ -23,6 +23,7 @@ import soundfile
 from numpy.typing import NDArray
 
 from duologue.audio import StreamingResampler
+from duologue.pcm import to_int16
 from duologue.turns import Conversation
 
 SAMPLE_RATE = 24_000
@@ -63,14 +64,14 @@ class _Side:
         self.num_samples = keep
 
     def _write_wav(self, wav: NDArray[np.float32]) -> None:
-        self._write((np.clip(wav, -1.0, 1.0) * 32767.0).astype("<i2"))
+        self._write(to_int16(wav))
 
     def _write(self, samples: NDArray[np.int16]) -> None:
         self._file.write(samples.tobytes())
         self.num_samples += len(samples)
 
 
-class Recorder:
+class SessionRecorder:
     """Takes the sound of one session as it comes and goes. Writes go to the system's cache: they do not wait.
 
     Args:

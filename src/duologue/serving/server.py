@@ -7,22 +7,30 @@ signal stops at once. uvicorn by itself would cut every WebSocket at the first.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
+import gc
 import logging
 import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
 
+import numpy as np
 import uvicorn
 from fastapi import FastAPI
 
+from duologue import rates
+from duologue.conversation.chatbot import Chatbot
+from duologue.interleave import INTERLEAVED
 from duologue.serving.service import Service
 from duologue.serving.settings import Settings
+from duologue.serving.turn_detection import SileroStream
 
 log = logging.getLogger(__name__)
 
 PING_S = 20.0  # a client that does not answer a ping for so long is gone
+WARM_UP_S = 2.0
 STOP_S = 3  # for what is left when the time to drain is over
 
 
@@ -115,3 +123,22 @@ class Server(uvicorn.Server):
         except TimeoutError:
             log.warning("stopping with %d still under way", admission.num_inside)
         self.should_exit = True
+
+
+def warm_up(bot: Chatbot) -> None:
+    """Hears two seconds of faint noise and answers shortly, for nobody. What is not installed shows here.
+
+    What is loaded by then is taken out of the garbage collection: looking through the 400 000 objects of the libraries
+    would stop every conversation for about half a second.
+    """
+    card = bot.models.card
+    enough = INTERLEAVED.text_run + 2 * rates.BLOCK_TOKENS
+    sampling = dataclasses.replace(card.sampling, max_tokens=min(card.sampling.max_tokens, enough))
+    session = bot.session(sampling=sampling)
+    noise = np.random.default_rng(0).normal(scale=1e-3, size=int(WARM_UP_S * rates.LISTEN_SAMPLE_RATE))
+    wav = noise.astype(np.float32)
+    SileroStream().step(wav)
+    session.feed(wav, rates.LISTEN_SAMPLE_RATE)
+    session.reply_now()
+    gc.collect()
+    gc.freeze()

@@ -1,17 +1,15 @@
-"""What the routes share: the chatbot, its limits, and the ways from a request to a session and back."""
+"""What the routes share: the chatbot, its limits, and the ways from a request to the models and back."""
 
 from __future__ import annotations
 
 import asyncio
 import io
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import soundfile
-import torch
 from fastapi import Request, Security
 from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -20,20 +18,20 @@ from starlette.types import Receive, Scope, Send
 
 from duologue import rates
 from duologue.audio import StreamingResampler, check_wav
-from duologue.chatbot import Chatbot
-from duologue.events import EndReason, Event, ReplyDone
-from duologue.serving.admission import Admission
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.ear import tokenize
+from duologue.conversation.events import EndReason, Event, ReplyDone
+from duologue.conversation.mouth import Mouth
+from duologue.language.sampling import Sampling
+from duologue.serving.admission import Admission, ResumeStore
 from duologue.serving.errors import ApiError
 from duologue.serving.metrics import Metrics
 from duologue.serving.objects import FOREIGN_VOICES, VoiceId
-from duologue.serving.resume import Shelf
 from duologue.serving.settings import Settings
-from duologue.session import Session
 
 Result = TypeVar("Result")
 
 PATIENCE_S = 5.0  # what is not live may wait so long for what is
-_STEP = 2 * rates.LISTEN_SAMPLE_RATE
 FRAMES_AT_ONCE = 65_536
 MAX_CHANNELS = 8
 _BEARER = HTTPBearer(auto_error=False, description="One of the server's API keys, where it has any.")
@@ -49,9 +47,9 @@ class Service:
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings, self.metrics)
-        self.shelf = Shelf(self.settings.resume_s, self.settings.max_sessions)
+        self.resumable = ResumeStore(self.settings.resume_s, self.settings.max_sessions)
         worker, watch = self.bot.worker, self.metrics.watch
-        watch("sessions_kept", "Dropped conversations that can be resumed.", lambda: len(self.shelf))
+        watch("sessions_kept", "Dropped conversations that can be resumed.", lambda: len(self.resumable))
         watch("tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
         watch("worker_waiting", "Jobs that wait for the device.", lambda: worker.stats().num_waiting)
         watch("worker_batch_size", "Rows of a batch of steps on average.", lambda: worker.stats().mean_batch_size)
@@ -85,23 +83,17 @@ class Service:
             raise ApiError(f"{self.model} has no voice {name!r}; it has {', '.join(voices)}", param=param)
         return ""
 
-    async def codes(self, wav: NDArray[np.float32]) -> list[int]:
-        """Speech tokens of wav (S,) at 16 kHz, in steps that wait for everybody who speaks with the model now."""
-        worker, tokenizer = self.bot.worker, self.bot.models.tokenizer
-        state, _ = await worker.submit(lambda: tokenizer.init_state(1))
-        codes: list[int] = []
-        for at in range(0, len(wav), _STEP):
-            piece, last = torch.from_numpy(wav[at : at + _STEP]), at + _STEP >= len(wav)
-            step = worker.step(tokenizer, piece, state, last, time.monotonic() + PATIENCE_S)
-            codes += (await asyncio.wrap_future(step)).values.tolist()
-        return codes
+    async def tokenize(self, wav: NDArray[np.float32]) -> tuple[int, ...]:
+        """Speech tokens of wav (S,) at 16 kHz, in steps that wait for live conversations."""
+        bot = self.bot
+        return await tokenize(bot.models, bot.worker, wav, rates.LISTEN_SAMPLE_RATE, PATIENCE_S)
 
     async def replying(
-        self, route: str, session: Session, *, text_only: bool = False, max_tokens: int | None = None
+        self, route: str, mouth: Mouth, prompt: list[int], sampling: Sampling
     ) -> AsyncGenerator[Event, None]:
-        """`session.reply`, counted under a route's name; ended at once when it is closed."""
+        """`mouth.speak`, counted under a route's name; ended at once when it is closed."""
         status = "cancelled"
-        stream = session.reply(text_only=text_only, max_tokens=max_tokens)
+        stream = mouth.speak(prompt, sampling)
         try:
             async for event in stream:
                 if isinstance(event, ReplyDone):
@@ -117,7 +109,7 @@ class Service:
         finally:
             if status in ("cancelled", "failed"):
                 self.metrics.replies.labels(status).inc()
-            await stream.aclose()  # type: ignore[attr-defined]
+            await stream.aclose()
 
 
 def read_sound(data: bytes, max_s: float, param: str) -> NDArray[np.float32]:
@@ -150,7 +142,7 @@ def read_sound(data: bytes, max_s: float, param: str) -> NDArray[np.float32]:
         raise ApiError(str(error), "invalid_audio", param) from None
 
 
-class Streamed(StreamingResponse):
+class StreamedFile(StreamingResponse):
     """Sends what a generator gives, and closes it whatever happens, also when nothing was ever sent."""
 
     def __init__(self, parts: AsyncGenerator[bytes, None], first: bytes, media_type: str) -> None:
@@ -164,14 +156,14 @@ class Streamed(StreamingResponse):
             await self._parts.aclose()
 
 
-async def streamed(parts: AsyncGenerator[bytes, None], media_type: str) -> Streamed:
+async def streamed(parts: AsyncGenerator[bytes, None], media_type: str) -> StreamedFile:
     """A response that begins with the first part: what fails before it still gets a status of its own."""
     try:
         first = await anext(parts, b"")
     except BaseException:
         await parts.aclose()
         raise
-    return Streamed(parts, first, media_type)
+    return StreamedFile(parts, first, media_type)
 
 
 async def _behind(first: bytes, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -20,13 +20,15 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from duologue.events import AudioDelta, ReplyDone
+from duologue.conversation.events import AudioDelta, Event, ReplyDone
+from duologue.conversation.history import reply_prompt, turn_of
+from duologue.conversation.mouth import Mouth
 from duologue.language.reading import ReadingEngine
-from duologue.serving.encoders import MEDIA_TYPES, Encoder, FileFormat
+from duologue.serving.encoders import MEDIA_TYPES, FileEncoder, FileFormat
 from duologue.serving.errors import ApiError, documented, error_json, told
 from duologue.serving.objects import Strict, VoiceId
 from duologue.serving.service import Service, streamed
-from duologue.session import Session
+from duologue.turns import Conversation, Modality, Role
 
 MAX_CHUNK_IDS = 60  # text that is said in one breath: one reply of the model
 SPEECH_PER_TEXT = 8  # ids of speech that one id of text may take at most
@@ -67,7 +69,7 @@ def chunks(text: str, count: Any, limit: int) -> list[str]:
     return pieces
 
 
-class Speaker:
+class Narrator:
     """One text on its way to sound.
 
     Raises:
@@ -80,7 +82,7 @@ class Speaker:
             raise ApiError(f"input may have {most} characters, got {len(asked.input)}", "input_too_long", "input")
         self._service, self._asked = service, asked
         self._models = service.bot.models
-        self._voice = service.voice(asked.voice, "voice")
+        service.voice(asked.voice, "voice")  # an unknown one is refused
         self._instructions = " ".join((asked.instructions or "").split())
         self.num_text = self.num_speech = 0
         encode = self._models.vocabulary.encode_text
@@ -94,9 +96,9 @@ class Speaker:
 
     async def sound(self) -> AsyncGenerator[bytes, None]:
         """The bytes of the file as they are made."""
-        encoder = Encoder(self._asked.response_format, self._asked.speed)
+        encoder = FileEncoder(self._asked.response_format, self._asked.speed)
         for chunk in self._chunks:
-            async with aclosing(self._service.replying("speech", self._session(chunk))) as events:
+            async with aclosing(self._reply(chunk)) as events:
                 async for event in events:
                     if isinstance(event, AudioDelta):
                         if data := await asyncio.to_thread(encoder.step, event.wav):
@@ -115,16 +117,20 @@ class Speaker:
         usage = {"input_tokens": self.num_text, "output_tokens": self.num_speech, "total_tokens": total}
         yield _event({"type": "speech.audio.done", "usage": usage})
 
-    def _session(self, chunk: str) -> Session:
-        """A conversation of one question, whose answer is the chunk."""
-        models, bot = self._models, self._service.bot
-        ids = tuple(models.vocabulary.encode_text(chunk))
-        reading = ReadingEngine(models.engine, models.vocabulary, ids)
+    def _reply(self, chunk: str) -> AsyncGenerator[Event, None]:
+        """The reply to "say ...", whose text is the chunk."""
+        bot, vocabulary = self._service.bot, self._models.vocabulary
+        ids = tuple(vocabulary.encode_text(chunk))
+        models = dataclasses.replace(self._models, engine=ReadingEngine(self._models.engine, vocabulary, ids))
         most = len(ids) * (1 + SPEECH_PER_TEXT) + SPARE_IDS
-        sampling = dataclasses.replace(models.card.sampling, max_tokens=most)
-        session = Session(dataclasses.replace(models, engine=reading), bot.worker, voice=self._voice, sampling=sampling)
-        session.write(f"say {chunk} {self._instructions}".strip())
-        return session
+        asked = turn_of(Role.USER, vocabulary.encode_text(f"say {chunk} {self._instructions}".strip()), vocabulary)
+        prompt, sampling = reply_prompt(
+            models,
+            Conversation((asked,), vocabulary.hash),
+            Modality.INTERLEAVED,
+            dataclasses.replace(models.card.sampling, max_tokens=most),
+        )
+        return self._service.replying("speech", Mouth(models, bot.worker), prompt, sampling)
 
 
 def _event(data: dict[str, Any]) -> bytes:
@@ -171,10 +177,10 @@ def speech_routes(service: Service) -> APIRouter:
         },
     )
     async def speech(asked: SpeechRequest, request: Request) -> Response:
-        speaker = Speaker(service, asked)
+        narrator = Narrator(service, asked)
         if asked.stream_format == "sse":
-            events = _ending_in_an_event(speaker.events(), service)
+            events = _ending_in_an_event(narrator.events(), service)
             return await streamed(_admitted(events, service), "text/event-stream")
-        return await streamed(_admitted(speaker.sound(), service), MEDIA_TYPES[asked.response_format])
+        return await streamed(_admitted(narrator.sound(), service), MEDIA_TYPES[asked.response_format])
 
     return router

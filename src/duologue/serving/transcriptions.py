@@ -31,7 +31,7 @@ _AT_ONCE = 10 * rates.LISTEN_SAMPLE_RATE
 
 
 @dataclass(frozen=True)
-class Utterance:
+class TranscribedUtterance:
     """What was said from `start` to `end`, in seconds."""
 
     start: float
@@ -96,14 +96,14 @@ def utterances(wav: NDArray[np.float32]) -> list[tuple[int, int]]:
     return found
 
 
-async def transcribe(service: Service, wav: NDArray[np.float32]) -> AsyncGenerator[Utterance, None]:
+async def transcribe(service: Service, wav: NDArray[np.float32]) -> AsyncGenerator[TranscribedUtterance, None]:
     """The utterances of wav (S,) at 16 kHz, one by one."""
     bot, rate = service.bot, rates.LISTEN_SAMPLE_RATE
     for start, stop in await asyncio.to_thread(utterances, wav):
-        codes = await service.codes(wav[start:stop])
+        codes = await service.tokenize(wav[start:stop])
         text, _ = await bot.worker.submit(lambda codes=codes: bot.models.transcribe(codes))  # type: ignore[misc]
         if text:
-            yield Utterance(start / rate, stop / rate, text)
+            yield TranscribedUtterance(start / rate, stop / rate, text)
     service.metrics.audio_seconds.labels("in").inc(len(wav) / rate)
 
 
@@ -135,7 +135,7 @@ def _clock(seconds: float, comma: str) -> str:
     return f"{ms // 3_600_000:02}:{ms // 60_000 % 60:02}:{ms // 1000 % 60:02}{comma}{ms % 1000:03}"
 
 
-def subtitles(spoken: list[Utterance], kind: Literal["srt", "vtt"]) -> str:
+def subtitles(spoken: list[TranscribedUtterance], kind: Literal["srt", "vtt"]) -> str:
     """Subtitles in SubRip's format or WebVTT."""
     comma = "," if kind == "srt" else "."
     cues = [f"{_clock(one.start, comma)} --> {_clock(one.end, comma)}\n{one.text}\n" for one in spoken]
@@ -144,7 +144,7 @@ def subtitles(spoken: list[Utterance], kind: Literal["srt", "vtt"]) -> str:
     return "\n".join(f"{number}\n{cue}" for number, cue in enumerate(cues, 1))
 
 
-def _answer(service: Service, spoken: list[Utterance], seconds: float, wanted: TranscriptFormat) -> Response:
+def _answer(service: Service, spoken: list[TranscribedUtterance], seconds: float, wanted: TranscriptFormat) -> Response:
     text, usage = " ".join(one.text for one in spoken), DurationUsage(seconds=seconds)
     if wanted == "text":
         return PlainTextResponse(f"{text}\n")
@@ -193,7 +193,7 @@ def transcription_routes(service: Service) -> APIRouter:
         if stream:
             return await streamed(_admitted(service, wav), "text/event-stream")
 
-        async def whole() -> list[Utterance]:
+        async def whole() -> list[TranscribedUtterance]:
             with service.admission.request():
                 return [one async for one in transcribe(service, wav)]
 

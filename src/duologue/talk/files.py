@@ -8,15 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue.audio import load_audio, resample, save_audio
-from duologue.client.connection import WIRE_RATE, to_pcm
+from duologue.client.connection import WIRE_RATE
 from duologue.client.pace import CHUNK, Pace
 from duologue.client.playback import Playback
+from duologue.pcm import from_int16, to_int16
 
 
 def read_pcm(path: str | Path) -> NDArray[np.int16]:
     """A sound file as (S,) at `WIRE_RATE`. Raises ValueError as `load_audio`."""
     wav, sample_rate = load_audio(path)
-    return to_pcm(resample(wav, sample_rate, WIRE_RATE))
+    return to_int16(resample(wav, sample_rate, WIRE_RATE))
 
 
 class PlaybackRecorder:
@@ -41,4 +42,4 @@ class PlaybackRecorder:
         """Writes it as a sound file; its name says of what kind. Raises ValueError when nothing was played."""
         if not self._played:
             raise ValueError(f"{path} is not written: nothing was played")
-        save_audio(path, np.concatenate(self._played).astype(np.float32) / 32768.0, WIRE_RATE)
+        save_audio(path, from_int16(np.concatenate(self._played)), WIRE_RATE)

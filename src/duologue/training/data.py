@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from duologue.pcm import from_int16
+
 Wav = NDArray[np.float32]
 
 
@@ -75,7 +77,7 @@ class Clips:
 
     def wav(self, index: int) -> Wav:
         """(S,) float32 in [-1, 1]."""
-        return self._samples[index].astype(np.float32) / 32768.0
+        return from_int16(self._samples[index])
 
 
 class LengthBatches:

@@ -11,19 +11,19 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from duologue import rates
 from duologue.audio import check_wav, load_audio
-from duologue.events import Event
+from duologue.conversation.answer import Reply, answer
+from duologue.conversation.events import Event
+from duologue.conversation.session import Session
+from duologue.conversation.worker import Worker
 from duologue.language.backbone import Dtype
+from duologue.language.engine import PlainEngine
 from duologue.language.quantization import Scheme
 from duologue.language.sampling import Sampling
 from duologue.layers import num_step_threads
 from duologue.models import DecoderDtype, EngineName, Models
-from duologue.session import Reply, Session
-from duologue.worker import Worker
+from duologue.pcm import Pcm
 
 __all__ = ["Chatbot", "Reply", "Session", "load"]
 
@@ -41,7 +41,7 @@ class Chatbot:
 
     @property
     def sample_rate(self) -> int:
-        """Of the replies' sound."""
+        """Sample rate of `Reply.audio`, in Hz."""
         return rates.SPEAK_SAMPLE_RATE
 
     def session(self, *, language: str = "", voice: str = "", sampling: Sampling | None = None) -> Session:
@@ -54,7 +54,7 @@ class Chatbot:
 
     def chat(
         self,
-        audio: str | Path | NDArray[np.float32] | None = None,
+        audio: str | Path | Pcm | None = None,
         sample_rate: int | None = None,
         *,
         text: str | None = None,
@@ -66,23 +66,30 @@ class Chatbot:
         """Answers one question and forgets it.
 
         Args:
-            audio: a sound file, or a wav (S,) float32 together with its `sample_rate`.
+            audio: a sound file; or samples (S,) as float32 in [-1, 1], int16 or the bytes of little-endian int16,
+                together with their `sample_rate`.
             text: the question in writing, instead of audio.
             text_only: answer in writing.
-            on_event: called with every event as it comes.
+            on_event: called with every event as it comes. Without it the answer is made in one go (`answer.py`), and
+                its timings do not say when the first sound was there.
         Raises:
             ValueError: one sentence: no question, both kinds at once, unreadable or unusable audio, unknown voice.
         """
         if (audio is None) == (text is None):
             raise ValueError("give a question either as audio or as text")
         session = self.session(voice=voice, sampling=sampling)
-        if text is not None:
-            session.write(text)
-        else:
-            wav, rate = load_audio(audio) if isinstance(audio, str | Path) else (audio, sample_rate)
-            if rate is None or wav is None:
-                raise ValueError("an array of samples needs its sample_rate")
-            session.feed(check_wav(wav, rate), rate)
+        wav = None
+        if isinstance(audio, str | Path):
+            wav, sample_rate = load_audio(audio)
+        elif audio is not None:
+            if sample_rate is None:
+                raise ValueError("samples without a file need their sample_rate")
+            wav = check_wav(audio, sample_rate)
+        if on_event is None and isinstance(self.models.engine, PlainEngine):
+            return answer(self.models, wav, sample_rate or 0, text=text or "", text_only=text_only, sampling=sampling)
+        if wav is not None and sample_rate is not None:
+            session.feed(wav, sample_rate)
+        session.write(text or "")
         return session.reply_now(text_only=text_only, on_event=on_event)
 
 
@@ -92,7 +99,7 @@ def model_folder(name: str | Path = "pocket") -> Path:
     Raises:
         ValueError: one sentence naming what was asked for and what there is.
     """
-    folder = Path(__file__).parent / str(name) if name in PRESETS else Path(name)
+    folder = Path(__file__).parent.parent / str(name) if name in PRESETS else Path(name)
     if folder.is_dir():
         return folder
     if isinstance(name, str) and HUB_ID.fullmatch(name):

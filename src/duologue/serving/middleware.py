@@ -32,7 +32,7 @@ PAGE_HEADERS = {
 HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
-class Gate:
+class RequestGuard:
     """ASGI middleware around the app. WebSockets pass: their route refuses in their own words."""
 
     def __init__(self, app: ASGIApp, settings: Settings, admission: Admission, metrics: Metrics) -> None:

@@ -1,9 +1,10 @@
-"""Speaking: one reply while it is produced. The engine gives ids, the worker makes sound of blocks of them."""
+"""The mouth: one reply while it is produced. The engine gives ids, the worker makes sound of blocks of them."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
@@ -11,45 +12,81 @@ from typing import Any
 import torch
 
 from duologue import rates
-from duologue.block_policy import BlockPolicy
-from duologue.events import AudioDelta, EndReason, Event, SpeechDelta, TextDelta, Timings
-from duologue.interleave import InterleaveState, Kind, Schedule
+from duologue.conversation.block_policy import BlockPolicy
+from duologue.conversation.ear import RESPONSE_S
+from duologue.conversation.events import (
+    AudioDelta,
+    EndReason,
+    Event,
+    Interrupted,
+    ReplyDone,
+    SpeechDelta,
+    TextDelta,
+    Timings,
+)
+from duologue.conversation.history import HeardPart, heard_part
+from duologue.conversation.worker import Stepped, Worker
+from duologue.interleave import INTERLEAVED, TEXT_ONLY, InterleaveState, Kind
 from duologue.language.sampling import Sampling
-from duologue.listening import RESPONSE_S
 from duologue.models import Models
+from duologue.turns import Modality, Role, Turn
 from duologue.vocabulary import TextStream
-from duologue.worker import Stepped, Worker
 
 
-class Speaker:
-    """One reply: a stream of events, and what was said when it is over.
+class Mouth:
+    """One reply: a stream of events, and the turn it has become when it is over.
+
+    Args:
+        text_only: the reply is written.
+        asked_at: when the question was over, by `time.monotonic`; now where None. Timings count from there.
 
     Attributes:
-        ids: of the reply so far, joint vocabulary, without the end id.
+        modality: of the reply.
+        turn: the reply with the ids so far, joint vocabulary, without the end id; after an interruption those that were
+            heard.
         codes: speech tokens so far.
         text: transcript so far.
-        reason: why it ended.
-        timings: from when the speaker was made.
+        reason: why the model stopped.
     """
 
-    def __init__(self, models: Models, worker: Worker, schedule: Schedule, policy: BlockPolicy | None = None) -> None:
-        self._models, self._worker = models, worker
+    _request_ids = itertools.count()
+
+    def __init__(
+        self,
+        models: Models,
+        worker: Worker,
+        *,
+        text_only: bool = False,
+        policy: BlockPolicy | None = None,
+        asked_at: float | None = None,
+    ) -> None:
+        self.models, self._worker = models, worker
+        self.modality = Modality.TEXT if text_only else Modality.INTERLEAVED
         self._policy = policy or BlockPolicy()
         self._text = TextStream(models.vocabulary)
-        self._interleave = InterleaveState(schedule)
-        self._start, self._due = time.perf_counter(), time.monotonic() + RESPONSE_S
+        self._interleave = InterleaveState(TEXT_ONLY if text_only else INTERLEAVED)
+        self._start = time.monotonic() if asked_at is None else asked_at
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
         self._block: asyncio.Future[Stepped] | None = None  # with the worker
         self._num_decoded = self._num_samples = 0
         self._is_flushed = False
-        self._request_id = ""
-        self.ids: list[int] = []
+        self._request_id = f"reply-{next(self._request_ids)}"
+        self._is_asked = False
+        self._cut_at: int | None = None
+        self._heard: HeardPart | None = None
+        self._ids: list[int] = []
         self.codes: list[int] = []
         self.text = ""
         self.reason = EndReason.LENGTH
-        self.timings = Timings()
+        self._timings = Timings()
         self._stages = {"tokenizer": 0.0, "language": 0.0, "decoder": 0.0}
+
+    @property
+    def turn(self) -> Turn:
+        """See the attributes."""
+        reply = Turn(Role.ASSISTANT, self.modality, tuple(self._ids))
+        return reply if self._heard is None else self._heard.turn
 
     def stop(self) -> None:
         """Ends the reply at once, from any thread: the engine's request and the block that waits are cancelled."""
@@ -58,44 +95,39 @@ class Speaker:
         except RuntimeError:
             return  # that loop is closed, and the reply with it
 
-    @property
-    def is_stopped(self) -> bool:
-        return self._stopped.done()
+    def interrupt(self, num_samples_played: int) -> None:
+        """Stops the reply and cuts it to what was heard: so many samples of its sound. From any thread."""
+        self._cut_at = num_samples_played
+        self.stop()
 
-    @property
-    def num_speech_estimated(self) -> float:
-        """Speech tokens of the whole reply: those it has, or, where it was cut, as many as the text of its last run
-        will need at least."""
-        state = self._interleave
-        if self.reason is EndReason.END or not state.schedule.text_run:
-            return len(self.codes)
-        return max(len(self.codes), state.num_text * state.schedule.speech_run / state.schedule.text_run)
+    async def speak(
+        self, prompt: list[int], sampling: Sampling, question_s: float = 0.0
+    ) -> AsyncGenerator[Event, None]:
+        """Text, speech tokens and sound as they come, until the reply is complete or stopped; `ReplyDone` comes last.
 
-    def took_question(self, seconds: float) -> None:
-        """The user's turn is tokenized, which took so many seconds of work."""
-        self._stages["tokenizer"] = seconds
-        self._note(tokenize_s=seconds)
-
-    async def events(self, prompt: list[int], sampling: Sampling, request_id: str) -> AsyncGenerator[Event, None]:
-        """Text, speech tokens and sound as they come, until the reply is complete or stopped."""
-        models, card = self._models, self._models.card
-        if self.is_stopped:
-            return
+        Args:
+            question_s: seconds of work that the end of the question took, for the timings.
+        Raises:
+            ValueError, EngineFull, RuntimeError, WorkerFull: as `Engine.generate` and `Worker.step`.
+        """
+        models, card = self.models, self.models.card
+        self._stages["tokenizer"] = question_s
+        self._note(tokenize_s=question_s)
         with torch.inference_mode():
             self._state = models.decoder.init_state(1, card.num_steps, card.guidance_scale, sampling.seed)
-        self._request_id = request_id
-        stream = models.engine.generate(prompt, sampling, self._interleave.schedule, request_id)
-        coming: asyncio.Task[int | None] | None = asyncio.create_task(_next(stream))
-        asked = time.perf_counter()
+        stream = models.engine.generate(prompt, sampling, self._interleave.schedule, self._request_id)
+        self._is_asked = not self._stopped.done()
+        coming = asyncio.create_task(_next(stream)) if self._is_asked else None
+        asked = time.monotonic()
         try:
-            while not self.is_stopped and (coming is not None or not self._is_complete):
+            while not self._stopped.done() and (coming is not None or not self._is_complete):
                 self._go_on(ended=coming is None)
                 await self._wait(coming)
-                if self._block is not None and self._block.done() and not self.is_stopped:
+                if self._block is not None and self._block.done() and not self._stopped.done():
                     yield self._take_sound(self._block)
-                if coming is None or not coming.done() or self.is_stopped:
+                if coming is None or not coming.done() or self._stopped.done():
                     continue
-                self._stages["language"] += time.perf_counter() - asked
+                self._stages["language"] += time.monotonic() - asked
                 self._note_once("prefill_s", self._stages["language"])
                 event = self._take_id(coming.result())
                 coming = None if event is None else asyncio.create_task(_next(stream))
@@ -104,7 +136,7 @@ class Speaker:
                 elif rest := self._text.flush():
                     self.text += rest
                     yield TextDelta(rest)
-                asked = time.perf_counter()
+                asked = time.monotonic()
         finally:
             self._stop()
             if coming is not None:
@@ -112,10 +144,17 @@ class Speaker:
                 await asyncio.wait([coming])
             await stream.aclose()  # type: ignore[attr-defined]
             self._finish()
+        text, codes, reason, is_estimate = self.text, tuple(self.codes), self.reason, False
+        if (cut_at := self._cut_at) is not None:
+            heard = self._heard = heard_part(self.turn, cut_at, models.vocabulary, finished=reason is EndReason.END)
+            text, codes, reason = heard.text(text), codes[: heard.num_speech], EndReason.INTERRUPTED
+            is_estimate = self.modality is not Modality.TEXT
+            yield Interrupted(cut_at, len(codes), text, is_estimate)
+        yield ReplyDone(text, codes, reason, self._timings, is_estimate)
 
     def _stop(self) -> None:
-        if self._request_id:
-            self._models.engine.cancel(self._request_id)
+        if self._is_asked:
+            self.models.engine.cancel(self._request_id)
         if self._block is not None:
             self._block.cancel()
         if not self._stopped.done():
@@ -137,19 +176,19 @@ class Speaker:
         """The event of an id; None at the end of the stream."""
         if token is None:
             return None
-        kind = self._models.vocabulary.kind(token)
+        kind = self.models.vocabulary.kind(token)
         self._interleave.advance(kind)
         if kind is Kind.END:
             self.reason = EndReason.END
             return None
         self._policy.took_id()
-        self.ids.append(token)
+        self._ids.append(token)
         if kind is Kind.TEXT:
             text = self._text.push([token])
-            self._note_once("first_text_s", time.perf_counter() - self._start)
+            self._note_once("first_text_s", time.monotonic() - self._start)
             self.text += text
             return TextDelta(text, (token,))
-        code = self._models.vocabulary.speech_code(token)
+        code = self.models.vocabulary.speech_code(token)
         self.codes.append(code)
         return SpeechDelta((code,))
 
@@ -183,8 +222,8 @@ class Speaker:
             return
         codes = torch.tensor(self.codes[self._num_decoded : self._num_decoded + size], dtype=torch.int64)
         runs_dry_at = self._policy.runs_dry_at
-        due = self._due if runs_dry_at is None else runs_dry_at
-        step = self._worker.step(self._models.decoder, codes, self._state, last, due)
+        due = self._start + RESPONSE_S if runs_dry_at is None else runs_dry_at
+        step = self._worker.step(self.models.decoder, codes, self._state, last, due)
         self._block = asyncio.wrap_future(step)
         self._policy.gave_block(size)
         self._num_decoded += size
@@ -196,13 +235,13 @@ class Speaker:
         wav = values.clamp(-1.0, 1.0).float().numpy()
         self._policy.took_sound(len(wav) / rates.SPEAK_SAMPLE_RATE)
         self._stages["decoder"] += seconds
-        self._note_once("first_audio_s", time.perf_counter() - self._start)
+        self._note_once("first_audio_s", time.monotonic() - self._start)
         self._num_samples += len(wav)
         return AudioDelta(wav, rates.SPEAK_SAMPLE_RATE, self._num_samples - len(wav))
 
     def _finish(self) -> None:
         self._note(
-            total_s=time.perf_counter() - self._start,
+            total_s=time.monotonic() - self._start,
             audio_s=self._num_samples / rates.SPEAK_SAMPLE_RATE,
             num_text_tokens=self._interleave.num_text,
             num_speech_tokens=self._interleave.num_speech,
@@ -210,25 +249,12 @@ class Speaker:
         )
 
     def _note(self, **values: object) -> None:
-        self.timings = dataclasses.replace(self.timings, **values)  # type: ignore[arg-type]
+        self._timings = dataclasses.replace(self._timings, **values)  # type: ignore[arg-type]
 
     def _note_once(self, name: str, seconds: float) -> None:
-        if not getattr(self.timings, name):
+        if not getattr(self._timings, name):
             self._note(**{name: seconds})
 
 
 async def _next(stream: AsyncIterator[int]) -> int | None:
     return await anext(stream, None)
-
-
-def heard_text(text: str, share: float) -> str:
-    """The beginning of a transcript of which this share of the speech was heard, up to a whole word: an estimate."""
-    size = min(round(len(text) * share), len(text))
-    while 0 < size < len(text) and _in_word(text[size - 1]) and _in_word(text[size]):
-        size -= 1
-    return text[:size].rstrip()
-
-
-def _in_word(character: str) -> bool:
-    """Letters of scripts that part words by blanks."""
-    return character == "'" or (character.isalnum() and ord(character) < 0x2E80)

@@ -33,7 +33,7 @@ class WorkerFull(RuntimeError):
     """More work waits than the worker takes on."""
 
 
-class Stage(Protocol):
+class BatchedStage(Protocol):
     """What the worker needs of a streaming stage, see `layers.StreamingStage`."""
 
     def step(self, x: Padded, state: Any) -> Padded: ...
@@ -75,7 +75,7 @@ class WorkerStats:
 
 @dataclass(eq=False)
 class _Step:
-    stage: Stage
+    stage: BatchedStage
     x: Tensor
     state: Any
     last: bool
@@ -111,7 +111,7 @@ class Worker:
             raise ValueError(f"max_waiting and max_rows must be at least 1, got {max_waiting} and {max_rows}")
         self.max_waiting, self.max_rows, self.max_batch_s = max_waiting, max_rows, max_batch_s
         # Of the last batches of each stage: rows times the longest one's length, and seconds.
-        self._paces: WeakKeyDictionary[Stage, deque[tuple[int, float]]] = WeakKeyDictionary()
+        self._paces: WeakKeyDictionary[BatchedStage, deque[tuple[int, float]]] = WeakKeyDictionary()
         self._executor = ThreadPoolExecutor(
             1, "worker", torch.set_num_threads, (num_threads or torch.get_num_threads(),)
         )
@@ -132,7 +132,9 @@ class Worker:
         self._enqueue(_Job(time.monotonic(), lambda: _run(future, work), future))
         return asyncio.wrap_future(future)
 
-    def step(self, stage: Stage, x: Tensor, state: Any, last: bool = False, deadline: float = 0.0) -> Future[Stepped]:
+    def step(
+        self, stage: BatchedStage, x: Tensor, state: Any, last: bool = False, deadline: float = 0.0
+    ) -> Future[Stepped]:
         """Starts one step of one row.
 
         Args:
@@ -247,7 +249,7 @@ class Worker:
         self._waiting = [job for job in self._waiting if job not in chosen]
         return chosen
 
-    def _pace(self, stage: Stage) -> float:
+    def _pace(self, stage: BatchedStage) -> float:
         """Seconds for each unit of length of each row, lately; 0 while unknown."""
         paces = self._paces.get(stage, ())
         return sum(seconds for _, seconds in paces) / max(sum(size for size, _ in paces), 1)

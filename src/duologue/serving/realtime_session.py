@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
-from functools import partial
 
-from duologue.block_policy import BlockPolicy
-from duologue.chatbot import Chatbot
+from duologue.conversation.block_policy import BlockPolicy
+from duologue.conversation.chatbot import Chatbot
+from duologue.conversation.ear import Ear
+from duologue.conversation.mouth import Mouth
+from duologue.conversation.worker import WorkerFull
 from duologue.serving import protocol
-from duologue.serving.admission import STOPPING, Visit
-from duologue.serving.answering import Answer, Wish
-from duologue.serving.input_audio import Heard, Listener, to_ms
-from duologue.serving.intake import new_item
-from duologue.serving.items import Item, Items, answerable
+from duologue.serving.admission import STOPPING, ClientConnection
+from duologue.serving.answering import Answer, ResponseSpec
+from duologue.serving.input_audio import Listener, UserTurn, to_ms
+from duologue.serving.items import Item, SavedConversation, answerable, new_item
 from duologue.serving.metrics import Metrics
 from duologue.serving.objects import (
     FOREIGN_VOICES,
@@ -30,15 +30,14 @@ from duologue.serving.objects import (
     ResponseAudio,
     ResponseFormat,
     ResponseParams,
-    Session,
+    SessionConfig,
     VoiceId,
 )
-from duologue.serving.outbox import Outbox
-from duologue.serving.protocol import ClientEvent, ErrorBody, new_id
+from duologue.serving.protocol import ClientEvent, RealtimeError, new_id
+from duologue.serving.send_queue import SendQueue
 from duologue.serving.settings import Settings
 from duologue.serving.turn_detection import Detection, Started, TimedOut
 from duologue.turns import Conversation, Modality, Role, Turn
-from duologue.worker import WorkerFull
 
 log = logging.getLogger(__name__)
 
@@ -46,20 +45,11 @@ MAX_OUT_OF_BAND = 4  # responses at a time
 WIRE_MARGIN_S = 0.2  # sound is ready so long before the client needs it: what is on the line may be late
 
 
-@dataclass(eq=False)
-class Kept:
-    """What a dropped client comes back to."""
-
-    config: Session
-    items: Items
-
-
-class Live:
-    """State of one conversation; its methods run on the event loop.
+class RealtimeSession:
+    """State of one live conversation: one ear, and a mouth for each response. Its methods run on the event loop.
 
     Attributes:
-        config: the session as clients see it.
-        items: the conversation.
+        conversation: the session as clients see it, and its items; it outlives the connection.
         current: the response in the conversation, or the last one: it may still be heard.
     """
 
@@ -68,29 +58,35 @@ class Live:
         bot: Chatbot,
         settings: Settings,
         metrics: Metrics,
-        visit: Visit,
-        outbox: Outbox,
+        client: ClientConnection,
+        queue: SendQueue,
         tasks: asyncio.TaskGroup,
-        kept: Kept,
+        conversation: SavedConversation,
     ) -> None:
-        self.bot, self.settings, self.metrics, self.visit = bot, settings, metrics, visit
-        self.outbox, self.tasks, self.config, self.items = outbox, tasks, kept.config, kept.items
+        self.bot, self.settings, self.metrics, self.client = bot, settings, metrics, client
+        self.queue, self.tasks, self.conversation, self.items = queue, tasks, conversation, conversation.items
         self.current: Answer | None = None
         self._others: dict[str, Answer] = {}
         self._speech_item = new_id("item")  # the turn that is being spoken
         self._waits_for_user = False
         self._instructions = ""
         self._instructions_turn: Turn | None = None
-        on_sound = None if visit.recorder is None else visit.recorder.heard
-        self.listener = Listener(bot.session(), self.config.audio.input, settings.audio_buffer_s, on_sound)
+        on_sound = None if client.recorder is None else client.recorder.heard
+        ear = Ear(bot.models, bot.worker, self._context)
+        self.listener = Listener(ear, self.config.audio.input, settings.audio_buffer_s, on_sound)
+
+    @property
+    def config(self) -> SessionConfig:
+        """The session as clients see it."""
+        return self.conversation.config
 
     async def begin(self) -> None:
         """Greets the client; one that comes back is told what was said before."""
-        await self.outbox.put(protocol.SessionCreated(session=self.config))
+        await self.queue.put(protocol.SessionCreated(session=self.config))
         previous = None
         for item in self.items:
-            await self.outbox.put(protocol.ItemAdded(item=item.body, previous_item_id=previous))
-            await self.outbox.put(protocol.ItemDone(item=item.body, previous_item_id=previous))
+            await self.queue.put(protocol.ItemAdded(item=item.body, previous_item_id=previous))
+            await self.queue.put(protocol.ItemDone(item=item.body, previous_item_id=previous))
             previous = item.id
 
     async def take(self, message: str | bytes) -> None:
@@ -113,13 +109,12 @@ class Live:
         for answer in self._answers():
             await answer.over.wait()
 
-    def end(self) -> Kept:
+    def end(self) -> None:
         """The client is gone: what was not heard is forgotten."""
-        self.listener.clear()
+        self.listener.close()
         for answer in self._answers():
             answer.abandon()
-        self.current, self._others = None, {}  # each answer refers to this conversation
-        return Kept(self.config, self.items)
+        self.current, self._others = None, {}  # each answer refers to this session
 
     def _answers(self) -> list[Answer]:
         """Responses that are not over."""
@@ -128,7 +123,7 @@ class Live:
 
     async def _tell(self, error: ProtocolError) -> None:
         self.metrics.errors.labels(error.code).inc()
-        await self.outbox.put(protocol.Error.of(error))
+        await self.queue.put(protocol.Error.of(error))
 
     async def _handle(self, event: ClientEvent) -> None:
         match event:
@@ -141,7 +136,7 @@ class Live:
             case protocol.ClearAudio():
                 self.listener.clear()
                 self._speech_item = new_id("item")
-                await self.outbox.put(protocol.AudioCleared())
+                await self.queue.put(protocol.AudioCleared())
             case protocol.SessionUpdate():
                 await self._update(event)
             case protocol.CreateItem():
@@ -149,14 +144,14 @@ class Live:
             case protocol.RetrieveItem():
                 item = self.items.get(event.item_id, "retrieve")
                 wires = self.config.audio.input.format, self.config.audio.output.format
-                await self.outbox.put(protocol.ItemRetrieved(item=await asyncio.to_thread(item.with_sound, *wires)))
+                await self.queue.put(protocol.ItemRetrieved(item=await asyncio.to_thread(item.with_sound, *wires)))
             case protocol.DeleteItem():
                 await self._delete_item(event.item_id)
             case protocol.TruncateItem():
                 await self._truncate_item(event)
             case protocol.CreateResponse():
-                asked = asyncio.get_running_loop().time()
-                await self._respond(event.response or ResponseParams(), asked)
+                asked_at = asyncio.get_running_loop().time()
+                await self._respond(event.response or ResponseParams(), asked_at)
             case protocol.CancelResponse():
                 await self._cancel_response(event.response_id)
 
@@ -165,8 +160,8 @@ class Live:
         self._voice(updated.audio.output.voice, "session.audio.output.voice")
         if updated.audio.input != self.config.audio.input:
             self.listener.configure(updated.audio.input)
-        self.config = updated
-        await self.outbox.put(protocol.SessionUpdated(session=updated))
+        self.conversation.config = updated
+        await self.queue.put(protocol.SessionUpdated(session=updated))
 
     def _voice(self, asked: str | VoiceId, param: str) -> str:
         """The model's name of a voice; those of OpenAI's server are the first one. Raises ProtocolError for others."""
@@ -179,12 +174,14 @@ class Live:
 
     # What the user says.
 
+    def _context(self) -> Conversation | None:
+        """What the next prompt begins with, for the ear; unknown while a response is made."""
+        if self.current is not None and not self.current.over.is_set():
+            return None
+        return self.items.turns(self._system())
+
     async def _append(self, audio: str) -> None:
         self._await_user()
-        if not self.listener.is_open:
-            # What the listening session prepares while the user speaks.
-            turns = [turn for turn in (self._system(), *(item.turn for item in self.items)) if turn is not None]
-            self.listener.session.conversation = Conversation(tuple(turns), self.items.vocabulary.hash)
         async for detection in self.listener.append(audio):
             await self._detected(detection)
 
@@ -203,17 +200,17 @@ class Live:
         now = asyncio.get_running_loop().time()
         sample_ms = to_ms(detection.sample)
         if isinstance(detection, Started):
-            await self.outbox.put(protocol.SpeechStarted(item_id=self._speech_item, audio_start_ms=sample_ms))
+            await self.queue.put(protocol.SpeechStarted(item_id=self._speech_item, audio_start_ms=sample_ms))
             if vad.interrupt_response:
                 await self._interrupt(now)
             return
         if isinstance(detection, TimedOut):
             start_ms = to_ms(detection.start)
-            await self.outbox.put(
+            await self.queue.put(
                 protocol.TimeoutTriggered(item_id=self._speech_item, audio_start_ms=start_ms, audio_end_ms=sample_ms)
             )
         else:
-            await self.outbox.put(protocol.SpeechStopped(item_id=self._speech_item, audio_end_ms=sample_ms))
+            await self.queue.put(protocol.SpeechStopped(item_id=self._speech_item, audio_end_ms=sample_ms))
         heard = await self.listener.commit(detection)
         item = await self._add_heard(heard)
         try:
@@ -234,7 +231,7 @@ class Live:
         elif not answer.playback.is_over(detected_at):
             await answer.cut()
 
-    async def _add_heard(self, heard: Heard) -> Item:
+    async def _add_heard(self, heard: UserTurn) -> Item:
         item_id, self._speech_item = self._speech_item, new_id("item")
         self.metrics.audio_seconds.labels("in").inc(heard.sound.seconds)
         body = Message(
@@ -242,30 +239,30 @@ class Live:
         )
         item = Item(body, heard.turn, sound=heard.sound)
         previous = await self._add(item)
-        await self.outbox.put(protocol.AudioCommitted(item_id=item_id, previous_item_id=previous))
+        await self.queue.put(protocol.AudioCommitted(item_id=item_id, previous_item_id=previous))
         await self._announce(item, previous)
         return item
 
-    def _transcribe(self, item: Item, heard: Heard) -> None:
+    def _transcribe(self, item: Item, heard: UserTurn) -> None:
         if self.config.audio.input.transcription is not None:
             self.tasks.create_task(self._write_down(item, heard))
 
-    async def _write_down(self, item: Item, heard: Heard) -> None:
+    async def _write_down(self, item: Item, heard: UserTurn) -> None:
         """Tells what the model's recognition head reads in the user's speech tokens."""
         models = self.bot.models
         codes = models.vocabulary.speech_codes(heard.turn.ids)
         try:
             text, _ = await self.bot.worker.submit(lambda: models.transcribe(codes))
         except (ValueError, WorkerFull) as error:
-            body = ErrorBody(type="transcription_error", code="transcription_failed", message=str(error))
-            await self.outbox.put(protocol.TranscriptionFailed(item_id=item.id, error=body))
+            body = RealtimeError(type="transcription_error", code="transcription_failed", message=str(error))
+            await self.queue.put(protocol.TranscriptionFailed(item_id=item.id, error=body))
             return
         part = Content(type="input_audio", transcript=text)
         item.body = item.body.model_copy(update={"content": [part]})
         if text:
-            await self.outbox.put(protocol.TranscriptionDelta(item_id=item.id, delta=text))
+            await self.queue.put(protocol.TranscriptionDelta(item_id=item.id, delta=text))
         usage = protocol.Duration(seconds=round(heard.sound.seconds, 3))
-        await self.outbox.put(protocol.TranscriptionCompleted(item_id=item.id, transcript=text, usage=usage))
+        await self.queue.put(protocol.TranscriptionCompleted(item_id=item.id, transcript=text, usage=usage))
 
     # Items.
 
@@ -273,12 +270,12 @@ class Live:
         previous = self.items.add(item, after)
         while len(self.items) > self.settings.max_items:
             oldest = self.items.order.pop(0)
-            await self.outbox.put(protocol.ItemDeleted(item_id=oldest.id))
+            await self.queue.put(protocol.ItemDeleted(item_id=oldest.id))
         return previous
 
     async def _announce(self, item: Item, previous: str | None) -> None:
-        await self.outbox.put(protocol.ItemAdded(item=item.body, previous_item_id=previous))
-        await self.outbox.put(protocol.ItemDone(item=item.body, previous_item_id=previous))
+        await self.queue.put(protocol.ItemAdded(item=item.body, previous_item_id=previous))
+        await self.queue.put(protocol.ItemDone(item=item.body, previous_item_id=previous))
 
     async def _create_item(self, event: protocol.CreateItem) -> None:
         settings = self.settings
@@ -294,7 +291,7 @@ class Live:
                 f"item {item_id!r} is being made; cancel the response first", "item_delete_in_progress", "item_id"
             )
         self.items.order.remove(item)
-        await self.outbox.put(protocol.ItemDeleted(item_id=item_id))
+        await self.queue.put(protocol.ItemDeleted(item_id=item_id))
 
     async def _truncate_item(self, event: protocol.TruncateItem) -> None:
         item = self.items.get(event.item_id, "truncate")
@@ -315,17 +312,17 @@ class Live:
         kept = item.cut(event.audio_end_ms, self.items.vocabulary)
         if answer is not None:
             answer.stop_playing(kept)
-        await self.outbox.put(protocol.ItemTruncated(item_id=item.id, content_index=0, audio_end_ms=round(kept)))
+        await self.queue.put(protocol.ItemTruncated(item_id=item.id, content_index=0, audio_end_ms=round(kept)))
 
     def _is_made(self, item: Item) -> bool:
         return self.current is not None and self.current.live and self.current.item is item
 
     # Responses.
 
-    async def _respond(self, params: ResponseParams, asked: float, commit_s: float = 0.0) -> None:
-        """Starts a response."""
+    async def _respond(self, params: ResponseParams, asked_at: float, question_s: float = 0.0) -> None:
+        """Starts a response to a question that was over at `asked_at`, on the event loop's clock."""
         in_conversation = params.conversation != "none"
-        if self.visit.draining.is_set():
+        if self.client.draining.is_set():
             raise ProtocolError(STOPPING, "server_stopping", kind="server_error")
         if in_conversation and self.current is not None and not self.current.over.is_set():
             raise ProtocolError(
@@ -338,12 +335,16 @@ class Live:
                 f"{MAX_OUT_OF_BAND} responses run out of band already; wait until one is done",
                 "too_many_active_responses",
             )
-        wish = await self._wish(params, asked, commit_s, in_conversation)
-        session = self.bot.session(voice=wish.voice)
-        session.policy = partial(BlockPolicy, margin_s=WIRE_MARGIN_S)
-        answer = Answer(
-            wish, session, self.items, self.outbox, self.metrics, self.visit.recorder if in_conversation else None
+        spec = await self._spec(params, question_s, in_conversation)
+        mouth = Mouth(
+            self.bot.models,
+            self.bot.worker,
+            text_only=spec.text_only,
+            policy=BlockPolicy(margin_s=WIRE_MARGIN_S),
+            asked_at=asked_at,
         )
+        recorder = self.client.recorder if in_conversation else None
+        answer = Answer(spec, mouth, self.items, self.queue, self.metrics, recorder)
         if in_conversation:
             answer.on_item = self._add
             self.current, self._waits_for_user = answer, False
@@ -354,7 +355,7 @@ class Live:
         await answer.announce()
         self.tasks.create_task(answer.run())
 
-    async def _wish(self, params: ResponseParams, asked: float, commit_s: float, in_conversation: bool) -> Wish:
+    async def _spec(self, params: ResponseParams, question_s: float, in_conversation: bool) -> ResponseSpec:
         config, output = self.config, self.config.audio.output
         given = params.audio.output if params.audio is not None else ResponseFormat()
         asked_voice = output.voice if given.voice is None else given.voice
@@ -371,7 +372,7 @@ class Live:
             max_output_tokens=max_tokens,
             metadata=params.metadata,
         )
-        return Wish(
+        return ResponseSpec(
             response,
             context,
             voice,
@@ -379,8 +380,7 @@ class Live:
             output.speed,
             None if max_tokens == "inf" else max_tokens,
             config.truncation == "auto",
-            asked,
-            commit_s,
+            question_s,
             in_conversation,
             frozenset(config.include or ()),
         )

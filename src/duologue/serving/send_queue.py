@@ -37,7 +37,7 @@ class Socket(Protocol):
     async def send_text(self, data: str) -> None: ...
 
 
-class Outbox:
+class SendQueue:
     """Events in order. Whoever adds one waits while the queue is full; a client that reads nothing for so long that one
     event cannot be sent within `stall_s` is given up."""
 

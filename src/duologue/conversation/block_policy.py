@@ -12,11 +12,50 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from duologue import rates
 
 MAX_BLOCK_TOKENS = 40
 """Tokens of a block at most, 3.2 s of sound: what is decoded cannot be taken back when the user interrupts."""
+
+
+@dataclass
+class PlaybackClock:
+    """How much of some sound has been played, when each piece is played from its arrival or behind the one before.
+
+    Time is an argument, in seconds of the caller's clock.
+
+    Attributes:
+        sent_s: sound so far.
+        ends_at: when all of it has been played; None while there was none.
+        underruns: times that a piece came after everything before it had been played.
+    """
+
+    sent_s: float = 0.0
+    ends_at: float | None = None
+    underruns: int = 0
+
+    def sent(self, duration_s: float, now: float) -> None:
+        """A piece of sound is there."""
+        ends_at = now if self.ends_at is None else self.ends_at
+        self.underruns += now > ends_at and duration_s > 0
+        self.ends_at = max(now, ends_at) + duration_s
+        self.sent_s += duration_s
+
+    def played_s(self, now: float) -> float:
+        """Seconds of it that have been heard."""
+        if self.ends_at is None:
+            return 0.0
+        return max(0.0, self.sent_s - max(0.0, self.ends_at - now))
+
+    def stop(self, played_s: float) -> None:
+        """The listener plays no more than this."""
+        self.sent_s, self.ends_at = played_s, None if self.ends_at is None else 0.0
+
+    def is_over(self, now: float) -> bool:
+        """Has all of it been played?"""
+        return self.ends_at is None or now >= self.ends_at
 
 
 class BlockPolicy:
@@ -47,12 +86,12 @@ class BlockPolicy:
         self._ids_at: deque[float] = deque(maxlen=32)
         self._decoded: deque[tuple[int, float]] = deque(maxlen=4)  # tokens and seconds of the last blocks
         self._given = rates.BLOCK_TOKENS, 0.0
-        self._runs_dry_at: float | None = None
+        self._playback = PlaybackClock()
 
     @property
     def runs_dry_at(self) -> float | None:
         """When playback has used up all sound so far; None before the first sound."""
-        return self._runs_dry_at
+        return self._playback.ends_at
 
     def took_id(self) -> None:
         """The language model gave one more id, text or speech."""
@@ -67,8 +106,7 @@ class BlockPolicy:
         num_tokens, begun = self._given
         now = self._clock()
         self._decoded.append((num_tokens, now - begun))
-        start = now if self._runs_dry_at is None else max(self._runs_dry_at, now)
-        self._runs_dry_at = start + audio_s
+        self._playback.sent(audio_s, now)
 
     def block_size(self, num_waiting: int, num_ids_to_next: int | None) -> int:
         """Tokens to decode now, 0 to wait.
@@ -97,10 +135,10 @@ class BlockPolicy:
 
     def _spare_s(self, num_tokens: int) -> float:
         """Seconds by which a block that is begun now would be ready too early."""
-        assert self._runs_dry_at is not None
+        assert self.runs_dry_at is not None
         # A larger block is taken to last longer in proportion, a smaller one as long as the larger.
         decode_s = max(seconds * max(1.0, num_tokens / known) for known, seconds in self._decoded)
-        return self._runs_dry_at - self._clock() - self._safety * decode_s - self._margin_s
+        return self.runs_dry_at - self._clock() - self._safety * decode_s - self._margin_s
 
     def _id_s(self) -> float:
         """Seconds between ids lately, the one that is being waited for included."""

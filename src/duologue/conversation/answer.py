@@ -1,0 +1,152 @@
+"""The straight path: one question, one answer, from waveform to waveform in one function.
+
+    wav -> speech tokens -> prompt -> reply ids -> text | speech tokens -> wav
+
+No thread, no event loop, and nothing is kept after the call. Everything else in this package produces the same answer
+sooner, for many users at once: a session's ids are equal to these, and its sound within 1e-4.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache, PreTrainedModel
+
+from duologue import rates
+from duologue.audio import StreamingResampler, check_wav
+from duologue.conversation.events import EndReason, Timings
+from duologue.conversation.history import reply_prompt, turn_of
+from duologue.interleave import INTERLEAVED, TEXT_ONLY, InterleaveState, Schedule, split
+from duologue.language.engine import PlainEngine
+from duologue.language.sampling import KindMasks, Sampling, draw
+from duologue.layers import Padded, step_threads
+from duologue.models import Models
+from duologue.pcm import Pcm
+from duologue.turns import Conversation, Modality, Role
+from duologue.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Reply:
+    """A whole answer.
+
+    Attributes:
+        audio: float32 (S,) in [-1, 1]; empty for a reply in text alone.
+        speech_tokens: codes in [0, codebook_size).
+    """
+
+    text: str
+    audio: NDArray[np.float32]
+    sample_rate: int
+    speech_tokens: tuple[int, ...]
+    reason: EndReason
+    timings: Timings
+
+
+@torch.inference_mode()
+def answer(
+    models: Models,
+    pcm: Pcm | None = None,
+    sample_rate: int = rates.LISTEN_SAMPLE_RATE,
+    *,
+    text: str = "",
+    text_only: bool = False,
+    sampling: Sampling | None = None,
+) -> Reply:
+    """Answers one question.
+
+    Args:
+        pcm: the spoken question, (S,) float32 in [-1, 1], int16 or the bytes of little-endian int16.
+        text: the question in writing, after what was spoken.
+        text_only: answer in writing.
+    Returns:
+        the reply; of its timings, only those of whole stages are known.
+    Raises:
+        ValueError: the question is empty or too long, or another engine than the plain one runs the language model.
+    """
+    vocabulary, language = models.vocabulary, language_of(models)
+    schedule, modality = (TEXT_ONLY, Modality.TEXT) if text_only else (INTERLEAVED, Modality.INTERLEAVED)
+    times = [time.perf_counter()]
+
+    with step_threads(models.tokenizer):
+        heard = [] if pcm is None else tokenize(models, check_wav(pcm, sample_rate), sample_rate)
+    times.append(time.perf_counter())
+
+    question = turn_of(Role.USER, [*vocabulary.speech_ids(heard), *vocabulary.encode_text(text)], vocabulary)
+    if not question.ids:
+        raise ValueError("nothing was said: give speech or text before asking for a reply")
+    conversation = Conversation((question,), vocabulary.hash)
+    prompt, sampling = reply_prompt(models, conversation, modality, sampling or models.card.sampling)
+
+    with step_threads(language):
+        ids = list(generate(language, vocabulary, prompt, sampling, schedule))
+    said = split(ids, vocabulary.kind, schedule)
+    codes = vocabulary.speech_codes(said.speech)
+    times.append(time.perf_counter())
+
+    with step_threads(models.decoder.flow, models.decoder.vocoder):
+        audio = decode(models, codes, sampling.seed)
+    times.append(time.perf_counter())
+
+    seconds = [end - start for start, end in pairwise(times)]
+    timings = Timings(
+        tokenize_s=seconds[0],
+        total_s=times[-1] - times[0],
+        audio_s=len(audio) / rates.SPEAK_SAMPLE_RATE,
+        num_text_tokens=len(said.text),
+        num_speech_tokens=len(codes),
+        stages=dict(zip(("tokenizer", "language", "decoder"), seconds, strict=True)),
+    )
+    reason = EndReason.END if said.state.ended else EndReason.LENGTH
+    spoken = vocabulary.decode_text(said.text).lstrip()
+    return Reply(spoken, audio, rates.SPEAK_SAMPLE_RATE, tuple(codes), reason, timings)
+
+
+def tokenize(models: Models, wav: NDArray[np.float32], sample_rate: int) -> list[int]:
+    """Speech tokens of wav (S,): codes in [0, codebook_size)."""
+    wav = StreamingResampler(sample_rate, rates.LISTEN_SAMPLE_RATE).step(wav, last=True)
+    device = models.tokenizer.quantizer.codebook.weight.device
+    codes: list[int] = models.tokenizer(Padded.full(torch.from_numpy(wav)[None].to(device))).rows()[0].tolist()
+    return codes
+
+
+def language_of(models: Models) -> PreTrainedModel:
+    """The language model, without the engine that runs it. Raises ValueError for another engine than the plain one."""
+    if isinstance(models.engine, PlainEngine):
+        return models.engine.language
+    raise ValueError(f"the straight path needs the plain engine, not {type(models.engine).__name__}")
+
+
+def generate(
+    model: PreTrainedModel, vocabulary: Vocabulary, prompt: list[int], sampling: Sampling, schedule: Schedule
+) -> Iterator[int]:
+    """The ids of a reply, the end id included, by the library's own forward pass of the language model."""
+    masks = KindMasks(vocabulary, model.get_output_embeddings().weight.shape[0], model.device)
+    generator = torch.Generator(model.device).manual_seed(sampling.seed)
+    state, past, ids = InterleaveState(schedule), DynamicCache(), prompt
+    for remaining in range(sampling.max_tokens, 0, -1):
+        new = torch.tensor([ids], device=model.device)
+        scores = model(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1).logits[0, -1].float()
+        token = draw(scores, masks, state, remaining, sampling, generator)
+        state.advance(vocabulary.kind(token))
+        yield token
+        if state.ended:
+            return
+        ids = [token]
+
+
+def decode(models: Models, codes: Sequence[int], seed: int = 0) -> NDArray[np.float32]:
+    """The sound of speech tokens: (S,) float32 in [-1, 1] at 22.05 kHz."""
+    if not codes:
+        return np.zeros(0, np.float32)
+    device, card = next(models.decoder.parameters()).device, models.card
+    state = models.decoder.init_state(1, card.num_steps, card.guidance_scale, seed)
+    wav = models.decoder(Padded.full(torch.tensor([codes], device=device)), state).rows()[0]
+    audio: NDArray[np.float32] = wav.clamp(-1.0, 1.0).float().cpu().numpy()
+    return audio

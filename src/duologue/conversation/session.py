@@ -1,0 +1,259 @@
+"""Session: one conversation for Python code. An ear, a mouth for each reply, and the history between them.
+
+    pcm -> Ear -> speech tokens -> prompt -> Mouth -> text and sound
+
+A session owns states and ids and no weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import numpy as np
+
+from duologue import rates
+from duologue.conversation.answer import Reply
+from duologue.conversation.block_policy import BlockPolicy
+from duologue.conversation.ear import Ear
+from duologue.conversation.events import AudioDelta, Event, Interrupted, ReplyDone
+from duologue.conversation.history import heard_part, reply_prompt, turn_of
+from duologue.conversation.mouth import Mouth
+from duologue.conversation.worker import Worker
+from duologue.language.sampling import Sampling
+from duologue.models import Models
+from duologue.pcm import Pcm
+from duologue.turns import Conversation, Role, Turn
+
+
+class Session:
+    """One conversation: what was said, as ids, and the state of listening.
+
+    `feed` and `hear` may be called at any time, also while a reply is being produced: what is said then belongs to the
+    next turn. What is heavy is done by the worker and the engine, in threads of their own.
+
+    Args:
+        conversation: what was said before; a new conversation where None.
+        policy: makes the block policy of a reply.
+
+    Raises:
+        ValueError: an unknown voice, or a conversation in another vocabulary.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        worker: Worker,
+        conversation: Conversation | None = None,
+        *,
+        language: str = "",
+        voice: str = "",
+        sampling: Sampling | None = None,
+        policy: Callable[[], BlockPolicy] = BlockPolicy,
+    ) -> None:
+        card, vocabulary = models.card, models.vocabulary.hash
+        if voice and voice not in card.voices:
+            raise ValueError(f"{card.name} has no voice {voice!r}; it has {', '.join(card.voices)}")
+        self._conversation = conversation or Conversation(vocabulary=vocabulary)
+        if self._conversation.vocabulary != vocabulary:
+            raise ValueError(
+                f"the conversation was held in another vocabulary than that of {card.name}; its ids mean nothing"
+            )
+        self.models, self.worker = models, worker
+        self.language, self.voice = language, voice
+        self.sampling = sampling or card.sampling
+        self.ear = Ear(models, worker, self._context)
+        self._policy = policy
+        self._written = ""
+        self._mouth: Mouth | None = None
+
+    @property
+    def conversation(self) -> Conversation:
+        """The turns that are over."""
+        return self._conversation
+
+    @property
+    def num_samples_fed(self) -> int:
+        """Samples that were fed and heard so far, over all turns."""
+        return self.ear.num_samples
+
+    def feed(self, pcm: Pcm, sample_rate: int = rates.LISTEN_SAMPLE_RATE) -> None:
+        """Hears more of the user: float32 (S,) in [-1, 1], int16 (S,), or the bytes of little-endian int16.
+
+        Returns at once; the worker makes tokens of what is complete.
+
+        Raises:
+            ValueError: unusable samples, or a rate that changes in the middle of a turn.
+        """
+        self.ear.feed(pcm, sample_rate)
+
+    async def hear(self, pcm: Pcm, sample_rate: int = rates.LISTEN_SAMPLE_RATE) -> None:
+        """Hears more of the user as `feed` does, and listens ahead: what is settled is prefilled in the background.
+
+        Waits only when the tokenizer has fallen far behind. Raises ValueError as `feed`.
+        """
+        await self.ear.hear(pcm, sample_rate)
+
+    def write(self, text: str) -> None:
+        """Takes more of the user's turn in writing."""
+        self._written += text
+
+    def discard(self) -> None:
+        """Forgets what was said and written since the last turn."""
+        self._written = ""
+        self.ear.discard()
+
+    async def commit(self) -> Turn:
+        """Ends the user's turn without a reply and returns it.
+
+        Raises:
+            ValueError: nothing was said.
+            WorkerFull: the device has too much to do; what was said is lost.
+        """
+        turn, _ = await self._commit()
+        return turn
+
+    async def reply(self, *, text_only: bool = False, max_tokens: int | None = None) -> AsyncIterator[Event]:
+        """Ends the user's turn, if something was said since the last one, and answers it; `ReplyDone` comes last.
+
+        Args:
+            max_tokens: ids of this reply at most, below the sampling's own bound.
+        Raises:
+            ValueError: nothing was said, a reply is in progress, or the turn is longer than the model can hold.
+        """
+        if self._mouth is not None:
+            raise ValueError("a reply is under way in this session; interrupt it first")
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+        sampling = dataclasses.replace(
+            self.sampling, max_tokens=min(self.sampling.max_tokens, max_tokens or self.sampling.max_tokens)
+        )
+        mouth = self._mouth = Mouth(self.models, self.worker, text_only=text_only, policy=self._policy())
+        try:
+            question, question_s = await self._question()
+            try:
+                prompt, sampling = reply_prompt(self.models, self._conversation, mouth.modality, sampling)
+            except ValueError:
+                if question_s is not None:  # it was ended just now: a question that cannot be asked is forgotten
+                    self._replace(turn for turn in self._conversation if turn is not question)
+                raise
+            async with aclosing(mouth.speak(prompt, sampling, question_s or 0.0)) as events:
+                async for event in events:
+                    if isinstance(event, Interrupted | ReplyDone) and self._mouth is mouth:
+                        self._add_reply(mouth.turn, question)
+                        self._dismiss(mouth)  # the reply is over, whenever its last events are read
+                    yield event
+        finally:
+            self._dismiss(mouth)
+
+    def reply_now(self, *, text_only: bool = False, on_event: Callable[[Event], None] | None = None) -> Reply:
+        """The whole reply at once, without an event loop of one's own."""
+        parts = []
+        for event in self.events(text_only=text_only):
+            if on_event:
+                on_event(event)
+            if isinstance(event, AudioDelta):
+                parts.append(event.wav)
+            if isinstance(event, ReplyDone):
+                done = event
+        audio = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+        return Reply(done.text, audio, rates.SPEAK_SAMPLE_RATE, done.tokens, done.reason, done.timings)
+
+    def events(self, *, text_only: bool = False) -> Iterator[Event]:
+        """The events of `reply` for code without an event loop; they are produced in a thread."""
+        events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
+
+        async def produce() -> None:
+            async for event in self.reply(text_only=text_only):
+                events.put(event)
+
+        def work() -> None:
+            try:
+                asyncio.run(produce())
+                events.put(None)
+            except BaseException as error:
+                events.put(error)
+
+        threading.Thread(target=work, name="reply", daemon=True).start()
+        while (event := events.get()) is not None:
+            if isinstance(event, BaseException):
+                raise event
+            yield event
+
+    def interrupt(self, played_ms: float) -> None:
+        """The user speaks into the reply: it ends, and the history keeps what was heard. From any thread, at any time.
+
+        Args:
+            played_ms: how much of the reply's sound had been played. The reply may be in progress or just done.
+        """
+        if played_ms < 0:
+            raise ValueError(f"played_ms must not be negative, got {played_ms}")
+        num_samples = int(played_ms * rates.SPEAK_SAMPLE_RATE / 1000)
+        turns = self._conversation.turns
+        if (mouth := self._mouth) is not None:
+            mouth.interrupt(num_samples)
+        elif turns and turns[-1].role is Role.ASSISTANT:
+            heard = heard_part(turns[-1], num_samples, self.models.vocabulary, finished=True)
+            self._replace((*turns[:-1], heard.turn))
+            self.ear.context_changed()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the conversation as versioned JSON of token ids; see `turns.Conversation`."""
+        self._conversation.save(path)
+
+    @classmethod
+    def load(cls, models: Models, worker: Worker, path: str | Path) -> Session:
+        """Goes on with a saved conversation. Raises ValueError when it was held in another vocabulary."""
+        return cls(models, worker, Conversation.load(path))
+
+    def _context(self) -> Conversation | None:
+        return None if self._mouth is not None else self._conversation
+
+    def _dismiss(self, mouth: Mouth) -> None:
+        if self._mouth is mouth:
+            self._mouth = None
+            self.ear.context_changed()
+
+    async def _question(self) -> tuple[Turn, float | None]:
+        """The turn that is answered, and the seconds of work its end took; None where it was ended before."""
+        turns = self._conversation.turns
+        is_open = self.ear.is_open or bool(self._written)
+        if turns and turns[-1].role in (Role.USER, Role.OBSERVATION) and not is_open:
+            return turns[-1], None
+        return await self._commit()
+
+    async def _commit(self) -> tuple[Turn, float]:
+        """The user's turn and the seconds of work that its end took."""
+        written, self._written = self._written, ""
+        ended = self.ear.finish()
+
+        async def finish() -> tuple[Turn, float]:
+            spoken = await ended
+            return self._add_turn(spoken.codes, written), spoken.seconds
+
+        # What was said stays said, also when nobody waits for the reply any more.
+        return await asyncio.shield(asyncio.create_task(finish()))
+
+    def _add_turn(self, codes: tuple[int, ...], written: str) -> Turn:
+        vocabulary = self.models.vocabulary
+        ids = [*vocabulary.speech_ids(codes), *vocabulary.encode_text(written)]
+        if not ids:
+            raise ValueError("nothing was said: feed speech or write text before asking for a reply")
+        turn = turn_of(Role.USER, ids, vocabulary, self.language)
+        self._conversation = self._conversation.plus(turn)
+        return turn
+
+    def _add_reply(self, reply: Turn, question: Turn) -> None:
+        """Behind its question: the user may have ended the next turn meanwhile."""
+        turns = self._conversation.turns
+        reply = dataclasses.replace(reply, language=question.language, voice=self.voice)
+        place = max((i + 1 for i, turn in enumerate(turns) if turn is question), default=len(turns))
+        self._replace((*turns[:place], reply, *turns[place:]))
+
+    def _replace(self, turns: Iterable[Turn]) -> None:
+        self._conversation = dataclasses.replace(self._conversation, turns=tuple(turns))
