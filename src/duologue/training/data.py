@@ -123,11 +123,22 @@ def augment(
     wav: Wav, sample_rate: int, config: AugmentConfig, rng: np.random.Generator, babble: Callable[[], Wav]
 ) -> Wav:
     """One clip (S,) in a room, with noise, at another level and speed: (S',)."""
+    return corrupt(place(wav, sample_rate, config, rng), sample_rate, config, rng, babble)
+
+
+def place(wav: Wav, sample_rate: int, config: AugmentConfig, rng: np.random.Generator) -> Wav:
+    """The half of `augment` that moves sound in time: another speed, silence at both ends: (S,) -> (S',)."""
     if rng.random() < config.speed_probability:
         speed = rng.uniform(*config.speed)
         wav = np.interp(np.arange(0, len(wav) - 1, speed), np.arange(len(wav)), wav).astype(np.float32)
     edges = (rng.uniform(0, config.edge_s, 2) * sample_rate).astype(int)
-    wav = np.pad(wav, (int(edges[0]), int(edges[1])))
+    return np.pad(wav, (int(edges[0]), int(edges[1])))
+
+
+def corrupt(
+    wav: Wav, sample_rate: int, config: AugmentConfig, rng: np.random.Generator, babble: Callable[[], Wav]
+) -> Wav:
+    """The half of `augment` that keeps time: a room, noise and another level; (S,) -> (S,), aligned with the input."""
     if rng.random() < config.room_probability:
         wav = _in_room(wav, sample_rate, rng)
     level = float(np.sqrt(np.mean(wav**2))) + 1e-6
