@@ -15,12 +15,12 @@ from duologue.tokenizer.encoder import pool
 from duologue.tokenizer.quantizer import QuantizerConfig
 from duologue.tokenizer.speech_recognizer import WhisperText
 from duologue.tokenizer.whisper import WhisperFolder, WhisperTeacher, from_whisper
-from tests.tiny_whisper import write_tiny_whisper
+from recipes.pocket.whisper import write_random_whisper
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_whisper(tmp_path_factory.mktemp("whisper"))
+    return write_random_whisper(tmp_path_factory.mktemp("whisper"))
 
 
 @pytest.fixture(scope="module")

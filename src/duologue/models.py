@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from duologue.checkpoint import file_hash, load_component, read_extra
+from duologue.checkpoint import file_hash, load_component, read_extra, read_kind
 from duologue.config import parse_config, read_json, to_mapping, write_json
 from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.flow import Flow, FlowConfig
@@ -33,6 +33,7 @@ from duologue.layers import Padded
 from duologue.released import ReleasedFolders, find_released
 from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
 from duologue.tokenizer.released import load_released_tokenizer
+from duologue.tokenizer.speech_recognizer import SpeechRecognizer, load_speech_recognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.vocabulary import Vocabulary
 
@@ -115,7 +116,7 @@ class Models:
     engine: Engine
     decoder: Decoder
     card: Card
-    recognizer: Recognizer | None = None
+    recognizer: Recognizer | SpeechRecognizer | None = None
 
     def __post_init__(self) -> None:
         sizes = {
@@ -236,10 +237,17 @@ def load_tokenizer(folder: str | Path, device: str = "cpu") -> SpeechTokenizer:
     return load_component(place, SpeechTokenizer, SpeechTokenizerConfig).to(device)
 
 
-def load_recognizer(folder: str | Path, device: str = "cpu") -> Recognizer | None:
+def load_recognizer(folder: str | Path, device: str = "cpu") -> Recognizer | SpeechRecognizer | None:
     """The recognizer of a model folder, None where it has none."""
     place = Path(folder) / "recognizer"
-    return load_component(place, Recognizer, RecognizerConfig).to(device).eval() if place.is_dir() else None
+    return read_recognizer(place).to(device).eval() if place.is_dir() else None
+
+
+def read_recognizer(place: str | Path) -> Recognizer | SpeechRecognizer:
+    """The recognizer in its own folder, of either kind. Raises ValueError as `load_component`."""
+    if read_kind(place) == SpeechRecognizer.__name__:
+        return load_speech_recognizer(place)
+    return load_component(place, Recognizer, RecognizerConfig)
 
 
 def load_decoder(folder: str | Path, device: str = "cpu", dtype: DecoderDtype | None = None) -> Decoder:

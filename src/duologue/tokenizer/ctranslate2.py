@@ -50,14 +50,14 @@ def convert_whisper_ct2(folder: str | Path, out: str | Path) -> dict[str, int]:
 
 
 def read_model_bin(path: Path) -> dict[str, Tensor]:
-    """All variables of a CTranslate2 `model.bin` by name. Raises ValueError when it is none of Whisper, or cut short."""
+    """All variables of a CTranslate2 `model.bin` by name. Raises ValueError for another model or a cut file."""
     if not path.is_file():
         raise ValueError(f"{path} is missing; a CTranslate2 folder holds its weights there")
     reader = _Reader(path)
     version, name, _ = reader.number("I"), reader.string(), reader.number("I")
     if version < 2 or name != "WhisperSpec":
         raise ValueError(f"{path} is no CTranslate2 Whisper model: version {version}, specification {name!r}")
-    return {key: value for key, value in (reader.variable() for _ in range(reader.number("I")))}
+    return dict(reader.variable() for _ in range(reader.number("I")))
 
 
 class _Reader:
@@ -116,6 +116,10 @@ def _renamed(stored: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
 
 
 _FFN = {"linear_0": "fc1", "linear_1": "fc2"}
+_PROJECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
+    "self_attention": {"linear_0": ("q_proj", "k_proj", "v_proj"), "linear_1": ("out_proj",)},
+    "attention": {"linear_0": ("q_proj",), "linear_1": ("k_proj", "v_proj"), "linear_2": ("out_proj",)},
+}
 
 
 def _layer(parts: list[str], value: Tensor) -> list[tuple[str, Tensor]]:
@@ -125,10 +129,7 @@ def _layer(parts: list[str], value: Tensor) -> list[tuple[str, Tensor]]:
     attention = {"self_attention": "self_attn", "attention": "encoder_attn"}[block]
     if inner == "layer_norm":
         return [(f"{attention}_layer_norm.{_norm(kind)}", value)]
-    if block == "self_attention":
-        names = ("q_proj", "k_proj", "v_proj") if inner == "linear_0" else ("out_proj",)
-    else:
-        names = {"linear_0": ("q_proj",), "linear_1": ("k_proj", "v_proj"), "linear_2": ("out_proj",)}[inner]
+    names = _PROJECTIONS[block][inner]
     return [
         (f"{attention}.{name}.{kind}", part)
         for name, part in zip(names, value.chunk(len(names)), strict=True)

@@ -96,7 +96,8 @@ class TextDecoderLayer(nn.Module):
         return x + self.fc2(functional.gelu(self.fc1(self.final_layer_norm(x)))), (key, value)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, N, D / H)
+        heads: Tensor = x.unflatten(-1, (self.num_heads, -1))  # (B, N, H, D / H)
+        return heads.transpose(1, 2)
 
 
 class TextDecoder(nn.Module):
@@ -137,13 +138,14 @@ class TextDecoder(nn.Module):
         sounds = [layer.sound(memory.values) for layer in self.layers]  # type: ignore[operator]
         past: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
         ids, position = prompt.expand(batch, -1), 0
-        done, chosen = limits <= 0, []
+        done = limits <= 0
+        chosen: list[Tensor] = []
         room = min(len(self.embed_positions.weight) - len(prompt), int(limits.max()))
         while len(chosen) < room and not bool(done.all()):
             x = self.embed_tokens(ids) + self.embed_positions.weight[position : position + ids.shape[1]]
             position += ids.shape[1]
             for index, layer in enumerate(self.layers):
-                x, past[index] = layer(x, sounds[index], audible, past[index])  # type: ignore[operator]
+                x, past[index] = layer(x, sounds[index], audible, past[index])
             scores = self.logits(self.layer_norm(x[:, -1]))
             scores[:, suppressed] = -torch.inf
             best = torch.where(done | (limits <= len(chosen)), end, scores.argmax(-1))

@@ -163,7 +163,7 @@ def place(wav: Wav, sample_rate: int, config: AugmentConfig, rng: np.random.Gene
 def corrupt(
     wav: Wav, sample_rate: int, config: AugmentConfig, rng: np.random.Generator, babble: Callable[[], Wav]
 ) -> Wav:
-    """The half of `augment` that keeps time: a room, noise, a channel and another level; (S,) -> (S,), aligned with the input."""
+    """The half of `augment` that keeps time: a room, noise, a channel, another level: (S,) -> (S,), aligned."""
     if rng.random() < config.room_probability:
         wav = _in_room(wav, sample_rate, config, rng)
     level = float(np.sqrt(np.mean(wav**2))) + 1e-6

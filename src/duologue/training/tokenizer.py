@@ -253,7 +253,7 @@ class TokenizerStage:
         assert self.teacher is not None
         teacher = self.teacher.to(clean.values.device)
         wanted = teacher(clean).values[memory.mask]
-        error = (memory.values[memory.mask] - wanted).square().mean()
+        error: Tensor = (memory.values[memory.mask] - wanted).square().mean()
         return error / wanted.var(0).mean()
 
     def _bypass(self, step: int) -> float:
