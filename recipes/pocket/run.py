@@ -86,7 +86,7 @@ SMOKE = {
     "replies": "--dialogues 200",
     "vocabulary": "--codebook-size 64 --vocab-size 400",
     "whisper": "--random",
-    "tokenizer": f"""--set {_MOMENT} batch_s=10 num_valid_clips=2 quantize_from_step=1 kmeans_batches=1
+    "tokenizer": f"""--set {_MOMENT} batch_s=10 valid=[] num_valid_clips=2 quantize_from_step=1 kmeans_batches=1
         tokenizer.encoder.num_layers=1 tokenizer.quantizer.codebook_size=64""",
     "freeze": "--max-wer 1000 --min-usage 0",
     "vocoder": f"""--set {_MOMENT} vocoder.width=16 vocoder.ffn_dim=32 vocoder.num_layers=1 batch_size=2

@@ -252,7 +252,7 @@ class TokenizerStage:
     def _distill(self, memory: Padded, clean: Padded) -> Tensor:
         assert self.teacher is not None
         teacher = self.teacher.to(clean.values.device)
-        wanted = teacher(clean).values[memory.mask]
+        wanted: Tensor = teacher(clean).values[memory.mask]
         error: Tensor = (memory.values[memory.mask] - wanted).square().mean()
         return error / wanted.var(0).mean()
 
