@@ -25,24 +25,21 @@ from duologue.decoder.vocoder import Vocoder
 from duologue.interleave import INTERLEAVED
 from duologue.language.backbone import new_glm
 from duologue.layers import Padded
-from duologue.tokenizer.recognizer import Recognizer
-from duologue.tokenizer.tokenizer import SpeechTokenizer
+from duologue.models import open_folder
 from duologue.training.flow import FlowRecipe
 from duologue.training.pretrain import PretrainRecipe
-from duologue.training.tokenizer import TokenizerRecipe
 from duologue.training.vocoder import VocoderRecipe
-from duologue.vocabulary import Vocabulary
 
 SECONDS = 10
 
 
 def measure(recipes: Path) -> list[dict[str, float | str]]:
     """One row a part: name, parameters, bytes in half precision, multiply-adds for a second of speech."""
-    listening = load_config(recipes / "tokenizer.yaml", TokenizerRecipe)
-    tokenizer, recognizer = SpeechTokenizer(listening.tokenizer), Recognizer(listening.recognizer)
+    shipped = open_folder(model_folder("pocket"))  # the sizes of the tokenizer are Whisper's, not its recipe's
+    tokenizer, recognizer = shipped.load_tokenizer(), shipped.load_recognizer()
     flow = Flow(load_config(recipes / "flow.yaml", FlowRecipe).flow).eval()
     vocoder = Vocoder(load_config(recipes / "vocoder.yaml", VocoderRecipe).vocoder).eval()
-    vocabulary = Vocabulary.load(model_folder("pocket") / "vocabulary")
+    vocabulary = shipped.vocabulary
     language = new_glm(vocabulary, load_config(recipes / "pretrain.yaml", PretrainRecipe).language)
     wav = Padded.full(torch.randn(1, SECONDS * rates.LISTEN_SAMPLE_RATE) * 0.1)
     num_tokens = int(SECONDS * rates.TOKEN_RATE)
@@ -55,7 +52,7 @@ def measure(recipes: Path) -> list[dict[str, float | str]]:
         mel = flow(codes, unguided)
     return [
         _row("tokenizer", tokenizer, lambda: tokenizer(wav), 1 / SECONDS),
-        _row("recognizer (training, evaluation)", recognizer, lambda: None, 0.0),
+        *([] if recognizer is None else [_row("recognizer (training, evaluation)", recognizer, lambda: None, 0.0)]),
         _row("language model", language, lambda: language(ids), ids_per_s),
         _row("flow, guided", flow, lambda: flow(codes), 1 / SECONDS),
         _row("flow, not guided", flow, lambda: flow(codes, flow.init_state(1, guidance_scale=0.0)), 1 / SECONDS),

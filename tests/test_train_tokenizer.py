@@ -1,33 +1,44 @@
-"""The tokenizer's training: quantizer, recognition heads and the stage, tiny."""
+"""The tokenizer's training: quantizer and stage, tiny, from a random Whisper folder."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from duologue.audio import LogMelConfig
 from duologue.checkpoint import load_component
 from duologue.layers import Padded
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import Quantizer, QuantizerConfig
-from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
+from duologue.tokenizer.speech_recognizer import load_speech_recognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.training.loop import LoopConfig, run
-from duologue.training.tokenizer import TokenizerRecipe, TokenizerStage, words_of
+from duologue.training.tokenizer import SpecAugmentConfig, TokenizerRecipe, TokenizerStage, _masked
+from recipes.pocket.whisper import write_random_whisper
 
-TINY_HEADS = RecognizerConfig(width=16, num_heads=2, ffn_dim=32, num_layers=1, num_decoder_layers=1)
+
+@pytest.fixture(scope="module")
+def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_whisper(tmp_path_factory.mktemp("whisper"))
 
 
-def recipe(corpus: Path, **changes: object) -> TokenizerRecipe:
-    encoder = EncoderConfig(width=16, num_heads=2, ffn_dim=32, num_layers=1)
+def recipe(corpus: Path, whisper: Path, **changes: object) -> TokenizerRecipe:
     tiny = TokenizerRecipe(
         corpora=(str(corpus),),
-        loop=LoopConfig(num_steps=4, learning_rate=1e-3, warmup_steps=1, evaluate_every=4, sample_every=4),
-        tokenizer=SpeechTokenizerConfig(encoder=encoder, quantizer=QuantizerConfig(16)),
-        recognizer=TINY_HEADS,
+        whisper=str(whisper),
+        loop=LoopConfig(
+            num_steps=4, learning_rate=1e-3, warmup_steps=1, evaluate_every=4, sample_every=4, precision="fp32"
+        ),
+        tokenizer=SpeechTokenizerConfig(
+            features=LogMelConfig(floor="fixed"),
+            encoder=EncoderConfig(num_layers=1),
+            quantizer=QuantizerConfig(16, normalize=True),
+        ),
         batch_s=4.0,
         quantize_from_step=2,
+        bypass_until_step=3,
+        kmeans_batches=2,
         num_valid_clips=2,
     )
     return replace(tiny, **changes)  # type: ignore[arg-type]
@@ -60,54 +71,86 @@ def test_dead_codes_are_restarted_from_the_batch() -> None:
     assert len(quantizer(Padded.full(torch.randn(1, 500, 2))).codes.values.unique()) == 4
 
 
-def test_padding_is_not_heard() -> None:
-    """Losses and transcripts do not change when a batch is padded further, nor what is behind a row's end."""
+@pytest.mark.parametrize("normalize", [False, True])
+def test_kmeans_starts_the_codebook(normalize: bool) -> None:
+    """Vectors around separate centers get a code for each center, whatever the scale of a channel."""
     torch.manual_seed(0)
-    recognizer = Recognizer(TINY_HEADS).eval()
-    rows = [torch.randn(n, 16) for n in (5, 9)]
-    texts = [torch.tensor(recognizer.encode_text(text)) for text in ("ab", "it is")]
-    values, text = Padded.stack(rows), Padded.stack(texts)
-    frames = Padded(values.values.repeat_interleave(4, 1), values.lengths * 4)
-    prosody = torch.randn(2, 9, 3)
-    wider = [
-        Padded(torch.nn.functional.pad(x.values, (0, 0) * (x.values.dim() - 2) + (0, 7), value=9), x.lengths)
-        for x in (values, frames, text)
-    ]
-    first = recognizer.losses(values, frames, text, text, prosody)
-    second = recognizer.losses(wider[0], wider[1], wider[2], wider[2], torch.nn.functional.pad(prosody, (0, 0, 0, 7)))
-    for name, loss in vars(first).items():
-        torch.testing.assert_close(loss, getattr(second, name), msg=name)
-    assert recognizer.transcribe(values) == recognizer.transcribe(wider[0])
-    assert recognizer.transcribe_ctc(values) == recognizer.transcribe_ctc(wider[0])
+    centers = 5 * torch.randn(6, 8) * torch.tensor([1.0, 1, 1, 1, 1, 1, 1, 100]) + 3
+    vectors = centers[torch.randint(6, (600,))] + 0.05 * torch.randn(600, 8)
+    quantizer = Quantizer(QuantizerConfig(12, restart_threshold=0.0, normalize=normalize), 8)
+    quantizer.fit_normalization(vectors)
+    quantizer.fit_codebook(vectors, num_rounds=12)
+    result = quantizer(Padded.full(vectors[None]))
+    assert float(result.commitment_loss) < 0.05 * float(quantizer.normalized(vectors).var())
+    torch.testing.assert_close(quantizer.codes(Padded.full(vectors[None])).values, result.codes.values)
+    before = quantizer.codebook.weight.clone()
+    quantizer.update(Padded.full(vectors[None]), result.codes)
+    assert float((quantizer.codebook.weight - before).abs().max()) < 0.1 * float(before.abs().max())
+    with pytest.raises(ValueError, match="at least 12 vectors"):
+        quantizer.fit_codebook(vectors[:5])
 
 
-def test_the_stage_runs_saves_and_goes_on(audio_corpus: Path, tmp_path: Path) -> None:
-    stage = TokenizerStage(recipe(audio_corpus))
+def test_normalization_is_undone_for_the_recognizer(audio_corpus: Path, whisper: Path) -> None:
+    """After calibration the recognizer sees vectors close to those that Whisper's upper layers know."""
+    stage = TokenizerStage(recipe(audio_corpus, whisper))
+    hidden = stage._vectors(2**40, 4, torch.device("cpu"))
+    with torch.no_grad():
+        back = stage.tokenizer.quantizer.normalized(hidden) * stage.recognizer.scale + stage.recognizer.offset
+    assert float((back - hidden).square().mean()) < 0.2 * float((hidden - hidden.mean(0)).square().mean())
+
+
+def test_the_stage_runs_saves_and_goes_on(audio_corpus: Path, whisper: Path, tmp_path: Path) -> None:
+    stage = TokenizerStage(recipe(audio_corpus, whisper))
     before = stage.tokenizer.quantizer.ema_count.clone()
     metrics = run(stage, stage.recipe.loop, tmp_path / "run")
-    assert set(metrics) == {"wer", "wer_ctc", "codebook_usage", "codebook_usage_ema", "perplexity"}
+    assert set(metrics) == {"wer/valid", "codebook_usage", "codebook_usage_ema", "perplexity"}
     assert not torch.equal(stage.tokenizer.quantizer.ema_count, before)
     assert (tmp_path / "run" / "samples" / "step-0000004" / "transcripts.jsonl").read_text().count("heard") >= 1
     final = tmp_path / "run" / "final"
     saved = load_component(final / "tokenizer", SpeechTokenizer, SpeechTokenizerConfig)
     wav = Padded.full(torch.randn(1, 16000))
     torch.testing.assert_close(saved(wav).values, stage.tokenizer.eval()(wav).values)
-    words = {word for clips in stage.clips for clip in clips.records for word in words_of(clip.text)}
-    table = tmp_path / "phones.json"
-    table.write_text(json.dumps({word: list(word) for word in words}))
-    again = TokenizerStage(recipe(audio_corpus, start_from=str(final), pronunciations=str(table)))
-    assert again.recognizer.config.phones == tuple(sorted({char for word in words for char in word}))
-    torch.testing.assert_close(again.recognizer.ctc.weight, stage.recognizer.ctc.weight)
-    assert torch.isfinite(again.losses("model", again.batch(0), 0)["frame_ctc"])
+    values = Padded.full(torch.randn(1, 5, 32))
+    assert load_speech_recognizer(final / "recognizer").transcribe(values) == stage.recognizer.transcribe(values)
+    again = TokenizerStage(recipe(audio_corpus, whisper, start_from=str(final)))
+    torch.testing.assert_close(again.recognizer.prosody.weight, stage.recognizer.prosody.weight)
+    assert set(again.losses("model", again.batch(0), 9)) == {"asr", "prosody", "distill", "commitment"}
 
 
-def test_a_word_without_pronunciation_is_named(audio_corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "phones.json").write_text('{"zebra": ["z"]}')
-    stage = TokenizerStage(recipe(audio_corpus, pronunciations=str(tmp_path / "phones.json")))
-    with pytest.raises(ValueError, match="does not say how"):
-        stage.batch(0)
+def test_whispers_text_embeddings_rest_unless_asked(audio_corpus: Path, whisper: Path, tmp_path: Path) -> None:
+    changed = {}
+    for asked in (False, True):
+        stage = TokenizerStage(recipe(audio_corpus, whisper, train_text_embeddings=asked))
+        before = stage.recognizer.decoder.embed_tokens.weight.detach().clone()
+        run(stage, replace(stage.recipe.loop, num_steps=1), tmp_path / str(asked))
+        changed[asked] = not torch.equal(before, stage.recognizer.decoder.embed_tokens.weight)
+    assert changed == {False: False, True: True}
 
 
-def test_batches_are_functions_of_their_index(audio_corpus: Path) -> None:
-    first, second = (TokenizerStage(recipe(audio_corpus)).batch(5) for _ in range(2))
+def test_clips_bypass_the_quantizer_less_and_less(audio_corpus: Path, whisper: Path) -> None:
+    stage = TokenizerStage(recipe(audio_corpus, whisper, quantize_from_step=10, bypass_until_step=30, bypass=0.5))
+    assert [stage._bypass(step) for step in (0, 9, 10, 20, 30, 99)] == [1.0, 1.0, 0.5, 0.25, 0.0, 0.0]
+    assert "commitment" not in stage.losses("model", stage.batch(0), 9)
+
+
+def test_without_distillation_there_is_no_teacher(audio_corpus: Path, whisper: Path) -> None:
+    stage = TokenizerStage(recipe(audio_corpus, whisper, distill_weight=0.0))
+    assert stage.teacher is None
+    assert "distill" not in stage.losses("model", stage.batch(0), 0)
+
+
+def test_masks_hide_time_and_channels_of_some_rows() -> None:
+    torch.manual_seed(0)
+    mel = Padded(torch.randn(40, 200, 80), torch.full((40,), 150))
+    masked = _masked(mel, SpecAugmentConfig(0.5, 2, 0.25, 2, 12))
+    rows = (masked != mel.values).flatten(1).any(1)
+    assert 8 < int(rows.sum()) < 32
+    hidden = (masked != mel.values)[rows]
+    assert int(hidden.all(2).sum(1).max()) <= 2 * 26
+    assert int(hidden.all(1).sum(1).max()) <= 2 * 13
+    assert torch.equal(_masked(mel, SpecAugmentConfig(0.0)), mel.values)
+
+
+def test_batches_are_functions_of_their_index(audio_corpus: Path, whisper: Path) -> None:
+    first, second = (TokenizerStage(recipe(audio_corpus, whisper)).batch(5) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -14,40 +14,45 @@ from pathlib import Path
 import torch
 
 from duologue.checkpoint import load_component, save_component
-from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
+from duologue.tokenizer.speech_recognizer import load_speech_recognizer, save_speech_recognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.training.curves import read_log
 
-MAX_WER = 0.25
+# Word error rates of the validation folders that may not be exceeded: five points above the aims of docs/pocket.md.
+MAX_WER = {"valid-natural": 0.13, "valid-unseen": 0.20, "valid-warped": 0.20}
 MIN_USAGE = 0.6
 
 
-def freeze(run: Path, out: Path, max_wer: float = MAX_WER, min_usage: float = MIN_USAGE) -> None:
+def freeze(run: Path, out: Path, max_wer: float | None = None, min_usage: float = MIN_USAGE) -> None:
     """Writes `out/tokenizer` and `out/recognizer` of a finished run that passes the gate.
 
+    Args:
+        max_wer: one bound for every validation folder, instead of `MAX_WER`.
     Raises:
-        ValueError: the word error rate of validation speech or the use of the codebook is not good enough.
+        ValueError: a word error rate or the use of the codebook is not good enough.
     """
-    curves = read_log(run)
-    wer, usage = (curves[f"valid/{name}"][-1][1] for name in ("wer", "codebook_usage_ema"))
-    if wer > max_wer or usage < min_usage:
+    last = {name.removeprefix("valid/"): points[-1][1] for name, points in read_log(run).items() if "valid/" in name}
+    rates = {name.removeprefix("wer/"): value for name, value in last.items() if name.startswith("wer/")}
+    bounds = {name: MAX_WER.get(name, 1.0) if max_wer is None else max_wer for name in rates}
+    usage = last["codebook_usage_ema"]
+    found = ", ".join(f"word error rate {rates[name]:.3f} of {name} (at most {bounds[name]})" for name in rates)
+    if any(rates[name] > bounds[name] for name in rates) or usage < min_usage:
         raise ValueError(
-            f"{run} does not pass the gate: word error rate {wer:.3f} (at most {max_wer}), codebook usage {usage:.2f} "
-            f"(at least {min_usage}); train longer"
+            f"{run} does not pass the gate: {found}, codebook usage {usage:.2f} (at least {min_usage}); train longer"
         )
     shutil.rmtree(out, ignore_errors=True)
     tokenizer = load_component(run / "final" / "tokenizer", SpeechTokenizer, SpeechTokenizerConfig)
     save_component(out / "tokenizer", tokenizer, tokenizer.config, dtype=torch.float16)
-    recognizer = load_component(run / "final" / "recognizer", Recognizer, RecognizerConfig)
-    save_component(out / "recognizer", recognizer, recognizer.config, dtype=torch.float16)
-    print(f"frozen: word error rate {wer:.3f}, codebook usage {usage:.2f}")
+    recognizer = load_speech_recognizer(run / "final" / "recognizer")
+    save_speech_recognizer(out / "recognizer", recognizer, torch.float16)
+    print(f"frozen: {found}, codebook usage {usage:.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/pocket/tokenizer"))
     parser.add_argument("--out", type=Path, default=Path("runs/pocket/frozen"))
-    parser.add_argument("--max-wer", type=float, default=MAX_WER)
+    parser.add_argument("--max-wer", type=float, help="one bound for every validation folder")
     parser.add_argument("--min-usage", type=float, default=MIN_USAGE)
     args = parser.parse_args()
     freeze(args.run, args.out, args.max_wer, args.min_usage)

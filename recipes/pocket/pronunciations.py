@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
 
-from duologue.training.tokenizer import words_of
-
 PAUSE = "pau"
+
+
+def words_of(text: str) -> list[str]:
+    """The words of an English text in small letters, apostrophes inside them kept."""
+    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
 
 
 def pronounce(word: str) -> list[str]:

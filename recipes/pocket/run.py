@@ -38,6 +38,7 @@ def steps(hours: float, turns: int, workers: int) -> list[Step]:
     corpus, texts, writing = RUNS / "corpus", RUNS / "texts.txt", RUNS / "writing"
     vocabulary, pocket, report = RUNS / "vocabulary", RUNS / "pocket", RUNS / "evaluation"
     spoken, heard = RUNS / "pronunciations.json", (corpus / "free", corpus / "dialogues")
+    whisper = RUNS / "parts" / "whisper-tiny.en"
     replies = corpus / "test" / CURRICULUM_FILE
     evaluate = ("evaluate", "pocket", "--model", pocket, "--data", corpus / "test", "-o", report)
     learn_text = ("recipes.pocket.text", "--texts", texts, "--out", vocabulary)
@@ -51,6 +52,7 @@ def steps(hours: float, turns: int, workers: int) -> list[Step]:
         _step("vocabulary", vocabulary / "vocabulary.json", *learn_text),
         _step("pronunciations", spoken, "recipes.pocket.pronunciations", "--corpora", *heard, "--out", spoken),
         _step("replies", replies, "recipes.pocket.replies", "--pronunciations", spoken, "--out", replies),
+        _step("whisper", whisper / "config.json", "recipes.pocket.whisper", "--out", whisper),
         _train("tokenizer", "tokenizer", RUNS / "tokenizer" / "final" / "recognizer" / "config.json"),
         _step("freeze", RUNS / "frozen" / "recognizer" / "config.json", "recipes.pocket.freeze"),
         _train("vocoder", "vocoder", RUNS / "vocoder" / "final" / "vocoder" / "config.json"),
@@ -83,10 +85,9 @@ SMOKE = {
     "writing": "--dialogues 60",
     "replies": "--dialogues 200",
     "vocabulary": "--codebook-size 64 --vocab-size 400",
-    "tokenizer": f"""--set {_MOMENT} batch_s=10 num_valid_clips=2 quantize_from_step=0 tokenizer.encoder.width=16
-        tokenizer.encoder.num_heads=2 tokenizer.encoder.ffn_dim=32 tokenizer.encoder.num_layers=1
-        tokenizer.quantizer.codebook_size=64 recognizer.width=16 recognizer.num_heads=2 recognizer.ffn_dim=32
-        recognizer.num_layers=1 recognizer.num_decoder_layers=1 recognizer.max_chars=64""",
+    "whisper": "--random",
+    "tokenizer": f"""--set {_MOMENT} batch_s=10 valid=[] num_valid_clips=2 quantize_from_step=1 kmeans_batches=1
+        tokenizer.encoder.num_layers=1 tokenizer.quantizer.codebook_size=64""",
     "freeze": "--max-wer 1000 --min-usage 0",
     "vocoder": f"""--set {_MOMENT} vocoder.width=16 vocoder.ffn_dim=32 vocoder.num_layers=1 batch_size=2
         adversarial_from_step=1 adversarial_warmup_steps=0""",

@@ -131,6 +131,11 @@ def load_component(
     return module.eval()
 
 
+def read_kind(folder: str | Path) -> str:
+    """The class of the module in a component's folder."""
+    return str(_component_json(Path(folder))["kind"])
+
+
 def read_extra(folder: str | Path) -> dict[str, Any]:
     """What `save_component` was given as `extra`."""
     return dict(_component_json(Path(folder)).get("extra", {}))

@@ -338,14 +338,21 @@ def attend(
     keys, cache.keys = roll_in(cache.keys.to(query.dtype), key, width)
     values, cache.values = roll_in(cache.values.to(query.dtype), Padded(value, key.lengths), width)
     query, keys, values = (x.transpose(1, 2) for x in (query, keys, values))
+    return weigh(query, keys, values, mask).transpose(1, 2).flatten(2)
+
+
+def weigh(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention: (B, H, T, D) over keys and values (B, H, W, D) -> (B, H, T, D).
+
+    Args:
+        mask: bool, broadcast to (B, H, T, W), true where a query sees a key; None where it sees every one.
+    """
     if torch.is_grad_enabled() and query.device.type == "cpu":
         # The gradient of the fused attention is three times slower on a CPU than that of these three products.
         scores = (query @ keys.transpose(2, 3)) * query.shape[-1] ** -0.5
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-        out: Tensor = scores.softmax(-1) @ values
-    else:
-        out = functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
-    return out.transpose(1, 2).flatten(2)
+        return scores.softmax(-1) @ values
+    return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
 
 
 def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from duologue.checkpoint import file_hash, load_component, read_extra
+from duologue.checkpoint import file_hash, load_component, read_extra, read_kind
 from duologue.config import parse_config, read_json, to_mapping, write_json
 from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.flow import Flow, FlowConfig
@@ -30,6 +30,7 @@ from duologue.language.sampling import Sampling
 from duologue.layers import Padded
 from duologue.released.folder import ReleasedFolder
 from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
+from duologue.tokenizer.speech_recognizer import SpeechRecognizer, load_speech_recognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.vocabulary import Vocabulary
 
@@ -110,7 +111,7 @@ class ModelFolder(Protocol):
         """Raises ValueError, one sentence, when parts are damaged or do not belong together."""
 
     def load_tokenizer(self, device: str = ...) -> SpeechTokenizer: ...
-    def load_recognizer(self, device: str = ...) -> Recognizer | None: ...
+    def load_recognizer(self, device: str = ...) -> Recognizer | SpeechRecognizer | None: ...
     def load_language(
         self, device: str = ..., dtype: Dtype | None = ..., quantization: Scheme | None = ...
     ) -> PreTrainedModel: ...
@@ -164,10 +165,10 @@ class PocketFolder:
         """The speech tokenizer, without the rest. Raises ValueError as `checkpoint.load_component`."""
         return load_component(self.tokenizer_path, SpeechTokenizer, SpeechTokenizerConfig).to(device)
 
-    def load_recognizer(self, device: str = "cpu") -> Recognizer | None:
+    def load_recognizer(self, device: str = "cpu") -> Recognizer | SpeechRecognizer | None:
         """The recognizer of speech tokens, None where the folder has none."""
         place = self.path / "recognizer"
-        return load_component(place, Recognizer, RecognizerConfig).to(device).eval() if place.is_dir() else None
+        return read_recognizer(place).to(device).eval() if place.is_dir() else None
 
     def load_language(
         self, device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
@@ -214,7 +215,7 @@ class Models:
     engine: Engine
     decoder: Decoder
     card: Card
-    recognizer: Recognizer | None = None
+    recognizer: Recognizer | SpeechRecognizer | None = None
 
     def __post_init__(self) -> None:
         sizes = {
@@ -274,3 +275,10 @@ class Models:
             piece = torch.tensor([codes[at : at + size]], device=table.device)
             texts += self.recognizer.transcribe(Padded.full(functional.embedding(piece, table)))
         return " ".join(text for text in texts if text)
+
+
+def read_recognizer(place: str | Path) -> Recognizer | SpeechRecognizer:
+    """The recognizer in its own folder, of either kind. Raises ValueError as `load_component`."""
+    if read_kind(place) == SpeechRecognizer.__name__:
+        return load_speech_recognizer(place)
+    return load_component(place, Recognizer, RecognizerConfig)

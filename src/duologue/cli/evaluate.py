@@ -59,17 +59,16 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _pocket(args: argparse.Namespace, test_set: TestSet) -> Report:
-    from duologue.checkpoint import load_component
     from duologue.conversation.chatbot import load, model_folder
     from duologue.evaluation.pocket import evaluate_pocket
-    from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
+    from duologue.models import read_recognizer
 
     test_set = test_set.limited(args.limit)
     folder = model_folder(args.model)
     head = args.recognizer if args.recognizer is not None else folder / "recognizer"
     recognizer = None
     if args.recognizer is not None or head.is_dir():
-        recognizer = load_component(head, Recognizer, RecognizerConfig).to(args.device)
+        recognizer = read_recognizer(head).to(args.device)
     bot = load(folder, args.device)
     say_if_untrained(bot.models.card)
     model = _about(folder, bot.models.card, ("tokenizer", "vocabulary", "language", "decoder"))

@@ -18,6 +18,7 @@ from duologue.evaluation.testset import SPLIT_NAMES, SPLITS, TestClip, TestSet
 from duologue.layers import Padded
 from duologue.models import Models
 from duologue.tokenizer.recognizer import Recognizer
+from duologue.tokenizer.speech_recognizer import SpeechRecognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer
 
 NUM_DECODER_CLIPS = 100  # reference replies that are resynthesised
@@ -26,7 +27,7 @@ _MAX_CLIP_S = 30.0  # one piece of the tokenizer
 _BATCH = 16
 
 
-def tokenizer_rows(models: Models, test_set: TestSet, recognizer: Recognizer | None) -> list[Row]:
+def tokenizer_rows(models: Models, test_set: TestSet, recognizer: Recognizer | SpeechRecognizer | None) -> list[Row]:
     """What the tokens keep: words, by the tokenizer's own recognition head; use of the codebook; pitch and level."""
     group = "tokenizer"
     clips = [c for c in (*test_set.speech("user"), *test_set.speech("reply")) if _seconds(c) <= _MAX_CLIP_S]
@@ -105,7 +106,7 @@ def plain_replies(test_set: TestSet, num: int = NUM_DECODER_CLIPS) -> list[TestC
 
 @torch.inference_mode()
 def tokenize(
-    tokenizer: SpeechTokenizer, clips: Sequence[TestClip], recognizer: Recognizer | None = None
+    tokenizer: SpeechTokenizer, clips: Sequence[TestClip], recognizer: Recognizer | SpeechRecognizer | None = None
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, str]]:
     """Codes of each clip of at most 30 s by id, and with a recognition head the text of the user's clips."""
     codes: dict[str, NDArray[np.int64]] = {}

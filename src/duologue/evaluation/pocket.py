@@ -24,12 +24,13 @@ from duologue.evaluation.parts import decoder_rows, tokenizer_rows
 from duologue.evaluation.report import Report
 from duologue.evaluation.testset import TestSet
 from duologue.tokenizer.recognizer import Recognizer
+from duologue.tokenizer.speech_recognizer import SpeechRecognizer
 
 
 def evaluate_pocket(
     bot: Chatbot,
     test_set: TestSet,
-    recognizer: Recognizer | None,
+    recognizer: Recognizer | SpeechRecognizer | None,
     *,
     model: dict[str, Any],
     settings: dict[str, Any] | None = None,

@@ -16,11 +16,14 @@ class QuantizerConfig:
     """Attributes:
     ema_decay: of the codebook's counts and sums (released: 0.99).
     restart_threshold: a code used less than this often per step (EMA) is replaced by a vector of the batch.
+    normalize: vectors are standardized per channel, then normalized per vector, before they are compared with the
+        codes; off in the released format. Without it a few large channels of Whisper decide every code.
     """
 
     codebook_size: int = 2048
     ema_decay: float = 0.99
     restart_threshold: float = 0.05
+    normalize: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Quantizer(nn.Module):
 
     ema_count: Tensor
     ema_weight: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: QuantizerConfig, width: int) -> None:
         super().__init__()
@@ -51,13 +56,22 @@ class Quantizer(nn.Module):
         self.codebook.weight.requires_grad_(False)
         self.register_buffer("ema_count", torch.zeros(config.codebook_size))
         self.register_buffer("ema_weight", self.codebook.weight.detach().clone())
+        if config.normalize:
+            self.register_buffer("mean", torch.zeros(width))
+            self.register_buffer("std", torch.ones(width))
         self._squares: tuple[Tensor, int, int, Tensor] | None = None
+
+    def normalized(self, x: Tensor) -> Tensor:
+        """(..., D) float32 as it is compared with the codes."""
+        if not self.config.normalize:
+            return x
+        return functional.layer_norm((x - self.mean) / self.std, x.shape[-1:])
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def codes(self, x: Padded) -> Padded:
         """(B, T, D) -> codes alone, as a conversation needs them; always computed in float32."""
-        scores = _scores(x.values.float(), self.codebook.weight.float(), self._kept_squares())
+        scores = _scores(self.normalized(x.values.float()), self.codebook.weight.float(), self._kept_squares())
         return Padded(scores.argmin(1).unflatten(0, x.values.shape[:2]), x.lengths)
 
     def _kept_squares(self) -> Tensor:
@@ -77,7 +91,7 @@ class Quantizer(nn.Module):
     @torch.autocast("cuda", enabled=False)
     def forward(self, x: Padded) -> Quantized:
         """(B, T, D) -> codes, vectors and loss; always computed in float32."""
-        values = x.values.float()
+        values = self.normalized(x.values.float())
         table = self.codebook.weight.float()
         scores = _scores(values, table, table.square().sum(1))
         best = scores.topk(2, largest=False)
@@ -90,12 +104,44 @@ class Quantizer(nn.Module):
         return Quantized(Padded(codes, x.lengths), values + (quantized - values).detach(), loss, margin)
 
     @torch.no_grad()
+    def fit_normalization(self, vectors: Tensor) -> None:
+        """Takes mean and standard deviation of every channel from sample vectors (N, D), if `normalize` is set."""
+        if self.config.normalize:
+            self.mean.copy_(vectors.mean(0))
+            self.std.copy_(vectors.std(0).clamp(min=1e-3))
+
+    @torch.no_grad()
+    def fit_codebook(self, vectors: Tensor, num_rounds: int = 8) -> None:
+        """K-means on sample vectors (N, D), which have not been normalized; the start of a codebook.
+
+        Raises:
+            ValueError: fewer vectors than codes.
+        """
+        size = self.config.codebook_size
+        if len(vectors) < size:
+            raise ValueError(f"k-means needs at least {size} vectors for {size} codes, got {len(vectors)}")
+        vectors = self.normalized(vectors.float())
+        table = vectors[torch.randperm(len(vectors), device=vectors.device)[:size]].clone()
+        count = torch.ones(size, device=vectors.device)
+        for _ in range(num_rounds):
+            squares = table.square().sum(1)
+            nearest = torch.cat([_scores(part[None], table, squares).argmin(1) for part in vectors.split(8192)])
+            count = torch.bincount(nearest, minlength=size).to(table.dtype)
+            total = torch.zeros_like(table).index_add_(0, nearest, vectors)
+            empty = count == 0
+            table = total / count.clamp(min=1)[:, None]
+            table[empty] = vectors[torch.randint(len(vectors), (int(empty.sum()),), device=vectors.device)]
+        self.ema_count.copy_(count.clamp(min=1) / count.clamp(min=1).mean())
+        self.ema_weight.copy_(table * self.ema_count[:, None])
+        self.codebook.weight.copy_(table)
+
+    @torch.no_grad()
     def update(self, x: Padded, codes: Padded) -> None:
         """One EMA step of the codebook towards the valid vectors of a batch, and restart of dead codes.
 
         Under torch.distributed the sums of all ranks are joined, so that every rank keeps the same codebook.
         """
-        vectors, used = x.values[x.mask].float(), codes.values[codes.mask]
+        vectors, used = self.normalized(x.values[x.mask].float()), codes.values[codes.mask]
         size, decay = self.config.codebook_size, self.config.ema_decay
         count = torch.bincount(used, minlength=size).to(vectors.dtype)
         total = torch.zeros_like(self.ema_weight).index_add_(0, used, vectors)

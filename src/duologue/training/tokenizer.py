@@ -1,10 +1,13 @@
-"""Stage `tokenizer`: the codes are learned by recognising speech through them (arXiv:2412.02612)."""
+"""Stage `tokenizer`: codes are learned by recognizing speech through them, from Whisper (arXiv 2412.02612, 2.1).
+
+Whisper's encoder is cut in two with a quantizer between the halves. Four losses train it: recognition by Whisper's own
+decoder, distance to the codes (commitment), distance to the untouched Whisper encoder (distillation, which needs no
+transcripts), and level and pitch, which recognition alone would discard.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,61 +16,95 @@ import jiwer
 import numpy as np
 import torch
 from torch import Tensor, nn
+from whisper_normalizer.basic import BasicTextNormalizer
+from whisper_normalizer.english import EnglishTextNormalizer
 
 from duologue import rates
 from duologue.audio import pitch
 from duologue.checkpoint import load_component, save_component
-from duologue.config import read_json
 from duologue.layers import Padded
 from duologue.tokenizer.encoder import pool
-from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
+from duologue.tokenizer.quantizer import Quantized
+from duologue.tokenizer.speech_recognizer import SpeechRecognizer, load_speech_recognizer, save_speech_recognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
-from duologue.tokenizer.whisper import from_whisper
-from duologue.training.data import AugmentConfig, Clips, LengthBatches, Wav, augment
+from duologue.tokenizer.whisper import WhisperFolder, WhisperTeacher, from_whisper
+from duologue.training.data import AugmentConfig, Clips, LengthBatches, Wav, corrupt, place
 from duologue.training.loop import Batch, LoopConfig
+
+_CALIBRATION_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class SpecAugmentConfig:
+    """Masks on the log-mel of a clip (arXiv 1904.08779).
+
+    Attributes:
+        probability: share of the clips that are masked.
+        num_time, max_time_s: masks over time.
+        num_mels, max_mels: masks over channels.
+    """
+
+    probability: float = 0.0
+    num_time: int = 2
+    max_time_s: float = 0.25
+    num_mels: int = 2
+    max_mels: int = 12
 
 
 @dataclass(frozen=True)
 class TokenizerRecipe:
-    """Attributes:
-    corpora: folders of clips.
-    start_from: a folder of an earlier run of this stage (`final`), or of a Whisper checkpoint in transformers' format,
-        which is cut after `tokenizer.encoder.num_layers`; empty for random weights.
-    pronunciations: JSON file with the phones of every word, for the CTC head on the frames; empty to spell there too.
-    batch_s: seconds of sound in a batch.
-    commitment_weight: the paper says 10.0, the released config multiplies 0.25 by 10.
-    quantize_from_step: before this step the vectors pass unquantized, so that there is something to quantize.
+    """How a tokenizer is trained from Whisper.
+
+    Attributes:
+        corpora: folders of clips.
+        whisper: Whisper folder in transformers' format: `config.json`, safetensors, `tokenizer.json`.
+        start_from: `final` folder of an earlier run of this stage, to go on from; empty to start from `whisper`.
+        valid: folders of clips to evaluate on, each on its own; empty for the "valid" split of the first corpus.
+        tokenizer: `features.floor`, `encoder.num_layers` (where Whisper is cut), `encoder.block_frames` and
+            `quantizer` count; all other sizes are Whisper's.
+        batch_s: seconds of sound in a batch.
+        distill_weight: of the squared distance to Whisper's output over the variance of that output; 0 for none.
+        commitment_weight: the paper says 10.0, the released config multiplies 0.25 by 10.
+        quantize_from_step: before this step vectors pass unquantized; there k-means starts the codebook.
+        kmeans_batches: batches whose vectors k-means sees.
+        train_text_embeddings: whether Whisper's text embeddings, more than half of a small model, change too.
+        bypass: share of the clips that pass unquantized from then on, falling to 0 at `bypass_until_step`.
     """
 
     corpora: tuple[str, ...]
+    whisper: str
     loop: LoopConfig
     start_from: str = ""
+    valid: tuple[str, ...] = ()
     tokenizer: SpeechTokenizerConfig = field(default_factory=SpeechTokenizerConfig)
-    recognizer: RecognizerConfig = field(default_factory=RecognizerConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    pronunciations: str = ""
-    batch_s: float = 100.0
-    max_clip_s: float = 12.0
-    asr_weight: float = 0.7
-    ctc_weight: float = 0.3
-    frame_ctc_weight: float = 0.3
-    commitment_weight: float = 1.0
+    spec_augment: SpecAugmentConfig = field(default_factory=SpecAugmentConfig)
+    batch_s: float = 60.0
+    min_clip_s: float = 0.4
+    max_clip_s: float = 14.0
+    asr_weight: float = 1.0
+    distill_weight: float = 2.0
+    commitment_weight: float = 0.25
     prosody_weight: float = 0.1
     quantize_from_step: int = 600
-    num_valid_clips: int = 200
+    kmeans_batches: int = 32
+    bypass: float = 0.5
+    bypass_until_step: int = 2000
+    train_text_embeddings: bool = False
+    num_valid_clips: int = 150
 
 
 class _Model(nn.Module):
-    """The tokenizer with the heads that train it, as one set of weights."""
+    """The tokenizer with the recognizer that trains it, as one set of weights."""
 
-    def __init__(self, tokenizer: SpeechTokenizer, recognizer: Recognizer) -> None:
+    def __init__(self, tokenizer: SpeechTokenizer, recognizer: SpeechRecognizer) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         self.recognizer = recognizer
 
 
 class TokenizerStage:
-    """Training of `SpeechTokenizer` and `Recognizer`."""
+    """Training of `SpeechTokenizer` and `SpeechRecognizer`."""
 
     phases: Mapping[str, nn.Module]
     weights: Mapping[str, float]
@@ -75,25 +112,26 @@ class TokenizerStage:
     def __init__(self, recipe: TokenizerRecipe) -> None:
         torch.manual_seed(recipe.loop.seed)
         self.recipe = recipe
-        start = Path(recipe.start_from)
+        whisper = WhisperFolder.open(recipe.whisper)
+        self.teacher = WhisperTeacher(whisper) if recipe.distill_weight else None
         encoder = recipe.tokenizer.encoder
-        if recipe.start_from and (start / "config.json").exists():
-            self.tokenizer, self.recognizer = from_whisper(
-                start, encoder.num_layers, encoder.block_frames, recipe.tokenizer.quantizer
-            )
-        elif recipe.start_from:
+        if recipe.start_from:
+            start = Path(recipe.start_from)
             self.tokenizer = load_component(start / "tokenizer", SpeechTokenizer, SpeechTokenizerConfig)
-            self.recognizer = load_component(start / "recognizer", Recognizer, RecognizerConfig)
+            self.recognizer = load_speech_recognizer(start / "recognizer")
         else:
-            self.tokenizer = SpeechTokenizer(recipe.tokenizer)
-            self.recognizer = Recognizer(recipe.recognizer)
-        self.sounds = _Sounds(recipe.pronunciations)
-        self.recognizer = _with_phones(self.recognizer, self.sounds.phones)
+            self.tokenizer, self.recognizer = from_whisper(
+                whisper,
+                encoder.num_layers,
+                encoder.block_frames,
+                recipe.tokenizer.quantizer,
+                recipe.tokenizer.features,
+            )
+        self.recognizer.decoder.embed_tokens.requires_grad_(recipe.train_text_embeddings)
         self.phases = {"model": _Model(self.tokenizer, self.recognizer)}
         self.weights = {
             "asr": recipe.asr_weight,
-            "ctc": recipe.ctc_weight,
-            "frame_ctc": recipe.frame_ctc_weight,
+            "distill": recipe.distill_weight,
             "commitment": recipe.commitment_weight,
             "prosody": recipe.prosody_weight,
         }
@@ -102,97 +140,168 @@ class TokenizerStage:
             (corpus, i)
             for corpus, clips in enumerate(self.clips)
             for i, clip in enumerate(clips.records)
-            if clip.num_samples <= recipe.max_clip_s * clip.sample_rate
+            if recipe.min_clip_s <= clip.num_samples / clip.sample_rate <= recipe.max_clip_s
         ]
         lengths = np.array([self.clips[c].records[i].num_samples / rates.LISTEN_SAMPLE_RATE for c, i in self.index])
         self.batches = LengthBatches(lengths, recipe.batch_s, recipe.loop.seed)
-        self.valid = Clips(recipe.corpora[0], splits=("valid",))
+        self.valid = {Path(folder).name: Clips(folder) for folder in recipe.valid} or {
+            "valid": Clips(recipe.corpora[0], splits=("valid",))
+        }
+        if not recipe.start_from:
+            self._calibrate()
 
     def batch(self, index: int) -> Batch:
         chosen, rng = self.batches(index)
-        wavs, texts, sounds, prosody = [], [], [], []
+        clean, heard, texts, prompts = [], [], [], []
         for number in chosen:
             corpus, i = self.index[number]
             clip = self.clips[corpus].records[i]
-            sound = self.clips[corpus].wav(i)
-            if clip.role != "reply" or rng.random() < 0.5:  # the reply voice must be clean as often as not
-                sound = augment(sound, clip.sample_rate, self.recipe.augment, rng, lambda: self._other(rng))
-            wavs.append(torch.from_numpy(sound))
-            texts.append(torch.tensor(self.recognizer.encode_text(clip.text), dtype=torch.int64))
-            sounds.append(torch.tensor(self.sounds(clip.text), dtype=torch.int64) if self.sounds.phones else texts[-1])
-            prosody.append(_prosody(wavs[-1]))
-        wav, text, phones = Padded.stack(wavs), Padded.stack(texts), Padded.stack(sounds)
+            wav = place(self.clips[corpus].wav(i), clip.sample_rate, self.recipe.augment, rng)
+            clean.append(torch.from_numpy(wav))
+            noisy = corrupt(wav, clip.sample_rate, self.recipe.augment, rng, lambda: self._other(rng))
+            heard.append(torch.from_numpy(noisy))
+            texts.append(torch.tensor(self.recognizer.text.encode(clip.text, clip.language)))
+            prompts.append(len(self.recognizer.text.prompt(clip.language)))
+        wav_clean, wav_heard, text = Padded.stack(clean), Padded.stack(heard), Padded.stack(texts)
+        prosody = [_prosody(voice, sound) for voice, sound in zip(clean, heard, strict=True)]
         return {
-            "wav": wav.values,
-            "wav_lengths": wav.lengths,
+            "clean": wav_clean.values,
+            "wav": wav_heard.values,
+            "wav_lengths": wav_heard.lengths,
             "text": text.values,
             "text_lengths": text.lengths,
-            "sounds": phones.values,
-            "sounds_lengths": phones.lengths,
+            "num_prompt": torch.tensor(prompts),
             "prosody": Padded.stack(prosody).values,
-            "start": torch.from_numpy(rng.integers(0, self._max_start(wav), len(chosen))),
+            "start": torch.from_numpy(rng.integers(0, self._max_start(wav_heard), len(chosen))),
         }
 
     def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
-        wav = Padded(batch["wav"], batch["wav_lengths"])
-        text = Padded(batch["text"], batch["text_lengths"])
-        sounds = Padded(batch["sounds"], batch["sounds_lengths"])
-        state = self.tokenizer.encoder.init_state(len(wav.lengths))
-        # Clips begin anywhere in a 30 s piece, so that every position of it is learned.
-        block = self.tokenizer.config.encoder.block_frames
-        state.start = batch["start"] * block
-        num_valid = -(-wav.lengths // rates.LISTEN_HOP) + state.start * rates.ENCODER_STRIDE
-        frames = self.tokenizer.encoder.encode_frames(self.tokenizer.features(wav), state, num_valid)
-        hidden = Padded(pool(frames.values), frames.lengths // rates.POOL)
-        quantized = self.tokenizer.quantizer(hidden)
+        hidden = self._hidden(batch)
+        quantized: Quantized = self.tokenizer.quantizer(hidden)
         through = step >= self.recipe.quantize_from_step
+        if through and not self.tokenizer.quantizer.ema_count.any():
+            self._start_codebook(hidden.values.device)
+            quantized = self.tokenizer.quantizer(hidden)
         if through:
             self.tokenizer.quantizer.update(hidden, quantized.codes)
-        values = Padded(quantized.values if through else hidden.values, hidden.lengths)
-        heads = self.recognizer.losses(values, frames, text, sounds, batch["prosody"])
-        commitment = {"commitment": quantized.commitment_loss} if through else {}
-        return vars(heads) | commitment
+        values = quantized.values
+        if (share := self._bypass(step)) > 0:
+            bypassed = torch.rand(len(values), 1, 1, device=values.device) < share
+            values = torch.where(bypassed, self.tokenizer.quantizer.normalized(hidden.values.float()), values)
+        passed = Padded(values, hidden.lengths)
+        memory = self.recognizer.memory(passed)
+        text = Padded(batch["text"], batch["text_lengths"])
+        heads = self.recognizer.losses(passed, memory, text, batch["num_prompt"], batch["prosody"])
+        losses = {"asr": heads.asr, "prosody": heads.prosody}
+        if self.teacher is not None:
+            losses["distill"] = self._distill(memory, Padded(batch["clean"], batch["wav_lengths"]))
+        if through:
+            losses["commitment"] = quantized.commitment_loss
+        return losses
 
     def evaluate(self) -> dict[str, float]:
-        """Word error rates of both heads on validation clips, as they are, and the use of the codebook."""
-        texts, decoded, spelled = [], [], []
+        """Word error rates on every folder of validation clips, as they are, and the use of the codebook."""
+        metrics: dict[str, float] = {}
         used = torch.zeros(self.tokenizer.config.quantizer.codebook_size, dtype=torch.int64)
-        num = min(self.recipe.num_valid_clips, len(self.valid))
-        order = sorted(range(num), key=lambda i: self.valid.records[i].num_samples)
-        for at in range(0, num, 25):
-            chosen = order[at : at + 25]
-            wav = Padded.stack([torch.from_numpy(self.valid.wav(i)) for i in chosen])
-            quantized = self.tokenizer.quantize_piece(wav)
-            values = Padded(quantized.values, quantized.codes.lengths)
-            texts += [self._spoken(self.valid.records[i].text) for i in chosen]
-            decoded += self.recognizer.transcribe(values)
-            spelled += self.recognizer.transcribe_ctc(values)
-            used += torch.bincount(quantized.codes.values[quantized.codes.mask], minlength=len(used))
-        share = used / used.sum()
+        for name, clips in self.valid.items():
+            said, heard = [], []
+            order = sorted(range(min(self.recipe.num_valid_clips, len(clips))), key=lambda i: -len(clips.wav(i)))
+            for at in range(0, len(order), 16):
+                chosen = order[at : at + 16]
+                texts, codes = self._transcribe(clips, chosen)
+                said += [_words(clips.records[i].text, clips.records[i].language) for i in chosen]
+                heard += [_words(text, clips.records[i].language) for text, i in zip(texts, chosen, strict=True)]
+                used += torch.bincount(codes, minlength=len(used)).cpu()
+            kept = [pair for pair in zip(said, heard, strict=True) if pair[0]]
+            metrics[f"wer/{name}"] = jiwer.wer([pair[0] for pair in kept], [pair[1] for pair in kept])
+        share = used / used.sum().clamp(min=1)
         recent = self.tokenizer.quantizer.ema_count
-        return {
-            "wer": jiwer.wer(texts, decoded),
-            "wer_ctc": jiwer.wer(texts, spelled),
-            "codebook_usage": float((used > 0).float().mean()),
-            "codebook_usage_ema": float((recent > 0.1 * recent.mean()).float().mean()),
-            "perplexity": float(torch.exp(-(share * (share + 1e-12).log()).sum())),
-        }
+        metrics["codebook_usage"] = float((used > 0).float().mean())
+        metrics["codebook_usage_ema"] = float((recent > 0.1 * recent.mean()).float().mean())
+        metrics["perplexity"] = float(torch.exp(-(share * (share + 1e-12).log()).sum()))
+        return metrics
 
     def sample(self, folder: Path) -> None:
-        """Writes what is heard in a few validation clips beside what was said."""
+        """Writes what is heard in a few validation clips next to what was said."""
         lines = []
-        for i in range(min(20, len(self.valid))):
-            quantized = self.tokenizer.quantize_piece(Padded.full(torch.from_numpy(self.valid.wav(i))[None]))
-            heard = self.recognizer.transcribe(Padded(quantized.values, quantized.codes.lengths))[0]
-            lines.append({"said": self._spoken(self.valid.records[i].text), "heard": heard})
+        for name, clips in self.valid.items():
+            chosen = list(range(min(12, len(clips))))
+            texts, _ = self._transcribe(clips, chosen)
+            lines += [
+                {"folder": name, "voice": clips.records[i].voice, "said": clips.records[i].text, "heard": text}
+                for i, text in zip(chosen, texts, strict=True)
+            ]
         (folder / "transcripts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def save(self, folder: Path) -> None:
         save_component(folder / "tokenizer", self.tokenizer, self.tokenizer.config)
-        save_component(folder / "recognizer", self.recognizer, self.recognizer.config)
+        save_speech_recognizer(folder / "recognizer", self.recognizer)
 
-    def _spoken(self, text: str) -> str:
-        return self.recognizer.decode_text(self.recognizer.encode_text(text))
+    def _hidden(self, batch: Batch) -> Padded:
+        """Vectors before quantization; clips begin anywhere in a 30 s piece, so that every position is learned."""
+        encoder, wav = self.tokenizer.encoder, Padded(batch["wav"], batch["wav_lengths"])
+        state = encoder.init_state(len(wav.lengths))
+        state.start = batch["start"] * encoder.config.block_frames
+        num_valid = -(-wav.lengths // rates.LISTEN_HOP) + state.start * rates.ENCODER_STRIDE
+        mel = self.tokenizer.features(wav)
+        if encoder.training:
+            mel = Padded(_masked(mel, self.recipe.spec_augment), mel.lengths)
+        frames = encoder.encode_frames(mel, state, num_valid)
+        return Padded(pool(frames.values), frames.lengths // rates.POOL)
+
+    def _distill(self, memory: Padded, clean: Padded) -> Tensor:
+        assert self.teacher is not None
+        teacher = self.teacher.to(clean.values.device)
+        wanted: Tensor = teacher(clean).values[memory.mask]
+        error: Tensor = (memory.values[memory.mask] - wanted).square().mean()
+        return error / wanted.var(0).mean()
+
+    def _bypass(self, step: int) -> float:
+        """Share of the clips that pass unquantized in a step."""
+        recipe = self.recipe
+        if step < recipe.quantize_from_step:
+            return 1.0
+        left = recipe.bypass_until_step - step
+        return recipe.bypass * max(left / max(recipe.bypass_until_step - recipe.quantize_from_step, 1), 0.0)
+
+    @torch.no_grad()
+    def _vectors(self, first: int, count: int, device: torch.device) -> Tensor:
+        """Vectors before quantization (N, D) of some batches."""
+        rows = []
+        for index in range(first, first + count):
+            batch = {name: value.to(device) for name, value in self.batch(index).items()}
+            hidden = self._hidden(batch)
+            rows.append(hidden.values[hidden.mask].float())
+        return torch.cat(rows)
+
+    def _calibrate(self) -> None:
+        """Fits the quantizer's normalization, and the recognizer's way back from it, to Whisper as it is."""
+        quantizer, recognizer = self.tokenizer.quantizer, self.recognizer
+        if not quantizer.config.normalize:
+            return
+        vectors = self._vectors(2**40, _CALIBRATION_BATCHES, torch.device("cpu"))
+        quantizer.fit_normalization(vectors)
+        normalized = quantizer.normalized(vectors)
+        centered = normalized - normalized.mean(0)
+        scale = (centered * (vectors - vectors.mean(0))).mean(0) / centered.square().mean(0).clamp(min=1e-6)
+        with torch.no_grad():
+            recognizer.scale.copy_(scale)
+            recognizer.offset.copy_(vectors.mean(0) - scale * normalized.mean(0))
+
+    def _start_codebook(self, device: torch.device) -> None:
+        vectors = self._vectors(2**41, self.recipe.kmeans_batches, device)
+        self.tokenizer.quantizer.fit_codebook(vectors)
+
+    def _transcribe(self, clips: Clips, chosen: list[int]) -> tuple[list[str], Tensor]:
+        device = self.tokenizer.quantizer.codebook.weight.device
+        wav = Padded.stack([torch.from_numpy(clips.wav(i)) for i in chosen])
+        quantized = self.tokenizer.quantize_piece(Padded(wav.values.to(device), wav.lengths.to(device)))
+        values = Padded(quantized.values, quantized.codes.lengths)
+        if not self.tokenizer.quantizer.ema_count.any():  # there is no codebook yet
+            hidden = self.tokenizer.encode_piece(wav, self.tokenizer.encoder.init_state(len(chosen)))
+            values = Padded(self.tokenizer.quantizer.normalized(hidden.values), hidden.lengths)
+        texts = self.recognizer.transcribe(values, clips.records[chosen[0]].language)
+        return texts, quantized.codes.values[quantized.codes.mask]
 
     def _other(self, rng: np.random.Generator) -> Wav:
         corpus, i = self.index[int(rng.integers(len(self.index)))]
@@ -204,42 +313,39 @@ class TokenizerStage:
         return max((config.max_positions - longest) // config.block_frames, 1)
 
 
-def words_of(text: str) -> list[str]:
-    """The words of an English text in small letters, apostrophes inside them kept."""
-    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
+_ENGLISH, _BASIC = EnglishTextNormalizer(), BasicTextNormalizer()
 
 
-class _Sounds:
-    """Texts as numbers of phones, from 1 on, by a table of pronunciations."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._words: dict[str, list[str]] = read_json(path) if path else {}
-        self.phones = tuple(sorted({phone for word in self._words.values() for phone in word}))
-        self._numbers = {phone: number for number, phone in enumerate(self.phones, 1)}
-
-    def __call__(self, text: str) -> list[int]:
-        words = words_of(text)
-        missing = next((word for word in words if word not in self._words), None)
-        if missing is not None:
-            raise ValueError(f"{self._path} does not say how {missing!r} is pronounced; make it anew from this corpus")
-        return [self._numbers[phone] for word in words for phone in self._words[word]]
+def _words(text: str, language: str) -> str:
+    """The words of a text as recognizers are compared: Whisper's own normalization."""
+    return str((_ENGLISH if language == "en" else _BASIC)(text))
 
 
-def _with_phones(recognizer: Recognizer, phones: tuple[str, ...]) -> Recognizer:
-    """The recognizer with a frame head for these phones; a new head where it has another."""
-    if recognizer.config.phones == phones:
-        return recognizer
-    changed = Recognizer(dataclasses.replace(recognizer.config, phones=phones))
-    kept = {key: value for key, value in recognizer.state_dict().items() if not key.startswith("frame_ctc.")}
-    changed.load_state_dict(kept, strict=False)
-    return changed
+def _masked(mel: Padded, config: SpecAugmentConfig) -> Tensor:
+    """(B, T, M) with masks of the mean over time and channels in some rows."""
+    values = mel.values
+    batch, time, mels = values.shape
+    chosen = torch.rand(batch, device=values.device) < config.probability
+    hidden = torch.zeros(batch, time, mels, dtype=torch.bool, device=values.device)
+    place = torch.arange(time, device=values.device)
+    channel = torch.arange(mels, device=values.device)
+    for _ in range(config.num_time):
+        width = torch.rand(batch, 1, device=values.device) * config.max_time_s * rates.LISTEN_FRAME_RATE
+        at = torch.rand(batch, 1, device=values.device) * (mel.lengths[:, None] - width).clamp(min=0)
+        hidden |= ((place >= at) & (place < at + width))[:, :, None]
+    for _ in range(config.num_mels):
+        width = torch.rand(batch, 1, device=values.device) * config.max_mels
+        at = torch.rand(batch, 1, device=values.device) * (mels - width)
+        hidden |= ((channel >= at) & (channel < at + width))[:, None, :]
+    hidden &= chosen[:, None, None]
+    return values.masked_fill(hidden, float(values[mel.mask].mean()))
 
 
-def _prosody(wav: Tensor) -> Tensor:
-    """wav (S,) -> per token (T, 3): level in bels, log2 of F0 over 100 Hz, voicing."""
-    padded = nn.functional.pad(wav, (0, -len(wav) % rates.SAMPLES_PER_TOKEN))[None]
-    level = padded.unflatten(1, (-1, rates.SAMPLES_PER_TOKEN)).square().mean(-1).clamp(min=1e-6).log10()
-    f0 = pitch(padded, rates.LISTEN_SAMPLE_RATE, rates.SAMPLES_PER_TOKEN)
+def _prosody(clean: Tensor, heard: Tensor) -> Tensor:
+    """wavs (S,) -> per token (T, 3): level in bels of what is heard, log2 of F0 over 100 Hz, voicing."""
+    missing = -len(clean) % rates.SAMPLES_PER_TOKEN
+    clean, heard = (nn.functional.pad(wav, (0, missing))[None] for wav in (clean, heard))
+    level = heard.unflatten(1, (-1, rates.SAMPLES_PER_TOKEN)).square().mean(-1).clamp(min=1e-6).log10()
+    f0 = pitch(clean, rates.LISTEN_SAMPLE_RATE, rates.SAMPLES_PER_TOKEN)
     voiced = f0 > 0
     return torch.stack([level, torch.where(voiced, (f0 / 100).clamp(min=0.1).log2(), 0.0), voiced.float()], -1)[0]

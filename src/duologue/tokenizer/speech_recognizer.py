@@ -1,0 +1,307 @@
+"""The recognition side of the tokenizer's training: Whisper's upper encoder layers and its text decoder, on the codes.
+
+The tokenizer learns its codes by speech recognition through the quantizer (arXiv 2412.02612, section 2.1): the encoder
+layers after the quantizer and the text decoder are Whisper's own. A linear probe for level and pitch keeps prosody in
+the codes, which recognition alone would discard. Parameter names of the decoder are those of transformers' Whisper.
+
+Shapes: B batch, T speech tokens, N text ids, D width, H heads, V text vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from duologue.checkpoint import load_component, save_component
+from duologue.layers import Padded, attention_mask, sinusoids, weigh
+from duologue.tokenizer.encoder import EncoderLayer
+
+TEXT_FILE = "tokenizer.json"
+_MULTILINGUAL_VOCAB = 51865  # OpenAI's rule: a smaller vocabulary belongs to an English-only model
+
+
+@dataclass(frozen=True)
+class SpeechRecognizerConfig:
+    """Sizes of the recognition side.
+
+    Attributes:
+        num_layers: encoder layers after the quantizer (released: 16).
+        num_decoder_layers: layers of the text decoder.
+        vocab_size: text ids, special ids included.
+        max_tokens: speech tokens of one 30 s piece.
+        max_text: text ids of one piece, the prompt included.
+        rescale: one scale and offset per channel before the first layer, for a quantizer that normalizes its input.
+    """
+
+    width: int
+    num_heads: int
+    ffn_dim: int
+    num_layers: int
+    num_decoder_layers: int
+    decoder_heads: int
+    decoder_ffn_dim: int
+    vocab_size: int
+    max_tokens: int = 375
+    max_text: int = 448
+    rescale: bool = False
+
+
+class TextDecoderLayer(nn.Module):
+    """Whisper's pre-norm decoder layer: causal self-attention, attention over the sound, feed-forward."""
+
+    def __init__(self, width: int, num_heads: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.self_attn = _attention_weights(width)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.encoder_attn = _attention_weights(width)
+        self.encoder_attn_layer_norm = nn.LayerNorm(width)
+        self.fc1 = nn.Linear(width, ffn_dim)
+        self.fc2 = nn.Linear(ffn_dim, width)
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def sound(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, D) -> keys and values of the attention over the sound, each (B, H, T, D / H)."""
+        return self._heads(self.encoder_attn["k_proj"](memory)), self._heads(self.encoder_attn["v_proj"](memory))
+
+    def forward(
+        self,
+        x: Tensor,
+        sound: tuple[Tensor, Tensor],
+        audible: Tensor,
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Args:
+            x: (B, N, D) new positions.
+            sound: from `sound`.
+            audible: (B, 1, 1, T) bool, speech tokens that count.
+            past: keys and values of earlier positions.
+        Returns:
+            (B, N, D) and the keys and values of all positions so far.
+        """
+        h = self.self_attn_layer_norm(x)
+        query, key, value = (self._heads(self.self_attn[name](h)) for name in ("q_proj", "k_proj", "v_proj"))
+        if past is not None:
+            key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+        num_new, num_known = x.shape[1], key.shape[2]
+        causal = torch.ones(num_new, num_known, dtype=torch.bool, device=x.device).tril(num_known - num_new)
+        x = x + self.self_attn["out_proj"](_joined(weigh(query, key, value, causal)))
+        query = self._heads(self.encoder_attn["q_proj"](self.encoder_attn_layer_norm(x)))
+        x = x + self.encoder_attn["out_proj"](_joined(weigh(query, *sound, audible)))
+        return x + self.fc2(functional.gelu(self.fc1(self.final_layer_norm(x)))), (key, value)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        heads: Tensor = x.unflatten(-1, (self.num_heads, -1))  # (B, N, H, D / H)
+        return heads.transpose(1, 2)
+
+
+class TextDecoder(nn.Module):
+    """Whisper's text decoder: ids (B, N) and sound (B, T, D) -> hidden states (B, N, D); the output layer is tied."""
+
+    def __init__(self, config: SpeechRecognizerConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        self.embed_positions = nn.Embedding(config.max_text, config.width)
+        self.layers = nn.ModuleList(
+            TextDecoderLayer(config.width, config.decoder_heads, config.decoder_ffn_dim)
+            for _ in range(config.num_decoder_layers)
+        )
+        self.layer_norm = nn.LayerNorm(config.width)
+
+    def forward(self, ids: Tensor, memory: Padded) -> Tensor:
+        """Teacher forcing: hidden states from which `logits` predicts the id after each position."""
+        x = self.embed_tokens(ids) + self.embed_positions.weight[: ids.shape[1]]
+        audible = _audible(memory)
+        for layer in self.layers:
+            x, _ = layer(x, layer.sound(memory.values), audible)  # type: ignore[operator]
+        hidden: Tensor = self.layer_norm(x)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (..., V) float32."""
+        return functional.linear(hidden, self.embed_tokens.weight).float()
+
+    @torch.inference_mode()
+    def greedy(self, prompt: Tensor, memory: Padded, end: int, suppressed: Tensor, limits: Tensor) -> list[list[int]]:
+        """Most likely ids after a prompt (N,) for every row of the sound, without the end.
+
+        Args:
+            suppressed: (S,) ids that are never chosen.
+            limits: (B,) most ids of each row.
+        """
+        batch, audible = len(memory.lengths), _audible(memory)
+        sounds = [layer.sound(memory.values) for layer in self.layers]  # type: ignore[operator]
+        past: list[tuple[Tensor, Tensor] | None] = [None] * len(self.layers)
+        ids, position = prompt.expand(batch, -1), 0
+        done = limits <= 0
+        chosen: list[Tensor] = []
+        room = min(len(self.embed_positions.weight) - len(prompt), int(limits.max()))
+        while len(chosen) < room and not bool(done.all()):
+            x = self.embed_tokens(ids) + self.embed_positions.weight[position : position + ids.shape[1]]
+            position += ids.shape[1]
+            for index, layer in enumerate(self.layers):
+                x, past[index] = layer(x, sounds[index], audible, past[index])
+            scores = self.logits(self.layer_norm(x[:, -1]))
+            scores[:, suppressed] = -torch.inf
+            best = torch.where(done | (limits <= len(chosen)), end, scores.argmax(-1))
+            done = done | (best == end)
+            chosen.append(best)
+            ids = best[:, None]
+        rows = torch.stack(chosen, 1).tolist() if chosen else [[] for _ in range(batch)]
+        return [row[: row.index(end)] if end in row else row for row in rows]
+
+
+@dataclass(frozen=True)
+class RecognitionLosses:
+    """Attributes:
+    asr: mean cross-entropy of the text ids, the end included.
+    prosody: mean squared error of level, pitch and voicing.
+    """
+
+    asr: Tensor
+    prosody: Tensor
+
+
+class SpeechRecognizer(nn.Module):
+    """Quantized vectors (B, T, D) -> text.
+
+    Attributes:
+        text: the BPE of its text ids; `transcribe` needs it. `load_speech_recognizer` sets it.
+    """
+
+    text: WhisperText
+
+    def __init__(self, config: SpeechRecognizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        if config.rescale:
+            self.scale = nn.Parameter(torch.ones(width))
+            self.offset = nn.Parameter(torch.zeros(width))
+        self.embed_positions2 = nn.Embedding(config.max_tokens, width)
+        self.embed_positions2.weight.requires_grad_(False).copy_(sinusoids(config.max_tokens, width))
+        self.layers = nn.ModuleList(
+            EncoderLayer(width, config.num_heads, config.ffn_dim) for _ in range(config.num_layers)
+        )
+        self.layer_norm = nn.LayerNorm(width)
+        self.decoder = TextDecoder(config)
+        self.prosody = nn.Linear(width, 3)
+
+    def memory(self, values: Padded) -> Padded:
+        """Quantized vectors (B, T, D), T at most `max_tokens` -> what the text decoder reads (B, T, D)."""
+        x = values.values
+        if self.config.rescale:
+            x = x * self.scale + self.offset
+        padded = Padded(x + self.embed_positions2.weight[: x.shape[1]], values.lengths)
+        mask = attention_mask(torch.zeros_like(padded.lengths), padded, 0, torch.zeros_like)
+        for layer in self.layers:
+            padded = layer.step(padded, layer.init_cache(len(padded.lengths)), mask)  # type: ignore[operator]
+        return Padded(self.layer_norm(padded.values), padded.lengths)
+
+    def losses(
+        self, values: Padded, memory: Padded, text: Padded, num_prompt: Tensor, prosody: Tensor
+    ) -> RecognitionLosses:
+        """Args:
+        values: quantized vectors (B, T, D).
+        memory: `memory(values)`.
+        text: ids (B, N) from `WhisperText.encode`.
+        num_prompt: (B,) ids of the prompt, which are not trained.
+        prosody: (B, T, 3) level in bels, log2 of F0 over 100 Hz, and voicing (0 or 1; F0 counts where it is 1).
+        """
+        hidden = self.decoder(text.values[:, :-1], memory)
+        place = torch.arange(text.values.shape[1] - 1, device=hidden.device)
+        trained = (place >= num_prompt[:, None] - 1) & (place < text.lengths[:, None] - 1)
+        asr = functional.cross_entropy(self.decoder.logits(hidden[trained]), text.values[:, 1:][trained])
+        error = (self.prosody(values.values).float() - prosody).square()
+        error = torch.stack([error[..., 0], error[..., 1] * prosody[..., 2], error[..., 2]], -1)
+        return RecognitionLosses(asr, error[values.mask].mean())
+
+    @torch.inference_mode()
+    def transcribe(self, values: Padded, language: str = "en") -> list[str]:
+        """Greedy text of quantized vectors (B, T, D)."""
+        memory, text = self.memory(values), self.text
+        # Fast speech has fewer than eight ids a second: a decoder that repeats itself is stopped there.
+        limits = torch.where(values.lengths > 0, 8 + values.lengths * 2 // 3, 0)
+        prompt, suppressed = (torch.tensor(ids, device=limits.device) for ids in (text.prompt(language), text.special))
+        rows = self.decoder.greedy(prompt, memory, text.end, suppressed[suppressed != text.end], limits)
+        return [text.decode(row) for row in rows]
+
+
+def save_speech_recognizer(folder: Path, recognizer: SpeechRecognizer, dtype: torch.dtype | None = None) -> None:
+    """Writes a component's folder with `tokenizer.json` in it; arguments as those of `save_component`."""
+    save_component(folder, recognizer, recognizer.config, dtype=dtype)
+    recognizer.text.save(folder)
+
+
+def load_speech_recognizer(folder: str | Path) -> SpeechRecognizer:
+    """Reads what `save_speech_recognizer` wrote. Raises ValueError as `load_component`."""
+    recognizer = load_component(folder, SpeechRecognizer, SpeechRecognizerConfig)
+    recognizer.text = WhisperText(Path(folder) / TEXT_FILE, recognizer.config.vocab_size)
+    return recognizer
+
+
+class WhisperText:
+    """Whisper's byte-level BPE with its prompts, from the `tokenizer.json` of a Whisper folder.
+
+    Args:
+        vocab_size: text ids of the model, which tell an English-only model from a multilingual one.
+    """
+
+    def __init__(self, path: str | Path, vocab_size: int) -> None:
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing; a Whisper folder holds its text tokenizer there")
+        self._path, self._bpe = path, Tokenizer.from_file(str(path))
+        self.multilingual = vocab_size >= _MULTILINGUAL_VOCAB
+        self.end = self._id("<|endoftext|>")
+        self.special = list(range(self.end, vocab_size))
+
+    def prompt(self, language: str = "en") -> list[int]:
+        """Ids before the text of a transcript without time stamps. Raises ValueError for an unknown language."""
+        task = [self._id(f"<|{language}|>"), self._id("<|transcribe|>")] if self.multilingual else []
+        return [self._id("<|startoftranscript|>"), *task, self._id("<|notimestamps|>")]
+
+    def encode(self, text: str, language: str = "en") -> list[int]:
+        """Prompt, text and end; Whisper's texts begin with a space."""
+        ids: list[int] = self._bpe.encode(" " + text.strip(), add_special_tokens=False).ids
+        return [*self.prompt(language), *ids, self.end]
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self._bpe.decode(ids, skip_special_tokens=True)
+        return text.strip()
+
+    def save(self, folder: Path) -> None:
+        """Writes `tokenizer.json` into a folder."""
+        self._bpe.save(str(folder / TEXT_FILE))
+
+    def _id(self, name: str) -> int:
+        found = self._bpe.token_to_id(name)
+        if found is None:
+            raise ValueError(f"{self._path} has no id for {name!r}, which Whisper's prompts need")
+        return int(found)
+
+
+def _attention_weights(width: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "q_proj": nn.Linear(width, width),
+            "k_proj": nn.Linear(width, width, bias=False),
+            "v_proj": nn.Linear(width, width),
+            "out_proj": nn.Linear(width, width),
+        }
+    )
+
+
+def _joined(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(2)
+
+
+def _audible(memory: Padded) -> Tensor:
+    """bool (B, 1, 1, T). A row without sound attends to its first position, so that no softmax is empty."""
+    first = torch.arange(memory.values.shape[1], device=memory.values.device) == 0
+    return (memory.mask | first)[:, None, None]
