@@ -16,7 +16,7 @@ def user_string(user: str | Iterable[int]) -> str:
 def released_prompt(
     user: str | Iterable[int], previous: str = "", completion: str = "", template: ChatTemplate = RELEASED_TEMPLATE
 ) -> str:
-    """The string that the released demo would send, faults included (checkpoints.md 2.1; for parity only).
+    """The string that the released demo would send, faults included (docs/checkpoints.md 2.1; for parity only).
 
     Text of the user is not escaped: markers in it act. The joined history loses whitespace at both ends.
 
