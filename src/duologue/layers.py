@@ -351,7 +351,8 @@ def weigh(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> T
         # The gradient of the fused attention is three times slower on a CPU than that of these three products.
         scores = (query @ keys.transpose(2, 3)) * query.shape[-1] ** -0.5
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
-        return scores.softmax(-1) @ values
+        weighed: Tensor = scores.softmax(-1) @ values
+        return weighed
     return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
 
 
