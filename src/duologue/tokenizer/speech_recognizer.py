@@ -36,6 +36,8 @@ class SpeechRecognizerConfig:
         max_tokens: speech tokens of one 30 s piece.
         max_text: text ids of one piece, the prompt included.
         rescale: one scale and offset per channel before the first layer, for a quantizer that normalizes its input.
+        num_end: learned vectors that the text decoder reads after the last speech token. They stand for the silence
+            with which Whisper pads every clip to 30 s; without it the decoder repeats itself at the end of a clip.
     """
 
     width: int
@@ -49,6 +51,7 @@ class SpeechRecognizerConfig:
     max_tokens: int = 375
     max_text: int = 448
     rescale: bool = False
+    num_end: int = 0
 
 
 class TextDecoderLayer(nn.Module):
@@ -189,11 +192,12 @@ class SpeechRecognizer(nn.Module):
             EncoderLayer(width, config.num_heads, config.ffn_dim) for _ in range(config.num_layers)
         )
         self.layer_norm = nn.LayerNorm(width)
+        self.end = nn.Parameter(torch.zeros(config.num_end, width))
         self.decoder = TextDecoder(config)
         self.prosody = nn.Linear(width, 3)
 
     def memory(self, values: Padded) -> Padded:
-        """Quantized vectors (B, T, D), T at most `max_tokens` -> what the text decoder reads (B, T, D)."""
+        """Quantized vectors (B, T, D), T at most `max_tokens` -> output of the encoder's upper layers (B, T, D)."""
         x = values.values
         if self.config.rescale:
             x = x * self.scale + self.offset
@@ -202,6 +206,13 @@ class SpeechRecognizer(nn.Module):
         for layer in self.layers:
             padded = layer.step(padded, layer.init_cache(len(padded.lengths)), mask)  # type: ignore[operator]
         return Padded(self.layer_norm(padded.values), padded.lengths)
+
+    def readable(self, memory: Padded) -> Padded:
+        """Output of `memory` (B, T, D) with the learned end after each row's last vector: what the decoder reads."""
+        if not self.config.num_end:
+            return memory
+        end = self.end.to(memory.values.dtype).expand(len(memory.lengths), -1, -1)
+        return Padded.concat([memory, Padded.full(end)])
 
     def losses(
         self, values: Padded, memory: Padded, text: Padded, num_prompt: Tensor, prosody: Tensor
@@ -213,7 +224,7 @@ class SpeechRecognizer(nn.Module):
         num_prompt: (B,) ids of the prompt, which are not trained.
         prosody: (B, T, 3) level in bels, log2 of F0 over 100 Hz, and voicing (0 or 1; F0 counts where it is 1).
         """
-        hidden = self.decoder(text.values[:, :-1], memory)
+        hidden = self.decoder(text.values[:, :-1], self.readable(memory))
         place = torch.arange(text.values.shape[1] - 1, device=hidden.device)
         trained = (place >= num_prompt[:, None] - 1) & (place < text.lengths[:, None] - 1)
         asr = functional.cross_entropy(self.decoder.logits(hidden[trained]), text.values[:, 1:][trained])
@@ -228,7 +239,7 @@ class SpeechRecognizer(nn.Module):
         # Fast speech has fewer than eight ids a second: a decoder that repeats itself is stopped there.
         limits = torch.where(values.lengths > 0, 8 + values.lengths * 2 // 3, 0)
         prompt, suppressed = (torch.tensor(ids, device=limits.device) for ids in (text.prompt(language), text.special))
-        rows = self.decoder.greedy(prompt, memory, text.end, suppressed[suppressed != text.end], limits)
+        rows = self.decoder.greedy(prompt, self.readable(memory), text.end, suppressed[suppressed != text.end], limits)
         return [text.decode(row) for row in rows]
 
 

@@ -88,10 +88,14 @@ def from_whisper(
     block_frames: int = 200,
     quantizer: QuantizerConfig | None = None,
     features: LogMelConfig | None = None,
+    num_end: int = 0,
 ) -> tuple[SpeechTokenizer, SpeechRecognizer]:
     """Cuts the encoder of a Whisper folder after `num_layers` layers.
 
-    The codebook and the prosody probe are new. The feature floor is Whisper's own by default, the maximum of the
+    Args:
+        num_end: see `SpeechRecognizerConfig`.
+
+    The codebook, the prosody probe and the end vectors are new. The feature floor is Whisper's own by default, the maximum of the
     utterance minus 8; the number of mels is always the folder's.
 
     Raises:
@@ -126,6 +130,7 @@ def from_whisper(
             -(-positions // rates.POOL),
             folder.size("max_target_positions"),
             rescale=quantizer.normalize,
+            num_end=num_end,
         )
     )
     recognizer.text = folder.text()

@@ -32,6 +32,8 @@ from duologue.training.data import AugmentConfig, Clips, LengthBatches, Wav, cor
 from duologue.training.loop import Batch, LoopConfig
 
 _CALIBRATION_BATCHES = 4
+_CALIBRATION_CLIPS = 8
+_SILENCE_S = 2
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class TokenizerRecipe:
         commitment_weight: the paper says 10.0, the released config multiplies 0.25 by 10.
         quantize_from_step: before this step vectors pass unquantized; there k-means starts the codebook.
         kmeans_batches: batches whose vectors k-means sees.
+        num_end: learned vectors after the last speech token, see `SpeechRecognizerConfig`.
         train_text_embeddings: whether Whisper's text embeddings, more than half of a small model, change too.
         bypass: share of the clips that pass unquantized from then on, falling to 0 at `bypass_until_step`.
     """
@@ -90,6 +93,7 @@ class TokenizerRecipe:
     kmeans_batches: int = 32
     bypass: float = 0.5
     bypass_until_step: int = 2000
+    num_end: int = 4
     train_text_embeddings: bool = False
     num_valid_clips: int = 150
 
@@ -126,6 +130,7 @@ class TokenizerStage:
                 encoder.block_frames,
                 recipe.tokenizer.quantizer,
                 recipe.tokenizer.features,
+                recipe.num_end,
             )
         self.recognizer.decoder.embed_tokens.requires_grad_(recipe.train_text_embeddings)
         self.phases = {"model": _Model(self.tokenizer, self.recognizer)}
@@ -148,7 +153,7 @@ class TokenizerStage:
             "valid": Clips(recipe.corpora[0], splits=("valid",))
         }
         if not recipe.start_from:
-            self._calibrate()
+            self._calibrate(whisper)
 
     def batch(self, index: int) -> Batch:
         chosen, rng = self.batches(index)
@@ -274,9 +279,21 @@ class TokenizerStage:
             rows.append(hidden.values[hidden.mask].float())
         return torch.cat(rows)
 
-    def _calibrate(self) -> None:
+    @torch.no_grad()
+    def _start_end(self, teacher: WhisperTeacher) -> None:
+        """Starts the end vectors at the teacher's output on the silence after a clip."""
+        silence = torch.zeros(_SILENCE_S * rates.LISTEN_SAMPLE_RATE)
+        rows = []
+        for corpus, i in self.index[:_CALIBRATION_CLIPS]:
+            wav = torch.cat([torch.from_numpy(self.clips[corpus].wav(i)), silence])
+            rows.append(teacher(Padded.full(wav[None])).values[0, -self.recipe.num_end - 2 : -2])
+        self.recognizer.end.copy_(torch.stack(rows).mean(0))
+
+    def _calibrate(self, whisper: WhisperFolder) -> None:
         """Fits the quantizer's normalization, and the recognizer's way back from it, to Whisper as it is."""
         quantizer, recognizer = self.tokenizer.quantizer, self.recognizer
+        if self.recipe.num_end:
+            self._start_end(self.teacher or WhisperTeacher(whisper))
         if not quantizer.config.normalize:
             return
         vectors = self._vectors(2**40, _CALIBRATION_BATCHES, torch.device("cpu"))
