@@ -257,15 +257,23 @@ def main(argv: list[str] | None = None) -> None:
         args.texts.parent.mkdir(parents=True, exist_ok=True)
         args.texts.write_text("".join(f"{line}\n" for line in texts(args.seed)), encoding="utf-8")
     if args.out is not None:
-        if args.only in (None, "test"):
-            write_test(args.out / "test", args.test_turns, args.seed, args.workers)
-        if args.only in (None, "dialogues"):
-            write_dialogues(args.out / "dialogues", args.turns, args.seed, args.workers)
-        if args.only in (None, "valid"):
-            write_checks(args.out, args.seed, args.workers, args.valid_clips, args.programs_only)
-        if args.only in (None, "free"):
-            write = write_free if args.programs_only else write_natural
-            write(args.out / "free", args.hours, args.seed, args.workers)
+        try:
+            write_audio(args)
+        except RuntimeError as error:  # a program or a package is missing
+            parser.exit(1, f"{error}\n")
+
+
+def write_audio(args: argparse.Namespace) -> None:
+    """The audio that the command line asks for."""
+    if args.only in (None, "test"):
+        write_test(args.out / "test", args.test_turns, args.seed, args.workers)
+    if args.only in (None, "dialogues"):
+        write_dialogues(args.out / "dialogues", args.turns, args.seed, args.workers)
+    if args.only in (None, "valid"):
+        write_checks(args.out, args.seed, args.workers, args.valid_clips, args.programs_only)
+    if args.only in (None, "free"):
+        write = write_free if args.programs_only else write_natural
+        write(args.out / "free", args.hours, args.seed, args.workers)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from recipes.pocket.repeating import free_text
 from recipes.pocket.synthesis import TRAINING_VOICES, UNSEEN_VOICES, Request
 from recipes.pocket.warps import Warp, draw_warp
 
-SHARD_HOURS = 0.61  # of the clips that `SHARES` counts
+SHARD_HOURS = 0.6  # of the clips that `SHARES` counts
 HELD_OUT_VOICES = tuple(voice.id for voice in UNSEEN_VOICES)
 CHECKS = ("natural", "warped", "unseen")
 NATURAL_MIX = ("joe", "joe", "hibari", "hibari", "hibari")  # of the natural clips that are checked
