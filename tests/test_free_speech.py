@@ -14,9 +14,19 @@ import pytest
 from numpy.typing import NDArray
 
 from recipes.pocket import corpus, natural_voices, parts
-from recipes.pocket.free_speech import CHECKS, HELD_OUT_VOICES, SHARES, Texts, is_readable, plan_check, plan_natural
+from recipes.pocket.free_speech import (
+    CHECKS,
+    HELD_OUT_VOICES,
+    SHARES,
+    TEST_SPLITS,
+    Texts,
+    is_readable,
+    natural_speaker,
+    plan_check,
+    plan_natural,
+)
 from recipes.pocket.natural_text import ChainedText, clean, clean_sentences, fortune_sentences, is_held_out
-from recipes.pocket.plans import PlannedClip
+from recipes.pocket.plans import PlannedClip, plan_dialogues, plan_test
 from recipes.pocket.synthesis import SAMPLE_RATE, Request, finish, own_manner
 from recipes.pocket.warps import (
     F0_RANGE,
@@ -195,15 +205,19 @@ def test_a_shard_is_a_function_of_seed_and_number_with_one_mixture() -> None:
     assert one != plan_natural(2, 0, TEXTS)
     for planned in (one, other):
         counts = Counter("espeak" if "espeak" in clip.request.voice else clip.request.voice for clip in planned)
-        readable = counts.pop("espeak")
-        assert counts == {voice: share for voice, share in SHARES.items() if voice != "espeak"}
-        assert 0.5 * SHARES["espeak"] < readable < 0.8 * SHARES["espeak"]
+        for voice, share in SHARES.items():
+            if voice in ("espeak", "flite-kal"):
+                assert 0.2 * share < counts[voice] < 0.8 * share  # the others are not readable
+            else:
+                assert counts[voice] == share
         assert all(is_readable(clip.request) for clip in planned)
         assert [clip.request.voice for clip in planned[: SHARES["joe"]]] == ["joe"] * SHARES["joe"]
     assert len(plan_natural(1, 0, TEXTS, scale=0.1)) == pytest.approx(74, abs=6)
 
 
-def test_fast_espeak_and_two_variants_are_not_readable() -> None:
+def test_what_whisper_does_not_read_is_left_out() -> None:
+    assert not is_readable(Request("Hello.", "flite-kal", formants=1.1))
+    assert is_readable(Request("Hello.", "flite-kal", pitch=1.0))
     assert is_readable(Request("Hello.", "espeak-en-us", rate=1.1))
     assert not is_readable(Request("Hello.", "espeak-en-us", rate=1.2))
     assert is_readable(Request("Hello.", "hibari", rate=1.3))
@@ -252,6 +266,34 @@ def test_checks_hold_only_what_training_never_hears(kind: str) -> None:
 def test_an_unknown_check_is_named() -> None:
     with pytest.raises(ValueError, match="unknown kind 'near'; the kinds are natural, warped, unseen"):
         plan_check(1, "near", TEXTS)
+
+
+def test_dialogues_are_asked_by_all_voices_and_answered_by_one() -> None:
+    planned = plan_dialogues(1, 0, 400, natural_speaker, "hibari")
+    for one in planned:
+        spoken = [clip.request for clip in one.users if clip.request.text]
+        assert len({(ask.voice, ask.rate, ask.pitch, ask.formants) for ask in spoken}) <= 1  # one speaker
+        assert len({ask.seed for ask in spoken}) == len(spoken)
+    asked = [clip.request for one in planned for clip in one.users if clip.request.text]
+    assert not {ask.voice for ask in asked} & set(HELD_OUT_VOICES)
+    assert not any(is_reserved(ask.formants) for ask in asked)
+    assert sum(ask.voice == "hibari" for ask in asked) > 0.35 * len(asked)
+    replies = [clip for one in planned for clip in one.replies]
+    assert {clip.request.voice for clip in replies} == {"hibari"}
+    assert {clip.request.formants for clip in replies} == {1.0}
+    higher = next(clip for clip in replies if clip.style == "higher")
+    assert corpus.clip_record("x", higher, 0, 1)["voice"] == "hibari"  # a style is no other voice
+
+
+def test_the_test_has_three_kinds_of_speakers() -> None:
+    planned = plan_test(1, 300, natural_speaker, "hibari", TEST_SPLITS)
+    by_split = {split: [one for one in planned if one.split == split] for split in TEST_SPLITS}
+    for split, dialogues in by_split.items():
+        assert len(dialogues) > 60
+        asked = [clip.request for one in dialogues for clip in one.users if clip.request.text]
+        unseen, reserved = split == "test_unseen", split == "test_warped"
+        assert all((ask.voice in HELD_OUT_VOICES) == unseen for ask in asked)
+        assert all(is_reserved(ask.formants) == reserved for ask in asked)
 
 
 # --- the corpus on disk

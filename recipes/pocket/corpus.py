@@ -35,9 +35,34 @@ from tqdm import tqdm
 
 from recipes.pocket import free_speech
 from recipes.pocket.everything import texts
-from recipes.pocket.free_speech import CHECKS, natural_texts, num_clips, plan_check, plan_natural
-from recipes.pocket.plans import PlannedClip, PlannedDialogue, plan_dialogues, plan_free, plan_test
-from recipes.pocket.synthesis import NATURAL_VOICES, REPLY_VOICE, SAMPLE_RATE, Request, chunked, render, render_chunks
+from recipes.pocket.free_speech import (
+    CHECKS,
+    TEST_SPLITS,
+    natural_speaker,
+    natural_texts,
+    num_clips,
+    plan_check,
+    plan_natural,
+)
+from recipes.pocket.plans import (
+    DrawSpeaker,
+    PlannedClip,
+    PlannedDialogue,
+    plan_dialogues,
+    plan_free,
+    plan_test,
+    program_speaker,
+)
+from recipes.pocket.synthesis import (
+    NATURAL_REPLY_VOICE,
+    NATURAL_VOICES,
+    REPLY_VOICE,
+    SAMPLE_RATE,
+    Request,
+    chunked,
+    render,
+    render_chunks,
+)
 
 SHARD_HOURS = 1.0
 LENGTH_S = (1.0, 14.0)  # of a clip of natural free speech
@@ -103,18 +128,29 @@ def write_planned(folder: Path, planned: Iterable[tuple[int, list[PlannedClip]]]
                     bar.update()
 
 
-def write_dialogues(folder: Path, num_exchanges: int, seed: int, workers: int) -> None:
+def write_dialogues(folder: Path, num_exchanges: int, seed: int, workers: int, programs_only: bool = False) -> None:
     """Render the training dialogues, shard by shard."""
     size = min(SHARD_EXCHANGES, num_exchanges)
+    speaker, reply_voice = _speaking(programs_only)
     for shard in range(-(-num_exchanges // size)):
         if not _complete(folder, shard):
-            write_dialogue_shard(folder, shard, plan_dialogues(seed, shard, size), workers, "dialogue")
+            planned = plan_dialogues(seed, shard, size, speaker, reply_voice)
+            write_dialogue_shard(folder, shard, planned, workers, "dialogue")
 
 
-def write_test(folder: Path, num_exchanges: int, seed: int, workers: int) -> None:
+def write_test(folder: Path, num_exchanges: int, seed: int, workers: int, programs_only: bool = False) -> None:
     """Render the test set, once, from its own seed, as one shard."""
     if not _complete(folder, 0):
-        write_dialogue_shard(folder, 0, plan_test(seed, num_exchanges), workers, "test")
+        splits = TEST_SPLITS[:2] if programs_only else TEST_SPLITS
+        planned = plan_test(seed, num_exchanges, *_speaking(programs_only), splits)
+        write_dialogue_shard(folder, 0, planned, workers, "test")
+
+
+def _speaking(programs_only: bool) -> tuple[DrawSpeaker, str]:
+    """Who asks, and the voice of the replies."""
+    if programs_only:
+        return program_speaker, REPLY_VOICE.id
+    return natural_speaker, NATURAL_REPLY_VOICE.id
 
 
 def write_dialogue_shard(folder: Path, shard: int, planned: list[PlannedDialogue], workers: int, prefix: str) -> None:
@@ -139,6 +175,7 @@ def write_dialogue_shard(folder: Path, shard: int, planned: list[PlannedDialogue
         record = {"id": f"{prefix}-{shard:05d}-{index:05d}", "intent": one.dialogue.intent, "split": one.split}
         lines.append(json.dumps({**record, "language": "en", "turns": turns}))
     (folder / f"dialogues-{shard:05d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    clips.sort(key=lambda one: one[1].request.voice != "joe")  # a chunk of requests without joe does not load it
     write_clips(folder, shard, clips, workers)
 
 
@@ -200,7 +237,7 @@ def clip_record(clip_id: str, planned: PlannedClip, offset: int, num_samples: in
         "id": clip_id,
         "text": request.pop("text"),
         "role": planned.role,
-        "voice": heard_voice(planned.request),
+        "voice": planned.request.voice if planned.role == "reply" else heard_voice(planned.request),
         "language": "en",
         "style": planned.style,
         "split": planned.split,
@@ -242,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--programs-only",
         action="store_true",
-        help="free speech of flite, festival and espeak-ng alone; without the packages of the extra `voices`",
+        help="the voices of flite, festival and espeak-ng alone; without the packages of the extra `voices`",
     )
     parser.add_argument("--turns", type=int, default=72000, help="questions in the dialogues")
     parser.add_argument("--valid-clips", type=int, default=150, help="clips of each small validation set")
@@ -266,9 +303,9 @@ def main(argv: list[str] | None = None) -> None:
 def write_audio(args: argparse.Namespace) -> None:
     """The audio that the command line asks for."""
     if args.only in (None, "test"):
-        write_test(args.out / "test", args.test_turns, args.seed, args.workers)
+        write_test(args.out / "test", args.test_turns, args.seed, args.workers, args.programs_only)
     if args.only in (None, "dialogues"):
-        write_dialogues(args.out / "dialogues", args.turns, args.seed, args.workers)
+        write_dialogues(args.out / "dialogues", args.turns, args.seed, args.workers, args.programs_only)
     if args.only in (None, "valid"):
         write_checks(args.out, args.seed, args.workers, args.valid_clips, args.programs_only)
     if args.only in (None, "free"):

@@ -80,8 +80,8 @@ _FEW = "num_rows=2 num_valid_batches=1"
 SMOKE = {
     "free": "--hours 0.06 --programs-only",
     "valid": "--valid-clips 6 --programs-only",
-    "dialogues": "--turns 60",
-    "test": "--test-turns 12",
+    "dialogues": "--turns 60 --programs-only",
+    "test": "--test-turns 12 --programs-only",
     "writing": "--dialogues 60",
     "replies": "--dialogues 200",
     "vocabulary": "--codebook-size 64 --vocab-size 400",

@@ -86,6 +86,7 @@ MORE_VOICES: tuple[Voice, ...] = tuple(
 )
 # Neural voices out of packages, see `natural_voices`.
 NATURAL_VOICES: tuple[Voice, ...] = (Voice("hibari", "hibari", "heart"), Voice("joe", "joe", "en_US-joe-medium"))
+NATURAL_REPLY_VOICE = NATURAL_VOICES[0]
 VOICE_BY_ID = {voice.id: voice for voice in (*VOICES, *MORE_VOICES, *NATURAL_VOICES)}
 USER_VOICES = tuple(voice for voice in VOICES if not voice.held_out)
 UNSEEN_VOICES = tuple(voice for voice in VOICES if voice.held_out)
@@ -125,12 +126,12 @@ STYLES: dict[str, tuple[float, float, float]] = {
 }
 
 
-def reply_request(text: str, style: str = "plain") -> Request:
+def reply_request(text: str, style: str = "plain", voice: str = REPLY_VOICE.id) -> Request:
     """The request for a reply in a style; replies have one voice and no other variation."""
     if style not in STYLES:
         raise ValueError(f"unknown style {style!r}; the styles are {', '.join(STYLES)}")
     rate, pitch, level = STYLES[style]
-    return Request(text, REPLY_VOICE.id, rate, pitch, level)
+    return Request(text, voice, rate, pitch, level)
 
 
 # Mean F0 in Hz of each voice as it speaks by itself, the reference that `pitch` in semitones counts from.
