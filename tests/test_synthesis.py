@@ -59,7 +59,7 @@ def f0(samples: NDArray[np.int16]) -> float:
 
 def test_user_voices_are_many_and_mostly_natural() -> None:
     assert len(USER_VOICES) >= 12
-    assert [voice.id for voice in UNSEEN_VOICES] == ["flite-rms", "espeak-en-us+f4"]
+    assert [voice.id for voice in UNSEEN_VOICES] == ["flite-rms", "espeak-en-us+f4", "festival-ked"]
     assert sum(voice.weight for voice in VOICES) == pytest.approx(1.0)
     assert sum(voice.weight for voice in VOICES if voice.engine != "espeak") == pytest.approx(0.6)
     assert len(TRAINING_VOICES) == len({voice.id for voice in TRAINING_VOICES}) >= 40
@@ -150,7 +150,7 @@ def test_parallel_rendering_keeps_the_order() -> None:
 
 @needs_programs
 def test_a_corpus_on_disk_reads_back_and_is_resumed(tmp_path: Path) -> None:
-    corpus.main(["--out", str(tmp_path), "--only", "free", "--hours", "0.004", "--workers", "1"])
+    corpus.main(["--out", str(tmp_path), "--only", "free", "--programs-only", "--hours", "0.004"])
     free = tmp_path / "free"
     table = (free / "clips-00000.jsonl").read_text()
     clips = [json.loads(line) for line in table.splitlines()]
@@ -160,7 +160,7 @@ def test_a_corpus_on_disk_reads_back_and_is_resumed(tmp_path: Path) -> None:
     assert all(clip["offset"] == before["offset"] + before["num_samples"] for before, clip in pairwise(clips))
     assert not list(free.glob("*.part"))
     (free / "clips-00000.pcm").write_bytes(b"kept")  # a complete shard is not rendered again
-    corpus.main(["--out", str(tmp_path), "--only", "free", "--hours", "0.004", "--workers", "1"])
+    corpus.main(["--out", str(tmp_path), "--only", "free", "--programs-only", "--hours", "0.004"])
     assert (free / "clips-00000.pcm").read_bytes() == b"kept"
 
 

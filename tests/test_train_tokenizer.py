@@ -99,6 +99,13 @@ def test_normalization_is_undone_for_the_recognizer(audio_corpus: Path, whisper:
     assert float((back - hidden).square().mean()) < 0.2 * float((hidden - hidden.mean(0)).square().mean())
 
 
+def test_the_end_starts_as_the_teacher_hears_silence(audio_corpus: Path, whisper: Path) -> None:
+    stage = TokenizerStage(recipe(audio_corpus, whisper, num_end=3))
+    assert stage.recognizer.end.shape == (3, 32)
+    assert bool(stage.recognizer.end.abs().sum(1).gt(0).all())
+    assert TokenizerStage(recipe(audio_corpus, whisper, num_end=0)).recognizer.end.shape == (0, 32)
+
+
 def test_the_stage_runs_saves_and_goes_on(audio_corpus: Path, whisper: Path, tmp_path: Path) -> None:
     stage = TokenizerStage(recipe(audio_corpus, whisper))
     before = stage.tokenizer.quantizer.ema_count.clone()

@@ -97,7 +97,8 @@ def test_the_rest_becomes_the_recognizer(folder: Path) -> None:
 def test_padding_is_not_heard(folder: Path) -> None:
     """Losses and transcripts do not change when a batch is padded further, nor what lies behind a row's end."""
     opened = WhisperFolder.open(folder)
-    _, recognizer = from_whisper(opened, 1, quantizer=QuantizerConfig(16, normalize=True))
+    _, recognizer = from_whisper(opened, 1, quantizer=QuantizerConfig(16, normalize=True), num_end=3)
+    torch.nn.init.normal_(recognizer.end)
     recognizer.text = opened.text()
     recognizer.eval()
     torch.manual_seed(1)
@@ -115,6 +116,19 @@ def test_padding_is_not_heard(folder: Path) -> None:
     torch.testing.assert_close(first.asr, second.asr)
     torch.testing.assert_close(first.prosody, second.prosody)
     assert recognizer.transcribe(values) == recognizer.transcribe(wider[0])
+
+
+def test_the_decoder_reads_the_learned_end_behind_each_row(folder: Path) -> None:
+    _, recognizer = from_whisper(WhisperFolder.open(folder), 1, num_end=2)
+    torch.nn.init.normal_(recognizer.end)
+    memory = Padded(torch.randn(2, 6, 32), torch.tensor([6, 3]))
+    read = recognizer.readable(memory)
+    assert read.lengths.tolist() == [8, 5]
+    torch.testing.assert_close(read.values[1, :3], memory.values[1, :3])
+    torch.testing.assert_close(read.values[1, 3:5], recognizer.end)
+    torch.testing.assert_close(read.values[0, 6:], recognizer.end)
+    _, without = from_whisper(WhisperFolder.open(folder), 1)
+    assert without.readable(memory) is memory
 
 
 def test_texts_and_prompts(folder: Path) -> None:

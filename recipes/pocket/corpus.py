@@ -1,10 +1,11 @@
 """Writes the audio of the pocket recipe: free speech, dialogues and the test set.
 
-Under `--out` there is one folder for each: `free`, `dialogues`, `test`. A folder holds shards, read in the order of
-their names:
+Under `--out` there is one folder for each: `free`, `dialogues`, `test`, and three small ones that training never
+hears: `valid-natural`, `valid-warped`, `valid-unseen` (`free_speech.plan_check`). A folder holds shards, read in the
+order of their names:
 
 - `clips-00000.jsonl`: one clip a line {id, text, role, voice, language, style, split, intent, sample_rate, offset,
-  num_samples, rate, pitch, level, seed}
+  num_samples, rate, pitch, level, seed, formants}
 - `clips-00000.pcm`: flat int16 little endian mono at 16 kHz; `offset` and `num_samples` count samples in it
 - `dialogues-00000.jsonl` (not in `free`): one dialogue a line {id, intent, split, language, turns: [{role, text, clip:
   [ids of its renditions], style, sound, answers}]}; user and assistant take turns. A reply text in a style is rendered
@@ -14,7 +15,7 @@ Clips are levelled to -23 dBFS RMS; rooms, noise and most of the variation of le
 Every shard is a pure function of the seed, its number and the shards before it, and has its `clips-*.jsonl` only when
 it is complete: a stopped run goes on where it was when the same command is given again.
 
-    python -m recipes.pocket.corpus --out FOLDER --hours 26 --turns 72000 --seed 1 --workers 2 [--only free]
+    python -m recipes.pocket.corpus --out FOLDER --hours 100 --turns 72000 --seed 1 --workers 2 [--only free]
     python -m recipes.pocket.corpus --texts FILE
 """
 
@@ -22,22 +23,54 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
+from recipes.pocket import free_speech
 from recipes.pocket.everything import texts
-from recipes.pocket.plans import PlannedClip, PlannedDialogue, plan_dialogues, plan_free, plan_test
-from recipes.pocket.synthesis import SAMPLE_RATE, Request, render
+from recipes.pocket.free_speech import (
+    CHECKS,
+    TEST_SPLITS,
+    natural_speaker,
+    natural_texts,
+    num_clips,
+    plan_check,
+    plan_natural,
+)
+from recipes.pocket.plans import (
+    DrawSpeaker,
+    PlannedClip,
+    PlannedDialogue,
+    plan_dialogues,
+    plan_free,
+    plan_test,
+    program_speaker,
+)
+from recipes.pocket.synthesis import (
+    NATURAL_REPLY_VOICE,
+    NATURAL_VOICES,
+    REPLY_VOICE,
+    SAMPLE_RATE,
+    Request,
+    chunked,
+    render,
+    render_chunks,
+)
 
 SHARD_HOURS = 1.0
+LENGTH_S = (1.0, 14.0)  # of a clip of natural free speech
 SHARD_EXCHANGES = 2000
 
 
 def write_free(folder: Path, hours: float, seed: int, workers: int) -> None:
-    """Render free speech until the folder holds `hours` of it."""
+    """Render free speech of the programs alone until the folder holds `hours` of it."""
     for shard in range(max(1, round(hours / SHARD_HOURS))):
         if not _complete(folder, shard):
             seconds = min(SHARD_HOURS, hours) * 3600
@@ -45,18 +78,79 @@ def write_free(folder: Path, hours: float, seed: int, workers: int) -> None:
             write_clips(folder, shard, zip(ids, plan_free(seed, shard), strict=False), workers, seconds)
 
 
-def write_dialogues(folder: Path, num_exchanges: int, seed: int, workers: int) -> None:
+def write_natural(folder: Path, hours: float, seed: int, workers: int) -> None:
+    """Render free speech in natural voices, warps and the programs' voices, about `hours` in all."""
+    texts, scale = natural_texts(), min(1.0, hours / free_speech.SHARD_HOURS)
+    shards = range(max(1, math.ceil(hours / free_speech.SHARD_HOURS)))
+    missing = [shard for shard in shards if not _complete(folder, shard)]
+    planned = ((shard, plan_natural(seed, shard, texts, scale)) for shard in missing)
+    write_planned(folder, planned, len(missing) * num_clips(scale), workers)
+
+
+def write_checks(folder: Path, seed: int, workers: int, count: int, programs_only: bool = False) -> None:
+    """Render the small sets that training never hears, of `count` clips each, into `folder/valid-KIND`.
+
+    `programs_only`: the reply voice stands in for the natural ones, the curriculum for natural text.
+    """
+    for kind in CHECKS:
+        if not _complete(folder / f"valid-{kind}", 0):
+            if programs_only:
+                planned = plan_check(seed, kind, None, count, (REPLY_VOICE.id,))
+            else:
+                planned = plan_check(seed, kind, natural_texts(), count)
+            write_planned(folder / f"valid-{kind}", [(0, planned)], count, workers)
+
+
+def write_planned(folder: Path, planned: Iterable[tuple[int, list[PlannedClip]]], total: int, workers: int) -> None:
+    """Render whole shards, `total` clips, one after another by the same processes.
+
+    Clips shorter or longer than `LENGTH_S` are left out. Chunks end with their shard, so that a shard does not depend
+    on the others.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting: list[tuple[int, list[PlannedClip]]] = []
+
+    def chunks() -> Iterator[list[Request]]:
+        for shard, clips in planned:
+            waiting.append((shard, clips))
+            yield from chunked(clip.request for clip in clips)
+
+    rendered = render_chunks(chunks(), workers)
+    with tqdm(total=total, desc=folder.name, unit="clip", mininterval=1.0) as bar:
+        for first in rendered:
+            shard, clips = waiting.pop(0)
+            samples = chain([first], islice(rendered, len(clips) - 1))
+            ids = (f"{folder.name}-{shard:05d}-{index:06d}" for index in range(len(clips)))
+            with _Shard(folder, shard) as files:
+                for clip_id, clip, wave in zip(ids, clips, samples, strict=True):
+                    if LENGTH_S[0] <= wave.size / SAMPLE_RATE <= LENGTH_S[1]:
+                        files.add(clip_id, clip, wave)
+                    bar.update()
+
+
+def write_dialogues(folder: Path, num_exchanges: int, seed: int, workers: int, programs_only: bool = False) -> None:
     """Render the training dialogues, shard by shard."""
     size = min(SHARD_EXCHANGES, num_exchanges)
+    speaker, reply_voice = _speaking(programs_only)
     for shard in range(-(-num_exchanges // size)):
         if not _complete(folder, shard):
-            write_dialogue_shard(folder, shard, plan_dialogues(seed, shard, size), workers, "dialogue")
+            planned = plan_dialogues(seed, shard, size, speaker, reply_voice)
+            write_dialogue_shard(folder, shard, planned, workers, "dialogue")
 
 
-def write_test(folder: Path, num_exchanges: int, seed: int, workers: int) -> None:
+def write_test(folder: Path, num_exchanges: int, seed: int, workers: int, programs_only: bool = False) -> None:
     """Render the test set, once, from its own seed, as one shard."""
     if not _complete(folder, 0):
-        write_dialogue_shard(folder, 0, plan_test(seed, num_exchanges), workers, "test")
+        splits = TEST_SPLITS[:2] if programs_only else TEST_SPLITS
+        planned = plan_test(seed, num_exchanges, *_speaking(programs_only), splits)
+        write_dialogue_shard(folder, 0, planned, workers, "test")
+
+
+def _speaking(programs_only: bool) -> tuple[DrawSpeaker, str]:
+    """Who asks, and the voice of the replies."""
+    if programs_only:
+        return program_speaker, REPLY_VOICE.id
+    return natural_speaker, NATURAL_REPLY_VOICE.id
 
 
 def write_dialogue_shard(folder: Path, shard: int, planned: list[PlannedDialogue], workers: int, prefix: str) -> None:
@@ -81,6 +175,7 @@ def write_dialogue_shard(folder: Path, shard: int, planned: list[PlannedDialogue
         record = {"id": f"{prefix}-{shard:05d}-{index:05d}", "intent": one.dialogue.intent, "split": one.split}
         lines.append(json.dumps({**record, "language": "en", "turns": turns}))
     (folder / f"dialogues-{shard:05d}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    clips.sort(key=lambda one: one[1].request.voice != "joe")  # a chunk of requests without joe does not load it
     write_clips(folder, shard, clips, workers)
 
 
@@ -89,8 +184,6 @@ def write_clips(
 ) -> None:
     """Render the clips of one shard, until it holds `seconds` of audio when that is given."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"clips-{shard:05d}"
-    part = folder / f"{name}.jsonl.part"
     waiting: list[tuple[str, PlannedClip]] = []
 
     def requests() -> Iterator[Request]:
@@ -99,31 +192,52 @@ def write_clips(
             yield clip.request
 
     total = len(planned) if isinstance(planned, list) else round(seconds or 0)
-    offset = 0
     with (
-        part.open("w", encoding="utf-8") as table,
-        (folder / f"{name}.pcm").open("wb") as audio,
-        tqdm(total=total, desc=name, unit="clip" if seconds is None else "s", mininterval=1.0) as bar,
+        _Shard(folder, shard) as files,
+        tqdm(total=total, desc=f"clips-{shard:05d}", unit="clip" if seconds is None else "s", mininterval=1.0) as bar,
     ):
         for samples in render(requests(), workers):
-            clip_id, clip = waiting.pop(0)
-            table.write(json.dumps(clip_record(clip_id, clip, offset, samples.size)) + "\n")
-            audio.write(samples.astype("<i2").tobytes())
-            offset += samples.size
+            files.add(*waiting.pop(0), samples)
             bar.update(1 if seconds is None else samples.size / SAMPLE_RATE)
-            if seconds is not None and offset / SAMPLE_RATE >= seconds:
+            if seconds is not None and files.num_samples / SAMPLE_RATE >= seconds:
                 break
-    part.rename(folder / f"{name}.jsonl")
+
+
+class _Shard:
+    """The two files of a shard being written; the table gets its name when the shard is complete."""
+
+    def __init__(self, folder: Path, shard: int) -> None:
+        self._table = folder / f"clips-{shard:05d}.jsonl"
+        self._lines: list[str] = []
+        self.num_samples = 0
+
+    def __enter__(self) -> _Shard:
+        self._audio = self._table.with_suffix(".pcm").open("wb")
+        return self
+
+    def add(self, clip_id: str, clip: PlannedClip, samples: NDArray[np.int16]) -> None:
+        """Write the samples (S,) of one clip."""
+        self._lines.append(json.dumps(clip_record(clip_id, clip, self.num_samples, samples.size)) + "\n")
+        self._audio.write(samples.astype("<i2").tobytes())
+        self.num_samples += samples.size
+
+    def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
+        self._audio.close()
+        if failure is None:
+            part = self._table.with_suffix(".jsonl.part")
+            part.write_text("".join(self._lines), encoding="utf-8")
+            part.rename(self._table)
 
 
 def clip_record(clip_id: str, planned: PlannedClip, offset: int, num_samples: int) -> dict[str, object]:
     """The line of one clip."""
     request = asdict(planned.request)
+    del request["voice"]
     return {
         "id": clip_id,
         "text": request.pop("text"),
         "role": planned.role,
-        "voice": request.pop("voice"),
+        "voice": planned.request.voice if planned.role == "reply" else heard_voice(planned.request),
         "language": "en",
         "style": planned.style,
         "split": planned.split,
@@ -133,6 +247,12 @@ def clip_record(clip_id: str, planned: PlannedClip, offset: int, num_samples: in
         "num_samples": num_samples,
         **request,
     }
+
+
+def heard_voice(request: Request) -> str:
+    """The voice's id, with "-warped" behind it where a natural voice is warped: it is another voice then."""
+    natural = request.voice in {voice.id for voice in NATURAL_VOICES}
+    return f"{request.voice}-warped" if natural and (request.pitch or request.formants != 1.0) else request.voice
 
 
 def _complete(folder: Path, shard: int) -> bool:
@@ -155,12 +275,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.pocket.corpus", description="Write the audio of pocket.")
     parser.add_argument("--out", type=Path, help="folder of the corpus")
     parser.add_argument("--texts", type=Path, help="write all kinds of texts of the curriculum into this file")
-    parser.add_argument("--hours", type=float, default=26.0, help="of free speech")
+    parser.add_argument("--hours", type=float, default=100.0, help="of free speech")
+    parser.add_argument(
+        "--programs-only",
+        action="store_true",
+        help="the voices of flite, festival and espeak-ng alone; without the packages of the extra `voices`",
+    )
     parser.add_argument("--turns", type=int, default=72000, help="questions in the dialogues")
+    parser.add_argument("--valid-clips", type=int, default=150, help="clips of each small validation set")
     parser.add_argument("--test-turns", type=int, default=600, help="questions in the test set")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="processes that render")
-    parser.add_argument("--only", choices=("free", "dialogues", "test"))
+    parser.add_argument("--only", choices=("free", "valid", "dialogues", "test"))
     args = parser.parse_args(argv)
     if args.out is None and args.texts is None:
         parser.error("say where to write: --out FOLDER for audio, --texts FILE for texts")
@@ -168,12 +294,23 @@ def main(argv: list[str] | None = None) -> None:
         args.texts.parent.mkdir(parents=True, exist_ok=True)
         args.texts.write_text("".join(f"{line}\n" for line in texts(args.seed)), encoding="utf-8")
     if args.out is not None:
-        if args.only in (None, "test"):
-            write_test(args.out / "test", args.test_turns, args.seed, args.workers)
-        if args.only in (None, "dialogues"):
-            write_dialogues(args.out / "dialogues", args.turns, args.seed, args.workers)
-        if args.only in (None, "free"):
-            write_free(args.out / "free", args.hours, args.seed, args.workers)
+        try:
+            write_audio(args)
+        except RuntimeError as error:  # a program or a package is missing
+            parser.exit(1, f"{error}\n")
+
+
+def write_audio(args: argparse.Namespace) -> None:
+    """The audio that the command line asks for."""
+    if args.only in (None, "test"):
+        write_test(args.out / "test", args.test_turns, args.seed, args.workers, args.programs_only)
+    if args.only in (None, "dialogues"):
+        write_dialogues(args.out / "dialogues", args.turns, args.seed, args.workers, args.programs_only)
+    if args.only in (None, "valid"):
+        write_checks(args.out, args.seed, args.workers, args.valid_clips, args.programs_only)
+    if args.only in (None, "free"):
+        write = write_free if args.programs_only else write_natural
+        write(args.out / "free", args.hours, args.seed, args.workers)
 
 
 if __name__ == "__main__":

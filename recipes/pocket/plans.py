@@ -6,14 +6,15 @@ Everything here is text and choice of voices, drawn from a seed; `corpus.py` mak
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from random import Random
 
 from recipes.pocket.curriculum import Asked, Conversing, Dialogue, sentence
 from recipes.pocket.everything import KINDS, any_dialogue, dialogue
 from recipes.pocket.repeating import free_text
 from recipes.pocket.synthesis import (
+    REPLY_VOICE,
     STYLES,
     TRAINING_VOICES,
     UNSEEN_VOICES,
@@ -45,6 +46,16 @@ class PlannedDialogue:
     split: str
     users: tuple[PlannedClip, ...]
     replies: tuple[PlannedClip, ...]
+
+
+# (split, rng) -> the request of one speaker, whose text and level are set for each of the questions
+DrawSpeaker = Callable[[str, Random], Request]
+
+
+def program_speaker(split: str, rng: Random) -> Request:
+    """A speaker of a program's voice: one of training, one that the test shares with it, or one of the test alone."""
+    voices = {"test": USER_VOICES, "test_unseen": UNSEEN_VOICES}.get(split, TRAINING_VOICES)
+    return Request("", *draw_manner(voices, rng))
 
 
 def draw_manner(voices: tuple[Voice, ...], rng: Random) -> tuple[str, float, float]:
@@ -81,7 +92,13 @@ def plan_free(seed: int, shard: int) -> Iterator[PlannedClip]:
             yield PlannedClip(reply_request(text, style), "reply", split, name, style)
 
 
-def plan_dialogues(seed: int, shard: int, num_exchanges: int) -> list[PlannedDialogue]:
+def plan_dialogues(
+    seed: int,
+    shard: int,
+    num_exchanges: int,
+    speaker: DrawSpeaker = program_speaker,
+    reply_voice: str = REPLY_VOICE.id,
+) -> list[PlannedDialogue]:
     """The dialogues of one shard, until they have `num_exchanges` questions or a few more."""
     rng = Random(f"dialogues|{seed}|{shard}")
     planned: list[PlannedDialogue] = []
@@ -89,13 +106,19 @@ def plan_dialogues(seed: int, shard: int, num_exchanges: int) -> list[PlannedDia
     while made < num_exchanges:
         split = "valid" if rng.randrange(VALID_ONE_IN) == 0 else "train"
         drawn = any_dialogue("train", rng)
-        planned.append(_spoken(drawn, split, draw_manner(TRAINING_VOICES, rng), 0.0, rng))
+        planned.append(_spoken(drawn, split, speaker(split, rng), reply_voice, rng))
         made += len(drawn.exchanges)
     return planned
 
 
-def plan_test(seed: int, num_exchanges: int) -> list[PlannedDialogue]:
-    """Questions over all kinds of dialogue, each once; every second dialogue is asked by a voice of the test alone."""
+def plan_test(
+    seed: int,
+    num_exchanges: int,
+    speaker: DrawSpeaker = program_speaker,
+    reply_voice: str = REPLY_VOICE.id,
+    splits: Sequence[str] = ("test", "test_unseen"),
+) -> list[PlannedDialogue]:
+    """Questions over all kinds of dialogue, each once; the dialogues go round the splits, each with its speakers."""
     rng = Random(f"test|{seed}")
     # kinds of dialogue gather several intents each
     weights = [(4.0 + kind.weight) * (2 if isinstance(kind, Conversing) else 1) for kind in KINDS]
@@ -111,10 +134,10 @@ def plan_test(seed: int, num_exchanges: int) -> list[PlannedDialogue]:
             if questions in asked:
                 continue
             asked.add(questions)
-            unseen = len(planned) % 2 == 1
-            manner = draw_manner(UNSEEN_VOICES if unseen else USER_VOICES, rng)
-            level = round(rng.uniform(-4.0, 3.0), 1)
-            planned.append(_spoken(drawn, "test_unseen" if unseen else "test", manner, level, rng))
+            split = splits[len(planned) % len(splits)]
+            request = speaker(split, rng)
+            request = replace(request, level=round(rng.uniform(-4.0, 3.0), 1))
+            planned.append(_spoken(drawn, split, request, reply_voice, rng))
             made += len(drawn.exchanges)
     return planned
 
@@ -124,15 +147,14 @@ def used_pairs(planned: list[PlannedDialogue]) -> set[Asked]:
     return {asked for one in planned for turn in one.dialogue.exchanges for asked in turn.asked if asked.key}
 
 
-def _spoken(
-    drawn: Dialogue, split: str, manner: tuple[str, float, float], level: float, rng: Random
-) -> PlannedDialogue:
+def _spoken(drawn: Dialogue, split: str, speaker: Request, reply_voice: str, rng: Random) -> PlannedDialogue:
     users, replies = [], []
-    for turn in drawn.exchanges:
+    for index, turn in enumerate(drawn.exchanges):
         if turn.sound:
             request = Request("", f"sound-{turn.sound}", seed=rng.randrange(2**31))
         else:
-            request = Request(turn.user, *manner, level)
+            request = replace(speaker, text=turn.user, seed=speaker.seed + index if speaker.seed else 0)
         users.append(PlannedClip(request, "user", split, drawn.intent))
-        replies.append(PlannedClip(reply_request(turn.reply, turn.style), "reply", split, drawn.intent, turn.style))
+        reply = reply_request(turn.reply, turn.style, reply_voice)
+        replies.append(PlannedClip(reply, "reply", split, drawn.intent, turn.style))
     return PlannedDialogue(drawn, split, tuple(users), tuple(replies))

@@ -1,6 +1,6 @@
 """All of pocket, from nothing to the folder that ships: corpus, vocabulary, trainings, evaluation.
 
-    python -m recipes.pocket.run [--hours 26] [--turns 72000] [--workers 2] [--list] [--smoke]
+    python -m recipes.pocket.run [--hours 100] [--turns 72000] [--workers 2] [--list] [--smoke]
 
 Stop it whenever you like and start it again: a step that is done is passed over, and a training goes on from its last
 checkpoint. Everything lies under `runs/pocket`; delete a step's folder to have it made anew. `--smoke` runs every step
@@ -45,6 +45,7 @@ def steps(hours: float, turns: int, workers: int) -> list[Step]:
     make = ("recipes.pocket.corpus", "--out", corpus, "--workers", workers, "--only")
     return [
         _step("free", corpus / "free" / "done", *make, "free", "--hours", hours),
+        _step("valid", corpus / "valid-unseen" / "done", *make, "valid"),
         _step("dialogues", corpus / "dialogues" / "done", *make, "dialogues", "--turns", turns),
         _step("test", corpus / "test" / "done", *make, "test"),
         _step("writing", writing / "facts.txt", "recipes.pocket.writing", "--out", writing),
@@ -79,9 +80,10 @@ _MOMENT = "loop.num_steps=2 loop.warmup_steps=1 loop.evaluate_every=2 loop.sampl
 _FEW = "num_rows=2 num_valid_rows=1"
 # What `--smoke` adds to the command of a step.
 SMOKE = {
-    "free": "--hours 0.06",
-    "dialogues": "--turns 60",
-    "test": "--test-turns 12",
+    "free": "--hours 0.06 --programs-only",
+    "valid": "--valid-clips 6 --programs-only",
+    "dialogues": "--turns 60 --programs-only",
+    "test": "--test-turns 12 --programs-only",
     "writing": "--dialogues 60",
     "replies": "--dialogues 200",
     "vocabulary": "--codebook-size 64 --vocab-size 400",
@@ -107,7 +109,7 @@ SMOKE = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hours", type=float, default=26.0, help="of free speech for the tokenizer")
+    parser.add_argument("--hours", type=float, default=100.0, help="of free speech for the tokenizer")
     parser.add_argument("--turns", type=int, default=72000, help="spoken questions with their answers")
     parser.add_argument("--workers", type=int, default=2, help="processes that synthesize")
     parser.add_argument("--smoke", action="store_true", help="run every step for moments on next to nothing")

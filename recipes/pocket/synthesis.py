@@ -1,6 +1,7 @@
-"""Free synthesizers as voices: flite, festival and espeak-ng, rendered in parallel to level, trimmed 16 kHz clips.
+"""Free synthesizers as voices, rendered in parallel to level, trimmed 16 kHz clips.
 
-A clip is a pure function of its `Request`: the same request gives the same samples on the same version of the programs.
+flite, festival and espeak-ng are programs of Debian; hibari and joe come out of packages (`natural_voices`). A clip is
+a pure function of its `Request` on the same versions of them; joe's clips are one of their chunk of requests.
 Only recipes use this; no synthesizer takes part in answering.
 """
 
@@ -11,17 +12,18 @@ import multiprocessing
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import soundfile
-import soxr
 from numpy.typing import NDArray
 
+from recipes.pocket.natural_voices import Joe, hibari
 from recipes.pocket.sounds import sound
+from recipes.pocket.warps import scale_f0, scale_formants
 
 SAMPLE_RATE = 16000
 LEVEL_DBFS = -23.0
@@ -68,23 +70,24 @@ VOICES: tuple[Voice, ...] = (
     _espeak("en-gb-x-rp", "m6"),
     Voice("flite-rms", "flite", "rms", held_out=True),
     _espeak("en-us", "f4", held_out=True),
+    Voice("festival-ked", "festival", "ked_diphone", held_out=True),
 )
 # Heard in the training alone, so that a voice nobody heard before is less of a surprise. They are apart from the
 # others because the test draws its voices from those: it stays the same, whoever joins here.
-MORE_VOICES: tuple[Voice, ...] = (
-    Voice("festival-ked", "festival", "ked_diphone", 0.1),
-    *(
-        Voice(f"espeak-{accent}+{variant}", "espeak", f"{accent}+{variant}", 0.5 / 27)
-        for accent, variants in (
-            ("en-us", "Alex Andrea Gene Mike adam anika belinda david klatt2 linda m5 m8 paul robert travis"),
-            ("en-gb", "Annie Lee aunty grandpa michel steph victor"),
-            ("en-gb-scotland", "Hugo max"),
-            ("en-gb-x-rp", "antonio klatt4 steph3"),
-        )
-        for variant in variants.split()
-    ),
+MORE_VOICES: tuple[Voice, ...] = tuple(
+    Voice(f"espeak-{accent}+{variant}", "espeak", f"{accent}+{variant}", 0.5 / 27)
+    for accent, variants in (
+        ("en-us", "Alex Andrea Gene Mike adam anika belinda david klatt2 linda m5 m8 paul robert travis"),
+        ("en-gb", "Annie Lee aunty grandpa michel steph victor"),
+        ("en-gb-scotland", "Hugo max"),
+        ("en-gb-x-rp", "antonio klatt4 steph3"),
+    )
+    for variant in variants.split()
 )
-VOICE_BY_ID = {voice.id: voice for voice in (*VOICES, *MORE_VOICES)}
+# Neural voices out of packages, see `natural_voices`.
+NATURAL_VOICES: tuple[Voice, ...] = (Voice("hibari", "hibari", "heart"), Voice("joe", "joe", "en_US-joe-medium"))
+NATURAL_REPLY_VOICE = NATURAL_VOICES[0]
+VOICE_BY_ID = {voice.id: voice for voice in (*VOICES, *MORE_VOICES, *NATURAL_VOICES)}
 USER_VOICES = tuple(voice for voice in VOICES if not voice.held_out)
 UNSEEN_VOICES = tuple(voice for voice in VOICES if voice.held_out)
 TRAINING_VOICES = (*USER_VOICES, *MORE_VOICES)
@@ -94,7 +97,8 @@ TRAINING_VOICES = (*USER_VOICES, *MORE_VOICES)
 class Request:
     """What to say and how. `voice` is the id of a voice, or "sound-" and a sound for what is no speech.
 
-    `rate` is speed (1.25 = faster), `pitch` in semitones, `level` in dB over `LEVEL_DBFS`.
+    `rate` is speed (1.25 = faster), `pitch` in semitones, `level` in dB over `LEVEL_DBFS`, `formants` the factor that
+    the formants are scaled by. Speed and pitch are those that are heard, whatever the formants.
     """
 
     text: str
@@ -102,7 +106,8 @@ class Request:
     rate: float = 1.0
     pitch: float = 0.0
     level: float = 0.0
-    seed: int = 0  # of sounds that are no voice
+    seed: int = 0  # of sounds that are no voice, and of the noise in natural voices
+    formants: float = 1.0
 
 
 # Reply styles: (rate, pitch in semitones, level in dB). "faster2" is "even faster", and so on.
@@ -121,12 +126,12 @@ STYLES: dict[str, tuple[float, float, float]] = {
 }
 
 
-def reply_request(text: str, style: str = "plain") -> Request:
+def reply_request(text: str, style: str = "plain", voice: str = REPLY_VOICE.id) -> Request:
     """The request for a reply in a style; replies have one voice and no other variation."""
     if style not in STYLES:
         raise ValueError(f"unknown style {style!r}; the styles are {', '.join(STYLES)}")
     rate, pitch, level = STYLES[style]
-    return Request(text, REPLY_VOICE.id, rate, pitch, level)
+    return Request(text, voice, rate, pitch, level)
 
 
 # Mean F0 in Hz of each voice as it speaks by itself, the reference that `pitch` in semitones counts from.
@@ -146,6 +151,7 @@ def render_chunk(requests: list[Request]) -> list[NDArray[np.int16]]:
     Raises `ValueError` when the voice is unknown and `RuntimeError` when a program fails.
     """
     clips: list[NDArray[np.int16] | None] = [None] * len(requests)
+    joe: Joe | None = None
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"{index}.wav" for index in range(len(requests))]
         batch: list[tuple[Request, Path]] = []
@@ -155,20 +161,37 @@ def render_chunk(requests: list[Request]) -> list[NDArray[np.int16]]:
                 continue
             if request.voice not in VOICE_BY_ID:
                 raise ValueError(f"unknown voice {request.voice!r}; the voices are {', '.join(VOICE_BY_ID)}")
-            if VOICE_BY_ID[request.voice].engine == "festival":
-                batch.append((request, file))
+            own = own_manner(request)
+            engine = VOICE_BY_ID[request.voice].engine
+            if engine == "festival":
+                batch.append((own, file))
+            elif engine == "hibari":
+                samples, rate = hibari(own.text, own.rate, 2 ** (own.pitch / 12), own.seed)
+                clips[index] = finish(samples, rate, own.level, own.formants)
+            elif engine == "joe":
+                joe = joe or Joe(own.seed)
+                samples, rate = joe(own.text, own.rate)
+                if abs(own.pitch) > 0.05:
+                    samples = scale_f0(samples, rate, 2 ** (own.pitch / 12))
+                clips[index] = finish(samples, rate, own.level, own.formants)
             else:
-                _run(_command(request, file), request.text)
+                _run(_command(own, file), own.text)
         if batch:
             script = Path(folder) / "batch.scm"
             script.write_text(_festival_script(batch), encoding="utf-8")
             _run(["festival", "-b", str(script)], f"a batch of {len(batch)} sentences")
         for index, (request, file) in enumerate(zip(requests, files, strict=True)):
-            if clips[index] is not None:
-                continue
-            samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-            clips[index] = finish(samples[:, 0], rate, request.level)
+            if clips[index] is None:
+                samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+                clips[index] = finish(samples[:, 0], rate, request.level, request.formants)
     return [clip for clip in clips if clip is not None]
+
+
+def own_manner(request: Request) -> Request:
+    """The request with the rate and pitch that the program speaks at, before resampling scales the formants."""
+    return replace(
+        request, rate=request.rate / request.formants, pitch=request.pitch - 12 * math.log2(request.formants)
+    )
 
 
 _BABBLE_WORDS = "under the river many people talk about water and bread while seven old horses walk to market again"
@@ -194,8 +217,17 @@ def _no_speech(request: Request) -> NDArray[np.int16]:
 
 def render(requests: Iterable[Request], workers: int = 1) -> Iterator[NDArray[np.int16]]:
     """Render a stream of requests in order, `workers` processes at a time, without holding the stream in memory."""
+    return render_chunks(chunked(requests), workers)
+
+
+def chunked(requests: Iterable[Request]) -> Iterator[list[Request]]:
+    """Lists of `CHUNK` requests and a last one of what is left."""
     iterator = iter(requests)
-    chunks = iter(lambda: list(islice(iterator, CHUNK)), [])
+    return iter(lambda: list(islice(iterator, CHUNK)), [])
+
+
+def render_chunks(chunks: Iterator[list[Request]], workers: int = 1) -> Iterator[NDArray[np.int16]]:
+    """Render chunks of requests in order, each by one of `workers` processes."""
     if workers <= 1:
         for chunk in chunks:
             yield from render_chunk(chunk)
@@ -207,11 +239,9 @@ def render(requests: Iterable[Request], workers: int = 1) -> Iterator[NDArray[np
             pending.extend(pool.apply_async(render_chunk, (chunk,)) for chunk in islice(chunks, 1))
 
 
-def finish(samples: NDArray[np.float32], rate: int, level: float = 0.0) -> NDArray[np.int16]:
+def finish(samples: NDArray[np.float32], rate: int, level: float = 0.0, formants: float = 1.0) -> NDArray[np.int16]:
     """Mono samples (S,) at `rate` -> (S',) int16 at 16 kHz: resampled, trimmed, levelled to `LEVEL_DBFS` + `level`."""
-    if rate != SAMPLE_RATE:
-        samples = soxr.resample(samples, rate, SAMPLE_RATE)
-    samples = trim(samples)
+    samples = trim(scale_formants(samples, rate, formants, SAMPLE_RATE))
     rms = float(np.sqrt(np.mean(np.square(samples, dtype=np.float64)))) if samples.size else 0.0
     if rms > 0:
         peak = float(np.max(np.abs(samples)))

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import WhisperConfig, WhisperForConditionalGeneration
 
 from duologue.tokenizer.ctranslate2 import convert_whisper_ct2
+from recipes.pocket.parts import fetch
 
 _SPECIAL = ("<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|zh|>", "<|transcribe|>", "<|notimestamps|>")
 _TEXTS = ["What is seven plus five?", "The capital of France is Paris.", "it is three", "你好"]
@@ -53,7 +54,7 @@ def write_random_whisper(folder: Path, num_layers: int = 3) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--from", dest="source", type=Path, help="CTranslate2 Whisper folder")
     source.add_argument("--random", action="store_true", help="random weights")
     parser.add_argument("--out", type=Path, required=True)
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.random:
         write_random_whisper(args.out)
     else:
-        convert_whisper_ct2(args.source, args.out)
+        source = args.source or fetch("whisper-tiny.en-ct2", args.out.parent)
+        convert_whisper_ct2(source, args.out)
 
 
 if __name__ == "__main__":

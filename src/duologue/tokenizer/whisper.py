@@ -92,11 +92,11 @@ def from_whisper(
 ) -> tuple[SpeechTokenizer, SpeechRecognizer]:
     """Cuts the encoder of a Whisper folder after `num_layers` layers.
 
+    The codebook, the prosody probe and the end vectors are new. The feature floor is Whisper's own by default, the
+    maximum of the utterance minus 8; the number of mels is always the folder's.
+
     Args:
         num_end: see `SpeechRecognizerConfig`.
-
-    The codebook, the prosody probe and the end vectors are new. The feature floor is Whisper's own by default, the maximum of the
-    utterance minus 8; the number of mels is always the folder's.
 
     Raises:
         ValueError: a cut outside of its layers, a missing weight or one of another shape.
