@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from duologue.training.channels import clip_peaks, equalize, mu_law, music, opus, telephone
-from duologue.training.data import AugmentConfig, Wav, augment
+from duologue.augmentation import AugmentConfig, augment
+from duologue.audio_effects import Wav, clip_peaks, equalize, mu_law, music, opus, telephone
 
 RATE = 16000
 QUIET = AugmentConfig(

@@ -21,6 +21,8 @@ LAYERS = {
     "events": 0,
     "block_policy": 0,
     "audio": 1,
+    "audio_effects": 1,
+    "augmentation": 1,
     "layers": 1,
     "checkpoint": 1,
     "headers": 1,

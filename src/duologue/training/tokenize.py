@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
+from duologue.augmentation import AugmentConfig, augment
 from duologue.checkpoint import file_hash, load_component
 from duologue.config import load_config
 from duologue.interleave import weave
@@ -29,7 +30,7 @@ from duologue.language.backbone import Siblings
 from duologue.layers import Padded
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.training.corpus import CorpusSample, Manifest, Task, Uttered, read_siblings, write_manifest, write_shard
-from duologue.training.data import AugmentConfig, Clip, Clips, Wav, augment
+from duologue.training.data import Clip, Clips, Wav
 from duologue.turns import Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
 
