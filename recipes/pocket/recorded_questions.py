@@ -13,8 +13,7 @@ import soundfile
 from duologue.config import write_json
 from recipes.pocket.synthesis import SAMPLE_RATE, Request, render_one
 
-# File, question, voice, accepted answers. pocketsphinx reads these answers in recordings of the reply voice, with its
-# open language model too (but not the name, which that has never met); "twelve", "Tuesday" and "Tokyo" it does not.
+# File, question, voice, accepted answers.
 QUESTIONS = (
     ("question.wav", "What is the capital of France?", "flite-awb", ["paris"]),
     ("questions/capital.flac", "What is the capital of Germany?", "flite-kal16", ["berlin"]),

@@ -25,7 +25,10 @@ EXTRAS = {
     ),
     "talk": ("duologue talk", ("websockets", "sounddevice", "rich")),
     "train": ("training", ("tensorboard", "matplotlib", "pyarrow", "whisper_normalizer")),
-    "eval": ("evaluation", ("faster_whisper", "whisper_normalizer", "speechmos", "librosa", "onnxruntime", "matplotlib")),
+    "eval": (
+        "evaluation",
+        ("faster_whisper", "whisper_normalizer", "speechmos", "librosa", "onnxruntime", "matplotlib"),
+    ),
     "dev": ("tests and checks", ("pytest", "hypothesis", "schemathesis", "httpx", "ruff", "mypy")),
 }
 # program -> (what it is for, Debian packages)

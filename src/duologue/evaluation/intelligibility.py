@@ -1,7 +1,7 @@
 """How well speech can be understood and how good it sounds: word error rates, DNSMOS, use of the codebook.
 
-Where an optional library is missing, `Unavailable` says so, and a measure that needs it is reported as skipped with that
-reason.
+Where an optional library is missing, `Unavailable` says so, and a measure that needs it is reported as skipped with
+that reason.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def normalize(text: str, language: str = "en") -> str:
     text = re.sub(r"(?<=\d)[.](?=\d)", " point ", text)
     text = re.sub(r"\b(\d+)(?:st|nd|rd|th)\b", lambda found: f" {_ordinal(_in_words(found[1]))} ", text)
     text = re.sub(r"\d+", lambda found: f" {_in_words(found[0])} ", text)
-    words = " ".join(_SPELLINGS.get(word, word) for word in str(_ENGLISH(text)).split()).split()
+    words = " ".join(_SPELLINGS.get(word, word) for word in re.findall(r"\w+", str(_ENGLISH(text)))).split()
     kept = [
         word
         for index, word in enumerate(words)

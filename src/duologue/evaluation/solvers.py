@@ -20,8 +20,9 @@ from duologue import machine, rates
 from duologue.audio import SpeakMel, resample
 from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.solvers import Method, Solver
-from duologue.evaluation.intelligibility import Naturalness, Recogniser, error_row, if_available
+from duologue.evaluation.intelligibility import Naturalness, error_row, if_available
 from duologue.evaluation.parts import plain_replies, tokenize
+from duologue.evaluation.recognition import Recognizer
 from duologue.evaluation.report import Report, Row, difference_row
 from duologue.evaluation.testset import TestClip, TestSet
 from duologue.layers import Padded
@@ -75,6 +76,8 @@ def evaluate_solvers(
     test_set: TestSet,
     settings: Sequence[Setting],
     num_clips: int,
+    judge: Recognizer | None,
+    why_not: str,
     *,
     model: dict[str, Any],
     seed: int = 0,
@@ -83,6 +86,7 @@ def evaluate_solvers(
 
     Args:
         num_clips: reference replies at most.
+        judge: reads the renditions; None for the reason `why_not`.
         model: name and hashes, for the report.
         seed: of the noise.
     Raises:
@@ -92,7 +96,7 @@ def evaluate_solvers(
     if not clips:
         raise ValueError("the test set has no replies in the plain style, which could be resynthesised")
     codes, _ = tokenize(tokenizer, clips)
-    listen = _Listener(clips)
+    listen = _Listener(clips, judge, why_not)
     own = listen.rows(RECORDINGS, [clip.wav for clip in clips], [clip.sample_rate for clip in clips])
     rows = list(own)
     for setting in tqdm(settings, "settings", disable=None, leave=False):
@@ -110,19 +114,18 @@ def evaluate_solvers(
 
 
 class _Listener:
-    """What the recogniser and DNSMOS make of renditions of the same clips."""
+    """What the recognizer and DNSMOS make of renditions of the same clips."""
 
-    def __init__(self, clips: Sequence[TestClip]) -> None:
-        self._clips = clips
-        self._recogniser, self._why_not = if_available(Recogniser)
+    def __init__(self, clips: Sequence[TestClip], judge: Recognizer | None, why_not: str) -> None:
+        self._clips, self._judge, self._why_not = clips, judge, why_not
         self._naturalness, self._why_no_mos = if_available(Naturalness)
 
     def rows(self, group: str, wavs: Sequence[NDArray[np.float32]], sample_rates: Sequence[int]) -> tuple[Row, Row]:
         """Word error rate and naturalness, each skipped where its library is missing."""
         errors = Row(group, "WER", None, "%", skipped=self._why_not or "-")
         quality = Row(group, "DNSMOS", None, "MOS", skipped=self._why_no_mos or "-")
-        if self._recogniser is not None:
-            texts = map(self._recogniser.transcribe, wavs, sample_rates)
+        if self._judge is not None:
+            texts = map(self._judge.transcribe, wavs, sample_rates)
             errors = error_row(group, "WER", [(c.text, text) for c, text in zip(self._clips, texts, strict=True)])
         if self._naturalness is not None:
             quality = Row(

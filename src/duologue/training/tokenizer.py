@@ -254,8 +254,8 @@ class TokenizerStage:
         assert self.teacher is not None
         teacher = self.teacher.to(clean.values.device)
         wanted = teacher(clean).values[memory.mask]
-        error: Tensor = (memory.values[memory.mask] - wanted).square().mean()
-        return error / wanted.var(0).mean()
+        error: Tensor = (memory.values[memory.mask] - wanted).square().mean() / wanted.var(0).mean()
+        return error
 
     def _bypass(self, step: int) -> float:
         """Share of the clips that pass unquantized in a step."""
