@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from duologue.training.channels import clip_peaks, equalize, mu_law, music, opus, telephone
-from duologue.training.data import AugmentConfig, Wav, augment
+from duologue.audio_effects import Wav, clip_peaks, equalize, mu_law, music, opus, telephone
+from duologue.augmentation import AugmentConfig, augment
 
 RATE = 16000
 QUIET = AugmentConfig(

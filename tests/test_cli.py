@@ -13,7 +13,6 @@ import pytest
 import soundfile
 
 from duologue.cli import main
-from duologue.evaluation.curriculum import Curriculum
 from duologue.rates import speak_samples_for_tokens, tokens_for_samples
 from recipes.pocket.whisper import write_random_whisper
 
@@ -149,10 +148,10 @@ def test_doctor(tiny_folder: Path, capsys: Capture) -> None:
 
 
 class SameWords:
-    """In place of the recogniser, which takes minutes over the noise that random weights make."""
+    """In place of Whisper."""
 
-    def __init__(self, curriculum: Curriculum | None = None) -> None:
-        self.curriculum = curriculum
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def transcribe(self, wav: np.ndarray, sample_rate: int) -> str:
         assert wav.dtype == np.float32
@@ -167,17 +166,20 @@ def seconds(wav: np.ndarray, sample_rate: int) -> float:
 def test_evaluate_pocket(
     test_set_folder: Path, tiny_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("duologue.evaluation.pocket.Recogniser", SameWords)
+    monkeypatch.setattr("duologue.evaluation.recognition.WhisperJudge", SameWords)
     monkeypatch.setattr("duologue.evaluation.pocket.Naturalness", lambda: seconds)
+    monkeypatch.setattr("duologue.evaluation.bundled.NUM_VARIANTS", 8)
     command = ("evaluate", "pocket", "--data", test_set_folder, "--model", tiny_folder, "-o", tmp_path)
-    report = run_json(capsys, *command)
-    assert json.loads((tmp_path / "pocket.json").read_text()) == report
-    assert (tmp_path / "pocket.png").read_bytes().startswith(b"\x89PNG")
+    report = run_json(capsys, *command, "--recognizer", tmp_path, "--players", "9")
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report.html").read_text().count("<tr data-group") == 9
+    assert len(list((tmp_path / "sounds").iterdir())) == 18
     rows = {(row["group"], row["name"]): row for row in report["rows"]}
     groups = {group for group, _ in rows}
     assert groups == {
         *("tokenizer", "decoder", "bundled questions", "open vocabulary", "understanding"),
-        *("speaking", "agreement", "style", "time"),
+        *("speaking", "agreement", "naturalness", "refusals", "style", "time"),
     }
     for row in rows.values():  # a value, or the reason why there is none
         assert (row["value"] is None) == bool(row["skipped"])
@@ -188,5 +190,27 @@ def test_evaluate_pocket(
     assert rows["speaking", "S->S, seen voices"]["value"] == pytest.approx(1 / 3)
     assert rows["time", "to first audio, p50"]["num"] == 5
     assert [sample["split"] for sample in report["samples"]].count("bundled") == 7
-    assert len(report["samples"]) == 12
+    splits = [sample["split"] for sample in report["samples"]]
+    assert splits.count("varied") == 8
+    assert splits.count("typed") == 5
+    assert len(report["samples"]) == 25
+    assert rows["understanding", "S->T, warped voices"]["skipped"]
+    assert rows["understanding", "S->T, typed"]["num"] == 4
+    assert rows["bundled questions", "right under gain, noise, room"]["num"] == 8
     assert set(report["model"]["hashes"]) == {"tokenizer", "vocabulary", "language", "decoder"}
+
+
+def test_evaluate_without_a_recognizer_says_so(
+    test_set_folder: Path, tiny_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("duologue.evaluation.pocket.Naturalness", lambda: seconds)
+    command = ["evaluate", "pocket", "--data", str(test_set_folder), "--model", str(tiny_folder)]
+    report = run_json(capsys, *command, "--limit", "1")
+    skipped = {(row["group"], row["name"]): row["skipped"] for row in report["rows"] if row["skipped"]}
+    sentence = "there is no runs/pocket/parts/whisper-base-ct2; name a CTranslate2 folder with Whisper base"
+    for row in (("agreement", "WER between the reply's text and what is heard"), ("speaking", "S->S, seen voices")):
+        assert skipped[row].startswith(sentence)
+    assert main([*command, "--recognizer", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path} is no CTranslate2 folder with a Whisper: model.bin is missing" in error

@@ -12,24 +12,18 @@ import pytest
 from duologue import machine
 from duologue.audio import load_audio
 from duologue.conversation.chatbot import model_folder
-from duologue.evaluation.conversations import (
-    CURRICULUM,
-    OPEN,
-    ScoredExchange,
-    agreement_rows,
+from duologue.evaluation.conversations import ScoredExchange
+from duologue.evaluation.intelligibility import Naturalness, codebook_usage, error_rate, error_row
+from duologue.evaluation.intervals import wilson
+from duologue.evaluation.measures import (
+    agreement_row,
     open_vocabulary_rows,
+    refusal_rows,
+    reply_quality_row,
     speaking_rows,
-    style_row,
+    style_rows,
     time_rows,
     understanding_rows,
-)
-from duologue.evaluation.intelligibility import (
-    Naturalness,
-    Recogniser,
-    Unavailable,
-    codebook_usage,
-    error_rate,
-    error_row,
 )
 from duologue.evaluation.prosody import Prosody, measure_prosody, probe, style_change, style_moved, token_prosody
 from duologue.evaluation.report import Report, Row, difference_row, format_table
@@ -59,29 +53,6 @@ def test_codebook_usage() -> None:
     usage, perplexity = codebook_usage([np.array([0, 1]), np.array([2, 3])], 8)
     assert usage == 0.5
     assert perplexity == pytest.approx(4.0)
-
-
-def test_the_recogniser_reads_clear_speech_and_forgets_it() -> None:
-    pytest.importorskip("pocketsphinx")
-    if not shutil.which("flite"):
-        pytest.skip("flite is not installed")
-    from recipes.pocket.synthesis import SAMPLE_RATE, render_one, reply_request
-
-    recogniser = Recogniser()
-    said = "Paris is the capital of France."
-    wav = (render_one(reply_request(said, "plain")) / 32768).astype(np.float32)
-    heard = recogniser.transcribe(wav, SAMPLE_RATE)
-    assert error_rate([(said, heard)]).value == 0
-    assert recogniser.transcribe(np.zeros(RATE, np.float32), RATE) == ""
-    noise = (0.3 * np.random.default_rng(0).standard_normal(RATE)).astype(np.float32)
-    recogniser.transcribe(noise, RATE)
-    assert recogniser.transcribe(wav, SAMPLE_RATE) == heard
-
-
-def test_a_missing_recogniser_says_what_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "pocketsphinx", None)
-    with pytest.raises(Unavailable, match=r"pip install"):
-        Recogniser()
 
 
 def test_naturalness_tells_speech_from_noise_whatever_its_length() -> None:
@@ -174,8 +145,8 @@ def exchange(said: str = "It is three.", **changes: object) -> ScoredExchange:
         expected="It is three.",
         answers=("three",),
         said=said,
-        heard={OPEN: "it is three"},
-        heard_reference={OPEN: "it is three"},
+        heard="it is three",
+        heard_reference="it is three",
         change=None,
         first_audio_s=0.5,
         audio_s=2.0,
@@ -205,28 +176,47 @@ def test_understanding_counts_last_replies_by_split_and_intent() -> None:
     assert rows[0].parts == {"count": 0.0, "plus": 0.5}
     assert (rows[0].met, rows[1].met) == (False, True)
     assert understanding_rows([exchange()])[1].skipped  # nobody unseen: no figure
+    assert rows[2].skipped  # an old test set has no warped voices
+    typed = understanding_rows([exchange(split="typed")] * 300)[3]
+    assert (typed.name, typed.value, typed.note) == ("S->T, typed", 1.0, "")
+    assert rows[0].note == "fewer than 300 questions"
+    assert rows[0].interval == pytest.approx(wilson(1, 3))
 
 
 def test_speaking_is_judged_by_what_is_heard() -> None:
-    rows = speaking_rows([exchange(), exchange(heard={OPEN: "it is tree"}), exchange(split="test_unseen")], "")
+    rows = speaking_rows([exchange(), exchange(heard="it is tree"), exchange(split="test_unseen")], "")
     assert value(rows, "S->S, seen voices") == 0.5
     assert value(rows, "S->S behind S->T, seen voices") == 0.5
     assert value(rows, "answers heard in the reference audio, seen voices") == 1.0
     assert all(row.skipped == "no ears" for row in speaking_rows([exchange()], "no ears"))
-    assert agreement_rows([exchange("It is four.")], "")[0].value == pytest.approx(1 / 3)
-    assert agreement_rows([exchange()], "no ears")[0].skipped == "no ears"
+    assert agreement_row([exchange("It is four.")], "").value == pytest.approx(1 / 3)
+    assert agreement_row([exchange()], "no ears").skipped == "no ears"
 
 
-def test_a_recogniser_over_the_curriculum_has_rows_of_its_own() -> None:
-    heard = {OPEN: "it is tree", CURRICULUM: "it is three"}
-    one = exchange(heard=heard, heard_reference=heard, intent="repeat")
-    rows = [*speaking_rows([one], ""), *agreement_rows([one], ""), *open_vocabulary_rows([one], "")]
-    assert value(rows, "S->S, seen voices") == value(rows, "answers heard in the reference audio, seen voices") == 0.0
-    assert value(rows, "S->S over the curriculum, seen voices") == 1.0
-    assert value(rows, "answers heard in the reference audio over the curriculum, seen voices") == 1.0
-    for name in ("WER between the reply's text and what is heard", "WER of what is heard"):
-        assert value(rows, name) == pytest.approx(1 / 3)
-        assert value(rows, f"{name} over the curriculum") == 0.0
+def test_refusals_are_wanted_outside_of_the_curriculum_only() -> None:
+    sorry = "Sorry, I do not know that."
+    rows = refusal_rows(
+        [
+            exchange(sorry, expected=sorry, intent="unknown"),
+            exchange("It is blue.", expected="Sorry, can you say that again?", intent="fragment"),
+            exchange("Sorry, I cannot help with that."),
+            exchange(),
+            exchange("That is all right.", expected="That is all right."),
+            exchange(sorry, last=False),
+        ]
+    )
+    assert [row.value for row in rows] == [0.5, pytest.approx(1 / 3)]
+    assert rows[0].parts == {"fragment": 0.0, "unknown": 1.0}
+    assert [row.met for row in rows] == [False, False]
+    assert refusal_rows([exchange()])[0].skipped
+
+
+def test_quality_of_the_replies_that_were_judged() -> None:
+    row = reply_quality_row([exchange(quality=3.5), exchange(quality=2.5), exchange()], "")
+    assert (row.value, row.num, row.met) == (3.0, 2, True)
+    assert row.interval == (2.5, 3.5)
+    assert reply_quality_row([exchange()], "").skipped
+    assert reply_quality_row([], "no library").skipped == "no library"
 
 
 def test_open_vocabulary_takes_the_saying_intents_only() -> None:
@@ -236,15 +226,15 @@ def test_open_vocabulary_takes_the_saying_intents_only() -> None:
                 "Red stool.",
                 intent="repeat",
                 expected="Red stool.",
-                heard={OPEN: "red tool"},
-                heard_reference={OPEN: "red stool"},
+                heard="red tool",
+                heard_reference="red stool",
             ),
             exchange(
                 "Blue chair.",
                 intent="say",
                 expected="Blue hair.",
-                heard={OPEN: "blue hair"},
-                heard_reference={OPEN: "blue hair"},
+                heard="blue hair",
+                heard_reference="blue hair",
             ),
             exchange("nothing of this"),
         ],
@@ -257,7 +247,7 @@ def test_open_vocabulary_takes_the_saying_intents_only() -> None:
 
 
 def test_style_leaves_out_what_could_not_be_compared_and_says_so() -> None:
-    row = style_row(
+    row, pitch = style_rows(
         [
             exchange(),
             exchange(style="faster", change=-0.3),
@@ -269,7 +259,9 @@ def test_style_leaves_out_what_could_not_be_compared_and_says_so() -> None:
     assert row.value == pytest.approx(2 / 3)
     assert row.parts == {"faster": 0.5, "louder": 1.0}
     assert row.note == "compared 3 of 4"
-    assert style_row([exchange(style="lower", change=math.nan)]).skipped
+    assert pitch.skipped
+    assert style_rows([exchange(style="lower", change=math.nan)])[1].skipped
+    assert style_rows([exchange(style="lower2", change=-0.3)])[1].value == 1.0
 
 
 def test_time_of_replies_with_sound() -> None:
@@ -343,20 +335,23 @@ def test_a_row_has_a_value_or_a_reason() -> None:
 def test_a_report_as_table_and_files(tmp_path: Path) -> None:
     rows = (
         Row("understanding", "S->T", 0.913, "%", 0.9, "at least", 42, parts={"plus": 1.0}),
-        Row("understanding", "S->S", None, "%", skipped="no recogniser"),
+        Row("understanding", "S->S", None, "%", skipped="no recognizer"),
         Row("time", "to first audio", 0.456, "s", 1.0),
+        Row("refusals", "refused", 0.5, "%", num=2, interval=(0.095, 0.905)),
     )
     report = Report("pocket", {"name": "tiny"}, machine.describe(), rows)
     table = format_table(report).splitlines()
     assert "91.3 %  at least 90.0 %" in table[1]
     assert table[1].endswith("met  n = 42")
     assert table[2].split() == ["plus", "100.0", "%"]
-    assert "skipped: no recogniser" in table[3]
+    assert "skipped: no recognizer" in table[3]
     assert "0.46 s" in table[4]
+    assert "50.0 % (9.5 to 90.5)" in table[5]
     written = report.save(tmp_path, "results")
     assert [path.name for path in written] == ["results.json", "results.png"]
     saved = json.loads(written[0].read_text())
-    assert [row["met"] for row in saved["rows"]] == [True, None, True]
+    assert [row["met"] for row in saved["rows"]] == [True, None, True, None]
+    assert saved["rows"][3]["interval"] == [0.095, 0.905]
     assert written[1].read_bytes().startswith(b"\x89PNG")
 
 

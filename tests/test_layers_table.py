@@ -20,6 +20,8 @@ LAYERS = {
     "vocabulary": 0,
     "turns": 0,
     "audio": 1,
+    "audio_effects": 1,
+    "augmentation": 1,
     "layers": 1,
     "checkpoint": 1,
     "machine": 1,

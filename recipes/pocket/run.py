@@ -17,8 +17,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from duologue.evaluation.curriculum import CURRICULUM_FILE
-
 RUNS = Path("runs/pocket")
 RECIPES = Path(__file__).parent
 ROOT = RECIPES.parent.parent
@@ -37,9 +35,7 @@ def steps(hours: float, turns: int, workers: int) -> list[Step]:
     """All steps in order."""
     corpus, texts, writing = RUNS / "corpus", RUNS / "texts.txt", RUNS / "writing"
     vocabulary, pocket, report = RUNS / "vocabulary", RUNS / "pocket", RUNS / "evaluation"
-    spoken, heard = RUNS / "pronunciations.json", (corpus / "free", corpus / "dialogues")
     whisper = RUNS / "parts" / "whisper-tiny.en"
-    replies = corpus / "test" / CURRICULUM_FILE
     evaluate = ("evaluate", "pocket", "--model", pocket, "--data", corpus / "test", "-o", report)
     learn_text = ("recipes.pocket.text", "--texts", texts, "--out", vocabulary)
     make = ("recipes.pocket.corpus", "--out", corpus, "--workers", workers, "--only")
@@ -51,8 +47,6 @@ def steps(hours: float, turns: int, workers: int) -> list[Step]:
         _step("writing", writing / "facts.txt", "recipes.pocket.writing", "--out", writing),
         _step("texts", texts, "recipes.pocket.corpus", "--texts", texts),
         _step("vocabulary", vocabulary / "vocabulary.json", *learn_text),
-        _step("pronunciations", spoken, "recipes.pocket.pronunciations", "--corpora", *heard, "--out", spoken),
-        _step("replies", replies, "recipes.pocket.replies", "--pronunciations", spoken, "--out", replies),
         _step("whisper", whisper / "config.json", "recipes.pocket.whisper", "--out", whisper),
         _train("tokenizer", "tokenizer", RUNS / "tokenizer" / "final" / "recognizer" / "config.json"),
         _step("freeze", RUNS / "frozen" / "recognizer" / "config.json", "recipes.pocket.freeze"),
@@ -85,7 +79,6 @@ SMOKE = {
     "dialogues": "--turns 60 --programs-only",
     "test": "--test-turns 12 --programs-only",
     "writing": "--dialogues 60",
-    "replies": "--dialogues 200",
     "vocabulary": "--codebook-size 64 --vocab-size 400",
     "whisper": "--random",
     "tokenizer": f"""--set {_MOMENT} batch_s=10 valid=[] num_valid_clips=2 quantize_from_step=1 kmeans_batches=1
@@ -101,7 +94,7 @@ SMOKE = {
     "pretrain": f"""--set {_MOMENT} {_FEW} language.width=32 language.num_heads=2 language.head_dim=16
         language.ffn_dim=64""",
     "chat": f"--set {_MOMENT} {_FEW} num_questions=2",
-    # A model that has learned nothing talks until it may not go on, and its noise takes a recogniser minutes.
+    # A model that has learned nothing talks until it may not go on, and its noise takes a recognizer minutes.
     "assemble": "--max-tokens 60",
     "evaluate": "--limit 2",
 }

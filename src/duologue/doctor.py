@@ -24,8 +24,11 @@ EXTRAS = {
         ("fastapi", "uvicorn", "websockets", "python-multipart", "prometheus-client", "onnxruntime"),
     ),
     "talk": ("duologue talk", ("websockets", "sounddevice", "rich")),
-    "train": ("training", ("tensorboard", "matplotlib", "pyarrow", "jiwer")),
-    "eval": ("evaluation", ("pocketsphinx", "speechmos", "librosa", "onnxruntime", "matplotlib")),
+    "train": ("training", ("tensorboard", "matplotlib", "pyarrow", "whisper_normalizer")),
+    "eval": (
+        "evaluation",
+        ("faster_whisper", "whisper_normalizer", "speechmos", "librosa", "onnxruntime", "matplotlib"),
+    ),
     "dev": ("tests and checks", ("pytest", "hypothesis", "schemathesis", "httpx", "ruff", "mypy")),
 }
 # program -> (what it is for, Debian packages)

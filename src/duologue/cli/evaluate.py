@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,15 @@ from duologue.cli.parser import Parser, add_command, positive, say_if_untrained
 from duologue.machine import version_of
 
 if TYPE_CHECKING:
+    from duologue.evaluation.conversations import ScoredExchange
     from duologue.evaluation.report import Report
     from duologue.evaluation.testset import TestSet
     from duologue.models import Card
 
+    Result = tuple[Report, Sequence[ScoredExchange]]  # and what the page of players shows
+
 TEST_DATA = "runs/pocket/corpus/test"
+RESULTS = "report"  # report.json, report.png, report.html
 
 
 def add(commands: Any) -> None:
@@ -26,30 +30,39 @@ def add(commands: Any) -> None:
     suites = evaluate.add_subparsers(title="suites", metavar="SUITE", required=True, parser_class=Parser)
 
     pocket = _add(suites, "pocket", _pocket, "the whole chain and its parts")
+    pocket.add_argument("--limit", type=positive, metavar="N", help="only N dialogues and variants, for a quick look")
     pocket.add_argument(
-        "--recognizer", type=Path, help="the tokenizer's recognition head (default: recognizer/ in the model)"
+        "--players", type=positive, default=60, metavar="N", help="questions at most on the page (default: 60)"
     )
-    pocket.add_argument("--limit", type=positive, metavar="N", help="only N dialogues, for a quick look")
 
 
-def _add(suites: Any, name: str, judge: Callable[[argparse.Namespace, TestSet], Report], text: str) -> Parser:
+def _add(suites: Any, name: str, judge: Callable[[argparse.Namespace, TestSet], Result], text: str) -> Parser:
     suite = add_command(suites, name, _evaluate, text, model=True)
     suite.set_defaults(suite=name, judge=judge)
     suite.add_argument(
         "--data", type=Path, default=Path(TEST_DATA), help=f"folder of the test set (default: {TEST_DATA})"
     )
     suite.add_argument(
-        "-o", "--output", type=Path, metavar="FOLDER", help="write the results there, as JSON and picture"
+        "-o", "--output", type=Path, metavar="FOLDER", help="write report.json, report.png and report.html there"
+    )
+    suite.add_argument(
+        "--recognizer",
+        type=Path,
+        metavar="FOLDER",
+        help="CTranslate2 folder of Whisper base, which reads the replies (default: below runs/pocket/parts)",
     )
     return suite
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    from duologue.evaluation.page import write_page
     from duologue.evaluation.report import format_table
     from duologue.evaluation.testset import load_test_set
 
-    report = args.judge(args, load_test_set(args.data))
-    written = report.save(args.output, args.suite) if args.output is not None else []
+    report, shown = args.judge(args, load_test_set(args.data))
+    written = report.save(args.output, RESULTS) if args.output is not None else []
+    if args.output is not None and shown:
+        written.append(write_page(args.output, report, shown))
     if args.json:
         print(json.dumps(report.to_json()))
     else:
@@ -58,22 +71,29 @@ def _evaluate(args: argparse.Namespace) -> None:
             print(f"-> {path}")
 
 
-def _pocket(args: argparse.Namespace, test_set: TestSet) -> Report:
+def _pocket(args: argparse.Namespace, test_set: TestSet) -> Result:
     from duologue.conversation.chatbot import load, model_folder
+    from duologue.evaluation.bundled import NUM_VARIANTS
     from duologue.evaluation.pocket import evaluate_pocket
-    from duologue.models import read_recognizer
+    from duologue.evaluation.recognition import open_judge
 
     test_set = test_set.limited(args.limit)
+    judge, why_not = open_judge(args.recognizer)
     folder = model_folder(args.model)
-    head = args.recognizer if args.recognizer is not None else folder / "recognizer"
-    recognizer = None
-    if args.recognizer is not None or head.is_dir():
-        recognizer = read_recognizer(head).to(args.device)
     bot = load(folder, args.device)
     say_if_untrained(bot.models.card)
-    model = _about(folder, bot.models.card, ("tokenizer", "vocabulary", "language", "decoder"))
     settings = {"num_dialogues": len(test_set.dialogues), "version": version_of("duologue")}
-    return evaluate_pocket(bot, test_set, recognizer, model=model, settings=settings)
+    evaluated = evaluate_pocket(
+        bot,
+        test_set,
+        judge,
+        why_not,
+        model=_about(folder, bot.models.card, ("tokenizer", "vocabulary", "language", "decoder")),
+        settings=settings,
+        num_players=args.players,
+        num_variants=min(NUM_VARIANTS, args.limit or NUM_VARIANTS),
+    )
+    return evaluated.report, evaluated.shown
 
 
 def _about(folder: Path, card: Card, parts: tuple[str, ...]) -> dict[str, Any]:

@@ -1,31 +1,24 @@
-"""How well speech can be understood: word error rates, an independent recogniser, and how good it sounds.
+"""How well speech can be understood and how good it sounds: word error rates, DNSMOS, use of the codebook.
 
-The recogniser is pocketsphinx with its open English language model, which knows nothing of the curriculum, or with one
-over the curriculum (`curriculum.py`). Where an optional library is missing, `Unavailable` says so, and a measure that
-needs it is reported as skipped with that reason.
+Where an optional library is missing, `Unavailable` says so, and a measure that needs it is reported as skipped with
+that reason.
 """
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from duologue.audio import resample
-from duologue.evaluation.curriculum import Curriculum, bigram_arpa, english_sentences
+from duologue.evaluation.intervals import bootstrap
 from duologue.evaluation.report import Row
 from duologue.evaluation.scoring import word_errors
-from duologue.pcm import to_int16
 
-RECOGNISER_SAMPLE_RATE = 16_000
-_EDGE_S = 0.25  # silence around a clip: the recogniser's noise estimate needs some, and drops words at bare edges
 _MOS_SAMPLES = int(9.01 * 16_000)
-
 
 _Tool = TypeVar("_Tool")
 
@@ -55,67 +48,40 @@ class ErrorRate:
 
 
 def error_rate(pairs: Iterable[tuple[str, str]]) -> ErrorRate:
-    """Of (reference, hypothesis) texts, both normalised here."""
+    """Of (reference, hypothesis) texts, both normalized here."""
     rate = ErrorRate()
     for reference, hypothesis in pairs:
         rate.add(reference, hypothesis)
     return rate
 
 
-def error_row(group: str, name: str, pairs: Sequence[tuple[str, str]], aim: float | None = None) -> Row:
-    """The word error rate of (reference, hypothesis) texts as a row."""
-    rate = error_rate(pairs)
-    if rate.value is None:
-        return Row(group, name, None, "%", skipped="the test set has no such clips")
-    return Row(group, name, rate.value, "%", aim, num=rate.num_texts, note=f"{rate.num_words} words")
-
-
-class Recogniser:
-    """pocketsphinx with its own English models, forgetting each clip before the next.
+def error_row(
+    group: str,
+    name: str,
+    pairs: Sequence[tuple[str, str]],
+    aim: float | None = None,
+    dialogues: Sequence[str] | None = None,
+) -> Row:
+    """The word error rate of (reference, hypothesis) texts as a row, with its interval.
 
     Args:
-        curriculum: listen for what it holds, and for nothing else; the open language model where it is None.
-
-    Raises:
-        Unavailable: pocketsphinx is not installed.
-        ValueError: the curriculum holds no English text of words whose pronunciation is known.
+        dialogues: which dialogue each pair comes from; pairs of one dialogue are drawn together. None: each is its own.
     """
+    rate = error_rate(pairs)
+    if rate.value is None:
+        return Row(group, name, None, "%", aim, skipped="the test set has no such clips")
+    edits, words = zip(*(word_errors(*pair) for pair in pairs), strict=True)
+    interval = bootstrap(edits, words, dialogues or [str(index) for index in range(len(pairs))])
+    note = f"{rate.num_words} words"
+    return Row(group, name, rate.value, "%", aim, num=rate.num_texts, note=note, interval=interval)
 
-    def __init__(self, curriculum: Curriculum | None = None) -> None:
-        try:
-            import pocketsphinx
-        except ImportError:
-            raise Unavailable('pocketsphinx is not installed: pip install "duologue[eval]"') from None
-        if curriculum is None:
-            self._decoder = pocketsphinx.Decoder(samprate=RECOGNISER_SAMPLE_RATE, loglevel="FATAL")
-            return
-        self._decoder = pocketsphinx.Decoder(samprate=RECOGNISER_SAMPLE_RATE, loglevel="FATAL", lm=None)
-        sentences = english_sentences(curriculum.texts)
-        known = set()
-        for word in {word for sentence in sentences for word in sentence}:
-            if self._decoder.lookup_word(word) is None and word in curriculum.pronunciations:
-                self._decoder.add_word(word, curriculum.pronunciations[word], False)
-            if self._decoder.lookup_word(word) is not None:
-                known.add(word)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "curriculum.lm"
-            path.write_text(bigram_arpa([sentence for sentence in sentences if known.issuperset(sentence)]))
-            self._decoder.add_lm_file("curriculum", str(path))
-        self._decoder.activate_search("curriculum")
 
-    def transcribe(self, wav: NDArray[np.float32], sample_rate: int) -> str:
-        """wav (S,) float32 -> lower-case words; empty where nothing was recognised."""
-        if not wav.any():  # it would hear words in digital silence
-            return ""
-        wav = resample(wav, sample_rate, RECOGNISER_SAMPLE_RATE)
-        edge = np.zeros(int(_EDGE_S * RECOGNISER_SAMPLE_RATE), np.float32)
-        pcm = to_int16(np.concatenate([edge, wav, edge])).tobytes()
-        self._decoder.reinit_feat()  # forgets the cepstral mean of the clip before
-        self._decoder.start_utt()
-        self._decoder.process_raw(pcm, full_utt=True)
-        self._decoder.end_utt()
-        hypothesis = self._decoder.hyp()
-        return str(hypothesis.hypstr) if hypothesis is not None else ""
+def quality_row(group: str, name: str, values: Sequence[float], aim: float | None = None) -> Row:
+    """The mean of DNSMOS values, one of each clip, as a row."""
+    if not values:
+        return Row(group, name, None, "MOS", aim, "at least", skipped="there is no sound to judge")
+    interval = bootstrap(values, [1.0] * len(values), [str(index) for index in range(len(values))])
+    return Row(group, name, float(np.mean(values)), "MOS", aim, "at least", num=len(values), interval=interval)
 
 
 class Naturalness:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,37 +11,52 @@ from tqdm import tqdm
 
 from duologue import rates
 from duologue.audio import resample
-from duologue.evaluation.intelligibility import Naturalness, Recogniser, codebook_usage, error_row
+from duologue.evaluation.intelligibility import Naturalness, codebook_usage, error_row, quality_row
 from duologue.evaluation.prosody import PLAIN, probe, token_prosody
+from duologue.evaluation.recognition import Judge
 from duologue.evaluation.report import Row, difference_row
-from duologue.evaluation.testset import SPLIT_NAMES, SPLITS, TestClip, TestSet
+from duologue.evaluation.testset import SEEN, SPLIT_NAMES, SPLITS, UNSEEN, WARPED, TestClip, TestSet, spread
 from duologue.layers import Padded
 from duologue.models import Models
 from duologue.tokenizer.recognizer import Recognizer
 from duologue.tokenizer.speech_recognizer import SpeechRecognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer
 
-NUM_DECODER_CLIPS = 100  # reference replies that are resynthesised
+NUM_DECODER_CLIPS = 100  # reference replies that are resynthesized
 MAX_DECODER_S = 12.0
+TRANSCRIPT_AIMS = {SEEN: 0.08, UNSEEN: 0.15, WARPED: 0.15}
 _MAX_CLIP_S = 30.0  # one piece of the tokenizer
 _BATCH = 16
 
 
-def tokenizer_rows(models: Models, test_set: TestSet, recognizer: Recognizer | SpeechRecognizer | None) -> list[Row]:
-    """What the tokens keep: words, by the tokenizer's own recognition head; use of the codebook; pitch and level."""
+def short_speech(test_set: TestSet) -> list[TestClip]:
+    """The clips that hold speech and fit into one piece of the tokenizer."""
+    clips = (*test_set.speech("user"), *test_set.speech("reply"))
+    return [clip for clip in clips if _seconds(clip) <= _MAX_CLIP_S]
+
+
+def tokenizer_rows(
+    models: Models, test_set: TestSet, codes: Mapping[str, NDArray[np.int64]], texts: Mapping[str, str]
+) -> list[Row]:
+    """What the tokens keep: words, by the tokenizer's own recognition head; use of the codebook; pitch and level.
+
+    Args:
+        codes, texts: of `short_speech(test_set)`, as `tokenize` gives them.
+    """
     group = "tokenizer"
-    clips = [c for c in (*test_set.speech("user"), *test_set.speech("reply")) if _seconds(c) <= _MAX_CLIP_S]
-    codes, texts = tokenize(models.tokenizer, clips, recognizer)
+    clips = short_speech(test_set)
     rows = []
+    dialogue_of = {turn.question: dialogue.id for dialogue in test_set.dialogues for turn in dialogue.turns}
     for split in SPLITS:
         name = f"WER of its recognition head, {SPLIT_NAMES[split]}"
-        pairs = [(c.text, texts[c.id]) for c in clips if c.role == "user" and c.split == split and c.id in texts]
-        if recognizer is None:
+        read = [c for c in clips if c.role == "user" and c.split == split and c.id in texts]
+        if models.recognizer is None:
             rows.append(
-                Row(group, name, None, skipped="the recognition head is not beside the model: give --recognizer")
+                Row(group, name, None, "%", TRANSCRIPT_AIMS[split], skipped="the model has no recognition head")
             )
-        else:
-            rows.append(error_row(group, name, pairs, aim=0.05))
+            continue
+        pairs, units = [(c.text, texts[c.id]) for c in read], [dialogue_of.get(c.id, c.id) for c in read]
+        rows.append(error_row(group, name, pairs, TRANSCRIPT_AIMS[split], units))
     usage, perplexity = codebook_usage(list(codes.values()), models.vocabulary.codebook_size)
     num = sum(map(len, codes.values()))
     rows.append(Row(group, "codebook usage", usage, "%", 0.6, "at least", num, f"perplexity {perplexity:.0f}"))
@@ -61,52 +76,49 @@ def tokenizer_rows(models: Models, test_set: TestSet, recognizer: Recognizer | S
 def decoder_rows(
     models: Models,
     test_set: TestSet,
-    recogniser: Recogniser | None,
+    judge: Judge | None,
     why_not: str,
     naturalness: Naturalness | None,
     why_no_mos: str,
 ) -> list[Row]:
-    """Tokens -> speech: reference replies, tokenized and resynthesised, beside the same recordings as they were."""
+    """Tokens -> speech: reference replies, tokenized and resynthesized, beside the same recordings as they were."""
     group = "decoder"
     clips = plain_replies(test_set)
     codes, _ = tokenize(models.tokenizer, clips)
     made = {c.id: _resynthesize(models, codes[c.id]) for c in tqdm(clips, "resynthesis", disable=None, leave=False)}
     rows = []
-    if recogniser is None:
-        rows.append(Row(group, "WER after resynthesis", None, skipped=why_not))
+    if judge is None:
+        rows.append(Row(group, "WER after resynthesis", None, "%", skipped=why_not))
     else:
-        reference = error_row(
-            group, "WER of the reference audio", [(c.text, recogniser.transcribe(c.wav, c.sample_rate)) for c in clips]
-        )
-        again = error_row(
-            group,
-            "WER after resynthesis",
-            [(c.text, recogniser.transcribe(made[c.id], rates.SPEAK_SAMPLE_RATE)) for c in clips],
-        )
-        rows += [again, reference, difference_row(group, "WER lost by resynthesis", again, reference, 0.1)]
+        recorded = [(c.text, judge.transcribe(c.wav, c.sample_rate)) for c in clips]
+        reference = error_row(group, "WER of the reference audio", recorded)
+        resynthesized = [(c.text, judge.transcribe(made[c.id], rates.SPEAK_SAMPLE_RATE)) for c in clips]
+        again = error_row(group, "WER after resynthesis", resynthesized)
+        rows += [again, reference, difference_row(group, "WER lost by resynthesis", again, reference, 0.03)]
     if naturalness is None:
         rows.append(Row(group, "DNSMOS after resynthesis", None, "MOS", skipped=why_no_mos))
-    elif clips:
-        before = float(np.mean([naturalness(c.wav, c.sample_rate) for c in clips]))
-        after = float(np.mean([naturalness(made[c.id], rates.SPEAK_SAMPLE_RATE) for c in clips]))
-        rows += [
-            Row(group, "DNSMOS after resynthesis", after, "MOS", num=len(clips)),
-            Row(group, "DNSMOS of the reference audio", before, "MOS", num=len(clips)),
-            Row(group, "DNSMOS lost by resynthesis", before - after, "MOS", 0.3, num=len(clips)),
-        ]
+    else:
+        after = quality_row(
+            group,
+            "DNSMOS after resynthesis",
+            [naturalness(made[c.id], rates.SPEAK_SAMPLE_RATE) for c in clips],
+        )
+        before = quality_row(group, "DNSMOS of the reference audio", [naturalness(c.wav, c.sample_rate) for c in clips])
+        rows += [after, before, difference_row(group, "DNSMOS lost by resynthesis", before, after, 0.3, "MOS")]
     return rows
 
 
 def plain_replies(test_set: TestSet, num: int = NUM_DECODER_CLIPS) -> list[TestClip]:
     """At most `num` reference replies of at most 12 s in the plain style, spread evenly over the set."""
     clips = [c for c in test_set.speech("reply") if c.style == PLAIN and _seconds(c) <= MAX_DECODER_S]
-    num = min(num, len(clips))
-    return [clips[i * len(clips) // num] for i in range(num)]
+    return spread(clips, num)
 
 
 @torch.inference_mode()
 def tokenize(
-    tokenizer: SpeechTokenizer, clips: Sequence[TestClip], recognizer: Recognizer | SpeechRecognizer | None = None
+    tokenizer: SpeechTokenizer,
+    clips: Sequence[TestClip],
+    recognizer: Recognizer | SpeechRecognizer | None = None,
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, str]]:
     """Codes of each clip of at most 30 s by id, and with a recognition head the text of the user's clips."""
     codes: dict[str, NDArray[np.int64]] = {}

@@ -2,71 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from duologue import machine
 from duologue.conversation.chatbot import Chatbot
-from duologue.evaluation.bundled import ask_bundled, bundled_rows
-from duologue.evaluation.conversations import (
-    CURRICULUM,
-    OPEN,
-    ScoredExchange,
-    agreement_rows,
-    converse,
+from duologue.evaluation.bundled import NUM_VARIANTS, ask_bundled, ask_variants, bundled_rows, load_bundled
+from duologue.evaluation.conversations import ScoredExchange, converse, type_questions
+from duologue.evaluation.intelligibility import Naturalness, if_available
+from duologue.evaluation.measures import (
+    agreement_row,
     open_vocabulary_rows,
+    refusal_rows,
+    reply_quality_row,
     speaking_rows,
-    style_row,
+    style_rows,
     time_rows,
     understanding_rows,
 )
-from duologue.evaluation.intelligibility import Naturalness, Recogniser, if_available
-from duologue.evaluation.parts import decoder_rows, tokenizer_rows
+from duologue.evaluation.parts import decoder_rows, short_speech, tokenize, tokenizer_rows
+from duologue.evaluation.recognition import Judge
 from duologue.evaluation.report import Report
-from duologue.evaluation.testset import TestSet
-from duologue.tokenizer.recognizer import Recognizer
-from duologue.tokenizer.speech_recognizer import SpeechRecognizer
+from duologue.evaluation.testset import SPLITS, TestSet, spread
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A report, and the exchanges whose sound was kept for the page of players."""
+
+    report: Report
+    shown: tuple[ScoredExchange, ...]
 
 
 def evaluate_pocket(
     bot: Chatbot,
     test_set: TestSet,
-    recognizer: Recognizer | SpeechRecognizer | None,
+    judge: Judge | None,
+    why_not: str,
     *,
     model: dict[str, Any],
     settings: dict[str, Any] | None = None,
-) -> Report:
+    num_players: int = 0,
+    num_variants: int = NUM_VARIANTS,
+) -> Evaluated:
     """All rows.
 
     Args:
-        recognizer: the recognition head that was trained with the tokenizer; without it its row is skipped.
+        judge: reads the sound of the replies; None for the reason `why_not`, then the rows that need it are skipped.
         model: name and hashes, for the report.
+        num_players: exchanges at most whose sound is kept.
+        num_variants: of the bundled questions in noise and rooms.
     """
-    recogniser, why_not = if_available(Recogniser)
     naturalness, why_no_mos = if_available(Naturalness)
+    recordings = load_bundled()
+    speech = short_speech(test_set)
+    codes, transcripts = tokenize(bot.models.tokenizer, speech, bot.models.recognizer)
+    _, own_transcripts = tokenize(bot.models.tokenizer, [one.clip for one in recordings], bot.models.recognizer)
     rows = [
-        *tokenizer_rows(bot.models, test_set, recognizer),
-        *decoder_rows(bot.models, test_set, recogniser, why_not, naturalness, why_no_mos),
+        *tokenizer_rows(bot.models, test_set, codes, transcripts),
+        *decoder_rows(bot.models, test_set, judge, why_not, naturalness, why_no_mos),
     ]
-    recognisers = {} if recogniser is None else {OPEN: recogniser}
-    if recogniser is not None and test_set.curriculum is not None:
-        recognisers[CURRICULUM] = Recogniser(test_set.curriculum)
-    bundled = ask_bundled(bot, recognisers)
-    exchanges = converse(bot, test_set, recognisers)
+    bundled = ask_bundled(bot, recordings, judge, own_transcripts)
+    varied = ask_variants(bot, recordings, num_variants)
+    kept = set(_dialogues_to_show(test_set, num_players - len(bundled)))
+    exchanges = converse(bot, test_set, judge, naturalness, transcripts, kept)
+    typed = type_questions(bot, test_set)
     rows += [
-        *bundled_rows(bundled, why_not),
+        *bundled_rows(bundled, varied, why_not),
         *open_vocabulary_rows(exchanges, why_not),
-        *understanding_rows(exchanges),
+        *understanding_rows([*exchanges, *typed]),
         *speaking_rows(exchanges, why_not),
-        *agreement_rows(exchanges, why_not),
-        style_row(exchanges),
+        agreement_row(exchanges, why_not),
+        reply_quality_row(exchanges, why_no_mos),
+        *refusal_rows(exchanges),
+        *style_rows(exchanges),
         *time_rows(exchanges),
     ]
-    return Report(
-        "pocket", model, machine.describe(), tuple(rows), settings or {}, tuple(map(_sample, (*bundled, *exchanges)))
-    )
+    asked = (*bundled, *varied, *exchanges, *typed)
+    report = Report("pocket", model, machine.describe(), tuple(rows), settings or {}, tuple(map(_sample, asked)))
+    shown = [*bundled, *(one for one in exchanges if one.reply_sound is not None)][:num_players]
+    return Evaluated(report, tuple(shown))
+
+
+def _dialogues_to_show(test_set: TestSet, num_turns: int) -> Iterator[str]:
+    """Ids of dialogues with at most `num_turns` turns in all, evenly spread over each voice group."""
+    groups = [[one for one in test_set.dialogues if one.split == split] for split in SPLITS]
+    groups = [group for group in groups if group]
+    for group in groups:
+        left = num_turns // len(groups)
+        for dialogue in spread(group, max(0, left)):
+            if len(dialogue.turns) <= left:
+                left -= len(dialogue.turns)
+                yield dialogue.id
 
 
 def _sample(one: ScoredExchange) -> dict[str, Any]:
     """What the results file keeps of an exchange."""
-    kept = ("dialogue", "intent", "split", "style", "asked", "said")
-    return {**{name: getattr(one, name) for name in kept}, "heard": dict(one.heard), "correct": one.correct}
+    kept = ("dialogue", "intent", "split", "style", "asked", "transcript", "said", "heard", "correct")
+    return {name: getattr(one, name) for name in kept}

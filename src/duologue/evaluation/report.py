@@ -27,6 +27,7 @@ class Row:
             "dB", ... or "".
         aim: upper or lower bound that the value should keep; `aim_is` is "at most", "at least" or "below".
         num: how many items the value was computed from.
+        interval: 95 % confidence interval of the value, in the same unit.
         parts: the same measure by intent, voice or style, in the same unit.
     """
 
@@ -40,6 +41,7 @@ class Row:
     note: str = ""
     skipped: str = ""
     parts: dict[str, float] = field(default_factory=dict)
+    interval: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.value is not None and not math.isfinite(self.value):
@@ -92,7 +94,7 @@ class Report:
         return written
 
 
-def difference_row(group: str, name: str, larger: Row, smaller: Row, aim: float, unit: str = "points") -> Row:
+def difference_row(group: str, name: str, larger: Row, smaller: Row, aim: float | None, unit: str = "points") -> Row:
     """By how much one measure exceeds another; skipped where one of them was."""
     if larger.value is None or smaller.value is None:
         return Row(group, name, None, unit, skipped=larger.skipped or smaller.skipped)
@@ -110,6 +112,13 @@ def format_value(value: float | None, unit: str) -> str:
     return f"{value:.2f} {unit}".rstrip()
 
 
+def _format_interval(row: Row) -> str:
+    if row.interval is None:
+        return ""
+    low, high = row.interval
+    return f" ({100 * low:.1f} to {100 * high:.1f})" if row.unit == "%" else f" ({low:.2f} to {high:.2f})"
+
+
 def format_table(report: Report) -> str:
     """The rows as aligned text, parts of a row indented below it."""
     lines: list[tuple[str, str, str, str, str]] = []
@@ -121,7 +130,7 @@ def format_table(report: Report) -> str:
         if row.num and not row.skipped:
             note = f"{note} (n = {row.num})" if note else f"n = {row.num}"
         name = f"{row.group}: {row.name}" if row.group != group else f"{' ' * len(row.group)}  {row.name}"
-        lines.append((name, format_value(row.value, row.unit), aim, verdict, note))
+        lines.append((name, format_value(row.value, row.unit) + _format_interval(row), aim, verdict, note))
         group = row.group
         for part, value in row.parts.items():
             lines.append((f"{' ' * len(row.group)}    {part}", format_value(value, row.unit), "", "", ""))

@@ -1,6 +1,6 @@
-"""Is the answer right: normalisation of spoken-style text and the search for accepted answers in a reply.
+"""Is the answer right: normalization of text and the search for accepted answers in a reply.
 
-Used on the text of a reply (S->T) and on what a recogniser hears in its audio (S->S) alike.
+Used on the text of a reply (S->T) and on what a recognizer reads in its sound (S->S) alike, and by the training.
 """
 
 from __future__ import annotations
@@ -8,32 +8,49 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
+
+from whisper_normalizer.basic import BasicTextNormalizer
+from whisper_normalizer.english import EnglishTextNormalizer
 
 _SMALL = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
     *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
 )
 _TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_ORDINALS = {"one": "first", "two": "second", "three": "third", "five": "fifth"}
+_ORDINALS |= {"eight": "eighth", "nine": "ninth", "twelve": "twelfth"}
 _LARGEST = 999_999
 _UNITS = {word: value for value, word in enumerate(_SMALL)}
 _ROUND = {word: value * 10 for value, word in enumerate(_TENS) if word}
-# Spellings that recognisers choose between freely.
-_SPELLINGS = {"colour": "color", "grey": "gray", "ok": "okay", "favourite": "favorite", "mum": "mom"}
+# Spellings that recognizers choose between freely, and that Whisper's normalizer keeps apart.
+_SPELLINGS = {"ok": "okay", "mum": "mom", "cannot": "can not", "alright": "all right"}
+_ENGLISH, _BASIC = EnglishTextNormalizer(), BasicTextNormalizer()
+# Whisper's own rule joins "one, two, three" to "123" and keeps "1, 2, 3" apart.
+_ENGLISH.standardize_numbers = lambda text: text
 
 
-def normalize(text: str) -> str:
-    """Lower-case words with single spaces: punctuation and accents gone, numbers in words, one spelling of each word.
+@lru_cache(maxsize=4096)
+def normalize(text: str, language: str = "en") -> str:
+    """Words with single spaces as recognizers are compared: Whisper's normalizer, but with numbers in words.
 
-    "It's 3,021 km!" -> "it's three thousand twenty one km"; "one hundred and five" -> "one hundred five". Apostrophes
-    inside words stay. Characters of other scripts stay as they are.
+    "It's 3,021 km!" -> "it is three thousand twenty one km"; "one hundred and five" -> "one hundred five". Characters
+    of other scripts stay as they are.
+
+    Source: whisper-normalizer's `EnglishTextNormalizer` (arXiv 2212.04356, appendix C), for other languages than "en"
+    its `BasicTextNormalizer`.
     """
-    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
+    if language != "en":
+        return str(_BASIC(text)).strip()
+    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'").replace("_", " ")
     text = "".join(char for char in unicodedata.normalize("NFD", text) if not unicodedata.combining(char))
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
     text = re.sub(r"(?<!\w)[-−](?=\d)", " minus ", text)
-    text = re.sub(r"\d+", lambda digits: f" {_in_words(digits.group())} ", text)
-    text = re.sub(r"(?<!\w)'|'(?!\w)", " ", text)
-    words = [_SPELLINGS.get(word, word) for word in re.findall(r"[\w']+", text.replace("_", " "))]
+    text = re.sub(r"[$]\s*(\d+)", r"\1 dollars", text).replace("%", " percent ")
+    text = re.sub(r"(?<=\d)[.](?=\d)", " point ", text)
+    text = re.sub(r"\b(\d+)(?:st|nd|rd|th)\b", lambda found: f" {_ordinal(_in_words(found[1]))} ", text)
+    text = re.sub(r"\d+", lambda found: f" {_in_words(found[0])} ", text)
+    words = " ".join(_SPELLINGS.get(word, word) for word in re.findall(r"\w+", str(_ENGLISH(text)))).split()
     kept = [
         word
         for index, word in enumerate(words)
@@ -59,15 +76,21 @@ def is_correct(reply_text: str, answers: Sequence[str]) -> bool:
     )
 
 
-def word_errors(reference: str, hypothesis: str) -> tuple[int, int]:
-    """(edits, reference words) between two normalised texts: substitutions, deletions and insertions of words."""
-    expected, heard = normalize(reference).split(), normalize(hypothesis).split()
+def word_errors(reference: str, hypothesis: str, language: str = "en") -> tuple[int, int]:
+    """(edits, reference words) between two texts, normalized here: substitutions, deletions and insertions of words."""
+    expected, heard = normalize(reference, language).split(), normalize(hypothesis, language).split()
     row = list(range(len(heard) + 1))
     for index, word in enumerate(expected, start=1):
         diagonal, row[0] = row[0], index
         for column, other in enumerate(heard, start=1):
             diagonal, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, diagonal + (word != other))
     return row[-1], len(expected)
+
+
+def _ordinal(words: str) -> str:
+    *before, last = words.split()
+    ordinal = _ORDINALS.get(last) or (f"{last[:-1]}ieth" if last.endswith("y") else f"{last}th")
+    return " ".join([*before, ordinal])
 
 
 def _in_words(digits: str) -> str:

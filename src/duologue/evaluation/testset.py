@@ -3,29 +3,30 @@
     clips*.jsonl      one clip a line: id, text, role, voice, style, split, intent, sample_rate, offset, num_samples
     clips*.pcm        flat int16, little endian; `offset` counts samples in it
     dialogues*.jsonl  one dialogue a line: id, intent, split, turns [{role, text, clip, style, sound, answers}]
-    curriculum.json   what replies can say, for a recogniser that listens for that: {texts, pronunciations}; optional
 
-Splits: "test" has voices that were heard in training, "test_unseen" has voices that never were.
+Splits: "test" has voices that were heard in training, "test_unseen" has voices that never were, "test_warped" has
+natural voices with F0 and envelope as they never were in training. A test set need not have all of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from duologue.evaluation.curriculum import Curriculum, load_curriculum
 from duologue.pcm import from_int16
 
-SEEN, UNSEEN = "test", "test_unseen"
-SPLITS = (SEEN, UNSEEN)
-SPLIT_NAMES = {SEEN: "seen voices", UNSEEN: "unseen voices"}
+SEEN, UNSEEN, WARPED = "test", "test_unseen", "test_warped"
+SPLITS = (SEEN, UNSEEN, WARPED)
+SPLIT_NAMES = {SEEN: "seen voices", UNSEEN: "unseen voices", WARPED: "warped voices"}
 HOW_TO_MAKE = "python -m recipes.pocket.corpus --out runs/pocket/corpus --only test"
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +83,12 @@ class TestDialogue:
 
 @dataclass(frozen=True)
 class TestSet:
-    """All clips by id, the dialogues in the order of their files, and what replies can say."""
+    """All clips by id, the dialogues in the order of their files."""
 
     __test__ = False
 
     clips: dict[str, TestClip]
     dialogues: tuple[TestDialogue, ...]
-    curriculum: Curriculum | None = None
 
     def speech(self, role: str, split: str | None = None) -> list[TestClip]:
         """The clips of a role ("user" or "reply") that hold speech."""
@@ -98,10 +98,16 @@ class TestSet:
         """At most `num` dialogues, spread evenly over the set so that intents stay mixed, and their clips."""
         if num is None or num >= len(self.dialogues):
             return self
-        chosen = [self.dialogues[i * len(self.dialogues) // num] for i in range(num)]
+        chosen = spread(self.dialogues, num)
         needed = {clip for dialogue in chosen for turn in dialogue.turns for clip in (turn.question, turn.reply)}
         clips = {key: clip for key, clip in self.clips.items() if key in needed}
-        return TestSet(clips, tuple(chosen), self.curriculum)
+        return TestSet(clips, tuple(chosen))
+
+
+def spread(items: Sequence[_Item], num: int) -> list[_Item]:
+    """At most `num` of the items, evenly spread over them."""
+    num = min(num, len(items))
+    return [items[i * len(items) // num] for i in range(num)]
 
 
 def load_test_set(folder: str | Path) -> TestSet:
@@ -122,7 +128,7 @@ def load_test_set(folder: str | Path) -> TestSet:
     )
     if not dialogues:
         raise ValueError(f"{folder} holds no test dialogues; make a test set with: {HOW_TO_MAKE}")
-    return TestSet(clips, dialogues, load_curriculum(folder))
+    return TestSet(clips, dialogues)
 
 
 def _read_clips(shard: Path) -> Iterator[TestClip]:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
+from duologue.augmentation import AugmentConfig, augment
 from duologue.checkpoint import file_hash, load_component
 from duologue.interleave import weave
 from duologue.language.backbone import Provenance
@@ -35,7 +36,7 @@ from duologue.training.corpus import (
     write_manifest,
     write_shard,
 )
-from duologue.training.data import AugmentConfig, Clip, Clips, Wav, augment
+from duologue.training.data import Clip, Clips, Wav
 from duologue.turns import Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
 

@@ -12,23 +12,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jiwer
 import numpy as np
 import torch
 from torch import Tensor, nn
-from whisper_normalizer.basic import BasicTextNormalizer
-from whisper_normalizer.english import EnglishTextNormalizer
 
 from duologue import rates
 from duologue.audio import pitch
+from duologue.augmentation import AugmentConfig, corrupt, place
 from duologue.checkpoint import load_component, save_component
+from duologue.evaluation.scoring import normalize, word_errors
 from duologue.layers import Padded
 from duologue.tokenizer.encoder import pool
 from duologue.tokenizer.quantizer import Quantized
 from duologue.tokenizer.speech_recognizer import SpeechRecognizer, load_speech_recognizer, save_speech_recognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.tokenizer.whisper import WhisperFolder, WhisperTeacher, from_whisper
-from duologue.training.data import AugmentConfig, Clips, LengthBatches, Wav, corrupt, place
+from duologue.training.data import Clips, LengthBatches, Wav
 from duologue.training.loop import Batch, LoopConfig
 
 _CALIBRATION_BATCHES = 4
@@ -209,16 +208,18 @@ class TokenizerStage:
         metrics: dict[str, float] = {}
         used = torch.zeros(self.tokenizer.config.quantizer.codebook_size, dtype=torch.int64)
         for name, clips in self.valid.items():
-            said, heard = [], []
+            edits, words = 0, 0
             order = sorted(range(min(self.recipe.num_valid_clips, len(clips))), key=lambda i: -len(clips.wav(i)))
             for at in range(0, len(order), 16):
                 chosen = order[at : at + 16]
                 texts, codes = self._transcribe(clips, chosen)
-                said += [_words(clips.records[i].text, clips.records[i].language) for i in chosen]
-                heard += [_words(text, clips.records[i].language) for text, i in zip(texts, chosen, strict=True)]
+                for i, heard in zip(chosen, texts, strict=True):
+                    said = clips.records[i]
+                    if normalize(said.text, said.language):
+                        wrong, of = word_errors(said.text, heard, said.language)
+                        edits, words = edits + wrong, words + of
                 used += torch.bincount(codes, minlength=len(used)).cpu()
-            kept = [pair for pair in zip(said, heard, strict=True) if pair[0]]
-            metrics[f"wer/{name}"] = jiwer.wer([pair[0] for pair in kept], [pair[1] for pair in kept])
+            metrics[f"wer/{name}"] = edits / max(words, 1)
         share = used / used.sum().clamp(min=1)
         recent = self.tokenizer.quantizer.ema_count
         metrics["codebook_usage"] = float((used > 0).float().mean())
@@ -328,14 +329,6 @@ class TokenizerStage:
         config = self.tokenizer.config.encoder
         longest = -(-wav.values.shape[1] // (rates.LISTEN_HOP * rates.ENCODER_STRIDE))
         return max((config.max_positions - longest) // config.block_frames, 1)
-
-
-_ENGLISH, _BASIC = EnglishTextNormalizer(), BasicTextNormalizer()
-
-
-def _words(text: str, language: str) -> str:
-    """The words of a text as recognizers are compared: Whisper's own normalization."""
-    return str((_ENGLISH if language == "en" else _BASIC)(text))
 
 
 def _masked(mel: Padded, config: SpecAugmentConfig) -> Tensor:

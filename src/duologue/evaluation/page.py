@@ -1,0 +1,110 @@
+"""The page of players: what was asked, what was answered, and what was read of both, to be listened to in a browser.
+
+`report.html` needs nothing but the folder `sounds` next to it: no network, no other file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from duologue.evaluation.conversations import ScoredExchange, Sound
+from duologue.evaluation.measures import GROUP_NAMES
+from duologue.evaluation.report import Report, format_table
+
+PAGE_FILE, SOUND_FOLDER = "report.html", "sounds"
+_HEAD = ("group", "question", "recognition side", "answer", "Whisper read", "in text", "in sound")
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { border-bottom: 1px solid #8885; padding: .5rem; text-align: left; vertical-align: top; }
+th { position: sticky; top: 0; background: Canvas; }
+audio { display: block; width: 15rem; height: 2rem; margin-top: .3rem; }
+pre { overflow-x: auto; }
+.yes { color: #197b3b; } .no { color: #c62828; font-weight: bold; }
+@media (prefers-color-scheme: dark) { .yes { color: #6fcf8f; } .no { color: #ff8a80; } }
+"""
+_SCRIPT = """
+const group = document.getElementById("group"), wrong = document.getElementById("wrong");
+function filter() {
+  let shown = 0;
+  for (const row of document.querySelectorAll("tbody tr")) {
+    row.hidden = (group.value && row.dataset.group !== group.value) || (wrong.checked && !("wrong" in row.dataset));
+    shown += !row.hidden;
+  }
+  document.getElementById("count").textContent = shown;
+}
+group.addEventListener("change", filter); wrong.addEventListener("change", filter); filter();
+"""
+
+
+def write_page(folder: str | Path, report: Report, exchanges: Sequence[ScoredExchange]) -> Path:
+    """Writes `report.html` and the sounds that the exchanges kept; returns the page."""
+    folder = Path(folder)
+    sounds = folder / SOUND_FOLDER
+    sounds.mkdir(parents=True, exist_ok=True)
+    for old in sounds.glob("[0-9][0-9][0-9]-*.flac"):
+        old.unlink()
+    rows = [_row(folder, number, one) for number, one in enumerate(exchanges)]
+    groups = list(dict.fromkeys(GROUP_NAMES.get(one.split, one.split) for one in exchanges))
+    options = "".join(f'<option value="{escape(group)}">{escape(group)}</option>' for group in groups)
+    title = escape(f"{report.suite}: {report.model.get('name', '')}")
+    head = "".join(f"<th>{escape(name)}</th>" for name in _HEAD)
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>
+<style>{_STYLE}</style></head>
+<body>
+<h1>{title}</h1>
+<details><summary>All measures</summary><pre>{escape(format_table(report))}</pre></details>
+<p><label>Group <select id="group"><option value="">all</option>{options}</select></label>
+<label><input type="checkbox" id="wrong"> only wrong</label>
+<span id="count">{len(rows)}</span> of {len(report.samples)} questions; they are evenly spread over the test set.</p>
+<table><thead><tr>{head}</tr></thead>
+<tbody>
+{"".join(rows)}</tbody></table>
+<script>{_SCRIPT}</script>
+</body></html>
+"""
+    path = folder / PAGE_FILE
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _row(folder: Path, number: int, one: ScoredExchange) -> str:
+    in_text, in_sound = one.correct, None if one.heard is None else one.heard_correct
+    group = GROUP_NAMES.get(one.split, one.split)
+    cells = (
+        escape(f"{group}, {one.intent}") + ("" if one.last else "<br><small>an earlier turn</small>"),
+        escape(one.asked or "(a sound without words)") + _player(folder, f"{number:03d}-question", one.question_sound),
+        _text(one.transcript),
+        escape(one.said)
+        + _player(folder, f"{number:03d}-answer", one.reply_sound)
+        + f"<small>accepted: {escape(', '.join(one.answers))}</small>",
+        _text(one.heard),
+        _mark(in_text),
+        _mark(in_sound),
+    )
+    wrong = " data-wrong" if not in_text or in_sound is False else ""
+    return f'<tr data-group="{escape(group)}"{wrong}>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>\n"
+
+
+def _player(folder: Path, name: str, sound: Sound | None) -> str:
+    if sound is None or not sound.wav.size:
+        return ""
+    path = f"{SOUND_FOLDER}/{name}.flac"
+    soundfile.write(folder / path, np.clip(sound.wav, -1.0, 1.0), sound.sample_rate)
+    return f'<audio controls preload="none" src="{path}"></audio>'
+
+
+def _text(text: str | None) -> str:
+    return "<small>not read</small>" if text is None else escape(text) or "<small>(nothing)</small>"
+
+
+def _mark(right: bool | None) -> str:
+    return {True: '<span class="yes">right</span>', False: '<span class="no">wrong</span>', None: "-"}[right]
