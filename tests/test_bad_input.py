@@ -371,4 +371,4 @@ def test_a_bad_recipe_gets_one_sentence(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipe.yaml").write_text(recipe)
     settings = ["--set", setting] if setting else []
-    assert words in refusal(capsys, "train", "tokenizer", "--recipe", "recipe.yaml", *settings)
+    assert words in refusal(capsys, "train", "vocoder", "--recipe", "recipe.yaml", *settings)

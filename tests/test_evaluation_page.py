@@ -10,7 +10,7 @@ import pytest
 import soundfile
 
 from duologue import machine
-from duologue.evaluation.conversations import ScoredExchange, Sound
+from duologue.evaluation.conversations import ScoredExchange, Waveform
 from duologue.evaluation.intelligibility import error_row
 from duologue.evaluation.intervals import bootstrap, wilson
 from duologue.evaluation.page import write_page
@@ -100,7 +100,7 @@ class Page(HTMLParser):
 
 
 NASTY = "<script>alert(\"x\")</script> & 'more'"
-SOUND = Sound(np.linspace(-2, 2, 1600, dtype=np.float32), 16_000)
+SOUND = Waveform(np.linspace(-2, 2, 1600, dtype=np.float32), 16_000)
 RIGHT = ScoredExchange(
     dialogue="d",
     intent="plus",
@@ -129,7 +129,7 @@ def test_the_page_shows_marks_escapes_and_needs_no_network(tmp_path: Path) -> No
         replace(RIGHT, heard="it is tree", split="bundled"),
         replace(RIGHT, asked=NASTY, said=NASTY, heard=NASTY, transcript=NASTY, intent=NASTY, answers=(NASTY,)),
         replace(RIGHT, said="four", heard=None, transcript=None, split="test_warped", question_sound=None),
-        replace(RIGHT, asked="", reply_sound=Sound(np.zeros(0, np.float32), 22_050)),
+        replace(RIGHT, asked="", reply_sound=Waveform(np.zeros(0, np.float32), 22_050)),
     ]
     report = Report("pocket", {"name": NASTY}, machine.describe(), (Row("a", NASTY, 0.5),), samples=({},) * 9)
     (tmp_path / "sounds").mkdir()

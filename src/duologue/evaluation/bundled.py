@@ -14,7 +14,7 @@ from duologue.audio import load_audio, resample
 from duologue.augmentation import AugmentConfig, augment
 from duologue.config import parse_config, read_json
 from duologue.conversation.chatbot import Chatbot, model_folder
-from duologue.evaluation.conversations import ScoredExchange, Sound
+from duologue.evaluation.conversations import ScoredExchange, Waveform
 from duologue.evaluation.intervals import wilson
 from duologue.evaluation.prosody import PLAIN
 from duologue.evaluation.recognition import Judge
@@ -87,7 +87,7 @@ def ask_bundled(
         transcripts: what the recognition head reads in each, by file.
     """
     return [
-        _ask(bot, one, BUNDLED, Sound(one.wav, one.sample_rate), judge, (transcripts or {}).get(one.question.file))
+        _ask(bot, one, BUNDLED, Waveform(one.wav, one.sample_rate), judge, (transcripts or {}).get(one.question.file))
         for one in recordings
     ]
 
@@ -104,11 +104,11 @@ def ask_variants(
     return exchanges
 
 
-def vary(recording: Recording, other: Recording, rng: np.random.Generator) -> Sound:
+def vary(recording: Recording, other: Recording, rng: np.random.Generator) -> Waveform:
     """One variant at 16 kHz; `other` is who talks in the background, if anybody does."""
     rate = rates.LISTEN_SAMPLE_RATE
     wav, babble = (resample(one.wav, one.sample_rate, rate) for one in (recording, other))
-    return Sound(augment(wav, rate, VARIATION, rng, lambda: babble), rate)
+    return Waveform(augment(wav, rate, VARIATION, rng, lambda: babble), rate)
 
 
 def bundled_rows(exchanges: Sequence[ScoredExchange], varied: Sequence[ScoredExchange], why_not: str) -> list[Row]:
@@ -135,7 +135,7 @@ def _row(exchanges: Sequence[ScoredExchange], name: str, right: Callable[[Scored
 
 
 def _ask(
-    bot: Chatbot, recording: Recording, split: str, sound: Sound, judge: Judge | None, transcript: str | None
+    bot: Chatbot, recording: Recording, split: str, sound: Waveform, judge: Judge | None, transcript: str | None
 ) -> ScoredExchange:
     question, reply = recording.question, bot.chat(sound.wav, sound.sample_rate)
     return ScoredExchange(
@@ -156,5 +156,5 @@ def _ask(
         total_s=reply.timings.total_s,
         transcript=transcript,
         question_sound=sound,
-        reply_sound=Sound(reply.audio, reply.sample_rate),
+        reply_sound=Waveform(reply.audio, reply.sample_rate),
     )

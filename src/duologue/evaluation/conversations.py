@@ -29,7 +29,7 @@ REFUSALS = (
 
 
 @dataclass(frozen=True, eq=False)
-class Sound:
+class Waveform:
     """wav (S,) float32 in [-1, 1]."""
 
     wav: NDArray[np.float32]
@@ -70,8 +70,8 @@ class ScoredExchange:
     total_s: float
     transcript: str | None = None
     quality: float | None = None
-    question_sound: Sound | None = field(default=None, repr=False, compare=False)
-    reply_sound: Sound | None = field(default=None, repr=False, compare=False)
+    question_sound: Waveform | None = field(default=None, repr=False, compare=False)
+    reply_sound: Waveform | None = field(default=None, repr=False, compare=False)
 
     @property
     def correct(self) -> bool:
@@ -141,8 +141,8 @@ def converse(
                     change=None if turn.style == PLAIN else _change(bot, dialogue, replies, index),
                     transcript=(transcripts or {}).get(turn.question),
                     quality=naturalness(reply.audio, reply.sample_rate) if naturalness and is_judged else None,
-                    question_sound=Sound(question.wav, question.sample_rate) if is_kept else None,
-                    reply_sound=Sound(reply.audio, reply.sample_rate) if is_kept else None,
+                    question_sound=Waveform(question.wav, question.sample_rate) if is_kept else None,
+                    reply_sound=Waveform(reply.audio, reply.sample_rate) if is_kept else None,
                 )
             )
     return exchanges
@@ -165,7 +165,7 @@ def type_questions(bot: Chatbot, test_set: TestSet, keep_sound: Collection[str] 
                     heard=None,
                     heard_reference=None,
                     change=None,
-                    reply_sound=Sound(reply.audio, reply.sample_rate) if dialogue.id in keep_sound else None,
+                    reply_sound=Waveform(reply.audio, reply.sample_rate) if dialogue.id in keep_sound else None,
                 )
             )
     return exchanges

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from duologue.evaluation.conversations import ScoredExchange, Sound
+from duologue.evaluation.conversations import ScoredExchange, Waveform
 from duologue.evaluation.measures import GROUP_NAMES
 from duologue.evaluation.report import Report, format_table
 
@@ -94,7 +94,7 @@ def _row(folder: Path, number: int, one: ScoredExchange) -> str:
     return f'<tr data-group="{escape(group)}"{wrong}>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>\n"
 
 
-def _player(folder: Path, name: str, sound: Sound | None) -> str:
+def _player(folder: Path, name: str, sound: Waveform | None) -> str:
     if sound is None or not sound.wav.size:
         return ""
     path = f"{SOUND_FOLDER}/{name}.flac"
