@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from duologue.audio import LogMelConfig
 from duologue.interleave import Kind
 from duologue.language.engine import PlainEngine
-from duologue.language.quantization import check_available, quantize
 from duologue.language.sampling import Sampling
 from duologue.layers import Padded
 from duologue.memory import estimate
+from duologue.quantization import check_available, quantize
 from duologue.released.convert import PROGRESS_FILE, convert
 from duologue.released.language import chatglm_shapes, load_released_language, read_config
 from duologue.released.random_weights import ReleasedLanguageSizes, write_random_language, write_random_tokenizer

@@ -145,11 +145,11 @@ class LogMel(nn.Module):
         return LogMelState(buffer, zeros.bool(), zeros, self.window.new_full((batch_size,), -torch.inf))
 
     def step(self, x: Padded, state: LogMelState) -> Padded:
-        return self._normalise(self._take_in(x, state), state)
+        return self._normalize(self._take_in(x, state), state)
 
     def flush(self, state: LogMelState, rows: Tensor | None = None) -> Padded:
         rows = torch.ones_like(state.started) if rows is None else rows
-        mel = self._normalise(self._finish(state, rows), state)
+        mel = self._normalize(self._finish(state, rows), state)
         reset_rows(state, self.init_state(len(rows)), rows)
         return mel
 
@@ -157,7 +157,7 @@ class LogMel(nn.Module):
         state = self.init_state(len(x.lengths))
         raw = [self._take_in(x, state), self._finish(state, torch.ones_like(state.started))]
         mel = Padded.concat(raw)
-        return self._normalise(mel, state)
+        return self._normalize(mel, state)
 
     def _take_in(self, x: Padded, state: LogMelState) -> Padded:
         state.num_samples = state.num_samples + x.lengths
@@ -201,7 +201,7 @@ class LogMel(nn.Module):
         power = (spectrum.real.square() + spectrum.imag.square()).transpose(1, 2)  # (B, T, n_fft / 2 + 1)
         return Padded((power @ self.filters).clamp(min=1e-10).log10(), num_frames)
 
-    def _normalise(self, mel: Padded, state: LogMelState) -> Padded:
+    def _normalize(self, mel: Padded, state: LogMelState) -> Padded:
         values = mel.values
         if self.config.floor == "fixed":
             return Padded((values.clamp(min=self.config.log_floor) + 4.0) / 4.0, mel.lengths)
@@ -238,9 +238,9 @@ class SpeakMel(nn.Module):
 
 
 def pitch(wav: Tensor, sample_rate: int, hop_length: int, f0_min: float = 60.0, f0_max: float = 400.0) -> Tensor:
-    """Fundamental frequency by normalised autocorrelation: wav (B, S) -> (B, S // hop_length) Hz, 0 where unvoiced.
+    """Fundamental frequency by normalized autocorrelation: wav (B, S) -> (B, S // hop_length) Hz, 0 where unvoiced.
 
-    Frame i is centred on sample (i + 0.5) * hop_length and 64 ms long.
+    Frame i is centered on sample (i + 0.5) * hop_length and 64 ms long.
     """
     size = int(0.064 * sample_rate)
     num_frames = wav.shape[1] // hop_length

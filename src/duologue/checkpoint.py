@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,8 +29,10 @@ from duologue.config import parse_config, read_json, to_mapping, write_json
 FORMAT_VERSION = 1
 MAX_SHARD_BYTES = 2**31
 _OWN_KEYS = ("kind", "version", "extra")
-# Plain floating point, as safetensors names it.
+# Floating-point types by their names in safetensors, and those in which a language model can run.
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Module = TypeVar("Module", bound=nn.Module)
 Config = TypeVar("Config")

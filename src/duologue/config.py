@@ -4,6 +4,8 @@ A dataclass is the list of what a file may say. An unknown key, a missing key an
 that name the key with its path and the choices; nothing is guessed and nothing is executed.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
@@ -71,7 +73,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The YAML mapping in a file: plain data, no tags. Raises ValueError with one sentence when there is none."""
     try:
-        data = yaml.load(_read_text(Path(path)), Loader=_PlainLoader)
+        data = yaml.load(_read_text(Path(path)), Loader=PlainLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
     return _object(path, data)
@@ -84,7 +86,7 @@ def parse_value(text: str) -> Any:
         ValueError: it is not plain YAML.
     """
     try:
-        return yaml.load(text, Loader=_PlainLoader)
+        return yaml.load(text, Loader=PlainLoader)
     except yaml.YAMLError:
         raise ValueError(f"{text!r} is not a value in plain YAML") from None
 
@@ -98,7 +100,7 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     scratch.replace(path)
 
 
-class _PlainLoader(yaml.SafeLoader):
+class PlainLoader(yaml.SafeLoader):
     """YAML as people write it: 1e-4 is a number (YAML 1.1 wants 1.0e-4), a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -109,7 +111,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_PlainLoader.add_implicit_resolver(
+PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 

@@ -19,6 +19,8 @@ text finished from the start. The same machine builds training data, constrains 
 goes on where a stream was cut. (GLM-4-Voice, section "streaming thoughts"; `web_demo.py` of its release.)
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -79,7 +81,7 @@ class Allowed:
         )
 
     @property
-    def kinds(self) -> tuple["Allowed", ...]:
+    def kinds(self) -> tuple[Allowed, ...]:
         """Each of the allowed kinds as the only one."""
         text, speech, end = Allowed(True, False, False), Allowed(False, True, False), Allowed(False, False, True)
         return tuple(one for one, may in ((text, self.text), (speech, self.speech), (end, self.end)) if may)
@@ -149,7 +151,7 @@ class InterleaveState:
             if not self.text_finished and self.run_length == self.schedule.speech_run:
                 self.run, self.run_length = Kind.TEXT, 0
 
-    def advance_all(self, kinds: Iterable[Kind]) -> "InterleaveState":
+    def advance_all(self, kinds: Iterable[Kind]) -> InterleaveState:
         """Take several tokens and return this state: `InterleaveState(schedule).advance_all(kinds)` is the state from
         which a stream that was cut after `kinds` goes on."""
         for kind in kinds:

@@ -311,14 +311,16 @@ def attention_mask(
     key = start[:, None] + offsets  # (B, W + T)
     query = key[:, num_cached:]
     key_block, query_block = block_of(key)[:, None, :], block_of(query)[:, :, None]
-    seen = key_block <= query_block
+    may_attend = key_block <= query_block
     if past_blocks is not None:
-        seen = seen & (key_block >= query_block - past_blocks)
-    real = (key >= 0) & (offsets < x.lengths[:, None])
+        may_attend = may_attend & (key_block >= query_block - past_blocks)
+    is_key = (key >= 0) & (offsets < x.lengths[:, None])
     if num_valid is not None:
-        real = real & (key < num_valid[:, None])
-    behind = (offsets[num_cached:] >= x.lengths[:, None])[:, :, None]
-    return ((seen & real[:, None, :]) | (behind & (key[:, None, :] == query[:, :, None])))[:, None]
+        is_key = is_key & (key < num_valid[:, None])
+    # Padding frames attend to themselves, so that softmax has no empty row.
+    is_padding = (offsets[num_cached:] >= x.lengths[:, None])[:, :, None]
+    pad_self = is_padding & (key[:, None, :] == query[:, :, None])
+    return ((may_attend & is_key[:, None, :]) | pad_self)[:, None]
 
 
 def attend(

@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from duologue.checkpoint import file_hash, load_component, read_extra, read_kind
+from duologue.checkpoint import Dtype, file_hash, load_component, read_extra, read_kind
 from duologue.config import parse_config, read_json, to_mapping, write_json
 from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
-from duologue.language.backbone import Dtype, Provenance, load_language, load_provenance
+from duologue.language.backbone import Provenance, load_language, load_provenance
 from duologue.language.engine import Engine, PlainEngine, check_engine
-from duologue.language.quantization import Scheme, check_available, quantize
 from duologue.language.sampling import Sampling
 from duologue.layers import Padded
+from duologue.quantization import Scheme, check_available, quantize
 from duologue.released.folder import ReleasedFolder
+from duologue.released.language import load_released_language
 from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
 from duologue.tokenizer.speech_recognizer import SpeechRecognizer, load_speech_recognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
@@ -174,10 +175,7 @@ class PocketFolder:
         self, device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
     ) -> PreTrainedModel:
         """The language model, float32 where no type is given. Raises ValueError as `backbone.load_language`."""
-        language = load_language(self.path / "language", dtype or "float32").to(device)
-        if quantization is not None:
-            quantize(language.model, quantization)
-        return language
+        return _load_language(self.path / "language", dtype or "float32", device, quantization)
 
     def load_decoder(self, device: str = "cpu", dtype: DecoderDtype | None = None) -> SpeechDecoder:
         """Flow and vocoder, in evaluation mode. Raises ValueError for a bad part, or a type other than float32."""
@@ -197,6 +195,21 @@ class _ReleasedFolder(ReleasedFolder):
     def card(self) -> Card:
         name = self.path.resolve().name
         return Card(name, trained=not self.is_random, languages=("en", "zh"), follows_instructions=True)
+
+    def load_language(
+        self, device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
+    ) -> PreTrainedModel:
+        """Reads the language model, bfloat16 by default. Raises ValueError as `load_released_language`."""
+        if self.weights is not None:
+            return load_released_language(self.weights, dtype or "bfloat16", device, quantization)
+        return _load_language(self.language_path, dtype or "bfloat16", device, quantization)
+
+
+def _load_language(folder: Path, dtype: Dtype, device: str, quantization: Scheme | None) -> PreTrainedModel:
+    language = load_language(folder, dtype).to(device)
+    if quantization is not None:
+        quantize(language.model, quantization)
+    return language
 
 
 @dataclass(frozen=True)

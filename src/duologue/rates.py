@@ -7,6 +7,8 @@ One speech token is 1280 samples heard and 6.890625 = 441/64 mel frames spoken. 
 the same sums in floating point are off by one at some lengths (2240 tokens in double precision, for one).
 """
 
+from __future__ import annotations
+
 from fractions import Fraction
 
 # Listening.

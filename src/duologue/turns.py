@@ -7,13 +7,15 @@ nothing changes by being written down. Immutable: to fork a conversation is to k
      "turns": [{"role": "user", "modality": "speech", "ids": [...], "language": "en", ...}, ...]}
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from .config import parse_config, read_json, to_mapping, write_json
+from duologue.config import parse_config, read_json, to_mapping, write_json
 
 CONVERSATION_VERSION = 1
 
@@ -77,7 +79,7 @@ class Conversation:
     def __iter__(self) -> Iterator[Turn]:
         return iter(self.turns)
 
-    def plus(self, *turns: Turn) -> "Conversation":
+    def plus(self, *turns: Turn) -> Conversation:
         """The conversation with these turns after its own."""
         return replace(self, turns=self.turns + turns)
 
@@ -86,7 +88,7 @@ class Conversation:
         return {"kind": "Conversation", "version": CONVERSATION_VERSION, **to_mapping(self)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any], where: str = "") -> "Conversation":
+    def from_json(cls, data: dict[str, Any], where: str = "") -> Conversation:
         """Read `to_json`'s values.
 
         Args:
@@ -110,6 +112,6 @@ class Conversation:
         write_json(path, self.to_json())
 
     @classmethod
-    def load(cls, path: str | Path) -> "Conversation":
+    def load(cls, path: str | Path) -> Conversation:
         """Read a file that `save` wrote. Raises ValueError as `from_json` and for a file that is not JSON."""
         return cls.from_json(read_json(path), str(path))

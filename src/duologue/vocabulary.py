@@ -12,6 +12,8 @@ A prompt, with the literal texts of `ChatTemplate` in braces (docs/checkpoints.m
     <|assistant|>{reply_marker} reply, whose end is the next <|user|>
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json
@@ -25,9 +27,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from .config import parse_config, read_json, to_mapping, write_json
-from .interleave import INTERLEAVED, Allowed, Kind
-from .turns import Conversation, Modality, Role, Turn
+from duologue.config import parse_config, read_json, to_mapping, write_json
+from duologue.interleave import INTERLEAVED, Allowed, Kind
+from duologue.turns import Conversation, Modality, Role, Turn
 
 VOCABULARY_VERSION = 1
 
@@ -152,7 +154,7 @@ class Vocabulary:
         num_rows: int | None = None,
         template: ChatTemplate | None = None,
         multiple_of: int = 1,
-    ) -> "Vocabulary":
+    ) -> Vocabulary:
         """Add what a text tokenizer lacks: controls and speech ids after its rows.
 
         Args:
@@ -190,7 +192,7 @@ class Vocabulary:
         write_json(folder / "vocabulary.json", {**head, **to_mapping(self.config)})
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Vocabulary":
+    def load(cls, folder: str | Path) -> Vocabulary:
         """Read what `save` wrote.
 
         Raises:
@@ -425,6 +427,13 @@ class TextStream:
             text = text.lstrip()
             self._begun = bool(text)
         return text
+
+
+def byte_letters() -> list[str]:
+    """The letter that stands for each byte in byte-level BPE: printable ones for themselves, others from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

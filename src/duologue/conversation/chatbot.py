@@ -13,17 +13,17 @@ from pathlib import Path
 
 from duologue import rates
 from duologue.audio import check_wav, load_audio
+from duologue.checkpoint import Dtype
 from duologue.conversation.answer import Reply, answer
 from duologue.conversation.events import Event
 from duologue.conversation.session import Session
 from duologue.conversation.worker import Worker
-from duologue.language.backbone import Dtype
 from duologue.language.engine import PlainEngine
-from duologue.language.quantization import Scheme
 from duologue.language.sampling import Sampling
 from duologue.layers import num_step_threads
 from duologue.models import DecoderDtype, EngineName, Models
 from duologue.pcm import Pcm
+from duologue.quantization import Scheme
 
 __all__ = ["Chatbot", "Reply", "Session", "load"]
 

@@ -6,7 +6,7 @@ The tokenizer gives the tokens of an attention block when the block is closed, s
 open one at the end of speech. What is settled of the prompt goes to the engine at once (listen-ahead): at the end of
 speech only the open block remains, however long the speech and the history are.
 
-An `Ear` lasts as long as its conversation. Each turn in it is one `Listening`, with one `PromptPrefetcher`.
+An `Ear` lasts as long as its conversation. Each turn in it is one `TurnTokenizer`, with one `PromptPrefetcher`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from duologue import rates
 from duologue.audio import LogMel, StreamingResampler, check_wav
 from duologue.conversation.history import open_prompt
-from duologue.conversation.worker import Stepped, Worker, WorkerFull
+from duologue.conversation.worker import StepResult, Worker, WorkerFull
 from duologue.language.engine import Engine
 from duologue.models import Models
 from duologue.pcm import Pcm
@@ -79,7 +79,7 @@ class Ear:
     ) -> None:
         self.models, self.num_samples = models, 0
         self._worker, self._context, self._patience_s = worker, context, patience_s
-        self._turn: Listening | None = None
+        self._turn: TurnTokenizer | None = None
         self._prefetcher: PromptPrefetcher | None = None
 
     @property
@@ -140,12 +140,12 @@ class Ear:
         self.discard()
         self._context = None
 
-    def _feed(self, wav: NDArray[np.float32], sample_rate: int) -> Listening:
+    def _feed(self, wav: NDArray[np.float32], sample_rate: int) -> TurnTokenizer:
         turn = self._turn
         if turn is None:
             if self._context is not None:
                 self._prefetcher = PromptPrefetcher(self.models.engine, self._open_prompt)
-            turn = Listening(
+            turn = TurnTokenizer(
                 self.models.tokenizer, self._worker, sample_rate, self.context_changed, patience_s=self._patience_s
             )
             self._turn = turn
@@ -153,7 +153,7 @@ class Ear:
         self.num_samples += len(wav)
         return turn
 
-    def _close(self) -> Listening | None:
+    def _close(self) -> TurnTokenizer | None:
         if self._prefetcher is not None:
             self._prefetcher.stop()
         turn, self._turn, self._prefetcher = self._turn, None, None
@@ -176,7 +176,7 @@ async def tokenize(
     return (await ear.finish()).codes
 
 
-class Listening:
+class TurnTokenizer:
     """Speech tokens of one turn. One step of the tokenizer is under way at most; what comes meanwhile goes along with
     the next one. Methods may be called from any thread.
 
@@ -202,7 +202,7 @@ class Listening:
         self._waiting = np.zeros(0, np.float32)
         self._num_stepped = 0
         self._codes: list[int] = []
-        self._step: Future[Stepped] | None = None
+        self._step: Future[StepResult] | None = None
         self._ending = False
         self._ended: Future[SpokenTurn] = Future()
         self._ended.set_running_or_notify_cancel()  # who waits for it may give up, it itself is never cancelled
@@ -215,7 +215,7 @@ class Listening:
             return tuple(self._codes)
 
     @property
-    def step(self) -> Future[Stepped] | None:
+    def step(self) -> Future[StepResult] | None:
         """What is under way for this turn."""
         return self._step
 
@@ -272,7 +272,7 @@ class Listening:
         self._num_stepped += count
         self._step.add_done_callback(lambda step: self._take_in(step, last))
 
-    def _take_in(self, step: Future[Stepped], last: bool) -> None:
+    def _take_in(self, step: Future[StepResult], last: bool) -> None:
         with self._lock:
             self._step = None
             if step.cancelled():

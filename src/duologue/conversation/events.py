@@ -3,6 +3,8 @@
 Time inside a session counts in samples; the seconds in `Timings` are measured by whoever produced the reply.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias

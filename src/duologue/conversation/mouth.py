@@ -25,7 +25,7 @@ from duologue.conversation.events import (
     Timings,
 )
 from duologue.conversation.history import HeardPart, heard_part
-from duologue.conversation.worker import Stepped, Worker
+from duologue.conversation.worker import StepResult, Worker
 from duologue.interleave import INTERLEAVED, TEXT_ONLY, InterleaveState, Kind
 from duologue.language.sampling import Sampling
 from duologue.models import Models
@@ -68,7 +68,7 @@ class Mouth:
         self._start = time.monotonic() if asked_at is None else asked_at
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
-        self._block: asyncio.Future[Stepped] | None = None  # with the worker
+        self._block: asyncio.Future[StepResult] | None = None  # with the worker
         self._num_decoded = self._num_samples = 0
         self._is_flushed = False
         self._request_id = f"reply-{next(self._request_ids)}"
@@ -229,7 +229,7 @@ class Mouth:
         self._num_decoded += size
         self._is_flushed = last
 
-    def _take_sound(self, block: asyncio.Future[Stepped]) -> AudioDelta:
+    def _take_sound(self, block: asyncio.Future[StepResult]) -> AudioDelta:
         self._block = None
         values, seconds = block.result()
         wav = values.clamp(-1.0, 1.0).float().numpy()

@@ -77,11 +77,6 @@ class Session:
         """The turns that are over."""
         return self._conversation
 
-    @property
-    def num_samples_fed(self) -> int:
-        """Samples that were fed and heard so far, over all turns."""
-        return self.ear.num_samples
-
     def feed(self, pcm: Pcm, sample_rate: int = rates.LISTEN_SAMPLE_RATE) -> None:
         """Hears more of the user: float32 (S,) in [-1, 1], int16 (S,), or the bytes of little-endian int16.
 

@@ -41,7 +41,7 @@ class BatchedStage(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
-class Stepped(NamedTuple):
+class StepResult(NamedTuple):
     """What a step gave: values (T, ...) on the CPU, and the seconds that its batch took."""
 
     values: Tensor
@@ -80,7 +80,7 @@ class _Step:
     state: Any
     last: bool
     key: Hashable
-    future: Future[Stepped]
+    future: Future[StepResult]
 
 
 @dataclass(eq=False)
@@ -134,7 +134,7 @@ class Worker:
 
     def step(
         self, stage: BatchedStage, x: Tensor, state: Any, last: bool = False, deadline: float = 0.0
-    ) -> Future[Stepped]:
+    ) -> Future[StepResult]:
         """Starts one step of one row.
 
         Args:
@@ -149,7 +149,7 @@ class Worker:
         Raises:
             WorkerFull: too much waits already.
         """
-        future: Future[Stepped] = Future()
+        future: Future[StepResult] = Future()
         key = id(stage), x.dtype, x.shape[1:], state_settings(state)
         self._enqueue(_Job(deadline, _Step(stage, x, state, last, key, future), future))
         return future
@@ -280,7 +280,7 @@ def _run_steps(steps: list[_Step]) -> None:
         step.future.set_result(result)
 
 
-def _step_together(steps: list[_Step]) -> list[Stepped]:
+def _step_together(steps: list[_Step]) -> list[StepResult]:
     start = time.perf_counter()
     stage = steps[0].stage
     device = next(stage.parameters()).device
@@ -296,7 +296,7 @@ def _step_together(steps: list[_Step]) -> list[Stepped]:
         for row, step in enumerate(steps):
             _replace(step.state, state_row(state, row))
     seconds = time.perf_counter() - start
-    return [Stepped(values.clone() if len(steps) > 1 else values, seconds) for values in rows]
+    return [StepResult(values.clone() if len(steps) > 1 else values, seconds) for values in rows]
 
 
 def _replace(state: Any, new: Any) -> None:

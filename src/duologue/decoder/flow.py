@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -25,10 +26,10 @@ from duologue.decoder.encoder import (
     check_tokens,
     frames_for_tokens,
 )
-from duologue.decoder.solver import cosine_times, solve_euler
 from duologue.decoder.transformer import BLOCK_FRAMES, CausalTransformer, EstimatorCache, EstimatorConfig
 from duologue.layers import Padded, reset_rows, split_at, take
 
+Velocity = Callable[[int, float, Tensor], Tensor]
 _CALL_BLOCKS = 8  # at most this many blocks of 10 tokens in one call: bounds the attention of a long utterance
 
 
@@ -61,6 +62,25 @@ class FlowConfig:
             raise ValueError(f"condition_dim is {self.condition_dim}; it must be at least num_mels, {self.num_mels}")
         if not self.mel_std > 0:
             raise ValueError(f"mel_std is {self.mel_std}; it must be positive")
+
+
+def cosine_times(num_steps: int) -> list[float]:
+    """The num_steps + 1 times from 0 to 1 of the released cosine schedule, whose small steps lie near the noise.
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    return [1 - math.cos(math.pi / 2 * k / num_steps) for k in range(num_steps)] + [1.0]
+
+
+def solve_euler(velocity: Velocity, x0: Tensor, times: Sequence[float]) -> Tensor:
+    """Integrates from x0 over the times; `velocity` gets the number of the evaluation, the time and x."""
+    x = x0
+    for k, (t, t_next) in enumerate(pairwise(times)):
+        x = x + (t_next - t) * velocity(k, t, x)
+    return x
 
 
 def guide(velocity: Tensor, guidance_scale: float) -> Tensor:
@@ -102,7 +122,7 @@ class FlowState:
     pending: (B, T < 10) tokens of the open block.
     encoder: state of the token encoder; `encoder.start` counts the tokens whose frames are out.
     solver: one estimator cache per step of the solver.
-    prompt: (B, P, M) normalised mel that is given for the first frames; they are seen, and left out of the output.
+    prompt: (B, P, M) normalized mel that is given for the first frames; they are seen, and left out of the output.
     seed: (B,) int64 of the noise.
     speaker: (B, S).
     """
@@ -172,7 +192,7 @@ class Flow(nn.Module):
             raise ValueError("a prompt can only be given before the first token")
         check_tokens(tokens, self.config.encoder.codebook_size)
         lengths = torch.minimum(mel.lengths, frames_for_tokens(tokens.lengths))
-        state.prompt = Padded(self.normalise(mel.values[:, : int(lengths.max())]), lengths)
+        state.prompt = Padded(self.normalize(mel.values[:, : int(lengths.max())]), lengths)
         state.pending = Padded.concat([state.pending, tokens])
 
     def step(self, x: Padded, state: FlowState) -> Padded:
@@ -215,7 +235,7 @@ class Flow(nn.Module):
             x_t: (B, F, M) at time (B,).
             keep: (B,) bool, false where guidance dropout hides the condition.
         Returns:
-            velocity and first guess, both (B, F, M) on the scale of `normalise`.
+            velocity and first guess, both (B, F, M) on the scale of `normalize`.
         """
         encoder_state = self.encoder.init_state(len(start))
         encoder_state.start = start
@@ -226,7 +246,7 @@ class Flow(nn.Module):
         velocity = self.estimator.step(x_t, time, context[:, :, None], span, cache)[:, :, 0]
         return velocity, condition.values[..., : self.config.num_mels].float()
 
-    def normalise(self, mel: Tensor) -> Tensor:
+    def normalize(self, mel: Tensor) -> Tensor:
         """Natural-log mel -> what the flow works on."""
         return (mel - self.config.mel_mean) / self.config.mel_std
 
@@ -296,45 +316,3 @@ def max_state_bytes(config: FlowConfig, bytes_per_value: int = 4) -> int | None:
     values += encoder.width + config.speaker_dim
     whole_numbers = rates.BLOCK_TOKENS - 1 + 4  # pending tokens; its length, the prompt's, start and seed
     return values * bytes_per_value + 8 * whole_numbers
-
-
-@dataclass(frozen=True)
-class FlowBudget:
-    """Parameters, and multiply-adds per second of speech, part by part."""
-
-    encoder_parameters: int
-    estimator_parameters: int
-    encoder_macs_per_s: float
-    estimator_macs_per_s: float
-
-
-def budget(flow: Flow) -> FlowBudget:
-    """What the flow costs with the config's solver; attention is counted over full windows.
-
-    Pocket: 1.16 M + 1.59 M parameters; 15 M + 0.85 G multiply-adds a second with 3 guided steps, 0.43 G unguided.
-    """
-    config = flow.config
-    frame_rate = rates.SPEAK_FRAME_RATE
-
-    def weights(module: nn.Module) -> int:
-        return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv1d))
-
-    spread = [flow.encoder.regulate1, flow.encoder.regulate2]
-    at_frames = sum(layer.weight.numel() for layer in spread)
-    past = 0 if config.encoder.past_blocks is None else config.encoder.past_blocks
-    seen = (past + 1) * rates.BLOCK_TOKENS
-    at_tokens = weights(flow.encoder) - at_frames + 2 * seen * config.encoder.width * config.encoder.num_layers
-    estimator = config.estimator
-    past = 0 if estimator.past_blocks is None else estimator.past_blocks
-    seen = (past + 1) * BLOCK_FRAMES
-    once = flow.estimator.context.weight.numel()
-    timed = flow.estimator.time1.weight.numel() + flow.estimator.time2.weight.numel()
-    each = weights(flow.estimator) - once - timed + 2 * seen * estimator.width * estimator.num_layers
-    evaluations = config.num_steps
-    calls = evaluations * (1 if config.guidance_scale == 0 else 2)
-    return FlowBudget(
-        encoder_parameters=sum(parameter.numel() for parameter in flow.encoder.parameters()),
-        estimator_parameters=sum(parameter.numel() for parameter in flow.estimator.parameters()),
-        encoder_macs_per_s=at_tokens * rates.TOKEN_RATE + at_frames * frame_rate,
-        estimator_macs_per_s=(each * calls + once) * frame_rate + timed * evaluations / rates.BLOCK_S,
-    )

@@ -58,7 +58,7 @@ class Span:
 
 
 class EstimatorLayer(nn.Module):
-    """Depthwise causal convolution, block-causal attention and feed-forward, normalised as the time says."""
+    """Depthwise causal convolution, block-causal attention and feed-forward, normalized as the time says."""
 
     def __init__(self, config: EstimatorConfig) -> None:
         super().__init__()

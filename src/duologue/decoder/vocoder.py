@@ -31,7 +31,7 @@ class VocoderConfig:
     Attributes:
         kernel_size: of the causal convolutions, in mel frames.
         lookahead_frames: mel frames after a frame that are seen before its spectrum is made. The window of a frame
-            is centred 128 samples into its hop, so without lookahead the phase of a burst must be chosen before the
+            is centered 128 samples into its hop, so without lookahead the phase of a burst must be chosen before the
             mel shows how it goes on. Two frames cost 23 ms once at the start of a reply, a 35th of the decoder's
             block of 0.8 s, and the time to first audio does not change: they shorten the first chunk instead.
     """
@@ -172,7 +172,7 @@ class Vocoder(nn.Module):
 
     def step(self, x: Padded, state: VocoderState) -> Padded:
         """mel (B, T, M) -> the samples that have become final (B, S)."""
-        return self._emit(self._overlap_add(self._frames(self._normalise(x), state), state), state)
+        return self._emit(self._overlap_add(self._frames(self._normalize(x), state), state), state)
 
     def flush(self, state: VocoderState, rows: Tensor | None = None) -> Padded:
         """End of speech: the samples held back."""
@@ -186,11 +186,11 @@ class Vocoder(nn.Module):
         """mel (B, T, M) -> wav (B, 256 T); what a stream gives, at once."""
         state = self.init_state(len(x.lengths))
         rows = torch.ones_like(x.lengths, dtype=torch.bool)
-        frames = self._frames(Padded.concat([self._normalise(x), self._silence(rows)]), state)
+        frames = self._frames(Padded.concat([self._normalize(x), self._silence(rows)]), state)
         wav = self._overlap_add(frames, state)
         return self._emit(Padded.concat([wav, self._last(state, rows)]), state)
 
-    def _normalise(self, mel: Padded) -> Padded:
+    def _normalize(self, mel: Padded) -> Padded:
         """Silence becomes 0, so that the zeros before and after a row are silence."""
         return Padded((mel.values.float() - MEL_FLOOR) / _MEL_SCALE, mel.lengths)
 
@@ -199,7 +199,7 @@ class Vocoder(nn.Module):
         return Padded(self.window.new_zeros(len(rows), num_frames, self.config.num_mels), rows * num_frames)
 
     def _frames(self, x: Padded, state: VocoderState) -> Padded:
-        """Normalised mel (B, T, M) -> windowed frames of the wave (B, T', n_fft), `lookahead_frames` behind."""
+        """Normalized mel (B, T, M) -> windowed frames of the wave (B, T', n_fft), `lookahead_frames` behind."""
         if not x.values.shape[1]:  # a convolution refuses less than its kernel
             return Padded(self.window.new_zeros(len(x.lengths), 0, self.n_fft), x.lengths)
         joined, state.mel = roll_in(state.mel, x, self.config.lookahead_frames)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -18,12 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GlmConfig, GlmForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from duologue.checkpoint import DTYPES, Dtype
 from duologue.config import parse_config, read_json, write_json
 from duologue.vocabulary import Vocabulary
 
 PROVENANCE_FILE = "siblings.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def start_speech_embeddings(model: PreTrainedModel, vocabulary: Vocabulary, code
     """Starts the embeddings of the speech tokens from the tokenizer's codebook (codes, D): codes that sound alike begin
     alike, where from a random start each has to be learned from its own occurrences.
 
-    The vectors are centred, half whitened (so that loudness does not drown the rest), turned into the model's width by
+    The vectors are centered, half whitened (so that loudness does not drown the rest), turned into the model's width by
     a random orthogonal matrix, brought to the standard deviation of the embeddings, and given a quarter of noise.
 
     Raises:
@@ -115,9 +113,9 @@ def start_speech_embeddings(model: PreTrainedModel, vocabulary: Vocabulary, code
     table = model.get_input_embeddings().weight
     rows = slice(vocabulary.speech_offset, vocabulary.speech_offset + vocabulary.codebook_size)
     generator = torch.Generator().manual_seed(seed)
-    centred = codebook.double().cpu() - codebook.double().cpu().mean(0)
-    basis, variances, _ = torch.linalg.svd(centred.T @ centred / len(centred))
-    scaled = centred @ basis * variances.clamp(min=1e-6 * float(variances[0])) ** -0.25
+    centered = codebook.double().cpu() - codebook.double().cpu().mean(0)
+    basis, variances, _ = torch.linalg.svd(centered.T @ centered / len(centered))
+    scaled = centered @ basis * variances.clamp(min=1e-6 * float(variances[0])) ** -0.25
     width = table.shape[1]
     size = max(width, scaled.shape[1])
     turn = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]

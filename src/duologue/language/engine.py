@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duologue.interleave import INTERLEAVED, Schedule
-from duologue.language.keyvalues import KeyValues, SideBySide
+from duologue.language.keyvalues import KeyValues, RaggedBatchModel
 from duologue.language.requests import Request, RunningRequests, engine_failed
 from duologue.language.sampling import KindMasks, Sampling
 from duologue.layers import num_step_threads
@@ -37,11 +37,6 @@ class Engine(Protocol):
     @property
     def max_positions(self) -> int:
         """Ids that a prompt and its reply may have together."""
-        ...
-
-    @property
-    def max_sessions(self) -> int:
-        """Replies that can be under way at the same time."""
         ...
 
     @property
@@ -89,7 +84,7 @@ class Engine(Protocol):
 
 
 @dataclass(eq=False)
-class _CachedIds:
+class CachedSequence:
     """Keys and values of `ids`, and the scores (V,) float32 of the id after them."""
 
     ids: list[int]
@@ -102,7 +97,7 @@ class _EngineJob:
     """A conversation in the engine's thread: `waiting` ids will be run behind the kept ones, then the request draws
     its next id from the scores. One without a request is a prompt that is warmed for later."""
 
-    kept: _CachedIds
+    kept: CachedSequence
     waiting: list[int]
     request: Request | None
     warmed: Future[None] = field(default_factory=Future)
@@ -156,10 +151,12 @@ class PlainEngine:
             vocabulary, masks, max_positions, max_sessions, max_cached_tokens, max_unread, on_room=self._work_on
         )
         self.language = model
-        self._side_by_side = SideBySide(model)
-        self.model = self._side_by_side.model
+        self._batched_model = RaggedBatchModel(model)
+        self.model = self._batched_model.model
         self._max_caches, self._max_step_tokens = max_caches, max_step_tokens
-        self._kept: list[_CachedIds] = []  # the longest unused first; like `_rows` it belongs to the engine's thread
+        self._kept: list[
+            CachedSequence
+        ] = []  # the longest unused first; like `_rows` it belongs to the engine's thread
         self._rows: list[_EngineJob] = []
         self._arrived: list[_EngineJob] = []
         self._is_working = False
@@ -195,7 +192,7 @@ class PlainEngine:
         """See `Engine.cached_prefix`."""
         return max((_common_prefix(kept.ids, prompt_ids) for kept in self._all_kept()), default=0)
 
-    def _all_kept(self) -> list[_CachedIds]:
+    def _all_kept(self) -> list[CachedSequence]:
         return [*self._kept, *(row.kept for row in [*self._rows])]
 
     async def generate(
@@ -250,14 +247,14 @@ class PlainEngine:
             self._leave(request)
 
     def _begin(self, request: Request) -> None:
-        self._work_on(_EngineJob(_CachedIds([]), request.prompt, request))
+        self._work_on(_EngineJob(CachedSequence([]), request.prompt, request))
 
     def _leave(self, request: Request) -> None:
         self._requests.remove(request)
         self._work_on()
 
     def _warm(self, prompt_ids: Sequence[int]) -> Future[None]:
-        row = _EngineJob(_CachedIds([]), self._requests.check(prompt_ids), None)
+        row = _EngineJob(CachedSequence([]), self._requests.check(prompt_ids), None)
         self._work_on(row)
         return row.warmed
 
@@ -331,9 +328,9 @@ class PlainEngine:
             if not row.waiting and row.request is not None:
                 self._draw(row)
 
-    def _run(self, ids: list[list[int]], kept: list[_CachedIds]) -> Tensor:
+    def _run(self, ids: list[list[int]], kept: list[CachedSequence]) -> Tensor:
         self.num_computed += sum(map(len, ids))
-        return self._side_by_side.step(ids, [one.cache for one in kept])
+        return self._batched_model.step(ids, [one.cache for one in kept])
 
     def _draw(self, row: _EngineJob) -> None:
         assert row.request is not None
@@ -358,7 +355,7 @@ class PlainEngine:
         ):
             self._kept.pop(0)
 
-    def _take(self, prompt: list[int]) -> _CachedIds:
+    def _take(self, prompt: list[int]) -> CachedSequence:
         """What is known of the longest beginning of a prompt.
 
         A kept conversation that the prompt continues is taken out, because it will grow, and so is a prompt that is
@@ -369,7 +366,7 @@ class PlainEngine:
             if (common := _common_prefix(kept.ids, prompt)) > shared:
                 best, shared = kept, common
         if best is None:
-            return _CachedIds([])
+            return CachedSequence([])
         if shared == len(best.ids):
             if best in self._kept:
                 self._kept.remove(best)
@@ -381,7 +378,7 @@ class PlainEngine:
                 return best
         # Scores are known only behind the last kept id, so a copy leaves one id of the prompt to be run.
         shared = min(shared, len(prompt) - 1)
-        return _CachedIds(prompt[:shared], best.cache.copy(shared))
+        return CachedSequence(prompt[:shared], best.cache.copy(shared))
 
 
 def check_engine(name: str) -> None:

@@ -1,7 +1,7 @@
 """One step of a Glm by its weights alone: the arithmetic of its modules in transformers, without what they cost.
 
 A small model spends more time between its matrices than in them. Here a step is the matrices, a few operations around
-each and nothing else. `SideBySide` takes this way for a Glm as the library makes it, which is what pocket and the
+each and nothing else. `RaggedBatchModel` takes this way for a Glm as the library makes it, which is what pocket and the
 released model are, and the library's own way for every other model.
 
 Shapes: T new ids of all conversations, D width, H heads, G heads of keys, K head_dim, V vocabulary.

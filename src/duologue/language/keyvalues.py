@@ -21,7 +21,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from duologue.language.glm import Glm, is_plain_glm
 
-_NAME = "duologue_side_by_side"
+_NAME = "duologue_ragged_batch"
 _FIRST_CAPACITY = 256
 
 
@@ -104,7 +104,7 @@ def _attend_rows(
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)).transpose(0, 1)
 
 
-class SideBySide:
+class RaggedBatchModel:
     """Steps of one model over many conversations at once.
 
     Args:

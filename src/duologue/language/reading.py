@@ -39,10 +39,6 @@ class ReadingEngine:
         return self.engine.max_positions
 
     @property
-    def max_sessions(self) -> int:
-        return self.engine.max_sessions
-
-    @property
     def cached_tokens(self) -> int:
         return self.engine.cached_tokens
 

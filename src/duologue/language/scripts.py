@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from duologue.interleave import Kind
-from duologue.vocabulary import Vocabulary
+from duologue.vocabulary import Vocabulary, byte_letters
 
 TextLanguage = Literal["en", "zh"]
 TEXT_LANGUAGES = {"en": "Latin", "zh": "Han"}
@@ -85,13 +85,6 @@ def _belongs(point: int, script: str) -> bool:
     if category[0] == "M":
         return name.startswith(("COMBINING", "VARIATION SELECTOR"))
     return point < 0x80 or category == "No"
-
-
-def byte_letters() -> list[str]:
-    """The letter that stands for each byte in byte-level BPE: printable ones for themselves, others from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def _length(lead: int) -> int:

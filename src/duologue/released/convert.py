@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from duologue.checkpoint import FLOAT_TYPES, stored_in_file
+from duologue.checkpoint import DTYPES, FLOAT_TYPES, Dtype, stored_in_file
 from duologue.config import read_json, write_json
-from duologue.language.backbone import DTYPES, Dtype
 from duologue.released.language import NativeWeight, ReleasedWeights, read_released
 from duologue.released.text import load_released_vocabulary, save_for_transformers
 from duologue.released.weights import write_stream

@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from transformers import PreTrainedModel
 
 from duologue.config import read_json
-from duologue.language.backbone import Dtype, load_language
-from duologue.language.quantization import Scheme, quantize
 from duologue.released.decoder.decoder import ReleasedDecoder, load_released_decoder
 from duologue.released.decoder.flow import ReleasedFlowConfig
 from duologue.released.decoder.folder import CONFIG_FILE as DECODER_FILE
 from duologue.released.decoder.folder import read_decoder_config
 from duologue.released.decoder.hift import HiFTConfig
-from duologue.released.language import ReleasedWeights, is_released, load_released_language, read_released
+from duologue.released.language import ReleasedWeights, is_released, read_released
 from duologue.released.text import load_released_vocabulary
 from duologue.released.tokenizer import ReleasedSpeechTokenizer, TokenizerFiles, read_released_tokenizer
 from duologue.released.weights import LABEL
@@ -77,7 +74,7 @@ class ReleasedFolder:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The joint vocabulary of the language model, released or converted."""
-        if self._language is None:
+        if self.weights is None:
             return Vocabulary.load(self.language_path)
         return load_released_vocabulary(self.language_path)
 
@@ -101,21 +98,6 @@ class ReleasedFolder:
         """The speech tokenizer, float32. Raises ValueError as `released.tokenizer.load_released_tokenizer`."""
         return self._tokenizer.load().to(device)
 
-    def load_language(
-        self, device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
-    ) -> PreTrainedModel:
-        """The language model, bfloat16 where no type is given.
-
-        Raises:
-            ValueError: as `released.language.load_released_language`.
-        """
-        if self._language is not None:
-            return load_released_language(self._language, dtype or "bfloat16", device, quantization)
-        language = load_language(self.language_path, dtype or "bfloat16").to(device)
-        if quantization is not None:
-            quantize(language.model, quantization)
-        return language
-
     def load_decoder(self, device: str = "cpu", dtype: str | None = None) -> ReleasedDecoder:
         """Flow and vocoder, in evaluation mode.
 
@@ -137,8 +119,8 @@ class ReleasedFolder:
         return read_released_tokenizer(self.tokenizer_path)
 
     @cached_property
-    def _language(self) -> ReleasedWeights | None:
-        """None for a converted model, which transformers reads."""
+    def weights(self) -> ReleasedWeights | None:
+        """ChatGLM weights of the language model; None for a converted model, which transformers reads."""
         return read_released(self.language_path) if is_released(self.language_path) else None
 
     @cached_property

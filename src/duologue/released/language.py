@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel
 
-from duologue.checkpoint import StoredTensor, stored_tensors
+from duologue.checkpoint import DTYPES, Dtype, StoredTensor, stored_tensors
 from duologue.config import read_json
-from duologue.language.backbone import DTYPES, Dtype
-from duologue.language.quantization import Scheme, check_available, quantize
+from duologue.quantization import Scheme, check_available, quantize
 from duologue.released.weights import check_plain, check_stored
 
 SEQ_LENGTH = 8192  # where the config does not tell

@@ -20,7 +20,6 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from duologue.config import read_json, write_json
-from duologue.language.scripts import byte_letters
 from duologue.turns import Role
 from duologue.vocabulary import (
     CHAT_CONTROLS,
@@ -29,6 +28,7 @@ from duologue.vocabulary import (
     ROLE_TOKENS,
     Vocabulary,
     VocabularyConfig,
+    byte_letters,
 )
 
 RANKS_FILE = "tokenizer.model"
@@ -120,7 +120,7 @@ def read_added_tokens(folder: Path) -> tuple[dict[int, str], Path]:
 def build_tokenizer(ranks: Mapping[bytes, int], added: Mapping[int, str]) -> Tokenizer:
     """A fast tokenizer with the ids of tiktoken.
 
-    A whole piece that has a rank is that token; else neighbours are merged, the pair whose joint token has the lowest
+    A whole piece that has a rank is that token; else neighbors are merged, the pair whose joint token has the lowest
     rank first. Every way to make a token of two others is a merge, ordered by the token's rank.
 
     Raises:

@@ -59,7 +59,7 @@ class Quantizer(nn.Module):
         if config.normalize:
             self.register_buffer("mean", torch.zeros(width))
             self.register_buffer("std", torch.ones(width))
-        self._squares: tuple[Tensor, int, int, Tensor] | None = None
+        self._norms_cache: tuple[Tensor, int, int, Tensor] | None = None
 
     def normalized(self, x: Tensor) -> Tensor:
         """(..., D) float32 as it is compared with the codes."""
@@ -71,10 +71,10 @@ class Quantizer(nn.Module):
     @torch.autocast("cuda", enabled=False)
     def codes(self, x: Padded) -> Padded:
         """(B, T, D) -> codes alone, as a conversation needs them; always computed in float32."""
-        scores = _scores(self.normalized(x.values.float()), self.codebook.weight.float(), self._kept_squares())
+        scores = _scores(self.normalized(x.values.float()), self.codebook.weight.float(), self._code_norms())
         return Padded(scores.argmin(1).unflatten(0, x.values.shape[:2]), x.lengths)
 
-    def _kept_squares(self) -> Tensor:
+    def _code_norms(self) -> Tensor:
         """|c|^2 of every code, (codebook_size,): to sum them anew costs a block of a stream more than its distances.
 
         They are kept as long as the codebook is the same tensor, in the same place and never written since.
@@ -82,9 +82,9 @@ class Quantizer(nn.Module):
         weight = self.codebook.weight
         if weight.is_inference():  # whether it was written since, such a tensor does not tell
             return weight.float().square().sum(1)
-        kept, place, version = self._squares, weight.data_ptr(), weight._version
+        kept, place, version = self._norms_cache, weight.data_ptr(), weight._version
         if kept is None or kept[0] is not weight or kept[1:3] != (place, version):
-            kept = self._squares = weight, place, version, weight.float().square().sum(1)
+            kept = self._norms_cache = weight, place, version, weight.float().square().sum(1)
         return kept[3]
 
     @torch.autocast("cpu", enabled=False)

@@ -127,15 +127,6 @@ class Recognizer(nn.Module):
             symbols.append(best)
         return [self.decode_text(row) for row in torch.stack(symbols, 1).tolist()]
 
-    @torch.inference_mode()
-    def transcribe_ctc(self, values: Padded) -> list[str]:
-        """Greedy text by the CTC head: one pass, a little worse."""
-        memory = self.memory(values)
-        best = self._ctc_log_probs(memory).argmax(-1)
-        lengths = (memory.lengths * self.config.chars_per_token).tolist()
-        rows = [row[:length].unique_consecutive().tolist() for row, length in zip(best, lengths, strict=True)]
-        return [self.decode_text(row) for row in rows]
-
     def _ctc_log_probs(self, memory: Padded) -> Tensor:
         logits: Tensor = self.ctc(memory.values).float().unflatten(-1, (self.config.chars_per_token, -1))
         return logits.flatten(1, 2).log_softmax(-1)  # (B, T * chars_per_token, V)

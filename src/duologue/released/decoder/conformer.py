@@ -132,7 +132,7 @@ class RelativeAttention(nn.Module):
         return self.linear_out(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-class FeedForward(nn.Module):
+class ConformerFeedForward(nn.Module):
     def __init__(self, width: int, ffn_dim: int) -> None:
         super().__init__()
         self.w_1 = nn.Linear(width, ffn_dim)
@@ -148,7 +148,7 @@ class ConformerLayer(nn.Module):
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__()
         self.self_attn = RelativeAttention(config.output_size, config.attention_heads)
-        self.feed_forward = FeedForward(config.output_size, config.linear_units)
+        self.feed_forward = ConformerFeedForward(config.output_size, config.linear_units)
         self.norm_mha = nn.LayerNorm(config.output_size, eps=1e-5)
         self.norm_ff = nn.LayerNorm(config.output_size, eps=1e-5)
 

@@ -1,6 +1,6 @@
 """The released flow: speech tokens -> log-mel, by a U-Net over the whole utterance (docs/checkpoints.md 3.1 to 3.4).
 
-Modules carry the names of the released state dict flow.pt. Attention and normalisation of the U-Net run over all frames
+Modules carry the names of the released state dict flow.pt. Attention and normalization of the U-Net run over all frames
 that it is given, so it has no exact incremental form: a block of a stream is decoded with the mel that was given out
 before it as its prompt, all of it as in the released code, or only the last frames of it, which bounds the cost of a
 block (`Streaming.window_frames`). What comes before the U-Net is the same either way: the encoder keeps keys and values
@@ -22,8 +22,7 @@ from torch.nn import functional
 
 from duologue import rates
 from duologue.decoder.encoder import check_tokens, frames_for_tokens
-from duologue.decoder.flow import noise_at
-from duologue.decoder.solver import solve_euler
+from duologue.decoder.flow import noise_at, solve_euler
 from duologue.layers import Padded, reset_rows, split_at
 from duologue.released.decoder.blocks import FORGET_TOKENS, Streaming, fade, last_of, select, where_rows
 from duologue.released.decoder.conformer import BlockConformer, ConformerConfig, ConformerState
@@ -142,7 +141,7 @@ class ReleasedFlow(nn.Module):
         """Size of a speaker vector."""
         return self.config.spk_embed_dim
 
-    def normalise(self, mel: Tensor) -> Tensor:
+    def normalize(self, mel: Tensor) -> Tensor:
         """Natural-log mel -> the values that the flow predicts, here the mel itself."""
         return mel
 

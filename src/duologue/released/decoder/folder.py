@@ -19,7 +19,7 @@ import yaml
 from torch import Tensor
 
 from duologue.checkpoint import load_tensors
-from duologue.config import parse_config, to_mapping
+from duologue.config import PlainLoader, parse_config, to_mapping
 from duologue.released.decoder.flow import ReleasedFlowConfig
 from duologue.released.decoder.hift import HiFTConfig
 
@@ -66,15 +66,8 @@ class Reference(str):
     """The text after `!ref`."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML with the four object tags kept as data; 1e-06 is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+class _Loader(PlainLoader):
+    """Plain YAML whose four object tags are kept as data."""
 
 
 def _construct_tagged(prefix: str) -> Any:
@@ -101,9 +94,6 @@ def _construct_reference(loader: _Loader, node: yaml.Node) -> Reference:
 for _prefix in _TAGS:
     _Loader.add_multi_constructor(_prefix, _construct_tagged(_prefix))
 _Loader.add_constructor("!ref", _construct_reference)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def read_decoder_config(folder: str | Path) -> tuple[ReleasedFlowConfig, HiFTConfig]:

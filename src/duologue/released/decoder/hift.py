@@ -336,7 +336,7 @@ class HiFT(nn.Module):
         return hide(parts, mask_of(wav.lengths // hop + 1, parts.shape[2]))
 
     def _inverse(self, spectrum: Padded) -> Tensor:
-        """Overlap-add of centred frames, each row ending with its own: (B, frames, n_fft / 2 + 1) -> (B, S)."""
+        """Overlap-add of centered frames, each row ending with its own: (B, frames, n_fft / 2 + 1) -> (B, S)."""
         n_fft, hop = self.config.istft_params.n_fft, self.config.istft_params.hop_len
         window = self._window(spectrum.values.real)
         real = spectrum.mask[:, :, None]

@@ -47,9 +47,9 @@ class RaggedGroupNorm(nn.GroupNorm):
         real = mask[:, None]
         count = mask.sum((1, 2)).clamp(min=1)[:, None, None, None] * grouped.shape[2]
         mean = (grouped * real).sum((2, 3), keepdim=True) / count
-        centred = (grouped - mean) * real
-        variance = centred.square().sum((2, 3), keepdim=True) / count
-        normed = (centred * (variance + self.eps).rsqrt()).flatten(1, 2).to(x.dtype)
+        centered = (grouped - mean) * real
+        variance = centered.square().sum((2, 3), keepdim=True) / count
+        normed = (centered * (variance + self.eps).rsqrt()).flatten(1, 2).to(x.dtype)
         scaled: Tensor = normed * self.weight[:, None] + self.bias[:, None]
         return scaled
 
@@ -79,7 +79,7 @@ def nearest_token(num_tokens: Tensor, num_frames: Tensor) -> Tensor:
 class LengthRegulator(nn.Module):
     """Nearest interpolation to the number of frames, then convolutions with GroupNorm and Mish.
 
-    The normalisation runs over all frames: the condition of old frames changes when tokens are appended.
+    The normalization runs over all frames: the condition of old frames changes when tokens are appended.
     """
 
     def __init__(self, config: RegulatorConfig, num_mels: int) -> None:

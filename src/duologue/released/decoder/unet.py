@@ -9,7 +9,6 @@ Shapes: B batch, T frames, C channels, M mels, H heads.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from duologue.decoder.transformer import sinusoids_of
+from duologue.layers import weigh
 from duologue.released.decoder.regulator import RaggedGroupNorm, hide
 
 NUM_GROUPS = 8
@@ -46,14 +47,6 @@ class UNetConfig:
             raise ValueError(f"in_channels must be even and at least 4, got {self.in_channels}")
         if self.n_blocks < 0 or self.num_mid_blocks < 0:
             raise ValueError(f"n_blocks {self.n_blocks} and num_mid_blocks {self.num_mid_blocks} must not be negative")
-
-
-def time_sinusoids(t: Tensor, width: int) -> Tensor:
-    """t (B,) in [0, 1] -> (B, width): sines, then cosines, of 1000 t."""
-    half = width // 2
-    scale = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
-    angle = 1000 * t[:, None].float() * scale
-    return torch.cat([angle.sin(), angle.cos()], -1)
 
 
 class TimeEmbedding(nn.Module):
@@ -115,12 +108,7 @@ class Attention(nn.Module):
             for project in (self.to_q, self.to_k, self.to_v)
         )
         keys = None if mask is None else mask[:, None]  # (B, 1, 1, T)
-        if torch.is_grad_enabled() and query.device.type == "cpu":  # as in `layers.attend`: the quicker gradient
-            scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
-            scores = scores if keys is None else scores.masked_fill(~keys, -torch.inf)
-            out = scores.softmax(-1) @ value
-        else:
-            out = functional.scaled_dot_product_attention(query, key, value, attn_mask=keys)
+        out = weigh(query, key, value, keys)
         return self.to_out[0](out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -133,7 +121,7 @@ class GeluProjection(nn.Module):
         return functional.gelu(self.proj(x))
 
 
-class FeedForward(nn.Module):
+class UNetFeedForward(nn.Module):
     """`net.0.proj`, exact GELU, `net.2`; `net.1` is dropout in the released code."""
 
     def __init__(self, width: int) -> None:
@@ -150,7 +138,7 @@ class TransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attn1 = Attention(width, num_heads, head_dim)
         self.norm3 = nn.LayerNorm(width)
-        self.ff = FeedForward(width)
+        self.ff = UNetFeedForward(width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.attn1(self.norm1(x), mask)
@@ -236,7 +224,7 @@ class UNet(nn.Module):
         Returns:
             (B, T, M), zeros behind each row's end.
         """
-        time = self.time_mlp(time_sinusoids(t, self.config.in_channels).to(x.dtype))
+        time = self.time_mlp(sinusoids_of(t, self.config.in_channels).to(x.dtype))
         spread = speaker[:, None].expand(-1, x.shape[1], -1)
         h = torch.cat([x, mu, spread, prompt], -1).transpose(1, 2).contiguous()  # (B, 4 M, T)
         masks, skips = [mask], []
