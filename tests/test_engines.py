@@ -170,7 +170,7 @@ def test_beyond_the_limits_a_request_is_refused_in_one_sentence(make: Callable[.
             await collect(engine, job)
         await second.aclose()  # type: ignore[attr-defined]
         assert engine.running == 1
-        with pytest.raises(EngineFull, match="reply of up to 200 have no room beside the 117 .* at most 300 ids"):
+        with pytest.raises(EngineFull, match="reply of up to 200 do not fit with the 117 .* at most 300 ids"):
             await collect(engine, (PROMPT, Sampling(max_tokens=200), SPEECH_ONLY))
         engine.cancel("first")
         assert engine.running == 0

@@ -397,7 +397,7 @@ def test_text_tokenizers_with_faults_are_refused(language_folder: Path) -> None:
         load_released_vocabulary(language_folder)
     without = {token: entry for token, entry in entries.items() if entry["content"] != "<|audio_7|>"}
     edit(path, added_tokens_decoder=without)
-    with pytest.raises(ValueError, match=r"'<\|audio_7\|>' has not the id 431"):
+    with pytest.raises(ValueError, match=r"'<\|audio_7\|>' must have the id 431"):
         load_released_vocabulary(language_folder)
     edit(path, added_tokens_decoder=entries)
     ranks = language_folder / "tokenizer.model"

@@ -1,7 +1,7 @@
-"""Flow decoder: speech tokens -> log-mel, by conditional flow matching that streams exactly.
+"""Flow decoder: speech tokens -> log-mel by conditional flow matching, streaming exactly.
 
-The estimator keeps its caches for every evaluation of the solver apart, so block b at evaluation k sees the past blocks
-as they were at evaluation k, streaming or not. Noise is a function of seed and absolute frame index.
+The estimator has separate caches for each evaluation of the solver. Block b at evaluation k therefore sees the past
+blocks at evaluation k, streaming or not. Noise is a function of seed and absolute frame index.
 
 Shapes: B batch, T tokens or frames, G guidance branches, M mels, C condition channels, S speaker channels.
 """
@@ -30,19 +30,19 @@ from duologue.decoder.transformer import BLOCK_FRAMES, CausalTransformer, Estima
 from duologue.layers import Padded, reset_rows, split_at, take
 
 Velocity = Callable[[int, float, Tensor], Tensor]
-_CALL_BLOCKS = 8  # at most this many blocks of 10 tokens in one call: bounds the attention of a long utterance
+_CALL_BLOCKS = 8  # maximum blocks of 10 tokens per call, to bound attention memory
 
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Sizes and solver settings of the flow. The sizes of a model stand in its recipe, not here.
+    """Sizes and solver settings of the flow. Recipes hold the sizes of trained models.
 
     Attributes:
-        mel_mean, mel_std: of the corpus's natural-log mels; the flow works on (mel - mean) / std.
-        condition_dim: channels between encoder and estimator; the first num_mels of them are a first guess of the mel.
+        mel_mean, mel_std: of the corpus's natural-log mels; the flow models (mel - mean) / std.
+        condition_dim: channels between encoder and estimator; the first num_mels are a first guess of the mel.
         speaker_dim: size of the speaker vector; zeros are the reply voice.
-        num_steps, guidance_scale: of the solver, unless `init_state` gets others.
-        RETIRED: keys that older folders have, with the only values that are still implemented.
+        num_steps, guidance_scale: defaults of the solver.
+        RETIRED: keys of older folders, with the only values still supported.
     """
 
     encoder: TokenEncoderConfig = field(default_factory=TokenEncoderConfig)
@@ -65,7 +65,7 @@ class FlowConfig:
 
 
 def cosine_times(num_steps: int) -> list[float]:
-    """The num_steps + 1 times from 0 to 1 of the released cosine schedule, whose small steps lie near the noise.
+    """Returns the num_steps + 1 times from 0 to 1 of the released cosine schedule, densest near the noise.
 
     Raises:
         ValueError: fewer than one step.
@@ -76,7 +76,11 @@ def cosine_times(num_steps: int) -> list[float]:
 
 
 def solve_euler(velocity: Velocity, x0: Tensor, times: Sequence[float]) -> Tensor:
-    """Integrates from x0 over the times; `velocity` gets the number of the evaluation, the time and x."""
+    """Integrates dx/dt = velocity from x0 over the times by Euler's method.
+
+    Args:
+        velocity: takes the number of the evaluation (which selects a cache), the time and x.
+    """
     x = x0
     for k, (t, t_next) in enumerate(pairwise(times)):
         x = x + (t_next - t) * velocity(k, t, x)
@@ -84,17 +88,17 @@ def solve_euler(velocity: Velocity, x0: Tensor, times: Sequence[float]) -> Tenso
 
 
 def guide(velocity: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance: (B, T, G, M) -> (B, T, M), (1 + g) conditional - g unconditional."""
+    """Applies classifier-free guidance: (B, T, G, M) -> (B, T, M), (1 + g) conditional - g unconditional."""
     if velocity.shape[2] == 1:
         return velocity[:, :, 0]
     return (1 + guidance_scale) * velocity[:, :, 0] - guidance_scale * velocity[:, :, 1]
 
 
 def noise_at(seed: Tensor, frame: Tensor, num_mels: int) -> Tensor:
-    """Standard normal noise that depends on nothing but its place: seed (B,) and frame (B, T) int64 -> (B, T, M).
+    """Returns standard normal noise by position: seed (B,) and frame (B, T) int64 -> (B, T, M).
 
-    A counter-based generator: a 32-bit integer hash in int64 arithmetic, which every device does alike, then
-    Box-Muller. No generator of the process is touched.
+    A counter-based generator (a 32-bit integer hash and Box-Muller) gives equal noise on every device and leaves global
+    generators untouched.
     """
     key = _hash(seed & _MASK)[:, None, None]
     count = (frame[:, :, None] * num_mels + torch.arange(num_mels, device=frame.device)) & _MASK
@@ -108,7 +112,7 @@ _MASK = 0xFFFFFFFF
 
 
 def _hash(x: Tensor) -> Tensor:
-    """A bijective mix of 32-bit integers held in int64 (multiply and xor-shift, Wellons' lowbias32)."""
+    """Mixes 32-bit integers held in int64 bijectively (multiply and xor-shift, Wellons' lowbias32)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = x ^ (x >> shift)
         # In two halves, so that no product passes 63 bits.
@@ -118,13 +122,15 @@ def _hash(x: Tensor) -> Tensor:
 
 @dataclass
 class FlowState:
-    """Attributes:
-    pending: (B, T < 10) tokens of the open block.
-    encoder: state of the token encoder; `encoder.start` counts the tokens whose frames are out.
-    solver: one estimator cache per step of the solver.
-    prompt: (B, P, M) normalized mel that is given for the first frames; they are seen, and left out of the output.
-    seed: (B,) int64 of the noise.
-    speaker: (B, S).
+    """Streaming state of the flow.
+
+    Attributes:
+        pending: (B, T < 10) tokens of the open block.
+        encoder: state of the token encoder; `encoder.start` counts the decoded tokens.
+        solver: one estimator cache per solver step.
+        prompt: (B, P, M) normalized mel of the first frames, excluded from the output.
+        seed: (B,) int64 noise seed.
+        speaker: (B, S).
     """
 
     pending: Padded
@@ -137,10 +143,10 @@ class FlowState:
 
 
 class Flow(nn.Module):
-    """Speech tokens (B, T) int64 -> natural-log mel (B, 441 T // 64, M) as of `SpeakMel`, a streaming stage.
+    """Speech tokens (B, T) int64 -> natural-log mel (B, 441 T // 64, M) of `SpeakMel`, a streaming stage.
 
-    Whole blocks of 10 tokens come out of `step`, the rest of an utterance out of `flush`. A row that is flushed keeps
-    its seed and speaker, and loses its prompt.
+    `step` returns whole blocks of 10 tokens, `flush` the rest. A flushed row keeps its seed and speaker but not its
+    prompt.
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -157,12 +163,12 @@ class Flow(nn.Module):
         seed: int = 0,
         speaker: Tensor | None = None,
     ) -> FlowState:
-        """A fresh state.
+        """Returns a fresh state.
 
         Args:
-            num_steps, guidance_scale: the config's where None; a scale of 0 leaves the unconditional branch out.
-            seed: of the noise, the same for all rows; give rows their own through `state.seed`.
-            speaker: (B, S), zeros where None.
+            num_steps, guidance_scale: of the config by default; a scale of 0 omits the unconditional branch.
+            seed: noise seed of all rows; `state.seed` holds one per row.
+            speaker: (B, S), zeros by default.
         """
         config, weight = self.config, self.encoder.norm.weight
         num_steps = config.num_steps if num_steps is None else num_steps
@@ -184,9 +190,9 @@ class Flow(nn.Module):
         )
 
     def give_prompt(self, tokens: Padded, mel: Padded, state: FlowState) -> None:
-        """Sets how fresh rows begin: tokens (B, T) and their natural-log mel (B, P, M), whose voice goes on.
+        """Sets a voice prompt for fresh rows: tokens (B, T) and their natural-log mel (B, P, M).
 
-        The output begins after the prompt: after min(P, 441 T // 64) frames. Rows without a prompt have no tokens.
+        The output begins after min(P, 441 T // 64) frames. Rows without a prompt have no tokens.
         """
         if bool(((state.encoder.start + state.pending.lengths > 0) & (tokens.lengths > 0)).any()):
             raise ValueError("a prompt can only be given before the first token")
@@ -196,14 +202,14 @@ class Flow(nn.Module):
         state.pending = Padded.concat([state.pending, tokens])
 
     def step(self, x: Padded, state: FlowState) -> Padded:
-        """Tokens (B, T) -> mel frames of the blocks that they close."""
+        """Decodes tokens (B, T) and returns the mel frames of closed blocks."""
         check_tokens(x, self.config.encoder.codebook_size)
         tokens = Padded.concat([state.pending, x])
         closed, state.pending = split_at(tokens, tokens.lengths // rates.BLOCK_TOKENS * rates.BLOCK_TOKENS)
         return self._run(closed, state)
 
     def flush(self, state: FlowState, rows: Tensor | None = None) -> Padded:
-        """End of the utterance: mel frames of the open block."""
+        """Ends the utterance and returns the mel frames of the open block."""
         rows = torch.ones_like(state.pending.lengths, dtype=torch.bool) if rows is None else rows
         pending = state.pending
         closing = self.step(Padded(pending.values[:, :0], torch.zeros_like(pending.lengths)), state)  # of a prompt
@@ -214,28 +220,29 @@ class Flow(nn.Module):
         return Padded.concat([closing, mel])
 
     def forward(self, x: Padded, state: FlowState | None = None) -> Padded:
-        """Tokens (B, T) -> mel (B, 441 T // 64, M); what a stream gives, at once. A fresh state may carry settings."""
+        """Decodes tokens (B, T) to mel (B, 441 T // 64, M) in one pass, equal to a stream. A fresh state may carry
+        settings."""
         state = self.init_state(len(x.lengths)) if state is None else state
         return Padded.concat([self.step(x, state), self.flush(state)])
 
     @property
     def speaker_dim(self) -> int:
-        """Size of a speaker vector."""
         return self.config.speaker_dim
 
     def predict(
         self, tokens: Padded, start: Tensor, speaker: Tensor, given: Tensor, x_t: Tensor, time: Tensor, keep: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One evaluation of the flow for training, with the encoder's first guess of the mel.
+        """Evaluates the flow once for training.
 
         Args:
-            tokens: (B, T) int64, cut out of utterances at token `start` (B,), a multiple of 10.
+            tokens: (B, T) int64, cut from utterances at token `start` (B,), a multiple of 10.
             speaker: (B, S).
-            given: (B, F, M) mel of the prompt, zeros behind it.
+            given: (B, F, M) mel of the prompt, zeros after it.
             x_t: (B, F, M) at time (B,).
             keep: (B,) bool, false where guidance dropout hides the condition.
+
         Returns:
-            velocity and first guess, both (B, F, M) on the scale of `normalize`.
+            velocity and the encoder's first guess of the mel, both (B, F, M) and normalized.
         """
         encoder_state = self.encoder.init_state(len(start))
         encoder_state.start = start
@@ -247,11 +254,11 @@ class Flow(nn.Module):
         return velocity, condition.values[..., : self.config.num_mels].float()
 
     def normalize(self, mel: Tensor) -> Tensor:
-        """Natural-log mel -> what the flow works on."""
+        """Maps natural-log mel to the scale of the flow."""
         return (mel - self.config.mel_mean) / self.config.mel_std
 
     def _run(self, tokens: Padded, state: FlowState) -> Padded:
-        """Whole blocks, or the end of an utterance."""
+        """Decodes whole blocks, or the end of an utterance."""
         parts: list[Padded] = []
         while bool(tokens.lengths.any()) or not parts:
             now, tokens = split_at(tokens, tokens.lengths.clamp(max=_CALL_BLOCKS * rates.BLOCK_TOKENS))
@@ -283,7 +290,7 @@ class Flow(nn.Module):
         return split_at(mel, dropped)[1]
 
     def _prompt_at(self, prompt: Padded, frame: Tensor) -> Tensor:
-        """The prompt's mel at absolute frames (B, T), zeros behind it: (B, T, M)."""
+        """Returns the prompt's mel at absolute frames (B, T), zeros after it: (B, T, M)."""
         if not prompt.values.shape[1]:
             return prompt.values.new_zeros(*frame.shape, self.config.num_mels)
         given = take(prompt.values, frame.clamp(max=prompt.values.shape[1] - 1))
@@ -291,7 +298,7 @@ class Flow(nn.Module):
 
 
 def state_bytes(state: object) -> int:
-    """Memory of the tensors of a state, whatever it is made of, in bytes."""
+    """Returns the size of a state's tensors in bytes."""
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
     if isinstance(state, list | tuple):
@@ -302,7 +309,7 @@ def state_bytes(state: object) -> int:
 
 
 def max_state_bytes(config: FlowConfig, bytes_per_value: int = 4) -> int | None:
-    """The most that one row of a state takes with the config's solver and no prompt; None where the past is unbounded.
+    """Returns the maximum size of one row of a state without prompt; None if the past is unbounded.
 
     Pocket: 3 evaluations x 2 branches x 5 layers x (2 x 138 cached frames + 4 of the convolution) x 160 = 5.5 MB.
     """

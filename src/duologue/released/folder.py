@@ -1,4 +1,4 @@
-"""A set of the three released parts: found by what they hold, checked by their headers, and loaded.
+"""A set of the three released parts, identified by content and checked by headers.
 
 any folder/  a speech tokenizer  config.json with `quantize_vocab_size`
              a language model    config.json of a ChatGLM, or the result of `duologue convert`
@@ -32,7 +32,7 @@ DECODER_DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class ReleasedFolder:
-    """A folder with the three released parts. Configs and headers are read once, when they are first needed."""
+    """A folder with the three released parts. Configs and headers are read once, on demand."""
 
     path: Path
     tokenizer_path: Path
@@ -41,10 +41,10 @@ class ReleasedFolder:
 
     @classmethod
     def find(cls, path: str | Path) -> Self | None:
-        """The released parts in the folders inside of a folder; None when there is none of them.
+        """Finds the released parts in the subfolders of a folder; returns None if there are none.
 
         Raises:
-            ValueError: some parts are there and others missing, or one is there twice.
+            ValueError: a part is missing or ambiguous.
         """
         path = Path(path)
         if not path.is_dir():
@@ -67,7 +67,7 @@ class ReleasedFolder:
 
     @property
     def is_random(self) -> bool:
-        """Whether a part was written with random weights."""
+        """Whether a part has random weights."""
         configs = [read_json(folder / "config.json") for folder in (self.tokenizer_path, self.language_path)]
         return any(config.get(LABEL) for config in configs)
 
@@ -79,10 +79,10 @@ class ReleasedFolder:
         return load_released_vocabulary(self.language_path)
 
     def check(self) -> None:
-        """Compares configs, headers and codebook sizes of all parts; no weight is read.
+        """Compares configs, headers and codebook sizes without reading weights.
 
         Raises:
-            ValueError: one sentence naming file and key.
+            ValueError: names file and key.
         """
         config, (flow, _) = self._tokenizer.config, self._decoder
         sizes = {
@@ -95,16 +95,17 @@ class ReleasedFolder:
             raise ValueError(f"the codebooks of the parts have unequal sizes: {listed}")
 
     def load_tokenizer(self, device: str = "cpu") -> ReleasedSpeechTokenizer:
-        """The speech tokenizer, float32. Raises ValueError as `released.tokenizer.load_released_tokenizer`."""
+        """Loads the speech tokenizer, float32. Raises ValueError as `released.tokenizer.load_released_tokenizer`."""
         return self._tokenizer.load().to(device)
 
     def load_decoder(self, device: str = "cpu", dtype: str | None = None) -> ReleasedDecoder:
-        """Flow and vocoder, in evaluation mode.
+        """Loads flow and vocoder in evaluation mode.
 
         Args:
-            dtype: of the U-Net, "float32" (the default) or "bfloat16".
+            dtype: of the U-Net, "float32" (default) or "bfloat16".
+
         Raises:
-            ValueError: as `released.decoder.decoder.load_released_decoder`; an unknown type.
+            ValueError: as `released.decoder.decoder.load_released_decoder`; an unknown dtype.
         """
         if dtype not in (None, *DECODER_DTYPES):
             raise ValueError(f"unknown decoder_dtype {dtype!r}; the choices are {', '.join(DECODER_DTYPES)}")
@@ -112,7 +113,7 @@ class ReleasedFolder:
         return load_released_decoder(self.decoder_path, dtype=number, configs=self._decoder).to(device)
 
     def load_recognizer(self, device: str = "cpu") -> None:
-        """None: the released parts have no recognizer of speech tokens."""
+        """Returns None: the released parts have no recognizer."""
 
     @cached_property
     def _tokenizer(self) -> TokenizerFiles:
@@ -120,7 +121,7 @@ class ReleasedFolder:
 
     @cached_property
     def weights(self) -> ReleasedWeights | None:
-        """ChatGLM weights of the language model; None for a converted model, which transformers reads."""
+        """ChatGLM weights of the language model; None for a converted model."""
         return read_released(self.language_path) if is_released(self.language_path) else None
 
     @cached_property
