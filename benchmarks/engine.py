@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 
 from benchmarks.harness import AIMS, Spread
 from benchmarks.plots import draw_lines
+from duologue.checkpoint import Dtype
 from duologue.evaluation.report import Row
 from duologue.interleave import SPEECH_ONLY
-from duologue.language.backbone import Dtype, LanguageConfig, new_glm
+from duologue.language.backbone import LanguageConfig, new_glm
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
 from duologue.models import open_folder

@@ -16,7 +16,7 @@ import duologue
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Schedule
 from duologue.language.engine import Engine, PlainEngine
 from duologue.language.glm import is_plain_glm
-from duologue.language.keyvalues import KeyValues, SideBySide
+from duologue.language.keyvalues import KeyValues, RaggedBatchModel
 from duologue.language.requests import EngineFull
 from duologue.language.sampling import Sampling, within_budget
 from duologue.vocabulary import Vocabulary
@@ -170,7 +170,7 @@ def test_beyond_the_limits_a_request_is_refused_in_one_sentence(make: Callable[.
             await collect(engine, job)
         await second.aclose()  # type: ignore[attr-defined]
         assert engine.running == 1
-        with pytest.raises(EngineFull, match="reply of up to 200 have no room beside the 117 .* at most 300 ids"):
+        with pytest.raises(EngineFull, match="reply of up to 200 do not fit with the 117 .* at most 300 ids"):
             await collect(engine, (PROMPT, Sampling(max_tokens=200), SPEECH_ONLY))
         engine.cancel("first")
         assert engine.running == 0
@@ -340,7 +340,7 @@ def test_scores_side_by_side_equal_those_of_whole_sequences(model: PreTrainedMod
         )
         model = LlamaForCausalLM(config).eval()
         model.get_input_embeddings().weight.data.mul_(20.0)
-    side_by_side = SideBySide(model)
+    side_by_side = RaggedBatchModel(model)
     calls: list[object] = []
     if way == "hooked":
         side_by_side.model.get_submodule("model.layers.1").register_forward_pre_hook(lambda *_: calls.append(_))
@@ -374,7 +374,7 @@ def test_a_glm_with_other_modules_is_run_as_the_library_does(model: PreTrainedMo
     louder.weight = projection.weight
     other.get_submodule("model.layers.0.mlp").down_proj = louder
     assert not is_plain_glm(other)
-    scores = SideBySide(other).step([LONG[:20]], [KeyValues()])
+    scores = RaggedBatchModel(other).step([LONG[:20]], [KeyValues()])
     with torch.no_grad():
         expected = other(torch.tensor([LONG[:20]])).logits[:, -1]
         assert (model(torch.tensor([LONG[:20]])).logits[:, -1] - expected).abs().max() > 0.01
@@ -387,7 +387,7 @@ def test_others_use_the_model_during_a_step(model: PreTrainedModel) -> None:
     """A training that goes on while a reply is still made: its own way of attending, its own gradients."""
     ids = torch.tensor([LONG[:30]])
     expected = model(ids).logits.detach()
-    side_by_side = SideBySide(model)
+    side_by_side = RaggedBatchModel(model)
     meanwhile = []
 
     def use(*_: object) -> None:

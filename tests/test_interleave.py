@@ -102,7 +102,7 @@ def test_what_may_not_stand_is_refused_and_changes_nothing(pattern: str) -> None
     *before, wrong = kinds(pattern)
     state = InterleaveState().advance_all(before)
     untouched = copy.copy(state)
-    with pytest.raises(ValueError, match=f"a {wrong.name.lower()} token cannot stand after"):
+    with pytest.raises(ValueError, match=f"a {wrong.name.lower()} token cannot follow"):
         state.advance(wrong)
     assert state == untouched
 
@@ -254,7 +254,7 @@ def test_text_alone_may_be_empty() -> None:
 
 def test_a_wrong_id_is_named_with_its_position() -> None:
     reply = [*range(3), FIRST_SPEECH, 7]
-    with pytest.raises(ValueError, match="id 7 at position 4: a text token cannot stand after 3 text and 1 speech"):
+    with pytest.raises(ValueError, match="id 7 at position 4: a text token cannot follow 3 text and 1 speech"):
         split(reply, kind_of)
 
 

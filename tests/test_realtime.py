@@ -9,7 +9,7 @@ import pytest
 
 from duologue import rates
 from duologue.audio import resample
-from duologue.conversation.ear import Listening
+from duologue.conversation.ear import TurnTokenizer
 from duologue.interleave import INTERLEAVED, Kind
 from duologue.serving.formats import pack
 from duologue.serving.objects import Pcma, Pcmu
@@ -367,7 +367,7 @@ def test_a_conversation_is_freed_without_the_garbage_collector(server: LiveServe
             talk.append(question()[:24_000])
             talk.ask("conversation.item.retrieve", "error", item_id="nothing")  # all of it was heard
         for _ in range(200):
-            num_left = sum(type(each) in (RealtimeSession, Listening) for each in gc.get_objects())
+            num_left = sum(type(each) in (RealtimeSession, TurnTokenizer) for each in gc.get_objects())
             if not num_left:
                 break
             time.sleep(0.02)

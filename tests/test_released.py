@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from duologue.audio import LogMelConfig
 from duologue.interleave import Kind
 from duologue.language.engine import PlainEngine
-from duologue.language.quantization import check_available, quantize
 from duologue.language.sampling import Sampling
 from duologue.layers import Padded
 from duologue.memory import estimate
+from duologue.quantization import check_available, quantize
 from duologue.released.convert import PROGRESS_FILE, convert
 from duologue.released.language import chatglm_shapes, load_released_language, read_config
 from duologue.released.random_weights import ReleasedLanguageSizes, write_random_language, write_random_tokenizer
@@ -397,7 +397,7 @@ def test_text_tokenizers_with_faults_are_refused(language_folder: Path) -> None:
         load_released_vocabulary(language_folder)
     without = {token: entry for token, entry in entries.items() if entry["content"] != "<|audio_7|>"}
     edit(path, added_tokens_decoder=without)
-    with pytest.raises(ValueError, match=r"'<\|audio_7\|>' has not the id 431"):
+    with pytest.raises(ValueError, match=r"'<\|audio_7\|>' must have the id 431"):
         load_released_vocabulary(language_folder)
     edit(path, added_tokens_decoder=entries)
     ranks = language_folder / "tokenizer.model"

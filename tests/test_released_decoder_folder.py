@@ -122,7 +122,7 @@ BAD_CONFIGS = {
     "a call inside": (replaced("channels: 80", "channels: !apply:os.getpid []"), "tagged !apply:os.getpid; no tag is"),
     "lost reference": (
         replaced("spk_embed_dim: 12", "spk_embed_dim: !ref <nowhere>"),
-        r"flow\.spk_embed_dim in .* refers to <nowhere>, which is not there",
+        r"flow\.spk_embed_dim in .* refers to <nowhere>, which does not exist",
     ),
     "sum": (replaced("spk_embed_dim: 12", "spk_embed_dim: !ref <a> + 1"), "only a plain <key> is read"),
     "unknown key": (replaced("    vocab_size", "    size_of_vocab: 3\n    vocab_size"), "unknown key 'size_of_vocab'"),
@@ -209,7 +209,7 @@ BAD_WEIGHTS = {
     "empty": (lambda folder: (folder / "hift.pt").write_bytes(b""), r"hift\.pt is truncated, damaged or no PyTorch"),
     "text": (lambda folder: (folder / "flow.pt").write_text("version https://git-lfs"), r"flow\.pt is damaged"),
     "a zip": (other_zip, r"flow\.pt is truncated, damaged or no PyTorch file"),
-    "a trap": (trapped, r"hift\.pt is damaged, or holds objects besides tensors"),
+    "a trap": (trapped, r"hift\.pt is damaged, or holds objects other than tensors"),
     "a tensor": (not_a_state, r"flow\.pt must hold named tensors, not Tensor"),
     "nested": (nested, r"flow\.pt must hold named tensors, but 'model' is dict"),
     "lost key": (edited("flow", lambda x: x.pop("encoder_proj.bias")), r"flow\.pt has no weight 'encoder_proj\.bias'"),

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from duologue.interleave import Allowed, Kind
 from duologue.language.sampling import KindMasks, Sampling
-from duologue.language.scripts import byte_letters, fits, language_mask
-from duologue.vocabulary import Vocabulary
+from duologue.language.scripts import fits, language_mask
+from duologue.vocabulary import Vocabulary, byte_letters
 
 SAMPLES = {
     "hello": ("Latin",),

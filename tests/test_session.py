@@ -110,7 +110,7 @@ def test_feeding_during_a_reply_belongs_to_the_next_turn(bot: Chatbot) -> None:
         async for _ in session.reply():
             pass
         assert [len(turn.ids) for turn in session.conversation.turns[::2]] == [13, 7]
-        assert session.num_samples_fed == 24000
+        assert session.ear.num_samples == 24000
 
     asyncio.run(talk())
 

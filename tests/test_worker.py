@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from duologue.conversation.worker import Stepped, Worker, WorkerFull
+from duologue.conversation.worker import StepResult, Worker, WorkerFull
 from duologue.layers import Padded, num_step_threads, reset_rows
 
 
@@ -85,7 +85,7 @@ def held_up(worker: Worker) -> Callable[[], None]:
     return go.set
 
 
-def values(future: "Future[Stepped]") -> list[float]:
+def values(future: "Future[StepResult]") -> list[float]:
     return future.result(10).values.tolist()
 
 

@@ -1,4 +1,4 @@
-"""Sound on disk, resampling, and the two log-mels: what the tokenizer hears and what the decoder makes.
+"""Audio files, resampling, log-mel features and pitch.
 
 Shapes: B batch, S samples, T frames, M mels. Waveforms are float32 in [-1, 1].
 """
@@ -26,12 +26,13 @@ MAX_FILE_S = 3600.0
 
 
 def load_audio(path: str | Path) -> tuple[NDArray[np.float32], int]:
-    """Reads a sound file (anything libsndfile knows) as one channel.
+    """Reads the first channel of any audio file that libsndfile supports.
 
     Returns:
-        wav (S,) float32, the first channel, as the released code takes it; and its sample rate.
+        wav (S,) float32 and its sample rate.
+
     Raises:
-        ValueError: one sentence, when there is no such file, or it holds no usable sound.
+        ValueError: the file is missing, unreadable or holds no usable audio.
     """
     path = Path(path)
     if not path.exists():
@@ -42,8 +43,8 @@ def load_audio(path: str | Path) -> tuple[NDArray[np.float32], int]:
         with soundfile.SoundFile(path) as file:
             if file.frames > MAX_FILE_S * file.samplerate:
                 raise ValueError(
-                    f"{path} lasts {file.frames / file.samplerate / 60:.0f} minutes; at most "
-                    f"{MAX_FILE_S / 60:.0f} are taken, cut it first"
+                    f"{path} lasts {file.frames / file.samplerate / 60:.0f} minutes; the "
+                    f"limit is {MAX_FILE_S / 60:.0f}: cut it first"
                 )
             wav = file.read(dtype="float32", always_2d=True)[:, 0]
             sample_rate = int(file.samplerate)
@@ -53,7 +54,7 @@ def load_audio(path: str | Path) -> tuple[NDArray[np.float32], int]:
 
 
 def check_wav(pcm: Pcm, sample_rate: int, name: str = "the audio") -> NDArray[np.float32]:
-    """Returns samples (S,) as float32 in [-1, 1], or says in a ValueError why they cannot be used."""
+    """Returns samples (S,) as float32 in [-1, 1]. Raises ValueError if they are unusable."""
     wav = as_float(pcm, name)
     if not 4000 <= sample_rate <= 384000:
         raise ValueError(f"{name} has a sample rate of {sample_rate} Hz; rates from 4000 to 384000 are taken")
@@ -67,7 +68,7 @@ def check_wav(pcm: Pcm, sample_rate: int, name: str = "the audio") -> NDArray[np
 
 
 def save_audio(path: str | Path, wav: NDArray[np.float32], sample_rate: int) -> None:
-    """Writes wav (S,) float32 as 16-bit; the suffix names the format."""
+    """Writes wav (S,) float32 as 16-bit audio; the suffix selects the format."""
     try:
         soundfile.write(path, np.clip(wav, -1.0, 1.0), sample_rate, subtype=None)
     except (soundfile.LibsndfileError, TypeError, ValueError) as error:
@@ -75,27 +76,30 @@ def save_audio(path: str | Path, wav: NDArray[np.float32], sample_rate: int) -> 
 
 
 def resample(wav: NDArray[np.float32], from_rate: int, to_rate: int) -> NDArray[np.float32]:
-    """Resamples a whole wav (S,) float32."""
     if from_rate == to_rate:
         return wav
     return cast(NDArray[np.float32], soxr.resample(wav, from_rate, to_rate).astype(np.float32))
 
 
 class StreamingResampler:
-    """Resamples chunk by chunk; holds back up to 40 ms until the last chunk. One object is one stream's state."""
+    """Resamples a stream chunk by chunk; up to 40 ms are held back until the last chunk."""
 
     def __init__(self, from_rate: int, to_rate: int) -> None:
         self._stream = None if from_rate == to_rate else soxr.ResampleStream(from_rate, to_rate, 1, dtype="float32")
 
     def step(self, wav: NDArray[np.float32], last: bool = False) -> NDArray[np.float32]:
-        """(S,) float32 at the first rate -> what has become final at the second."""
+        """Returns the final output samples for input wav (S,) float32."""
         return wav if self._stream is None else self._stream.resample_chunk(wav, last=last)
 
 
 @dataclass(frozen=True)
 class LogMelConfig:
-    """Whisper's log-mel. `floor` says what quiet is: "utterance" clips at the clip's maximum minus 8 (the released
-    models; a stream only knows the maximum so far), "fixed" clips at `log_floor` (a stream is exact)."""
+    """Settings of Whisper's log-mel.
+
+    Attributes:
+        floor: lower clipping. "utterance" clips at the maximum minus 8 as the released models (a stream knows only the
+            maximum so far); "fixed" clips at `log_floor`, exact in streams.
+    """
 
     num_mels: int = 80
     floor: Literal["fixed", "utterance"] = "fixed"
@@ -104,7 +108,14 @@ class LogMelConfig:
 
 @dataclass
 class LogMelState:
-    """Samples not yet covered by a frame, whether a row has got its left edge, counts and the loudest value so far."""
+    """Streaming state of `LogMel`.
+
+    Attributes:
+        buffer: samples without a complete frame.
+        started: (B,) bool, the left edge was reflected.
+        num_samples: (B,) samples so far.
+        peak: (B,) maximum log-mel so far.
+    """
 
     buffer: Padded
     started: Tensor
@@ -113,10 +124,10 @@ class LogMelState:
 
 
 class LogMel(nn.Module):
-    """16 kHz wav (B, S) -> log-mel (B, T, M) at 100 frames/s, a streaming stage.
+    """Log-mel (B, T, M) of 16 kHz wav (B, S) at 100 frames/s, a streaming stage.
 
-    A row is padded with zeros to a whole number of speech tokens (1280 samples), then reflected at both edges, as the
-    released feature extractor does for a clip alone (docs/checkpoints.md 1.4).
+    Rows are zero-padded to whole speech tokens (1280 samples) and then reflected at both edges. This matches the
+    released feature extractor on a single clip (docs/checkpoints.md 1.4).
     """
 
     window: Tensor
@@ -145,11 +156,11 @@ class LogMel(nn.Module):
         return LogMelState(buffer, zeros.bool(), zeros, self.window.new_full((batch_size,), -torch.inf))
 
     def step(self, x: Padded, state: LogMelState) -> Padded:
-        return self._normalise(self._take_in(x, state), state)
+        return self._normalize(self._take_in(x, state), state)
 
     def flush(self, state: LogMelState, rows: Tensor | None = None) -> Padded:
         rows = torch.ones_like(state.started) if rows is None else rows
-        mel = self._normalise(self._finish(state, rows), state)
+        mel = self._normalize(self._finish(state, rows), state)
         reset_rows(state, self.init_state(len(rows)), rows)
         return mel
 
@@ -157,14 +168,14 @@ class LogMel(nn.Module):
         state = self.init_state(len(x.lengths))
         raw = [self._take_in(x, state), self._finish(state, torch.ones_like(state.started))]
         mel = Padded.concat(raw)
-        return self._normalise(mel, state)
+        return self._normalize(mel, state)
 
     def _take_in(self, x: Padded, state: LogMelState) -> Padded:
         state.num_samples = state.num_samples + x.lengths
         return self._frames(self._reflect_left(Padded.concat([state.buffer, x]), state), state)
 
     def _reflect_left(self, wav: Padded, state: LogMelState) -> Padded:
-        """Mirrors the first 200 samples of each row that now has them; held back until then."""
+        """Mirrors the first 200 samples of each row as soon as they are available."""
         starting = ~state.started & (wav.lengths > self.edge)
         if not bool(starting.any()):
             return wav
@@ -174,7 +185,7 @@ class LogMel(nn.Module):
         return Padded(take(wav.values, index.clamp(max=wav.values.shape[1] - 1)), wav.lengths + self.edge * starting)
 
     def _finish(self, state: LogMelState, rows: Tensor) -> Padded:
-        """The frames that a row's end brings: zeros to a whole token, then the mirrored right edge."""
+        """Returns the last frames of ending rows: zero padding to a whole token, then the mirrored right edge."""
         token = rates.SAMPLES_PER_TOKEN
         missing = torch.where(rows, -state.num_samples % token, 0)
         zeros = Padded(self.window.new_zeros(len(rows), int(missing.max())), missing)
@@ -183,12 +194,12 @@ class LogMel(nn.Module):
         length = wav.lengths[:, None]
         index = torch.arange(wav.values.shape[1] + self.edge, device=rows.device).expand(len(rows), -1)
         index = torch.where(index < length, index, 2 * (length - 1) - index).clamp(0, max(wav.values.shape[1] - 1, 0))
-        # The released code drops the last frame, which a reflection one sample short of 200 leaves out by itself.
+        # The released code drops the last frame; reflecting one sample fewer than 200 omits it.
         padded = Padded(take(wav.values, index), (wav.lengths + self.edge - 1) * ending + wav.lengths * ~ending)
         return self._frames(padded, state, ending)
 
     def _frames(self, wav: Padded, state: LogMelState, ready: Tensor | None = None) -> Padded:
-        """Whole frames of a buffer that begins where the next frame begins; keeps the rest in the state."""
+        """Computes all complete frames of a buffer and keeps the remaining samples in the state."""
         hop = rates.LISTEN_HOP
         ready = state.started if ready is None else ready
         num_frames = ((wav.lengths - self.n_fft) // hop + 1).clamp(min=0) * ready
@@ -201,7 +212,7 @@ class LogMel(nn.Module):
         power = (spectrum.real.square() + spectrum.imag.square()).transpose(1, 2)  # (B, T, n_fft / 2 + 1)
         return Padded((power @ self.filters).clamp(min=1e-10).log10(), num_frames)
 
-    def _normalise(self, mel: Padded, state: LogMelState) -> Padded:
+    def _normalize(self, mel: Padded, state: LogMelState) -> Padded:
         values = mel.values
         if self.config.floor == "fixed":
             return Padded((values.clamp(min=self.config.log_floor) + 4.0) / 4.0, mel.lengths)
@@ -212,7 +223,7 @@ class LogMel(nn.Module):
 
 
 class SpeakMel(nn.Module):
-    """22.05 kHz wav (B, S) -> natural-log mel (B, S // 256, 80), the decoder's target (docs/checkpoints.md 3.5)."""
+    """Natural-log mel (B, S // 256, 80) of 22.05 kHz wav (B, S), the decoder's target (docs/checkpoints.md 3.5)."""
 
     window: Tensor
     filters: Tensor
@@ -238,9 +249,9 @@ class SpeakMel(nn.Module):
 
 
 def pitch(wav: Tensor, sample_rate: int, hop_length: int, f0_min: float = 60.0, f0_max: float = 400.0) -> Tensor:
-    """Fundamental frequency by normalised autocorrelation: wav (B, S) -> (B, S // hop_length) Hz, 0 where unvoiced.
+    """Estimates F0 by normalized autocorrelation: wav (B, S) -> (B, S // hop_length) Hz, 0 where unvoiced.
 
-    Frame i is centred on sample (i + 0.5) * hop_length and 64 ms long.
+    Frame i is 64 ms long and centered on sample (i + 0.5) * hop_length.
     """
     size = int(0.064 * sample_rate)
     num_frames = wav.shape[1] // hop_length
@@ -250,13 +261,13 @@ def pitch(wav: Tensor, sample_rate: int, hop_length: int, f0_min: float = 60.0, 
     frames = frames - frames.mean(-1, keepdim=True)
     spectrum = torch.fft.rfft(frames, 2 * size)
     correlation = torch.fft.irfft(spectrum.abs().square())[..., :size]
-    # A shorter overlap lowers the correlation of long lags: divide by what a constant would give.
+    # Long lags overlap less: divide by the correlation of a constant.
     overlap = 1.0 - torch.arange(size, device=wav.device) / size
     correlation = correlation / (correlation[..., :1] * overlap + 1e-9)
     shortest, longest = int(sample_rate / f0_max), int(sample_rate / f0_min)
     lags = correlation[..., shortest:longest]
     peak, at = lags.max(-1)
-    # The first lag that comes close to the best one: multiples of the period correlate as well as the period.
+    # The first lag close to the best: multiples of the period correlate equally well.
     first = (lags > 0.9 * peak[..., None]).to(torch.int8)
     rising = torch.diff(lags, dim=-1, prepend=lags[..., :1]) >= 0
     falling = torch.diff(lags, dim=-1, append=lags[..., -1:]) <= 0

@@ -1,11 +1,10 @@
-"""Weights on disk: a component is a folder with `config.json` and `model.safetensors`.
+"""Component folders: `config.json` and `model.safetensors`.
 
     config.json          {"kind": class of the module, "version": 1, ...the fields of its config..., "extra": {...}}
-    model.safetensors    its state dict; past `max_shard_bytes` it becomes model-00001-of-00003.safetensors and so on
-                         with model.safetensors.index.json, the layout of transformers
+    model.safetensors    its state dict; larger ones are sharded with an index, in the layout of transformers
 
-Nothing is executed when a folder is read, and whatever is wrong with one is said in one sentence with the file and the
-key. Files are replaced one by one, weights first: a save that is cut short leaves readable files.
+Loading executes no code, and every fault raises an error that names file and key. Files are replaced one by one,
+weights first, so an interrupted save leaves readable files.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,8 +28,10 @@ from duologue.config import parse_config, read_json, to_mapping, write_json
 FORMAT_VERSION = 1
 MAX_SHARD_BYTES = 2**31
 _OWN_KEYS = ("kind", "version", "extra")
-# Plain floating point, as safetensors names it.
+# Floating-point types by their names in safetensors, and those in which a language model can run.
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Module = TypeVar("Module", bound=nn.Module)
 Config = TypeVar("Config")
@@ -38,10 +39,10 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor of a safetensors file, known from the file's header; its values are read on demand.
+    """A tensor of a safetensors file, known from the header; values are read on demand.
 
     Attributes:
-        dtype: as the file names it: F32, BF16, ...
+        dtype: safetensors name such as F32 or BF16.
     """
 
     path: Path
@@ -54,10 +55,10 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def read(self, dtype: torch.dtype | None = None, start: int | None = None, stop: int | None = None) -> Tensor:
-        """Rows [start, stop) in memory of their own, in the given type; by default all rows in the stored type.
+        """Reads rows [start, stop) in the given dtype; by default all rows in the stored dtype.
 
         Raises:
-            ValueError: the file is damaged, or a value is not finite in that type.
+            ValueError: the file is damaged, or a value is not finite in that dtype.
         """
         with _open(self.path) as file:
             # A tensor without dimensions has no rows to slice.
@@ -76,18 +77,18 @@ def save_component(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a module and the config it was made from.
+    """Writes a module and its config.
 
     Args:
-        folder: created where it is missing; weights of an earlier save in it are replaced.
-        module: its state dict is stored; parameters that share memory are stored once.
+        folder: created if missing; earlier weights in it are replaced.
+        module: its state dict is stored; tied parameters are stored once.
         config: a frozen dataclass, see `duologue.config`.
-        extra: JSON values that travel with the weights, like the hash of the tokenizer they belong to or the step.
-        dtype: floating point tensors are stored in this type; as they are by default.
-        max_shard_bytes: the weights are cut into files of at most this size (one tensor at least in each).
+        extra: JSON values stored with the weights, such as a tokenizer hash or the training step.
+        dtype: dtype of stored floating-point tensors; unchanged by default.
+        max_shard_bytes: maximum size of a file with more than one tensor.
 
     Raises:
-        ValueError: a weight is not finite (its key is named), or the config has a key that the format needs itself.
+        ValueError: a weight is not finite, or the config has a reserved key.
     """
     folder = Path(folder)
     fields = to_mapping(config)
@@ -105,17 +106,17 @@ def save_component(
 def load_component(
     folder: str | Path, cls: Callable[[Config], Module], config_cls: type[Config], *, dtype: torch.dtype | None = None
 ) -> Module:
-    """Make `cls(config)` from a component's folder and fill in its weights, on the CPU and in evaluation mode.
+    """Builds `cls(config)` and loads its weights, on the CPU in evaluation mode.
 
     Args:
-        folder: as `save_component` wrote it.
-        cls: the module's class, called with the config.
+        folder: written by `save_component`.
+        cls: the module's class.
         config_cls: the frozen dataclass of its config.
-        dtype: type of the module's floating point tensors; the type `cls` makes them in (float32) by default.
+        dtype: dtype of floating-point tensors; that of `cls` (float32) by default.
 
     Raises:
-        ValueError: one sentence naming file and key: a part is missing or truncated, the component is another one or of
-            a later version, a config key is unknown, a weight is missing, unexpected, of another shape or not finite.
+        ValueError: names file and key of a missing, truncated or unknown part, or of a weight that is missing,
+            unexpected, of another shape or not finite.
     """
     folder = Path(folder)
     path = folder / "config.json"
@@ -132,26 +133,26 @@ def load_component(
 
 
 def read_kind(folder: str | Path) -> str:
-    """The class of the module in a component's folder."""
+    """Returns the class name of the module in a component folder."""
     return str(_component_json(Path(folder))["kind"])
 
 
 def read_extra(folder: str | Path) -> dict[str, Any]:
-    """What `save_component` was given as `extra`."""
+    """Returns the `extra` values of a component folder."""
     return dict(_component_json(Path(folder)).get("extra", {}))
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict of a module with tensors that share memory (tied weights) once, as `load_weights` takes it."""
+    """Returns the state dict of a module with tied weights once, as `load_weights` expects."""
     aliases = _aliases(module)
     return {key: tensor for key, tensor in module.state_dict().items() if key not in aliases}
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Fill a module with exactly these tensors.
+    """Loads exactly these tensors into a module.
 
     Raises:
-        ValueError: a key is missing or unexpected, or a tensor has another shape or type of number, or is not finite.
+        ValueError: a key is missing or unexpected, or a tensor has another shape or kind of dtype, or is not finite.
     """
     own = module.state_dict()
     aliases = _aliases(module)
@@ -176,7 +177,7 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -
 def save_tensors(
     folder: str | Path, tensors: Mapping[str, Tensor], name: str = "model", *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
-    """Write named tensors as `<name>.safetensors`, or as numbered shards with an index past `max_shard_bytes`.
+    """Writes named tensors as `<name>.safetensors`, or as shards with an index beyond `max_shard_bytes`.
 
     Raises:
         ValueError: a tensor is not finite, or the limit is not positive.
@@ -211,10 +212,10 @@ def save_tensors(
 
 
 def load_tensors(folder: str | Path, name: str = "model") -> dict[str, Tensor]:
-    """Read what `save_tensors` wrote, whole or sharded.
+    """Reads tensors written by `save_tensors`.
 
     Raises:
-        ValueError: a file is missing, truncated or damaged, or the index and the shards disagree.
+        ValueError: a file is missing, truncated or damaged, or index and shards disagree.
     """
     stored = stored_tensors(folder, name)
     tensors: dict[str, Tensor] = {}
@@ -225,10 +226,10 @@ def load_tensors(folder: str | Path, name: str = "model") -> dict[str, Tensor]:
 
 
 def stored_tensors(folder: str | Path, name: str = "model") -> dict[str, StoredTensor]:
-    """The tensors of `<name>.safetensors`, or of the shards in `<name>.safetensors.index.json`; no value is read.
+    """Returns the tensors of `<name>.safetensors` or its shards without reading values.
 
     Raises:
-        ValueError: a file is missing, truncated or damaged, or the index and the shards disagree.
+        ValueError: as `load_tensors`.
     """
     folder = Path(folder)
     _check_folder(folder)
@@ -241,7 +242,7 @@ def stored_tensors(folder: str | Path, name: str = "model") -> dict[str, StoredT
     files: dict[str, dict[str, StoredTensor]] = {}
     for file_name in sorted(set(weight_map.values())):
         if Path(file_name).name != file_name:
-            raise ValueError(f"{index} names the file {file_name!r}, which is not one of its own folder")
+            raise ValueError(f"{index} names the file {file_name!r}, which is not in the same folder")
         if not (folder / file_name).is_file():
             first = min(key for key, file in weight_map.items() if file == file_name)
             raise ValueError(f"{folder / file_name} does not exist, but {index.name} puts the weight {first!r} into it")
@@ -257,7 +258,7 @@ def stored_tensors(folder: str | Path, name: str = "model") -> dict[str, StoredT
 
 
 def stored_in_file(path: str | Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, in the order of their bytes; no value is read.
+    """Returns the tensors of one safetensors file in byte order without reading values.
 
     Raises:
         ValueError: the file is missing, truncated or damaged.
@@ -272,12 +273,12 @@ def stored_in_file(path: str | Path) -> dict[str, StoredTensor]:
 
 
 def file_hash(folder: str | Path) -> str:
-    """SHA-256 (hex) over names and contents of all .json and .safetensors files of a folder and those inside it.
+    """Returns the SHA-256 (hex) over names and contents of all .json and .safetensors files below a folder.
 
-    The identity of a component: corpora and sibling models record it, and refuse another.
+    Corpora and dependent models record it as the identity of a component.
 
     Raises:
-        ValueError: no such folder, or nothing in it.
+        ValueError: the folder is missing or holds no such file.
     """
     folder = Path(folder)
     _check_folder(folder)
@@ -316,7 +317,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _aliases(module: nn.Module) -> dict[str, str]:
-    """Keys of the state dict whose memory another key stands for already (tied weights), with that key."""
+    """Maps each key that shares memory with an earlier key (tied weights) to that key."""
     first: dict[tuple[object, ...], str] = {}
     aliases = {}
     for key, tensor in module.state_dict().items():

@@ -1,8 +1,9 @@
-"""Configuration as data: JSON and YAML read strictly into frozen dataclasses.
+"""Strict configuration files: JSON and YAML read into frozen dataclasses.
 
-A dataclass is the list of what a file may say. An unknown key, a missing key and a value of the wrong type are errors
-that name the key with its path and the choices; nothing is guessed and nothing is executed.
+An unknown key, a missing key or a wrong type raises an error that names the key's path and the choices.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -20,17 +21,16 @@ Config = TypeVar("Config")
 
 
 def parse_config(cls: type[Config], mapping: Mapping[str, Any], where: str = "") -> Config:
-    """Build the dataclass `cls`, and the dataclasses inside it, from a mapping of plain values.
+    """Builds the dataclass `cls` and its nested dataclasses from a mapping of plain values.
 
     Args:
-        cls: a dataclass of int, float, bool, str, Path, enums, literals, other dataclasses, unions with None, and
-            tuples, lists and dicts of these.
-            A class variable `RETIRED` maps keys of older files to the only values that are still accepted.
-        mapping: what a JSON or YAML file holds.
-        where: the file, for the messages.
+        cls: a dataclass of int, float, bool, str, Path, enums, literals, dataclasses, optional values, tuples, lists
+            and dicts. Its class variable `RETIRED` maps retired keys to the only values still accepted.
+        mapping: the content of a JSON or YAML file.
+        where: the file's name for error messages.
 
     Raises:
-        ValueError: one sentence with the path of the key, the value and what is possible.
+        ValueError: names the path of the key, its value and the choices.
     """
     value = _parse_dataclass(cls, mapping, "", f" in {where}" if where else "")
     assert isinstance(value, cls)
@@ -38,7 +38,7 @@ def parse_config(cls: type[Config], mapping: Mapping[str, Any], where: str = "")
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
-    """The plain values of a dataclass, such that `parse_config(type(config), to_mapping(config)) == config`."""
+    """Returns the plain values of a dataclass: `parse_config(type(config), to_mapping(config)) == config`."""
     plain = _plain(config)
     if not isinstance(plain, dict):
         raise ValueError(f"expected a dataclass, got {config!r}")
@@ -46,10 +46,10 @@ def to_mapping(config: Any) -> dict[str, Any]:
 
 
 def load_config(path: str | Path, cls: type[Config]) -> Config:
-    """Read a .json, .yaml or .yml file into the dataclass `cls`.
+    """Reads a .json, .yaml or .yml file into the dataclass `cls`.
 
     Raises:
-        ValueError: no such file, not JSON or YAML, or not what `cls` describes.
+        ValueError: the file is missing, malformed or does not match `cls`.
     """
     path = Path(path)
     if path.suffix == ".json":
@@ -60,7 +60,7 @@ def load_config(path: str | Path, cls: type[Config]) -> Config:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ValueError with one sentence when there is none."""
+    """Reads the JSON object in a file. Raises ValueError if there is none."""
     try:
         data = json.loads(_read_text(Path(path)))
     except json.JSONDecodeError as error:
@@ -69,28 +69,24 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The YAML mapping in a file: plain data, no tags. Raises ValueError with one sentence when there is none."""
+    """Reads the YAML mapping in a file; tags are refused. Raises ValueError if there is none."""
     try:
-        data = yaml.load(_read_text(Path(path)), Loader=_PlainLoader)
+        data = yaml.load(_read_text(Path(path)), Loader=PlainLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not plain YAML: {' '.join(str(error).split())}") from None
     return _object(path, data)
 
 
 def parse_value(text: str) -> Any:
-    """The value that `text` would be in one of our YAML files: "1e-4" is a number, "[a, b]" a list.
-
-    Raises:
-        ValueError: it is not plain YAML.
-    """
+    """Parses `text` as a YAML value: "1e-4" is a number, "[a, b]" a list. Raises ValueError for other YAML."""
     try:
-        return yaml.load(text, Loader=_PlainLoader)
+        return yaml.load(text, Loader=PlainLoader)
     except yaml.YAMLError:
         raise ValueError(f"{text!r} is not a value in plain YAML") from None
 
 
 def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Write a JSON object such that the file is the old one or the new one, never half of it."""
+    """Writes a JSON object atomically: readers see the old file or the new one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.new")
@@ -98,8 +94,8 @@ def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
     scratch.replace(path)
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML as people write it: 1e-4 is a number (YAML 1.1 wants 1.0e-4), a key given twice is an error."""
+class PlainLoader(yaml.SafeLoader):
+    """A YAML 1.1 loader that also reads 1e-4 as a number and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -109,7 +105,7 @@ class _PlainLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_PlainLoader.add_implicit_resolver(
+PlainLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 

@@ -167,8 +167,8 @@ def _released(folder: Path) -> Iterator[Check]:
     """A released set, or one part of it, at any size: told from headers alone. Raises ValueError for a bad folder."""
     import torch
 
-    from duologue.language.quantization import check_available
     from duologue.memory import estimate
+    from duologue.quantization import check_available
     from duologue.released.folder import ReleasedFolder
 
     told = estimate(folder)

@@ -1,23 +1,24 @@
-"""The interleave: how text and speech tokens take turns inside one reply. The only place where 13 and 26 stand.
+"""The interleave: the order of text and speech tokens within a reply. Only this module states the runs 13 and 26.
 
     text run | speech run | text run | speech run | ... | last text run | all the remaining speech | end
 
-There is no end-of-text token. A text run holds up to 13 text tokens, a speech run exactly 26 speech tokens, unless it
-is the last. A speech id inside a text run, or where the next text run would begin, means that the text is finished;
-from then on only speech ids or the end can come. From this follows where each kind may stand (`InterleaveState`):
+There is no end-of-text token. A text run holds up to 13 text tokens. A speech run holds exactly 26 speech tokens,
+unless it is the last. A speech id within a text run, or in place of the next text run, finishes the text: only
+speech ids or the end may follow. `InterleaveState` implements this table:
 
     position                           text   speech                   end
-    before anything                    yes    yes, text is finished    no: an empty reply says nothing
-    inside a text run                  yes    yes, text is finished    no: what was written would not be spoken
+    at the start                       yes    yes, text is finished    no: the reply would be empty
+    inside a text run                  yes    yes, text is finished    no: the text would not be spoken
     after a full text run              no     yes                      no: likewise
     inside a speech run                no     yes                      yes: the run was the last one
     after a full speech run            yes    yes, text is finished    yes: text and speech ended together
     text finished                      no     yes                      yes
 
-A schedule without speech (`TEXT_ONLY`) lets text and the end stand everywhere; one without text (`SPEECH_ONLY`) has its
-text finished from the start. The same machine builds training data, constrains sampling, splits what was sampled and
-goes on where a stream was cut. (GLM-4-Voice, section "streaming thoughts"; `web_demo.py` of its release.)
+Without speech (`TEXT_ONLY`), text and the end may stand everywhere. Without text (`SPEECH_ONLY`), the text is
+finished at the start. Training data, sampling and parsing use the same state machine (arXiv:2412.02612).
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from enum import IntEnum
 
 
 class Kind(IntEnum):
-    """What a token id of the joint vocabulary is. Values are stable: arrays of them are stored."""
+    """The kind of a token id. The values are stable, because arrays of them are stored."""
 
     TEXT = 0
     SPEECH = 1
@@ -36,7 +37,7 @@ class Kind(IntEnum):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Lengths of the runs in tokens. 0 leaves a modality out."""
+    """Run lengths in tokens; 0 leaves a modality out."""
 
     text_run: int = 13
     speech_run: int = 26
@@ -49,8 +50,10 @@ class Schedule:
             )
 
     def min_speech(self, num_text: int) -> int:
-        """Speech tokens that a reply with `num_text` text tokens needs at least, so that every text run is followed
-        by speech: full runs between the text runs and one token after the last."""
+        """Returns the minimum number of speech tokens of a reply with `num_text` text tokens.
+
+        Full speech runs separate the text runs, and at least one token follows the last.
+        """
         if self.speech_run == 0:
             return 0
         if self.text_run == 0 or num_text == 0:
@@ -65,7 +68,7 @@ SPEECH_ONLY = Schedule(text_run=0)
 
 @dataclass(frozen=True)
 class Allowed:
-    """Which kinds may come next."""
+    """The kinds that may come next."""
 
     text: bool
     speech: bool
@@ -79,8 +82,8 @@ class Allowed:
         )
 
     @property
-    def kinds(self) -> tuple["Allowed", ...]:
-        """Each of the allowed kinds as the only one."""
+    def kinds(self) -> tuple[Allowed, ...]:
+        """Each allowed kind as the only one."""
         text, speech, end = Allowed(True, False, False), Allowed(False, True, False), Allowed(False, False, True)
         return tuple(one for one, may in ((text, self.text), (speech, self.speech), (end, self.end)) if may)
 
@@ -91,10 +94,11 @@ class Allowed:
 
 @dataclass
 class InterleaveState:
-    """Position inside one reply. Belongs to a session; `copy.copy` forks it.
+    """The position within one reply; `copy.copy` forks it.
 
-    `run` is the modality of the run that the next token may continue and `run_length` its length so far; right after a
-    full speech run it is the next text run, of length 0.
+    Attributes:
+        run: modality of the run that the next token may continue; after a full speech run, the next text run.
+        run_length: current length of that run.
     """
 
     schedule: Schedule = INTERLEAVED
@@ -111,7 +115,6 @@ class InterleaveState:
 
     @property
     def allowed(self) -> Allowed:
-        """The kinds that may come next."""
         if self.ended:
             return Allowed(text=False, speech=False, end=False)
         if self.schedule.speech_run == 0:
@@ -121,14 +124,14 @@ class InterleaveState:
         return Allowed(text=text, speech=True, end=after_speech)
 
     def advance(self, kind: Kind) -> None:
-        """Take one token of this kind.
+        """Consumes one token of this kind.
 
         Raises:
-            ValueError: the kind may not stand here; the state is unchanged then.
+            ValueError: the kind is not allowed here; the state is unchanged.
         """
         if kind not in self.allowed:
             raise ValueError(
-                f"a {kind.name.lower()} token cannot stand after {self.num_text} text and {self.num_speech} speech "
+                f"a {kind.name.lower()} token cannot follow {self.num_text} text and {self.num_speech} speech "
                 f"tokens of a reply in runs of {self.schedule.text_run} and {self.schedule.speech_run}: "
                 f"only {self.allowed} can come"
             )
@@ -149,20 +152,18 @@ class InterleaveState:
             if not self.text_finished and self.run_length == self.schedule.speech_run:
                 self.run, self.run_length = Kind.TEXT, 0
 
-    def advance_all(self, kinds: Iterable[Kind]) -> "InterleaveState":
-        """Take several tokens and return this state: `InterleaveState(schedule).advance_all(kinds)` is the state from
-        which a stream that was cut after `kinds` goes on."""
+    def advance_all(self, kinds: Iterable[Kind]) -> InterleaveState:
+        """Consumes several tokens and returns this state, from which a cut stream continues."""
         for kind in kinds:
             self.advance(kind)
         return self
 
 
 def weave(text: Sequence[int], speech: Sequence[int], schedule: Schedule = INTERLEAVED) -> list[int]:
-    """Text and speech ids of one reply in the order in which the model produces them, without the end id.
+    """Interleaves text and speech ids of one reply in the model's order, without the end id.
 
     Raises:
-        ValueError: the schedule leaves out a modality that is there, or the speech is over while text remains (speech
-            so fast that text would not stay ahead), which includes a reply without any speech.
+        ValueError: the schedule lacks a modality, or there is too little speech for the text.
     """
     if text and schedule.text_run == 0:
         raise ValueError(f"a schedule without text cannot hold {len(text)} text tokens")
@@ -187,7 +188,7 @@ def weave(text: Sequence[int], speech: Sequence[int], schedule: Schedule = INTER
 
 @dataclass(frozen=True)
 class Run:
-    """A stretch of one kind: `ids[start:stop]` of the sequence that was split."""
+    """A run of one kind: `ids[start:stop]` of the split sequence."""
 
     kind: Kind
     start: int
@@ -196,8 +197,11 @@ class Run:
 
 @dataclass
 class Split:
-    """A reply taken apart. `state` is the position behind its last token: `state.ended` tells whether the end id was
-    there, and a cut stream is continued from it."""
+    """The parts of a reply.
+
+    Attributes:
+        state: the position after the last token; a cut stream continues from it.
+    """
 
     text: list[int] = field(default_factory=list)
     speech: list[int] = field(default_factory=list)
@@ -206,14 +210,14 @@ class Split:
 
 
 def split(ids: Sequence[int], kind: Callable[[int], Kind], schedule: Schedule = INTERLEAVED) -> Split:
-    """Separate the ids of a reply, whole or cut anywhere, into text and speech ids.
+    """Splits the ids of a reply, complete or not, into text and speech ids.
 
     Args:
         ids: a reply, with or without its end id.
-        kind: what an id is, `Vocabulary.kind`.
+        kind: `Vocabulary.kind`.
 
     Raises:
-        ValueError: an id stands where its kind cannot; the message names its position.
+        ValueError: an id stands where its kind is not allowed; the message names its position.
     """
     parts = Split(state=InterleaveState(schedule))
     for position, token in enumerate(ids):
@@ -233,11 +237,10 @@ def split(ids: Sequence[int], kind: Callable[[int], Kind], schedule: Schedule = 
 
 
 def legal_prefix(kinds: Iterable[Kind], num_speech_heard: int) -> int:
-    """How many ids of a reply to keep when it was interrupted after `num_speech_heard` of its speech tokens sounded.
+    """Returns the number of ids to keep of a reply of which `num_speech_heard` speech tokens were played.
 
-    Up to the last one heard, and nothing when none was. What is kept is a legal reply in itself, since the end may
-    follow every speech token; text of a run that was not yet spoken at all is dropped. A number beyond the reply's own
-    (a playback clock may round up) keeps its tokens as far as they were spoken.
+    The kept ids end with the last speech token heard and form a legal reply. Numbers beyond the reply's length are
+    accepted, since a playback clock may round up.
 
     Raises:
         ValueError: the number is negative.

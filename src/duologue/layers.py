@@ -1,17 +1,16 @@
-"""Ragged batches, caches and the two causal operators that every streaming stage is built of.
+"""Ragged batches, streaming state and causal layers.
 
-Shapes: B batch (one row is one session), T frames or tokens, D width, H heads, W cached past frames.
+Shapes: B batch (one row per session), T frames or tokens, D width, H heads, W cached frames.
 
-The contract of a streaming stage, of which `StreamingStage` is the type:
+The contract of a `StreamingStage`:
 
-- ``init_state(batch_size)`` makes a state: a dataclass of tensors with a leading batch dimension, and of child states;
-- ``step(x, state)`` takes a ragged batch (rows of any length, zero included) and returns what has become final;
-- ``flush(state, rows)`` ends the given rows, returns what was held back and makes those rows fresh again;
+- ``init_state(batch_size)`` returns a state: a dataclass of tensors with a leading batch dimension and child states.
+- ``step(x, state)`` takes a ragged batch (rows may be empty) and returns the output that is final.
+- ``flush(state, rows)`` ends the given rows, returns their held-back output and resets them.
 - ``forward(x)`` equals the concatenated steps plus the flush, for every chunking of the input.
 
-A step replaces the tensors of a state and never writes into them, so ``copy.deepcopy`` (or a shallow copy of every
-dataclass) forks a session. ``join_states`` puts the states of sessions into one batch and ``state_row`` takes them
-out again, so that sessions share a step whenever they happen to need one at the same time.
+A step replaces the tensors of a state and never writes into them, so a copy of the dataclasses forks a session.
+`join_states` batches the states of sessions and `state_row` separates them again.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _FEW_PARAMETERS = 50_000_000
 
 @dataclass(frozen=True)
 class Padded:
-    """A ragged batch: row b holds ``values[b, :lengths[b]]``, what lies behind is arbitrary.
+    """A ragged batch: row b is ``values[b, :lengths[b]]``; the values after it are arbitrary.
 
     Attributes:
         values: (B, T, ...) any dtype.
@@ -44,32 +43,32 @@ class Padded:
 
     @staticmethod
     def full(values: Tensor) -> Padded:
-        """All rows as long as the tensor."""
+        """Returns a batch in which every row fills the tensor."""
         return Padded(values, torch.full((values.shape[0],), values.shape[1], device=values.device))
 
     @staticmethod
     def stack(rows: Sequence[Tensor]) -> Padded:
-        """Pads rows (T_b, ...) of unequal lengths with zeros into one batch."""
+        """Zero-pads rows (T_b, ...) to one batch."""
         lengths = torch.tensor([row.shape[0] for row in rows], device=rows[0].device)
         return Padded(nn.utils.rnn.pad_sequence(list(rows), batch_first=True), lengths)
 
     @property
     def mask(self) -> Tensor:
-        """(B, T) bool, true where a value counts."""
+        """(B, T) bool, true on valid values."""
         return torch.arange(self.values.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
     def rows(self) -> list[Tensor]:
-        """The rows at their own lengths, each (T_b, ...)."""
+        """Returns the valid part of each row, (T_b, ...)."""
         return [row[:length] for row, length in zip(self.values, self.lengths.tolist(), strict=True)]
 
     def zeroed(self) -> Padded:
-        """The same batch with zeros behind each row's end."""
+        """Returns the batch with zeros as padding."""
         mask = self.mask.reshape(*self.mask.shape, *([1] * (self.values.dim() - 2)))
         return Padded(self.values * mask.to(self.values.dtype), self.lengths)
 
     @staticmethod
     def concat(parts: Sequence[Padded]) -> Padded:
-        """Joins batches row by row along time."""
+        """Concatenates batches row by row along time."""
         parts = [part for part in parts if part.values.shape[1]] or list(parts[:1])
         if len(parts) == 1:
             return parts[0]
@@ -89,25 +88,24 @@ class Padded:
 
 
 def _is_full(x: Padded) -> bool:
-    """Whether all rows are as long as the tensor."""
     lengths = x.lengths
     return int(lengths if lengths.shape[0] == 1 else lengths.min()) == x.values.shape[1]
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """Picks ``values[b, index[b, t]]``: (B, T, ...), (B, N) int64 -> (B, N, ...)."""
-    if not values.shape[1]:  # rows without values: whatever is picked lies behind their ends
+    """Gathers ``values[b, index[b, t]]``: (B, T, ...), (B, N) int64 -> (B, N, ...)."""
+    if not values.shape[1]:  # all rows are empty, so every picked value is padding
         values = values.new_zeros(values.shape[0], 1, *values.shape[2:])
     index = index.reshape(*index.shape, *([1] * (values.dim() - 2))).expand(-1, -1, *values.shape[2:])
     return values.gather(1, index)
 
 
 def split_at(x: Padded, lengths: Tensor) -> tuple[Padded, Padded]:
-    """Cuts each row after ``lengths[b]`` values; both parts are left-aligned."""
+    """Splits each row after ``lengths[b]`` values; both parts are left-aligned."""
     rest = x.lengths - lengths
     if lengths.device.type == "cpu" and lengths.shape[0]:
         cuts = lengths.tolist()
-        if min(cuts) == max(cuts):  # as when a session is alone: both parts are there as they lie
+        if min(cuts) == max(cuts):  # a single session: both parts are views
             cut = cuts[0]
             return Padded(x.values[:, :cut], lengths), Padded(x.values[:, cut : cut + int(rest.max())], rest)
     head = Padded(x.values[:, : int(lengths.max())], lengths)
@@ -119,15 +117,15 @@ def roll_in(cache: Tensor, x: Padded, width: int) -> tuple[Tensor, Tensor]:
     """Appends a ragged batch to right-aligned caches.
 
     Args:
-        cache: (B, W, ...) the last W values of each row, the newest at the right.
-        x: (B, T, ...) what is new.
-        width: size of the cache to keep.
+        cache: (B, W, ...) the last W values of each row.
+        x: (B, T, ...) new values.
+        width: width of the new cache.
+
     Returns:
-        (B, W + T, ...) cache and new values side by side, and the new cache (B, width, ...).
+        (B, W + T, ...) cache and new values concatenated, and the new cache (B, width, ...).
     """
     joined = torch.cat([cache, x.values], 1)
-    # Where all rows are full, as when a session is alone, the new cache is the end of the joined one as it lies there.
-    # To ask is to wait for the device, so only where that is the processor.
+    # If all rows are full, the new cache is a view. The check would synchronize with a GPU, so only on the CPU.
     if joined.device.type == "cpu" and width <= joined.shape[1] and _is_full(x):
         return joined, joined[:, joined.shape[1] - width :]
     index = cache.shape[1] - width + x.lengths[:, None] + torch.arange(width, device=cache.device)
@@ -135,9 +133,9 @@ def roll_in(cache: Tensor, x: Padded, width: int) -> tuple[Tensor, Tensor]:
 
 
 def map_state(visit: Callable[..., object], *states: object) -> object:
-    """A state whose leaves are `visit(leaf, ...)` of the leaves of states that are made alike.
+    """Returns a state whose leaves are `visit(leaf, ...)` over equally structured states.
 
-    Leaves are tensors, `Padded` and settings, which are anything but lists and dataclasses.
+    Leaves are tensors, `Padded` and settings (anything but lists and dataclasses).
     """
     first = states[0]
     if isinstance(first, list):
@@ -151,11 +149,11 @@ def map_state(visit: Callable[..., object], *states: object) -> object:
 
 
 def reset_rows(state: StateT, fresh: StateT, rows: Tensor) -> None:
-    """Makes the given rows (B,) bool of a state equal to those of a fresh one, whatever the state is made of."""
+    """Resets the given rows (B,) bool of a state to those of a fresh one."""
 
     def reset(old: object, new: object) -> object:
         if isinstance(old, Tensor) and isinstance(new, Tensor):
-            if old.dim() > 1 and old.shape[1] != new.shape[1]:  # a grown cache: the counts say which values are valid
+            if old.dim() > 1 and old.shape[1] != new.shape[1]:  # a grown cache; counts mark its valid values
                 new = torch.zeros_like(old)
             return torch.where(rows.reshape(-1, *([1] * (old.dim() - 1))), new, old)
         if isinstance(old, Padded) and isinstance(new, Padded):
@@ -170,7 +168,7 @@ def reset_rows(state: StateT, fresh: StateT, rows: Tensor) -> None:
 
 
 def state_settings(state: object) -> Hashable:
-    """What states must have in common to be joined: structure, dtypes, sizes behind time, and all that is no tensor."""
+    """Returns what states must share to be joined: structure, dtypes, sizes after the time axis, settings."""
     if isinstance(state, Padded):
         return "padded", state.values.dtype, state.values.shape[2:]
     if isinstance(state, Tensor):
@@ -183,13 +181,12 @@ def state_settings(state: object) -> Hashable:
 
 
 def join_states(states: Sequence[StateT]) -> StateT:
-    """One state whose rows are those of the given ones, in order.
+    """Concatenates states along the batch dimension.
 
-    Caches of unequal widths are right-aligned: the narrower ones get zeros at the left, which lie before the first
-    position of their rows and are hidden there.
+    Narrower caches are left-padded with zeros, which lie before position 0 and are masked.
 
     Raises:
-        ValueError: the states were made with unequal settings, see `state_settings`.
+        ValueError: the states have different `state_settings`.
     """
     if len({state_settings(state) for state in states}) != 1:
         raise ValueError("states made with unequal settings cannot run in one batch")
@@ -213,7 +210,7 @@ def _join(*parts: object) -> object:
 
 
 def _widened(values: Tensor, width: int, left: bool) -> Tensor:
-    """(B, T, ...) -> (B, width, ...) with zeros at the one side or the other."""
+    """Zero-pads (B, T, ...) to (B, width, ...) on one side."""
     missing = width - values.shape[1]
     if not missing:
         return values
@@ -222,7 +219,7 @@ def _widened(values: Tensor, width: int, left: bool) -> Tensor:
 
 
 def state_row(state: StateT, row: int) -> StateT:
-    """One row of a state as a state of its own: a copy, which does not keep the other rows' memory alive."""
+    """Copies one row of a state."""
 
     def copy(leaf: object) -> object:
         if isinstance(leaf, Padded):
@@ -234,7 +231,7 @@ def state_row(state: StateT, row: int) -> StateT:
 
 
 class StreamingStage(Protocol[StateT]):
-    """What every streaming stage offers; see the module's text for the contract."""
+    """The interface of a streaming stage; the module docstring gives its contract."""
 
     def init_state(self, batch_size: int) -> StateT: ...
     def step(self, x: Padded, state: StateT) -> Padded: ...
@@ -243,10 +240,9 @@ class StreamingStage(Protocol[StateT]):
 
 
 class CausalConv1d(nn.Conv1d):
-    """A convolution over time that sees only the past: (B, T, C_in) -> (B, T / stride, C_out).
+    """Causal convolution over time: (B, T, C_in) -> (B, T / stride, C_out).
 
-    The cache is (B, dilation * (kernel_size - 1), C_in), zeros at the start, as left padding. With a stride, every
-    chunk must be a multiple of it.
+    The cache is (B, dilation * (kernel_size - 1), C_in), initially zeros. Chunks must be multiples of the stride.
     """
 
     def __init__(
@@ -259,7 +255,7 @@ class CausalConv1d(nn.Conv1d):
         return self.weight.new_zeros(batch_size, self.context, self.in_channels)
 
     def step(self, x: Padded, cache: Tensor) -> tuple[Padded, Tensor]:
-        """Returns the output of the new frames and the new cache."""
+        """Returns the output for the new frames, and the new cache."""
         joined, cache = roll_in(cache.to(x.values.dtype), x, self.context)
         y = super().forward(joined.transpose(1, 2)).transpose(1, 2)  # (B, T / stride, C_out)
         return Padded(y, x.lengths // self.stride[0]), cache
@@ -267,16 +263,16 @@ class CausalConv1d(nn.Conv1d):
 
 @dataclass
 class AttentionCache:
-    """Keys and values of the past, right-aligned, (B, W, H, D)."""
+    """Right-aligned keys and values of past frames, (B, W, H, D)."""
 
     keys: Tensor
     values: Tensor
 
 
 def drop_padding(caches: Sequence[AttentionCache], start: Tensor) -> int:
-    """Cuts growing caches to the longest past of any row, start (B,), and returns their width.
+    """Trims growing caches to the longest past `start` (B,) of any row; returns their width.
 
-    A row that once shared a step with a longer one has zeros at the left of its caches until this is called.
+    A row that shared a step with a longer one has zeros at the left of its caches until then.
     """
     width = caches[0].keys.shape[1]
     longest = int(start.max()) if width else 0
@@ -294,42 +290,46 @@ def attention_mask(
     past_blocks: int | None = None,
     num_valid: Tensor | None = None,
 ) -> Tensor:
-    """Which keys each query sees: its own block whole, and the past blocks.
+    """Returns the block-causal mask: a query sees its own block and past blocks.
 
     Args:
-        start: (B,) absolute position of the first new frame of each row.
-        x: the new frames, for their lengths.
+        start: (B,) absolute position of each row's first new frame.
+        x: the new frames; only the lengths are used.
         num_cached: W, width of the caches.
         block_of: maps absolute positions to block numbers.
-        past_blocks: how many blocks of the past are seen besides the own one; None for all.
-        num_valid: (B,) absolute positions from here on are padding and hidden as keys.
+        past_blocks: number of visible past blocks; None for all.
+        num_valid: (B,) absolute positions from here on are padding and masked as keys.
+
     Returns:
-        (B, 1, T, W + T) bool. Queries behind a row's end see themselves, so that they stay finite.
+        (B, 1, T, W + T) bool.
     """
     time = x.values.shape[1]
     offsets = torch.arange(-num_cached, time, device=start.device)
     key = start[:, None] + offsets  # (B, W + T)
     query = key[:, num_cached:]
     key_block, query_block = block_of(key)[:, None, :], block_of(query)[:, :, None]
-    seen = key_block <= query_block
+    may_attend = key_block <= query_block
     if past_blocks is not None:
-        seen = seen & (key_block >= query_block - past_blocks)
-    real = (key >= 0) & (offsets < x.lengths[:, None])
+        may_attend = may_attend & (key_block >= query_block - past_blocks)
+    is_key = (key >= 0) & (offsets < x.lengths[:, None])
     if num_valid is not None:
-        real = real & (key < num_valid[:, None])
-    behind = (offsets[num_cached:] >= x.lengths[:, None])[:, :, None]
-    return ((seen & real[:, None, :]) | (behind & (key[:, None, :] == query[:, :, None])))[:, None]
+        is_key = is_key & (key < num_valid[:, None])
+    # Padding frames attend to themselves, so that softmax has no empty row.
+    is_padding = (offsets[num_cached:] >= x.lengths[:, None])[:, :, None]
+    pad_self = is_padding & (key[:, None, :] == query[:, :, None])
+    return ((may_attend & is_key[:, None, :]) | pad_self)[:, None]
 
 
 def attend(
     query: Tensor, key: Padded, value: Tensor, cache: AttentionCache, mask: Tensor | None, width: int | None
 ) -> Tensor:
-    """Attention of new frames over cached and new ones; replaces what the cache holds.
+    """Computes attention over cached and new frames, and updates the cache.
 
     Args:
-        query: (B, T, H, D); key, value: the same shape, key with the rows' lengths.
-        cache: keys and values of the past; replaced by the last `width` ones (None: all).
-        mask: from `attention_mask`; None where every query sees every key, cached and new.
+        query: (B, T, H, D); key and value have the same shape.
+        cache: past keys and values; replaced by the last `width` ones (None: all).
+        mask: from `attention_mask`; None if every query sees every key.
+
     Returns:
         (B, T, H * D).
     """
@@ -342,13 +342,13 @@ def attend(
 
 
 def weigh(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention: (B, H, T, D) over keys and values (B, H, W, D) -> (B, H, T, D).
+    """Computes scaled dot-product attention of (B, H, T, D) over (B, H, W, D): (B, H, T, D).
 
     Args:
-        mask: bool, broadcast to (B, H, T, W), true where a query sees a key; None where it sees every one.
+        mask: bool, broadcast to (B, H, T, W), true where a query sees a key; None for everywhere.
     """
     if torch.is_grad_enabled() and query.device.type == "cpu":
-        # The gradient of the fused attention is three times slower on a CPU than that of these three products.
+        # On a CPU the gradient of fused attention is three times slower than that of these products.
         scores = (query @ keys.transpose(2, 3)) * query.shape[-1] ** -0.5
         scores = scores if mask is None else scores.masked_fill(~mask, -torch.inf)
         weighed: Tensor = scores.softmax(-1) @ values
@@ -357,7 +357,7 @@ def weigh(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> T
 
 
 def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotary position embedding over all of D, halves paired: x (B, T, H, D), positions (B, T) int64."""
+    """Applies rotary position embedding to all of D, halves paired: x (B, T, H, D), positions (B, T) int64."""
     half = x.shape[-1] // 2
     frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
     angle = positions[:, :, None, None].float() * frequency  # (B, T, 1, D / 2)
@@ -367,17 +367,16 @@ def rotate(x: Tensor, positions: Tensor, base: float = 10000.0) -> Tensor:
 
 
 def sinusoids(num_positions: int, width: int, max_timescale: float = 10000.0) -> Tensor:
-    """Whisper's position table: (num_positions, width), sines in the first half, cosines in the second."""
+    """Returns Whisper's position table (num_positions, width): sines, then cosines."""
     scales = torch.exp(-torch.arange(width // 2) * (torch.log(torch.tensor(max_timescale)) / (width // 2 - 1)))
     angle = torch.arange(num_positions)[:, None] * scales
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
 def num_step_threads(*modules: nn.Module) -> int:
-    """Threads of the CPU for the steps of some modules: one for small ones, else as many as PyTorch takes by itself.
+    """Returns the number of CPU threads for steps of these modules: 1 for small ones, else PyTorch's default.
 
-    The operations of a small model are over before a second thread has woken for them: with two threads a step of
-    pocket's language model takes up to twice as long, and both cores are busy with it (docs/engines.md).
+    A second thread slows the short operations of a small model by up to 2x (docs/engines.md).
     """
     num_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
     return 1 if num_parameters <= _FEW_PARAMETERS else torch.get_num_threads()
@@ -385,7 +384,7 @@ def num_step_threads(*modules: nn.Module) -> int:
 
 @contextmanager
 def step_threads(*modules: nn.Module) -> Iterator[None]:
-    """Steps of these modules in the calling thread, with as many threads of the CPU as `num_step_threads` says."""
+    """Sets the thread count of `num_step_threads` in the calling thread for a `with` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(num_step_threads(*modules))
     try:

@@ -1,8 +1,8 @@
-"""Models: the parts of one chatbot as they lie in a model folder, loaded and checked against each other.
+"""Model folders and their loaded parts.
 
-duologue.json  vocabulary/  tokenizer/  recognizer/  language/  decoder/flow/  decoder/vocoder/
+    duologue.json  vocabulary/  tokenizer/  recognizer/  language/  decoder/flow/  decoder/vocoder/
 
-Or a set of released parts, see `released/folder.py`. `open_folder` decides which of the two a folder is.
+`open_folder` distinguishes this format from a set of released parts (`released/folder.py`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from duologue.checkpoint import file_hash, load_component, read_extra, read_kind
+from duologue.checkpoint import Dtype, file_hash, load_component, read_extra, read_kind
 from duologue.config import parse_config, read_json, to_mapping, write_json
 from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
-from duologue.language.backbone import Dtype, Provenance, load_language, load_provenance
+from duologue.language.backbone import Provenance, load_language, load_provenance
 from duologue.language.engine import Engine, PlainEngine, check_engine
-from duologue.language.quantization import Scheme, check_available, quantize
 from duologue.language.sampling import Sampling
 from duologue.layers import Padded
+from duologue.quantization import Scheme, check_available, quantize
 from duologue.released.folder import ReleasedFolder
+from duologue.released.language import load_released_language
 from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
 from duologue.tokenizer.speech_recognizer import SpeechRecognizer, load_speech_recognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
@@ -43,14 +44,14 @@ DecoderDtype = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Card:
-    """Description of a model (`duologue.json`).
+    """The description of a model (`duologue.json`).
 
     Attributes:
-        trained: false for random weights, which are for load tests; their output is noise.
-        voices: names of the reply's voices; the first is the default.
+        trained: false for random weights, which produce noise.
+        voices: names of the reply voices; the first is the default.
         sampling: default sampling of replies.
-        num_steps, guidance_scale: of the flow's solver; None takes those of its config.
-        follows_instructions: whether the model was trained with system turns; other models get no instructions.
+        num_steps, guidance_scale: solver settings of the flow; None for those of its config.
+        follows_instructions: the model was trained with system turns; other models get no instructions.
     """
 
     name: str
@@ -67,7 +68,7 @@ class Card:
 
     @classmethod
     def load(cls, folder: str | Path) -> Card:
-        """Reads a folder's card. Raises ValueError for a folder without a card of this version."""
+        """Reads a folder's card. Raises ValueError if there is none of this version."""
         path = Path(folder) / CARD_FILE
         data = read_json(path)
         if data.pop("kind", None) != "Chatbot" or data.pop("version", None) != CARD_VERSION:
@@ -76,7 +77,7 @@ class Card:
 
 
 class Decoder(Protocol):
-    """What pocket's decoder and the released one have in common: a streaming stage from speech tokens to sound."""
+    """The streaming interface shared by pocket's decoder and the released one."""
 
     flow: Any
     vocoder: Any
@@ -93,7 +94,7 @@ class Decoder(Protocol):
 
 
 class ModelFolder(Protocol):
-    """A model on disk: `PocketFolder` in our own format, or a released set.
+    """A model on disk, in our format (`PocketFolder`) or as a released set.
 
     Attributes:
         tokenizer_path: folder of the speech tokenizer; its hash identifies the codebook.
@@ -108,7 +109,7 @@ class ModelFolder(Protocol):
     @property
     def vocabulary(self) -> Vocabulary: ...
     def check(self) -> None:
-        """Raises ValueError, one sentence, when parts are damaged or do not belong together."""
+        """Raises ValueError if parts are damaged or incompatible."""
 
     def load_tokenizer(self, device: str = ...) -> SpeechTokenizer: ...
     def load_recognizer(self, device: str = ...) -> Recognizer | SpeechRecognizer | None: ...
@@ -119,7 +120,7 @@ class ModelFolder(Protocol):
 
 
 def open_folder(path: str | Path) -> ModelFolder:
-    """The model in a folder, of either format; its parts are read on demand.
+    """Returns the model in a folder of either format; parts are read on demand.
 
     Raises:
         ValueError: an incomplete released set.
@@ -148,39 +149,35 @@ class PocketFolder:
         return Vocabulary.load(self.path / "vocabulary")
 
     def check(self) -> None:
-        """Checks that language model and flow were made with the tokenizer and the vocabulary of this folder.
+        """Checks that language model and flow were trained with this tokenizer and vocabulary.
 
         Raises:
-            ValueError: names the part that was made with another one; or the tokenizer is damaged.
+            ValueError: names the incompatible part, or the tokenizer is damaged.
         """
-        self.load_tokenizer()  # first, so that damage is not reported as another tokenizer
+        self.load_tokenizer()  # first, so that damage is reported as such
         own = Provenance(file_hash(self.tokenizer_path), self.vocabulary.hash)
-        load_provenance(self.path / "language").check(
-            own, f"the language model in {self.path}", "the tokenizer beside it"
-        )
+        load_provenance(self.path / "language").check(own, f"the language model in {self.path}", "its tokenizer")
         made_with = read_extra(self.path / "decoder" / "flow").get("tokenizer", own.tokenizer)
-        Provenance(made_with, own.vocabulary).check(own, f"the flow in {self.path}", "the tokenizer beside it")
+        Provenance(made_with, own.vocabulary).check(own, f"the flow in {self.path}", "its tokenizer")
 
     def load_tokenizer(self, device: str = "cpu") -> SpeechTokenizer:
-        """The speech tokenizer, without the rest. Raises ValueError as `checkpoint.load_component`."""
+        """Loads the speech tokenizer. Raises ValueError as `checkpoint.load_component`."""
         return load_component(self.tokenizer_path, SpeechTokenizer, SpeechTokenizerConfig).to(device)
 
     def load_recognizer(self, device: str = "cpu") -> Recognizer | SpeechRecognizer | None:
-        """The recognizer of speech tokens, None where the folder has none."""
+        """Loads the recognizer of speech tokens; None if there is none."""
         place = self.path / "recognizer"
         return read_recognizer(place).to(device).eval() if place.is_dir() else None
 
     def load_language(
         self, device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
     ) -> PreTrainedModel:
-        """The language model, float32 where no type is given. Raises ValueError as `backbone.load_language`."""
-        language = load_language(self.path / "language", dtype or "float32").to(device)
-        if quantization is not None:
-            quantize(language.model, quantization)
-        return language
+        """Loads the language model, float32 by default. Raises ValueError as `backbone.load_language`."""
+        return _load_language(self.path / "language", dtype or "float32", device, quantization)
 
     def load_decoder(self, device: str = "cpu", dtype: DecoderDtype | None = None) -> SpeechDecoder:
-        """Flow and vocoder, in evaluation mode. Raises ValueError for a bad part, or a type other than float32."""
+        """Loads flow and vocoder in evaluation mode. Raises ValueError for a damaged part or a dtype other than
+        float32."""
         if dtype not in (None, "float32"):
             raise ValueError(
                 f"the decoder in {self.path} computes in float32; only a released one can do so in {dtype}"
@@ -191,23 +188,38 @@ class PocketFolder:
 
 
 class _ReleasedFolder(ReleasedFolder):
-    """A released set as a model folder. It has no card: its description is inferred from its configs."""
+    """A released set as a model folder. Its card is inferred from its configs."""
 
     @cached_property
     def card(self) -> Card:
         name = self.path.resolve().name
         return Card(name, trained=not self.is_random, languages=("en", "zh"), follows_instructions=True)
 
+    def load_language(
+        self, device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
+    ) -> PreTrainedModel:
+        """Reads the language model, bfloat16 by default. Raises ValueError as `load_released_language`."""
+        if self.weights is not None:
+            return load_released_language(self.weights, dtype or "bfloat16", device, quantization)
+        return _load_language(self.language_path, dtype or "bfloat16", device, quantization)
+
+
+def _load_language(folder: Path, dtype: Dtype, device: str, quantization: Scheme | None) -> PreTrainedModel:
+    language = load_language(folder, dtype).to(device)
+    if quantization is not None:
+        quantize(language.model, quantization)
+    return language
+
 
 @dataclass(frozen=True)
 class Models:
-    """The loaded parts of one chatbot; they hold no state of a conversation.
+    """The loaded parts of one chatbot, without conversation state.
 
     Attributes:
-        recognizer: reads text from speech tokens; None where the folder has none.
+        recognizer: reads text from speech tokens; None if the folder has none.
 
     Raises:
-        ValueError: the parts have codebooks of unequal sizes.
+        ValueError: the codebook sizes of the parts differ.
     """
 
     tokenizer: SpeechTokenizer
@@ -236,16 +248,16 @@ class Models:
         engine: EngineName = "plain",
         decoder_dtype: DecoderDtype | None = None,
     ) -> Models:
-        """Reads a model folder.
+        """Loads a model folder.
 
         Args:
-            dtype: of the language model; bfloat16 for released ones and float32 for ours by default.
-            quantization: "int8" or "int4" for the matrices of the language model's layers.
-            engine: what runs the language model; "plain" is the only choice, see docs/engines.md.
-            decoder_dtype: of a released decoder's U-Net, "float32" (the default) or "bfloat16".
+            dtype: of the language model; by default bfloat16 for released models and float32 for ours.
+            quantization: "int8" or "int4" for the language model's linear layers.
+            engine: runs the language model; only "plain", see docs/engines.md.
+            decoder_dtype: of a released decoder's U-Net, "float32" (default) or "bfloat16".
+
         Raises:
-            ValueError: one sentence: a part is missing, damaged, of other sizes or made for another tokenizer; no
-                library for the quantization; a type that the decoder has not.
+            ValueError: a part is missing, damaged or incompatible, a library is missing, or a dtype is not supported.
         """
         opened = open_folder(folder)
         card = opened.card
@@ -260,10 +272,10 @@ class Models:
 
     @torch.inference_mode()
     def transcribe(self, codes: Sequence[int]) -> str:
-        """The recognizer's text for the speech tokens of one utterance, in pieces of 30 s; slow, for the worker.
+        """Transcribes the speech tokens of one utterance in pieces of 30 s; slow, so call it on the worker.
 
         Raises:
-            ValueError: the model has no recognizer, or a code lies outside of the codebook.
+            ValueError: the model has no recognizer, or a code lies outside the codebook.
         """
         if self.recognizer is None:
             raise ValueError(f"{self.card.name} has no recognizer: it cannot write down what it hears")
@@ -278,7 +290,7 @@ class Models:
 
 
 def read_recognizer(place: str | Path) -> Recognizer | SpeechRecognizer:
-    """The recognizer in its own folder, of either kind. Raises ValueError as `load_component`."""
+    """Loads a recognizer of either kind. Raises ValueError as `load_component`."""
     if read_kind(place) == SpeechRecognizer.__name__:
         return load_speech_recognizer(place)
     return load_component(place, Recognizer, RecognizerConfig)

@@ -1,6 +1,6 @@
-"""Samples as floating point and as 16-bit integers: the one conversion between them.
+"""Conversion between float32 and int16 samples.
 
-An integer i is the value i / 32768. From integers to floating point and back is the identity.
+The integer i is the value i / 32768. A round trip from int16 to float32 and back is the identity.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ _SCALE = 32768.0
 
 
 def from_int16(samples: NDArray[np.int16]) -> NDArray[np.float32]:
-    """Integers of any shape -> float32 in [-1, 1)."""
+    """Converts int16 samples of any shape to float32 in [-1, 1)."""
     return samples.astype(np.float32) / np.float32(_SCALE)
 
 
 def to_int16(wav: NDArray[np.float32]) -> NDArray[np.int16]:
-    """Floating point of any shape -> the nearest little-endian int16; what lies outside of [-1, 1) is clipped."""
+    """Rounds floating-point samples of any shape to little-endian int16 and clips values outside [-1, 1)."""
     samples: NDArray[np.int16] = np.clip(np.rint(wav * np.float32(_SCALE)), -_SCALE, _SCALE - 1.0).astype("<i2")
     return samples
 
 
 def as_float(pcm: Pcm | bytearray | memoryview, name: str = "the audio") -> NDArray[np.float32]:
-    """Samples of any of the three kinds as float32.
+    """Converts samples of any supported type to float32.
 
     Args:
-        name: what the samples are, for the message.
+        name: what the samples are, for error messages.
+
     Raises:
-        ValueError: half a sample at the end, samples of another type, or no samples at all.
+        ValueError: an incomplete sample at the end, or an unsupported type.
     """
     if isinstance(pcm, bytes | bytearray | memoryview):
         if len(pcm) % 2:

@@ -1,11 +1,13 @@
-"""Every rate, hop and count of the chain, derived once.
+"""Rates, hop lengths and conversions between samples, frames and tokens.
 
     16 kHz samples -160-> log-mel 100/s -2-> encoder frames 50/s -4-> speech tokens 12.5/s
     speech tokens 12.5/s -441/64-> mel frames 86.13/s -256-> 22.05 kHz samples
 
-One speech token is 1280 samples heard and 6.890625 = 441/64 mel frames spoken. All arithmetic is on integers:
-the same sums in floating point are off by one at some lengths (2240 tokens in double precision, for one).
+One speech token is 1280 input samples and 6.890625 = 441/64 output mel frames. The arithmetic is exact: floating
+point is off by one at some lengths, for example at 2240 tokens.
 """
+
+from __future__ import annotations
 
 from fractions import Fraction
 
@@ -41,30 +43,31 @@ def _not_negative(name: str, value: int) -> int:
 
 
 def tokens_for_samples(num_samples: int) -> int:
-    """Speech tokens that `num_samples` at 16 kHz become: the last token may be partly padding."""
+    """Returns the number of speech tokens of `num_samples` at 16 kHz; the last token may contain padding."""
     return _ceil_div(_not_negative("num_samples", num_samples), SAMPLES_PER_TOKEN)
 
 
 def frames_for_tokens(num_tokens: int) -> int:
-    """Mel frames at 22.05 kHz that are known once `num_tokens` tokens are: floor(441 n / 64), as the released decoder.
+    """Returns the number of mel frames that `num_tokens` tokens determine: floor(441 n / 64), as in the released
+    decoder.
 
-    The frame after them belongs partly to the next token and waits for it. A block of 10 tokens gives 68 or 69 frames.
+    The next frame also depends on the next token. A block of 10 tokens gives 68 or 69 frames.
     """
     return _not_negative("num_tokens", num_tokens) * FRAMES_PER_TOKEN.numerator // FRAMES_PER_TOKEN.denominator
 
 
 def token_of_frame(frame: int) -> int:
-    """The token that the mel frame with this absolute index belongs to: 64 i // 441."""
+    """Returns the token that contains the mel frame with this absolute index: 64 i // 441."""
     return _not_negative("frame", frame) * FRAMES_PER_TOKEN.denominator // FRAMES_PER_TOKEN.numerator
 
 
 def speak_samples_for_tokens(num_tokens: int) -> int:
-    """Samples at 22.05 kHz of the frames that are known once `num_tokens` tokens are."""
+    """Returns the number of 22.05 kHz samples of the frames that `num_tokens` tokens determine."""
     return frames_for_tokens(num_tokens) * SPEAK_HOP
 
 
 def tokens_heard(num_samples: int, sample_rate: int = SPEAK_SAMPLE_RATE) -> int:
-    """Speech tokens of which at least half had sounded after `num_samples` of a reply were played."""
+    """Returns how many speech tokens were at least half played after `num_samples` samples of a reply."""
     if sample_rate <= 0:
         raise ValueError(f"sample_rate must be positive, got {sample_rate}")
     listened = _not_negative("num_samples", num_samples) * LISTEN_SAMPLE_RATE

@@ -1,11 +1,13 @@
-"""Who said what, as token ids: the turns of a conversation and their file.
+"""Conversations as token ids, and their file format.
 
-History is kept as the ids that were heard and produced, never as text that is tokenized again: caches continue, and
-nothing changes by being written down. Immutable: to fork a conversation is to keep it, to add a turn makes a new one.
+Ids are stored as they were heard and generated; text is never tokenized again, so KV caches stay valid.
+A conversation is immutable.
 
     {"kind": "Conversation", "version": 1, "vocabulary": "<hash>",
      "turns": [{"role": "user", "modality": "speech", "ids": [...], "language": "en", ...}, ...]}
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,13 +15,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from .config import parse_config, read_json, to_mapping, write_json
+from duologue.config import parse_config, read_json, to_mapping, write_json
 
 CONVERSATION_VERSION = 1
 
 
 class Role(StrEnum):
-    """Who speaks. `OBSERVATION` is the result of a tool."""
+    """The speaker of a turn. `OBSERVATION` is the result of a tool."""
 
     SYSTEM = "system"
     USER = "user"
@@ -28,7 +30,7 @@ class Role(StrEnum):
 
 
 class Modality(StrEnum):
-    """What the ids of a turn are: text, speech, or both (a reply in runs; a user's turn that mixes them)."""
+    """The kind of ids in a turn: text, speech or both."""
 
     TEXT = "text"
     SPEECH = "speech"
@@ -37,12 +39,12 @@ class Modality(StrEnum):
 
 @dataclass(frozen=True)
 class Turn:
-    """One stretch of one speaker.
+    """One turn of one speaker.
 
     Attributes:
-        ids: text and speech ids of the joint vocabulary, no control ids: those are the template's. Not the end id.
-        language: "en", "zh", ... or empty where unknown; so are `voice` and `style`.
-        interrupted: a reply that was cut when the user spoke; its ids end with the last speech token that was heard.
+        ids: text and speech ids of the joint vocabulary, without control ids and end id.
+        language: "en", "zh", ...; empty if unknown, like `voice` and `style`.
+        interrupted: the reply was cut by barge-in; its ids end with the last speech token heard.
     """
 
     role: Role
@@ -62,10 +64,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in the order in which they were spoken.
+    """Turns in chronological order.
 
     Attributes:
-        vocabulary: hash of the vocabulary that the ids belong to (`Vocabulary.hash`), or empty where nobody checks.
+        vocabulary: hash of the vocabulary of the ids (`Vocabulary.hash`); empty to skip the check.
     """
 
     turns: tuple[Turn, ...] = ()
@@ -77,23 +79,23 @@ class Conversation:
     def __iter__(self) -> Iterator[Turn]:
         return iter(self.turns)
 
-    def plus(self, *turns: Turn) -> "Conversation":
-        """The conversation with these turns after its own."""
+    def plus(self, *turns: Turn) -> Conversation:
+        """Returns the conversation with these turns appended."""
         return replace(self, turns=self.turns + turns)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values that `from_json` takes."""
+        """Returns JSON values that `from_json` reads."""
         return {"kind": "Conversation", "version": CONVERSATION_VERSION, **to_mapping(self)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any], where: str = "") -> "Conversation":
-        """Read `to_json`'s values.
+    def from_json(cls, data: dict[str, Any], where: str = "") -> Conversation:
+        """Parses the values of `to_json`.
 
         Args:
-            where: the file they come from, for the messages.
+            where: the file's name for error messages.
 
         Raises:
-            ValueError: another kind of file, an unknown version or key, a missing key or a value of the wrong type.
+            ValueError: another kind of file, or an unknown version or key, a missing key or a wrong type.
         """
         named = where or "the data"
         if data.get("kind") != "Conversation":
@@ -106,10 +108,10 @@ class Conversation:
         return parse_config(cls, {k: v for k, v in data.items() if k not in ("kind", "version")}, where)
 
     def save(self, path: str | Path) -> None:
-        """Write a JSON file; an old one is replaced whole or not at all."""
+        """Writes a JSON file atomically."""
         write_json(path, self.to_json())
 
     @classmethod
-    def load(cls, path: str | Path) -> "Conversation":
-        """Read a file that `save` wrote. Raises ValueError as `from_json` and for a file that is not JSON."""
+    def load(cls, path: str | Path) -> Conversation:
+        """Reads a file that `save` wrote. Raises ValueError as `from_json`, or if the file is not JSON."""
         return cls.from_json(read_json(path), str(path))

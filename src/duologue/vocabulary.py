@@ -1,16 +1,17 @@
-"""The joint vocabulary: text ids, control ids and speech ids in one table, and the chat template made of them.
+"""The joint vocabulary of text, control and speech ids, and the chat template.
 
-    rows of the text tokenizer | controls it lacks | speech ids, one contiguous block | rows of padding, if any
+    rows of the text tokenizer | controls it lacks | speech ids, one contiguous block | padding rows, if any
 
-Nobody else subtracts an offset or writes a control token. The prompt is built from ids, never from a string: text of a
-user is encoded with every special token off, so no text can become a control or a speech token. On disk it is a folder
-with `tokenizer.json` (the tokenizers library's own format, untouched) and `vocabulary.json`.
+Prompts are built from ids, never from strings, so user text cannot become a control or speech token.
+On disk a vocabulary is `tokenizer.json` (tokenizers library) and `vocabulary.json`.
 
-A prompt, with the literal texts of `ChatTemplate` in braces (docs/checkpoints.md 2.1):
+A prompt, with the fields of `ChatTemplate` in braces (docs/checkpoints.md 2.1):
 
     [gMASK]<sop> <|system|>{role_break}{instruction} <|user|>{role_break}<|begin_of_audio|>...<|end_of_audio|>
     <|assistant|>{reply_marker} reply, whose end is the next <|user|>
 """
+
+from __future__ import annotations
 
 import functools
 import hashlib
@@ -25,21 +26,21 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from .config import parse_config, read_json, to_mapping, write_json
-from .interleave import INTERLEAVED, Allowed, Kind
-from .turns import Conversation, Modality, Role, Turn
+from duologue.config import parse_config, read_json, to_mapping, write_json
+from duologue.interleave import INTERLEAVED, Allowed, Kind
+from duologue.turns import Conversation, Modality, Role, Turn
 
 VOCABULARY_VERSION = 1
 
 END_OF_TEXT = "<|endoftext|>"
 BEGIN_OF_AUDIO = "<|begin_of_audio|>"
 END_OF_AUDIO = "<|end_of_audio|>"
-WRITE = "<|write|>"  # before a reply in text alone, where the vocabulary has it
+WRITE = "<|write|>"  # precedes a written reply, if the vocabulary has it
 ROLE_TOKENS = {role: f"<|{role}|>" for role in Role}
 
 
 class Task(StrEnum):
-    """Jobs of pre-training that are no conversation; the value is the control token that asks for them."""
+    """Pre-training tasks other than conversation; the value is the control token that requests them."""
 
     TRANSCRIBE = "<|transcribe|>"  # speech in, its text out
     READ = "<|read|>"  # text in, its speech out
@@ -51,14 +52,13 @@ ALL_CONTROLS = (*CHAT_CONTROLS, *Task, WRITE)
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """The literal texts of a prompt. All empty by default: a small model has no context to spare for them.
+    """Literal texts of a prompt. All are empty by default, to save a small model's context.
 
     Attributes:
         prefix: control tokens that begin every sequence.
-        role_break: after the marker of system, user and observation.
-        speech_instruction, text_instruction: the system's text when the conversation begins with a spoken or written
-            turn and has no system turn of its own; none where empty.
-        reply_marker: after the marker of the assistant.
+        role_break: text after the marker of system, user and observation.
+        speech_instruction, text_instruction: default system text before a spoken or written first turn; empty for none.
+        reply_marker: text after the marker of the assistant.
     """
 
     prefix: tuple[str, ...] = ("[gMASK]", "<sop>")
@@ -87,14 +87,14 @@ RELEASED_TEMPLATE = ChatTemplate(
 
 @dataclass(frozen=True)
 class VocabularyConfig:
-    """Where everything lies in the table.
+    """The layout of the joint vocabulary.
 
     Attributes:
         codebook_size: number of speech ids.
         speech_offset: joint id of speech code 0.
-        size: rows of the table, padding included.
-        controls: control tokens by name. Special tokens of the text tokenizer are controls without being named here.
-        ends: names of the controls that end a reply; the first is the one that training writes.
+        size: number of rows, padding included.
+        controls: control tokens by name; special tokens of the text tokenizer need not be listed.
+        ends: controls that end a reply; training writes the first.
     """
 
     codebook_size: int
@@ -107,21 +107,21 @@ class VocabularyConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """A training sequence: `loss[i]` tells whether predicting `ids[i]` is trained."""
+    """A training sequence; `loss[i]` is true where `ids[i]` is a training target."""
 
     ids: list[int]
     loss: list[bool]
 
 
 class Vocabulary:
-    """Owner of all token ids.
+    """The mapping between texts, speech codes and joint ids.
 
     Args:
-        tokenizer: the text tokenizer; byte-level or with a fall-back to bytes, since text ids of any text are wanted.
-        config: where controls and speech ids lie.
+        tokenizer: a byte-level text tokenizer, or one with byte fallback.
+        config: layout of controls and speech ids.
 
     Raises:
-        ValueError: ids overlap or lie outside of the table, or a control that the template needs is missing.
+        ValueError: ids overlap or exceed the size, or a required control is missing.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: VocabularyConfig) -> None:
@@ -152,13 +152,13 @@ class Vocabulary:
         num_rows: int | None = None,
         template: ChatTemplate | None = None,
         multiple_of: int = 1,
-    ) -> "Vocabulary":
-        """Add what a text tokenizer lacks: controls and speech ids after its rows.
+    ) -> Vocabulary:
+        """Appends the missing controls and the speech ids to a text tokenizer's rows.
 
         Args:
-            tokenizer: a text tokenizer or its tokenizer.json; a bare one for pocket, or that of any causal LM.
-            num_rows: rows of the LM's embedding, where it has more than the tokenizer knows. New ids come after them.
-            multiple_of: rows of padding make the whole size a multiple of this.
+            tokenizer: a text tokenizer or its tokenizer.json.
+            num_rows: rows of the LM's embedding, if more than the tokenizer's. New ids follow them.
+            multiple_of: padding rows round the size up to a multiple of this.
         """
         if not isinstance(tokenizer, Tokenizer):
             tokenizer = _read_tokenizer(Path(tokenizer))
@@ -183,18 +183,18 @@ class Vocabulary:
         return cls(tokenizer, config)
 
     def save(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and `vocabulary.json`."""
+        """Writes `tokenizer.json` and `vocabulary.json`."""
         folder = Path(folder)
         write_json(folder / "tokenizer.json", json.loads(self.tokenizer.to_str()))
         head = {"kind": "Vocabulary", "version": VOCABULARY_VERSION}
         write_json(folder / "vocabulary.json", {**head, **to_mapping(self.config)})
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Vocabulary":
-        """Read what `save` wrote.
+    def load(cls, folder: str | Path) -> Vocabulary:
+        """Reads a folder that `save` wrote.
 
         Raises:
-            ValueError: a file is missing or not what it should be, of an unknown version, or has an unknown key.
+            ValueError: a file is missing or malformed, or has an unknown version or key.
         """
         path = Path(folder) / "vocabulary.json"
         data = read_json(path)
@@ -208,23 +208,23 @@ class Vocabulary:
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of what the ids mean: tokenizer and table. Saved conversations and token corpora carry it."""
+        """SHA-256 (hex) of tokenizer and layout; saved conversations and token corpora record it."""
         whole = json.dumps([json.loads(self.tokenizer.to_str()), to_mapping(self.config)], sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()
 
     def kind(self, token: int) -> Kind:
-        """What an id is. Raises ValueError outside of the table."""
+        """Returns the kind of an id. Raises ValueError for an id outside the vocabulary."""
         if not 0 <= token < self.size:
             raise ValueError(f"token id {token} is outside of the vocabulary of {self.size}")
         return Kind(int(self.kinds[token]))
 
     def allowed_mask(self, allowed: Allowed) -> npt.NDArray[np.bool_]:
-        """bool (size,): the ids that may be sampled. Controls and padding never are."""
+        """Returns bool (size,): the ids that may be sampled, never controls or padding."""
         wanted = [kind for kind in Kind if kind in allowed]
         return np.isin(self.kinds, wanted)
 
     def control_id(self, name: str) -> int:
-        """The id of a control token. Raises ValueError naming those that there are."""
+        """Returns the id of a control token. Raises ValueError that lists the known ones."""
         if name not in self.config.controls:
             names = ", ".join(self.config.controls)
             raise ValueError(f"this vocabulary has no control token '{name}'; it has {names}")
@@ -233,11 +233,11 @@ class Vocabulary:
     # Text and speech.
 
     def encode_text(self, text: str) -> list[int]:
-        """Text ids of a text. Markers in it, `<|user|>` and the like, are plain characters."""
+        """Returns text ids. Markers such as `<|user|>` are encoded as plain characters."""
         return list(self._text_only.encode(text, add_special_tokens=False).ids)
 
     def decode_text(self, ids: Iterable[int]) -> str:
-        """The text of text ids; bytes that are no whole character become U+FFFD. Raises ValueError for another kind."""
+        """Decodes text ids; incomplete characters become U+FFFD. Raises ValueError for other kinds."""
         ids = list(ids)
         for token in ids:
             if self.kind(token) is not Kind.TEXT:
@@ -245,27 +245,25 @@ class Vocabulary:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def speech_id(self, code: int) -> int:
-        """Joint id of a speech token. Raises ValueError outside of the codebook."""
+        """Returns the joint id of a speech code. Raises ValueError outside the codebook."""
         if not 0 <= code < self.codebook_size:
             raise ValueError(f"speech token {code} is outside of the codebook of {self.codebook_size}")
         return self.speech_offset + code
 
     def speech_code(self, token: int) -> int:
-        """Speech token in [0, codebook_size) of a joint id. Raises ValueError for another kind of id."""
+        """Returns the speech code in [0, codebook_size) of a joint id. Raises ValueError for other kinds."""
         if self.kind(token) is not Kind.SPEECH:
             raise ValueError(f"token id {token} is {self.kind(token).name.lower()}, not speech")
         return token - self.speech_offset
 
     def speech_ids(self, codes: Iterable[int]) -> list[int]:
-        """`speech_id` of each."""
         return [self.speech_id(int(code)) for code in codes]
 
     def speech_codes(self, ids: Iterable[int]) -> list[int]:
-        """`speech_code` of each."""
         return [self.speech_code(int(token)) for token in ids]
 
     def render(self, ids: Iterable[int]) -> str:
-        """Any ids as a readable string: text as it is, controls by name, speech as `<|audio_7|>`. For logs."""
+        """Renders any ids for logs: text as is, controls by name, speech as `<|audio_7|>`."""
         names = {token: name for name, token in self.config.controls.items()}
         parts = []
         for kind, group in groupby(ids, self.kind):
@@ -280,34 +278,39 @@ class Vocabulary:
     # The chat template.
 
     def prompt_ids(self, conversation: Conversation, reply: Modality = Modality.INTERLEAVED) -> list[int]:
-        """The ids after which the model writes its reply.
+        """Returns the prompt of the next reply.
 
-        The prompt of the next turn begins with this prompt and the reply's ids, so that caches continue.
+        The following prompt begins with this prompt and the reply's ids, so KV caches can be continued.
 
         Args:
-            conversation: ends with a turn of the user or a tool.
-            reply: `Modality.TEXT` asks for text alone, where the vocabulary has a control for that; the turn that the
-                reply becomes has this modality.
+            conversation: its last turn is of the user or a tool.
+            reply: modality of the reply; `Modality.TEXT` adds the control for written replies, if there is one.
 
         Raises:
-            ValueError: nobody spoke last, a turn holds an id that its modality does not allow, or the conversation
-                belongs to another vocabulary.
+            ValueError: the last turn cannot be answered, a turn holds an illegal id, or the vocabulary is another one.
         """
         if not conversation.turns or conversation.turns[-1].role in (Role.ASSISTANT, Role.SYSTEM):
             raise ValueError("a prompt needs a conversation whose last turn is one of the user or a tool")
         return [*self._history(conversation).ids, *self._reply_opening(reply)]
 
     def open_prompt_ids(self, conversation: Conversation) -> list[int]:
-        """What `prompt_ids` begins with while the last turn, speech of the user, is still being said: its ids so far
-        without the control that ends them. Raises ValueError as `prompt_ids`, and for a last turn that is no speech."""
+        """Returns the beginning of `prompt_ids` while the last turn is still being spoken.
+
+        Raises:
+            ValueError: as `prompt_ids`; the last turn is not speech of the user.
+        """
         last = conversation.turns[-1] if conversation.turns else None
         if last is None or last.role is not Role.USER or last.modality is not Modality.SPEECH:
             raise ValueError("only a conversation whose last turn is speech of the user has an open prompt")
         return self._history(conversation).ids[:-1]
 
     def chat_sample(self, conversation: Conversation) -> Sample:
-        """A whole conversation for training: the replies are trained, and the control that ends each of them, unless it
-        was interrupted. Raises ValueError as `prompt_ids`."""
+        """Returns a training sample of a conversation. Targets are the replies and their end controls, except after an
+        interrupt.
+
+        Raises:
+            ValueError: as `prompt_ids`.
+        """
         sample = self._history(conversation)
         last = conversation.turns[-1] if conversation.turns else None
         if last is None or last.role is not Role.ASSISTANT or last.interrupted:
@@ -315,7 +318,7 @@ class Vocabulary:
         return Sample([*sample.ids, self.end_id], [*sample.loss, True])
 
     def task_prompt(self, task: Task, ids: Sequence[int]) -> list[int]:
-        """The ids after which the model does a job of pre-training on speech ids (TRANSCRIBE) or text ids (READ)."""
+        """Returns the prompt of a pre-training task on speech ids (TRANSCRIBE) or text ids (READ)."""
         modality = Modality.SPEECH if task is Task.TRANSCRIBE else Modality.TEXT
         turn = Turn(Role.USER, modality, tuple(ids))
         return [
@@ -327,18 +330,18 @@ class Vocabulary:
         ]
 
     def task_sample(self, task: Task, ids: Sequence[int], result: Sequence[int]) -> Sample:
-        """A job and its result, joint ids: the result and its end are trained."""
+        """Returns a training sample of a task; the targets are the result (joint ids) and its end."""
         prompt = self.task_prompt(task, ids)
         return Sample([*prompt, *result, self.end_id], [False] * len(prompt) + [True] * (len(result) + 1))
 
     def document_sample(self, ids: Sequence[int]) -> Sample:
-        """Plain text ids, speech ids, or both as they stand; everything behind the prefix is trained."""
+        """Returns a training sample of text or speech ids; everything after the prefix is a target."""
         whole = [*self._prefix, *ids, self.control_id(END_OF_TEXT)]
         return Sample(whole, [False] * len(self._prefix) + [True] * (len(ids) + 1))
 
     def _history(self, conversation: Conversation) -> Sample:
         if conversation.vocabulary and conversation.vocabulary != self.hash:
-            raise ValueError("the conversation was held in another vocabulary, its ids mean nothing in this one")
+            raise ValueError("the conversation uses another vocabulary")
         ids = list(self._prefix)
         if not any(turn.role is Role.SYSTEM for turn in conversation) and conversation.turns:
             written = conversation.turns[0].modality is Modality.TEXT
@@ -367,7 +370,7 @@ class Vocabulary:
         return [*self._opening(Role.ASSISTANT), *write]
 
     def _wrapped(self, turn: Turn) -> list[int]:
-        """The ids of a turn that is no reply, with each stretch of speech between its two controls."""
+        """Returns the ids of a turn that is no reply, each speech span between its two controls."""
         begin, end = self.control_id(BEGIN_OF_AUDIO), self.control_id(END_OF_AUDIO)
         if turn.modality is Modality.SPEECH:
             return [begin, *self._checked(turn), end]
@@ -378,7 +381,7 @@ class Vocabulary:
         return wrapped
 
     def _checked(self, turn: Turn) -> tuple[int, ...]:
-        """The turn's ids, which may come from a file that somebody wrote: no control can come in by them."""
+        """Returns the turn's ids; ids from a file must not contain controls."""
         legal = {Modality.TEXT: (Kind.TEXT,), Modality.SPEECH: (Kind.SPEECH,)}.get(
             turn.modality, (Kind.TEXT, Kind.SPEECH)
         )
@@ -390,26 +393,25 @@ class Vocabulary:
 
 
 class TextStream:
-    """Text of ids that arrive one by one: a character whose bytes are not all there yet waits. Belongs to a session.
+    """Incremental text decoder: characters with missing bytes are held back.
 
-    White space before the first character is left out: it is how a word in the middle of a sentence is written in ids,
-    and a reply may begin with one.
+    Leading white space is dropped, because a reply may begin with a mid-sentence token.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._begun = False
-        self._before: list[int] = []  # the ids last decoded: some decoders write the first id of a text differently
+        self._before: list[int] = []  # last decoded ids, since some decoders treat the first id differently
         self._waiting: list[int] = []
 
     def push(self, ids: Iterable[int]) -> str:
-        """Take text ids, return the characters that are certain now."""
+        """Consumes text ids and returns the characters that are final."""
         self._waiting += ids
         text = self._text()
         return "" if text.endswith("\ufffd") else self._accept(text)
 
     def flush(self) -> str:
-        """The rest at the end of a reply; bytes that never became a character are U+FFFD."""
+        """Returns the rest at the end of a reply; incomplete characters become U+FFFD."""
         return self._accept(self._text())
 
     def _text(self) -> str:
@@ -427,8 +429,15 @@ class TextStream:
         return text
 
 
+def byte_letters() -> list[str]:
+    """Returns the character of each byte in byte-level BPE: itself if printable, else one from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
 def _read_tokenizer(path: Path) -> Tokenizer:
-    read_json(path)  # says in one sentence what is wrong with the file itself
+    read_json(path)  # reports faults of the file itself
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
@@ -436,17 +445,17 @@ def _read_tokenizer(path: Path) -> Tokenizer:
 
 
 def _without_added(tokenizer: Tokenizer) -> Tokenizer:
-    """The same tokenizer without its added tokens: it cannot produce one, whatever the text says."""
+    """Returns the tokenizer without added tokens, so that no text can produce one."""
     data = json.loads(tokenizer.to_str())
     added = {entry["content"] for entry in data["added_tokens"]}
     model = data["model"]
-    if model.get("ignore_merges"):  # a piece that is a word of the table is that token, without any merge
+    if model.get("ignore_merges"):  # words of the table need no merge
         model["vocab"] = {word: token for word, token in model["vocab"].items() if word not in added}
     return Tokenizer.from_str(json.dumps(data | {"added_tokens": []}))
 
 
 def _kinds(tokenizer: Tokenizer, config: VocabularyConfig) -> npt.NDArray[np.uint8]:
-    """uint8 (size,): the Kind of every row."""
+    """Returns the Kind of every row, uint8 (size,)."""
     text = tokenizer.get_vocab(with_added_tokens=False).values()
     added = {token: entry.content for token, entry in tokenizer.get_added_tokens_decoder().items()}
     top = max([*text, *added, *config.controls.values(), config.speech_offset + config.codebook_size - 1])
@@ -458,7 +467,7 @@ def _kinds(tokenizer: Tokenizer, config: VocabularyConfig) -> npt.NDArray[np.uin
     kinds[list(config.controls.values())] = Kind.CONTROL
     block = range(config.speech_offset, config.speech_offset + config.codebook_size)
     for code, token in enumerate(block):
-        # The released tokenizer lists its speech ids as added tokens; any other meaning of a row is an overlap.
+        # The released tokenizer lists its speech ids as added tokens; any other use of a row is an overlap.
         if kinds[token] != Kind.PADDING and added.get(token) != f"<|audio_{code}|>":
             kind = Kind(int(kinds[token])).name.lower()
             raise ValueError(f"speech token {code} would be id {token}, which is a {kind} token already")

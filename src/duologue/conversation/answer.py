@@ -1,9 +1,9 @@
-"""The straight path: one question, one answer, from waveform to waveform in one function.
+"""The straight path: one question, one answer, in one function.
 
     wav -> speech tokens -> prompt -> reply ids -> text | speech tokens -> wav
 
-No thread, no event loop, and nothing is kept after the call. Everything else in this package produces the same answer
-sooner, for many users at once: a session's ids are equal to these, and its sound within 1e-4.
+It uses no thread, event loop or cache. It is the reference for sessions: their greedy ids are equal, and their audio
+differs by at most 1e-4.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from duologue.vocabulary import Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """A whole answer.
+    """A complete reply.
 
     Attributes:
-        audio: float32 (S,) in [-1, 1]; empty for a reply in text alone.
+        audio: float32 (S,) in [-1, 1]; empty for a written reply.
         speech_tokens: codes in [0, codebook_size).
     """
 
@@ -62,13 +62,15 @@ def answer(
     """Answers one question.
 
     Args:
-        pcm: the spoken question, (S,) float32 in [-1, 1], int16 or the bytes of little-endian int16.
-        text: the question in writing, after what was spoken.
-        text_only: answer in writing.
+        pcm: the spoken question (S,), float32 in [-1, 1], int16 or bytes of little-endian int16.
+        text: the written question, after the spoken part.
+        text_only: requests a written reply.
+
     Returns:
-        the reply; of its timings, only those of whole stages are known.
+        the reply; its timings cover whole stages only.
+
     Raises:
-        ValueError: the question is empty or too long, or another engine than the plain one runs the language model.
+        ValueError: the question is empty or too long, or the engine is not the plain one.
     """
     vocabulary, language = models.vocabulary, language_of(models)
     schedule, modality = (TEXT_ONLY, Modality.TEXT) if text_only else (INTERLEAVED, Modality.INTERLEAVED)
@@ -109,7 +111,7 @@ def answer(
 
 
 def tokenize(models: Models, wav: NDArray[np.float32], sample_rate: int) -> list[int]:
-    """Speech tokens of wav (S,): codes in [0, codebook_size)."""
+    """Returns the speech tokens of wav (S,), in [0, codebook_size)."""
     wav = StreamingResampler(sample_rate, rates.LISTEN_SAMPLE_RATE).step(wav, last=True)
     device = models.tokenizer.quantizer.codebook.weight.device
     codes: list[int] = models.tokenizer(Padded.full(torch.from_numpy(wav)[None].to(device))).rows()[0].tolist()
@@ -117,7 +119,7 @@ def tokenize(models: Models, wav: NDArray[np.float32], sample_rate: int) -> list
 
 
 def language_of(models: Models) -> PreTrainedModel:
-    """The language model, without the engine that runs it. Raises ValueError for another engine than the plain one."""
+    """Returns the language model of the plain engine. Raises ValueError for other engines."""
     if isinstance(models.engine, PlainEngine):
         return models.engine.language
     raise ValueError(f"the straight path needs the plain engine, not {type(models.engine).__name__}")
@@ -126,7 +128,7 @@ def language_of(models: Models) -> PreTrainedModel:
 def generate(
     model: PreTrainedModel, vocabulary: Vocabulary, prompt: list[int], sampling: Sampling, schedule: Schedule
 ) -> Iterator[int]:
-    """The ids of a reply, the end id included, by the library's own forward pass of the language model."""
+    """Generates the ids of a reply, including the end id, with the forward pass of transformers."""
     masks = KindMasks(vocabulary, model.get_output_embeddings().weight.shape[0], model.device)
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     state, past, ids = InterleaveState(schedule), DynamicCache(), prompt
@@ -142,7 +144,7 @@ def generate(
 
 
 def decode(models: Models, codes: Sequence[int], seed: int = 0) -> NDArray[np.float32]:
-    """The sound of speech tokens: (S,) float32 in [-1, 1] at 22.05 kHz."""
+    """Decodes speech tokens to audio (S,) float32 in [-1, 1] at 22.05 kHz."""
     if not codes:
         return np.zeros(0, np.float32)
     device, card = next(models.decoder.parameters()).device, models.card

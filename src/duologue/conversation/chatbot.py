@@ -1,4 +1,4 @@
-"""Chatbot: the door of the package. It owns weights and no conversation.
+"""The Chatbot, the public entry point of the package. It owns weights and no conversation.
 
 bot = duologue.load("pocket")
 reply = bot.chat("question.wav")          # stateless
@@ -13,17 +13,17 @@ from pathlib import Path
 
 from duologue import rates
 from duologue.audio import check_wav, load_audio
+from duologue.checkpoint import Dtype
 from duologue.conversation.answer import Reply, answer
 from duologue.conversation.events import Event
 from duologue.conversation.session import Session
 from duologue.conversation.worker import Worker
-from duologue.language.backbone import Dtype
 from duologue.language.engine import PlainEngine
-from duologue.language.quantization import Scheme
 from duologue.language.sampling import Sampling
 from duologue.layers import num_step_threads
 from duologue.models import DecoderDtype, EngineName, Models
 from duologue.pcm import Pcm
+from duologue.quantization import Scheme
 
 __all__ = ["Chatbot", "Reply", "Session", "load"]
 
@@ -33,7 +33,7 @@ HUB_FILES = ["*.json", "*.safetensors", "*.pt", "*.yaml", "*.model"]
 
 
 class Chatbot:
-    """One spoken chatbot on one device. Any number of sessions can use it at once."""
+    """One spoken chatbot on one device, usable by any number of sessions at once."""
 
     def __init__(self, models: Models) -> None:
         self.models = models
@@ -45,11 +45,11 @@ class Chatbot:
         return rates.SPEAK_SAMPLE_RATE
 
     def session(self, *, language: str = "", voice: str = "", sampling: Sampling | None = None) -> Session:
-        """A new conversation."""
+        """Starts a new conversation."""
         return Session(self.models, self.worker, language=language, voice=voice, sampling=sampling)
 
     def load_session(self, path: str | Path) -> Session:
-        """Goes on with a conversation that `Session.save` wrote."""
+        """Continues a conversation saved by `Session.save`."""
         return Session.load(self.models, self.worker, path)
 
     def chat(
@@ -63,17 +63,18 @@ class Chatbot:
         sampling: Sampling | None = None,
         on_event: Callable[[Event], None] | None = None,
     ) -> Reply:
-        """Answers one question and forgets it.
+        """Answers one question without keeping a conversation.
 
         Args:
-            audio: a sound file; or samples (S,) as float32 in [-1, 1], int16 or the bytes of little-endian int16,
-                together with their `sample_rate`.
-            text: the question in writing, instead of audio.
-            text_only: answer in writing.
-            on_event: called with every event as it comes. Without it the answer is made in one go (`answer.py`), and
-                its timings do not say when the first sound was there.
+            audio: an audio file, or samples (S,) as float32 in [-1, 1], int16 or bytes of little-endian int16.
+            sample_rate: required with samples.
+            text: the written question, instead of audio.
+            text_only: requests a written reply.
+            on_event: called with every event. Without it the reply takes the straight path (`answer.py`), whose timings
+                lack the time to first audio.
+
         Raises:
-            ValueError: one sentence: no question, both kinds at once, unreadable or unusable audio, unknown voice.
+            ValueError: no question or two, unreadable or unusable audio, or an unknown voice.
         """
         if (audio is None) == (text is None):
             raise ValueError("give a question either as audio or as text")
@@ -94,10 +95,10 @@ class Chatbot:
 
 
 def model_folder(name: str | Path = "pocket") -> Path:
-    """Where a model lies: a preset's folder in the package, a folder, or a copy of a repository of the model hub.
+    """Returns the folder of a preset, a local model, or a downloaded model of the hub.
 
     Raises:
-        ValueError: one sentence naming what was asked for and what there is.
+        ValueError: names the request and the choices.
     """
     folder = Path(__file__).parent.parent / str(name) if name in PRESETS else Path(name)
     if folder.is_dir():
@@ -111,7 +112,7 @@ def model_folder(name: str | Path = "pocket") -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    """The local copy of a repository, fetched or brought up to date. Weights and data only, never code."""
+    """Downloads or updates a repository; weights and data only, no code."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -132,13 +133,13 @@ def load(
     engine: EngineName = "plain",
     decoder_dtype: DecoderDtype | None = None,
 ) -> Chatbot:
-    """Loads a chatbot: a preset shipped in the package ("pocket"), a model folder, a folder with the released parts,
-    or an OWNER/NAME of the model hub.
+    """Loads a chatbot by preset ("pocket"), model folder, released set, or OWNER/NAME on the model hub.
 
     Args:
         dtype, quantization, engine: of the language model, see `Models.load`.
-        decoder_dtype: of a released decoder's U-Net, float32 where None, see `load_decoder`.
+        decoder_dtype: of a released decoder's U-Net, float32 by default.
+
     Raises:
-        ValueError: one sentence naming what was asked for and what there is, or what is wrong with it.
+        ValueError: names the request and the choices, or the fault of the model.
     """
     return Chatbot(Models.load(model_folder(name), device, dtype, quantization, engine, decoder_dtype))

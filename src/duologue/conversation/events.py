@@ -1,7 +1,6 @@
-"""What a session yields while it replies, in order: text and speech tokens as they are produced, sound as it is ready.
+"""Events of a reply: text, speech tokens and audio in order of production."""
 
-Time inside a session counts in samples; the seconds in `Timings` are measured by whoever produced the reply.
-"""
+from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -12,20 +11,20 @@ import numpy.typing as npt
 
 
 class EndReason(StrEnum):
-    """Why a reply ended."""
+    """The reason why a reply ended."""
 
-    END = "end"  # the model said so
+    END = "end"  # the model produced the end id
     LENGTH = "length"  # the limit of tokens or of the context was reached
     INTERRUPTED = "interrupted"  # `session.interrupt` was called
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """More of the transcript.
+    """An increment of the transcript.
 
     Attributes:
-        text: characters that are certain; a character whose bytes are incomplete waits. May be empty.
-        ids: the text ids since the last event, joint vocabulary.
+        text: final characters, possibly none; incomplete characters are held back.
+        ids: text ids since the last event, joint vocabulary.
     """
 
     text: str
@@ -34,7 +33,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class SpeechDelta:
-    """More speech tokens.
+    """An increment of the speech tokens.
 
     Attributes:
         tokens: codes in [0, codebook_size), not joint ids.
@@ -45,11 +44,11 @@ class SpeechDelta:
 
 @dataclass(frozen=True, eq=False)
 class AudioDelta:
-    """More sound, without a gap after the last event's.
+    """An increment of the audio, contiguous with the last one.
 
     Attributes:
         wav: float32 (S,) in [-1, 1].
-        sample_rate: samples per second.
+        sample_rate: in Hz.
         first_sample: position of `wav[0]` in the reply.
     """
 
@@ -60,16 +59,16 @@ class AudioDelta:
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the time of a reply went, in seconds from the end of the question; None where it did not come to that.
+    """Times of a reply in seconds after the end of the question; None for what did not happen.
 
     Attributes:
-        tokenize_s: duration of tokenizing what was not tokenized yet.
+        tokenize_s: duration of the remaining tokenization.
         prefill_s: duration of the language model's first step.
-        first_text_s: until the first text token.
-        first_audio_s: until the first sound (time to first audio).
-        total_s: until the reply was complete.
-        audio_s: length of the sound.
-        stages: seconds of work by stage ("tokenizer", "language", "flow", "vocoder", ...).
+        first_text_s: time to the first text token.
+        first_audio_s: time to first audio.
+        total_s: time to the complete reply.
+        audio_s: duration of the audio.
+        stages: seconds of work by stage ("tokenizer", "language", "decoder").
     """
 
     tokenize_s: float = 0.0
@@ -84,18 +83,18 @@ class Timings:
 
     @property
     def real_time_factor(self) -> float | None:
-        """Time of the reply over length of its sound; None without sound."""
+        """Total time over audio duration; None without audio."""
         return self.total_s / self.audio_s if self.audio_s > 0 else None
 
 
 @dataclass(frozen=True)
 class ReplyDone:
-    """The last event of every reply, whatever ended it.
+    """The last event of every reply.
 
     Attributes:
-        text: the whole transcript; of an interrupted reply what was heard of it, an estimate.
-        tokens: all speech tokens, codes in [0, codebook_size); of an interrupted reply those that were heard.
-        text_is_estimate: the reply was interrupted, and `text` is cut where its speech may have been.
+        text: the transcript; after an interrupt the estimated heard part.
+        tokens: speech codes in [0, codebook_size); after an interrupt those heard.
+        text_is_estimate: the reply was interrupted and `text` is cut by estimate.
     """
 
     text: str
@@ -107,13 +106,13 @@ class ReplyDone:
 
 @dataclass(frozen=True)
 class Interrupted:
-    """The reply was cut; `ReplyDone` follows.
+    """The reply was interrupted; `ReplyDone` follows.
 
     Attributes:
-        num_samples_played: samples of the reply that had been played by then, at the reply's sample rate.
-        num_tokens_heard: speech tokens that stay in the history.
-        text: what was heard of the transcript, an estimate where `text_is_estimate`: nothing tells which speech tokens
-            say which word, so words are taken to be spread evenly over the speech.
+        num_samples_played: samples of the reply that were played.
+        num_tokens_heard: speech tokens kept in the history.
+        text: heard part of the transcript; an estimate if `text_is_estimate`, since words are assumed to be spread
+            evenly over the speech.
     """
 
     num_samples_played: int

@@ -1,6 +1,6 @@
-"""History: what the model is shown of a conversation, and the one rule for a reply that was not heard to its end.
+"""The history that a model is shown, and the truncation of interrupted replies.
 
-Pure functions over `turns.Conversation`; nothing here computes with a model.
+Pure functions over `turns.Conversation`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MIN_REPLY_TOKENS = 64
 
 @dataclass(frozen=True)
 class HeardPart:
-    """The part of a reply that its listener heard.
+    """The heard part of a reply.
 
     Attributes:
-        turn: the reply with the ids up to the last speech token that was heard; its ids are empty where none was.
-        num_speech: speech tokens in it.
-        share: those over the speech tokens that the whole reply has or needs, in [0, 1].
+        turn: the reply up to the last speech token heard; without ids if none was.
+        num_speech: number of speech tokens heard.
+        share: num_speech over the speech tokens of the whole reply, in [0, 1].
     """
 
     turn: Turn
@@ -34,20 +34,17 @@ class HeardPart:
     share: float
 
     def text(self, transcript: str) -> str:
-        """The heard beginning of the reply's transcript, an estimate. A written reply counts as read."""
+        """Returns the heard part of the transcript, an estimate. A written reply counts as read."""
         return transcript if self.turn.modality is Modality.TEXT else heard_text(transcript, self.share)
 
 
 def heard_part(reply: Turn, num_samples: int, vocabulary: Vocabulary, *, finished: bool) -> HeardPart:
-    """Cuts a reply to what was heard.
-
-    A reply that the model did not finish, or that was not heard to its end, is marked as interrupted.
+    """Truncates a reply to its heard part and marks an incomplete one as interrupted.
 
     Args:
-        reply: the turn with all ids that the model made.
-        num_samples: samples of its sound that were played, at 22.05 kHz.
-        finished: the model ended the reply itself. Otherwise the text of the last run was not spoken yet, and the
-            share counts the speech that this text still needs.
+        reply: the turn with all generated ids.
+        num_samples: samples of its audio that were played, at 22.05 kHz.
+        finished: the model ended the reply. Otherwise the share includes the speech that the last text run still needs.
     """
     kinds = [vocabulary.kind(token) for token in reply.ids]
     num_text, num_speech = kinds.count(Kind.TEXT), kinds.count(Kind.SPEECH)
@@ -63,9 +60,9 @@ def heard_part(reply: Turn, num_samples: int, vocabulary: Vocabulary, *, finishe
 
 
 def heard_text(text: str, share: float) -> str:
-    """The beginning of a transcript of which this share of the speech was heard, up to a whole word: an estimate.
+    """Returns the beginning of a transcript for this share of the speech, cut at a word: an estimate.
 
-    The speech tokens do not tell which word they say, so words count as spread evenly over the speech.
+    Words are assumed to be spread evenly over the speech.
     """
     size = min(round(len(text) * share), len(text))
     while 0 < size < len(text) and _in_word(text[size - 1]) and _in_word(text[size]):
@@ -74,7 +71,7 @@ def heard_text(text: str, share: float) -> str:
 
 
 def turn_of(role: Role, ids: Sequence[int], vocabulary: Vocabulary, language: str = "") -> Turn:
-    """A turn of the user, the system or a tool, with the modality that its ids have."""
+    """Returns a turn of user, system or tool with the modality of its ids."""
     kinds = {vocabulary.kind(token) for token in ids}
     modality = Modality.TEXT
     if Kind.SPEECH in kinds:
@@ -85,12 +82,12 @@ def turn_of(role: Role, ids: Sequence[int], vocabulary: Vocabulary, language: st
 def reply_prompt(
     models: Models, conversation: Conversation, reply: Modality, sampling: Sampling
 ) -> tuple[list[int], Sampling]:
-    """The prompt of the next reply, and the sampling bounded by the positions that the prompt leaves.
+    """Returns the prompt of the next reply, and the sampling limited to the remaining positions.
 
-    The oldest turns are left out where they do not fit.
+    The oldest turns are dropped if the prompt is too long.
 
     Raises:
-        ValueError: the last turn alone does not fit, or it is not one that can be answered.
+        ValueError: the last turn does not fit alone, or cannot be answered.
     """
     prompt = _fitting(models, conversation, lambda shown: models.vocabulary.prompt_ids(shown, reply))
     room = min(sampling.max_tokens, models.engine.max_positions - len(prompt))
@@ -98,20 +95,20 @@ def reply_prompt(
 
 
 def open_prompt(models: Models, conversation: Conversation, codes: Sequence[int]) -> list[int]:
-    """The beginning of the next prompt while the user still speaks: `codes` are the final speech tokens so far.
+    """Returns the prefix of the next prompt while the user speaks; `codes` are the final speech tokens.
 
     Raises:
-        ValueError: the open turn alone does not fit.
+        ValueError: the open turn does not fit alone.
     """
     turn = Turn(Role.USER, Modality.SPEECH, tuple(models.vocabulary.speech_ids(codes)))
     return _fitting(models, conversation.plus(turn), models.vocabulary.open_prompt_ids)
 
 
 def _fitting(models: Models, whole: Conversation, ids_of: Callable[[Conversation], list[int]]) -> list[int]:
-    """The conversation's ids without the oldest turns where they do not fit.
+    """Returns the conversation's ids without the oldest turns that do not fit.
 
-    Turns are dropped in steps of a quarter of the model's positions. So the next prompts begin alike, and the engine
-    can use the keys and values it has kept.
+    Turns are dropped in steps of a quarter of the model's positions, so that subsequent prompts share a prefix in the
+    KV cache.
     """
     size = models.engine.max_positions - MIN_REPLY_TOKENS
     prompt = ids_of(whole)
@@ -122,7 +119,7 @@ def _fitting(models: Models, whole: Conversation, ids_of: Callable[[Conversation
     *past, last = whole.turns
     dropped = 0
     while (oldest := next((turn for turn in past if turn.role is not Role.SYSTEM), None)) is not None:
-        if dropped >= to_drop and oldest.role is not Role.ASSISTANT:  # no reply stays without its question
+        if dropped >= to_drop and oldest.role is not Role.ASSISTANT:  # keeps each reply with its question
             break
         past.remove(oldest)
         dropped += len(oldest.ids)
@@ -136,5 +133,5 @@ def _fitting(models: Models, whole: Conversation, ids_of: Callable[[Conversation
 
 
 def _in_word(character: str) -> bool:
-    """Letters of scripts that part words by blanks."""
+    """Returns whether a character belongs to a script that separates words by spaces."""
     return character == "'" or (character.isalnum() and ord(character) < 0x2E80)

@@ -1,4 +1,4 @@
-"""The mouth: one reply while it is produced. The engine gives ids, the worker makes sound of blocks of them."""
+"""The mouth: one reply in production. The engine generates ids; the worker decodes blocks of them to audio."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from duologue.conversation.events import (
     Timings,
 )
 from duologue.conversation.history import HeardPart, heard_part
-from duologue.conversation.worker import Stepped, Worker
+from duologue.conversation.worker import StepResult, Worker
 from duologue.interleave import INTERLEAVED, TEXT_ONLY, InterleaveState, Kind
 from duologue.language.sampling import Sampling
 from duologue.models import Models
@@ -34,16 +34,14 @@ from duologue.vocabulary import TextStream
 
 
 class Mouth:
-    """One reply: a stream of events, and the turn it has become when it is over.
+    """One reply: a stream of events, and finally the assistant's turn.
 
     Args:
-        text_only: the reply is written.
-        asked_at: when the question was over, by `time.monotonic`; now where None. Timings count from there.
+        text_only: produces a written reply.
+        asked_at: end of the question by `time.monotonic`, now by default; origin of all timings.
 
     Attributes:
         modality: of the reply.
-        turn: the reply with the ids so far, joint vocabulary, without the end id; after an interruption those that were
-            heard.
         codes: speech tokens so far.
         text: transcript so far.
         reason: why the model stopped.
@@ -68,7 +66,7 @@ class Mouth:
         self._start = time.monotonic() if asked_at is None else asked_at
         self._loop = asyncio.get_running_loop()
         self._stopped: asyncio.Future[None] = self._loop.create_future()
-        self._block: asyncio.Future[Stepped] | None = None  # with the worker
+        self._block: asyncio.Future[StepResult] | None = None  # with the worker
         self._num_decoded = self._num_samples = 0
         self._is_flushed = False
         self._request_id = f"reply-{next(self._request_ids)}"
@@ -84,29 +82,30 @@ class Mouth:
 
     @property
     def turn(self) -> Turn:
-        """See the attributes."""
+        """The reply's ids so far without the end id; after an interrupt the heard part."""
         reply = Turn(Role.ASSISTANT, self.modality, tuple(self._ids))
         return reply if self._heard is None else self._heard.turn
 
     def stop(self) -> None:
-        """Ends the reply at once, from any thread: the engine's request and the block that waits are cancelled."""
+        """Cancels the engine's request and the waiting block. Thread-safe."""
         try:
             self._loop.call_soon_threadsafe(self._stop)
         except RuntimeError:
-            return  # that loop is closed, and the reply with it
+            return  # the loop is closed, and the reply with it
 
     def interrupt(self, num_samples_played: int) -> None:
-        """Stops the reply and cuts it to what was heard: so many samples of its sound. From any thread."""
+        """Stops the reply and truncates it to the samples played. Thread-safe."""
         self._cut_at = num_samples_played
         self.stop()
 
     async def speak(
         self, prompt: list[int], sampling: Sampling, question_s: float = 0.0
     ) -> AsyncGenerator[Event, None]:
-        """Text, speech tokens and sound as they come, until the reply is complete or stopped; `ReplyDone` comes last.
+        """Yields text, speech tokens and audio until the reply is complete or stopped; `ReplyDone` is last.
 
         Args:
-            question_s: seconds of work that the end of the question took, for the timings.
+            question_s: seconds of tokenization after the end of the question.
+
         Raises:
             ValueError, EngineFull, RuntimeError, WorkerFull: as `Engine.generate` and `Worker.step`.
         """
@@ -161,7 +160,7 @@ class Mouth:
             self._stopped.set_result(None)
 
     async def _wait(self, coming: asyncio.Task[int | None] | None) -> None:
-        """Until there is an id or sound, the reply is stopped, or a block must wait no longer."""
+        """Waits for an id, audio, a stop or the deadline of the next block."""
         waited: set[asyncio.Future[Any]] = {self._stopped}
         timeout = None
         if coming is not None:
@@ -173,7 +172,7 @@ class Mouth:
         await asyncio.wait(waited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
 
     def _take_id(self, token: int | None) -> TextDelta | SpeechDelta | None:
-        """The event of an id; None at the end of the stream."""
+        """Returns the event of an id; None at the end of the stream."""
         if token is None:
             return None
         kind = self.models.vocabulary.kind(token)
@@ -198,12 +197,12 @@ class Mouth:
 
     @property
     def _is_complete(self) -> bool:
-        """All sound is out."""
+        """Whether all audio was emitted."""
         return self._block is None and (self._is_flushed or not self.codes)
 
     @property
     def _num_ids_to_next(self) -> int:
-        """Ids until ten more speech tokens make another whole block, with a text run where one may come between."""
+        """Number of ids until the next whole block of ten speech tokens, text runs included."""
         num_speech = rates.BLOCK_TOKENS - self._num_waiting % rates.BLOCK_TOKENS
         state, schedule = self._interleave, self._interleave.schedule
         if state.text_finished:
@@ -213,7 +212,7 @@ class Mouth:
         return num_speech + (schedule.text_run if num_speech > schedule.speech_run - state.run_length else 0)
 
     def _go_on(self, ended: bool) -> None:
-        """Gives the worker a block where the policy says so; at the end what the decoder holds back with the last."""
+        """Gives the worker a block according to the policy; the last block flushes the decoder."""
         if self._block is not None or self._is_complete:
             return
         size = self._policy.block_size(self._num_waiting, None if ended else self._num_ids_to_next)
@@ -229,7 +228,7 @@ class Mouth:
         self._num_decoded += size
         self._is_flushed = last
 
-    def _take_sound(self, block: asyncio.Future[Stepped]) -> AudioDelta:
+    def _take_sound(self, block: asyncio.Future[StepResult]) -> AudioDelta:
         self._block = None
         values, seconds = block.result()
         wav = values.clamp(-1.0, 1.0).float().numpy()

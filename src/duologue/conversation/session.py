@@ -1,8 +1,8 @@
-"""Session: one conversation for Python code. An ear, a mouth for each reply, and the history between them.
+"""Session: one conversation for Python code, made of an ear, a mouth per reply and the history.
 
-    pcm -> Ear -> speech tokens -> prompt -> Mouth -> text and sound
+    pcm -> Ear -> speech tokens -> prompt -> Mouth -> text and audio
 
-A session owns states and ids and no weights.
+A session owns states and ids, no weights.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from duologue.turns import Conversation, Role, Turn
 
 
 class Session:
-    """One conversation: what was said, as ids, and the state of listening.
+    """One conversation.
 
-    `feed` and `hear` may be called at any time, also while a reply is being produced: what is said then belongs to the
-    next turn. What is heavy is done by the worker and the engine, in threads of their own.
+    `feed` and `hear` also work during a reply; the samples then belong to the next turn. The heavy work runs in the
+    threads of worker and engine.
 
     Args:
-        conversation: what was said before; a new conversation where None.
-        policy: makes the block policy of a reply.
+        conversation: earlier turns; a new conversation by default.
+        policy: creates the block policy of a reply.
 
     Raises:
         ValueError: an unknown voice, or a conversation in another vocabulary.
@@ -61,9 +61,7 @@ class Session:
             raise ValueError(f"{card.name} has no voice {voice!r}; it has {', '.join(card.voices)}")
         self._conversation = conversation or Conversation(vocabulary=vocabulary)
         if self._conversation.vocabulary != vocabulary:
-            raise ValueError(
-                f"the conversation was held in another vocabulary than that of {card.name}; its ids mean nothing"
-            )
+            raise ValueError(f"the conversation uses another vocabulary than {card.name}")
         self.models, self.worker = models, worker
         self.language, self.voice = language, voice
         self.sampling = sampling or card.sampling
@@ -74,37 +72,31 @@ class Session:
 
     @property
     def conversation(self) -> Conversation:
-        """The turns that are over."""
+        """The completed turns."""
         return self._conversation
 
-    @property
-    def num_samples_fed(self) -> int:
-        """Samples that were fed and heard so far, over all turns."""
-        return self.ear.num_samples
-
     def feed(self, pcm: Pcm, sample_rate: int = rates.LISTEN_SAMPLE_RATE) -> None:
-        """Hears more of the user: float32 (S,) in [-1, 1], int16 (S,), or the bytes of little-endian int16.
-
-        Returns at once; the worker makes tokens of what is complete.
+        """Appends audio to the user's turn without waiting: float32 (S,) in [-1, 1], int16 (S,) or bytes of
+        little-endian int16.
 
         Raises:
-            ValueError: unusable samples, or a rate that changes in the middle of a turn.
+            ValueError: unusable samples, or a sample rate that changes within the turn.
         """
         self.ear.feed(pcm, sample_rate)
 
     async def hear(self, pcm: Pcm, sample_rate: int = rates.LISTEN_SAMPLE_RATE) -> None:
-        """Hears more of the user as `feed` does, and listens ahead: what is settled is prefilled in the background.
+        """Appends audio as `feed` does, and prefills settled tokens in the background.
 
-        Waits only when the tokenizer has fallen far behind. Raises ValueError as `feed`.
+        Waits only while the tokenizer is far behind. Raises ValueError as `feed`.
         """
         await self.ear.hear(pcm, sample_rate)
 
     def write(self, text: str) -> None:
-        """Takes more of the user's turn in writing."""
+        """Appends text to the user's turn."""
         self._written += text
 
     def discard(self) -> None:
-        """Forgets what was said and written since the last turn."""
+        """Discards the open turn."""
         self._written = ""
         self.ear.discard()
 
@@ -112,22 +104,23 @@ class Session:
         """Ends the user's turn without a reply and returns it.
 
         Raises:
-            ValueError: nothing was said.
-            WorkerFull: the device has too much to do; what was said is lost.
+            ValueError: the turn is empty.
+            WorkerFull: the device is overloaded; the turn is lost.
         """
         turn, _ = await self._commit()
         return turn
 
     async def reply(self, *, text_only: bool = False, max_tokens: int | None = None) -> AsyncIterator[Event]:
-        """Ends the user's turn, if something was said since the last one, and answers it; `ReplyDone` comes last.
+        """Ends the open user turn, if any, and yields the events of the reply; `ReplyDone` is last.
 
         Args:
-            max_tokens: ids of this reply at most, below the sampling's own bound.
+            max_tokens: maximum ids of this reply, within the limit of the sampling.
+
         Raises:
-            ValueError: nothing was said, a reply is in progress, or the turn is longer than the model can hold.
+            ValueError: the turn is empty, a reply is in progress, or the turn is too long.
         """
         if self._mouth is not None:
-            raise ValueError("a reply is under way in this session; interrupt it first")
+            raise ValueError("a reply is in progress in this session; interrupt it first")
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
         sampling = dataclasses.replace(
@@ -139,20 +132,20 @@ class Session:
             try:
                 prompt, sampling = reply_prompt(self.models, self._conversation, mouth.modality, sampling)
             except ValueError:
-                if question_s is not None:  # it was ended just now: a question that cannot be asked is forgotten
+                if question_s is not None:  # drops a question that cannot be answered
                     self._replace(turn for turn in self._conversation if turn is not question)
                 raise
             async with aclosing(mouth.speak(prompt, sampling, question_s or 0.0)) as events:
                 async for event in events:
                     if isinstance(event, Interrupted | ReplyDone) and self._mouth is mouth:
                         self._add_reply(mouth.turn, question)
-                        self._dismiss(mouth)  # the reply is over, whenever its last events are read
+                        self._dismiss(mouth)  # the reply is over before its last events are read
                     yield event
         finally:
             self._dismiss(mouth)
 
     def reply_now(self, *, text_only: bool = False, on_event: Callable[[Event], None] | None = None) -> Reply:
-        """The whole reply at once, without an event loop of one's own."""
+        """Returns the complete reply; for code without an event loop."""
         parts = []
         for event in self.events(text_only=text_only):
             if on_event:
@@ -165,7 +158,7 @@ class Session:
         return Reply(done.text, audio, rates.SPEAK_SAMPLE_RATE, done.tokens, done.reason, done.timings)
 
     def events(self, *, text_only: bool = False) -> Iterator[Event]:
-        """The events of `reply` for code without an event loop; they are produced in a thread."""
+        """Yields the events of `reply` in code without an event loop; a thread produces them."""
         events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
 
         async def produce() -> None:
@@ -186,10 +179,10 @@ class Session:
             yield event
 
     def interrupt(self, played_ms: float) -> None:
-        """The user speaks into the reply: it ends, and the history keeps what was heard. From any thread, at any time.
+        """Interrupts the reply; the history keeps the heard part. Thread-safe, also after the reply is complete.
 
         Args:
-            played_ms: how much of the reply's sound had been played. The reply may be in progress or just done.
+            played_ms: milliseconds of the reply's audio that were played.
         """
         if played_ms < 0:
             raise ValueError(f"played_ms must not be negative, got {played_ms}")
@@ -203,12 +196,12 @@ class Session:
             self.ear.context_changed()
 
     def save(self, path: str | Path) -> None:
-        """Writes the conversation as versioned JSON of token ids; see `turns.Conversation`."""
+        """Writes the conversation as versioned JSON of token ids, see `turns.Conversation`."""
         self._conversation.save(path)
 
     @classmethod
     def load(cls, models: Models, worker: Worker, path: str | Path) -> Session:
-        """Goes on with a saved conversation. Raises ValueError when it was held in another vocabulary."""
+        """Continues a saved conversation. Raises ValueError for another vocabulary."""
         return cls(models, worker, Conversation.load(path))
 
     def _context(self) -> Conversation | None:
@@ -220,7 +213,7 @@ class Session:
             self.ear.context_changed()
 
     async def _question(self) -> tuple[Turn, float | None]:
-        """The turn that is answered, and the seconds of work its end took; None where it was ended before."""
+        """Returns the turn to answer, and the seconds of its tokenization; None if it was committed before."""
         turns = self._conversation.turns
         is_open = self.ear.is_open or bool(self._written)
         if turns and turns[-1].role in (Role.USER, Role.OBSERVATION) and not is_open:
@@ -228,7 +221,7 @@ class Session:
         return await self._commit()
 
     async def _commit(self) -> tuple[Turn, float]:
-        """The user's turn and the seconds of work that its end took."""
+        """Returns the user's turn and the seconds of its tokenization."""
         written, self._written = self._written, ""
         ended = self.ear.finish()
 
@@ -236,7 +229,7 @@ class Session:
             spoken = await ended
             return self._add_turn(spoken.codes, written), spoken.seconds
 
-        # What was said stays said, also when nobody waits for the reply any more.
+        # The turn is kept even if the reply is cancelled.
         return await asyncio.shield(asyncio.create_task(finish()))
 
     def _add_turn(self, codes: tuple[int, ...], written: str) -> Turn:
@@ -249,7 +242,7 @@ class Session:
         return turn
 
     def _add_reply(self, reply: Turn, question: Turn) -> None:
-        """Behind its question: the user may have ended the next turn meanwhile."""
+        """Inserts a reply after its question; the next user turn may already exist."""
         turns = self._conversation.turns
         reply = dataclasses.replace(reply, language=question.language, voice=self.voice)
         place = max((i + 1 for i, turn in enumerate(turns) if turn is question), default=len(turns))

@@ -1,8 +1,7 @@
-"""The worker owns a device: work on its models is done one piece at a time, away from every event loop.
+"""The worker: one thread per device runs all work on its models.
 
-Sessions bring single steps of streaming stages. Steps of one stage that wait at the same time run as one ragged batch;
-the step that is needed first goes first: a session whose playback is about to run dry, before one that has sound to
-spare. A row's result does not depend on its company.
+Sessions submit single steps of streaming stages. Waiting steps of one stage run as one ragged batch, in order of their
+deadlines. A row's result does not depend on the rest of the batch.
 
     future = worker.step(models.decoder, codes, state, last=False, deadline=underrun_at)
     wav, seconds = await asyncio.wrap_future(future)         # or future.result()
@@ -30,19 +29,19 @@ Result = TypeVar("Result")
 
 
 class WorkerFull(RuntimeError):
-    """More work waits than the worker takes on."""
+    """The worker's queue is full."""
 
 
 class BatchedStage(Protocol):
-    """What the worker needs of a streaming stage, see `layers.StreamingStage`."""
+    """The part of `layers.StreamingStage` that the worker uses."""
 
     def step(self, x: Padded, state: Any) -> Padded: ...
     def flush(self, state: Any, rows: Tensor | None = None) -> Padded: ...
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
-class Stepped(NamedTuple):
-    """What a step gave: values (T, ...) on the CPU, and the seconds that its batch took."""
+class StepResult(NamedTuple):
+    """The output of a step: values (T, ...) on the CPU, and the seconds of its batch."""
 
     values: Tensor
     seconds: float
@@ -50,12 +49,14 @@ class Stepped(NamedTuple):
 
 @dataclass(frozen=True)
 class WorkerStats:
-    """Attributes:
-    num_jobs: begun so far, odd jobs and steps.
-    num_refused, num_cancelled: that came when the queue was full, or were given up before they began.
-    num_waiting: in the queue now; `most_waiting` ever.
-    batch_sizes: how many batches of steps had so many rows.
-    busy_s: seconds of work.
+    """Counters of a worker.
+
+    Attributes:
+        num_jobs: jobs started, single calls and batched steps.
+        num_refused, num_cancelled: jobs refused by a full queue, and jobs cancelled before their start.
+        num_waiting, most_waiting: current and maximum queue length.
+        batch_sizes: number of batches by number of rows.
+        busy_s: seconds of work.
     """
 
     num_jobs: int
@@ -68,7 +69,7 @@ class WorkerStats:
 
     @property
     def mean_batch_size(self) -> float:
-        """Rows of a batch on average; 0 before the first one."""
+        """Mean number of rows per batch; 0 before the first."""
         batches = sum(self.batch_sizes.values())
         return sum(size * count for size, count in self.batch_sizes.items()) / batches if batches else 0.0
 
@@ -80,12 +81,12 @@ class _Step:
     state: Any
     last: bool
     key: Hashable
-    future: Future[Stepped]
+    future: Future[StepResult]
 
 
 @dataclass(eq=False)
 class _Job:
-    """One entry of the queue: a step, or odd work that is done alone."""
+    """A queue entry: a step or a single call."""
 
     deadline: float
     work: _Step | Callable[[], None]
@@ -94,14 +95,13 @@ class _Job:
 
 
 class Worker:
-    """One thread in which all steps of tokenizer and decoder run. Methods may be called from any thread or event loop.
+    """One thread for all steps of tokenizer and decoder. Thread-safe.
 
     Args:
-        max_waiting: jobs that may wait; one more is refused with `WorkerFull`.
-        max_rows: steps in one batch.
-        max_batch_s: how long a batch of several steps may take, by the pace of the last ones: nothing that becomes
-            urgent meanwhile can overtake it.
-        num_threads: of PyTorch in this thread on a CPU, see `layers.num_step_threads`; its own choice when None.
+        max_waiting: maximum queue length; further jobs raise `WorkerFull`.
+        max_rows: maximum rows per batch.
+        max_batch_s: maximum estimated duration of a batch of several steps, which urgent work cannot overtake.
+        num_threads: PyTorch threads on a CPU, see `layers.num_step_threads`; None for PyTorch's default.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Worker:
         if max_waiting < 1 or max_rows < 1:
             raise ValueError(f"max_waiting and max_rows must be at least 1, got {max_waiting} and {max_rows}")
         self.max_waiting, self.max_rows, self.max_batch_s = max_waiting, max_rows, max_batch_s
-        # Of the last batches of each stage: rows times the longest one's length, and seconds.
+        # Recent batches of each stage: rows times the longest length, and seconds.
         self._paces: WeakKeyDictionary[BatchedStage, deque[tuple[int, float]]] = WeakKeyDictionary()
         self._executor = ThreadPoolExecutor(
             1, "worker", torch.set_num_threads, (num_threads or torch.get_num_threads(),)
@@ -123,10 +123,10 @@ class Worker:
         self._busy_s = 0.0
 
     def submit(self, work: Callable[[], Result]) -> asyncio.Future[tuple[Result, float]]:
-        """Starts odd work from inside an event loop; gives its result and the seconds it took. Odd work is due at once.
+        """Queues a call, due at once, from inside an event loop; the future gives its result and seconds.
 
         Raises:
-            WorkerFull: too much waits already.
+            WorkerFull: the queue is full.
         """
         future: Future[tuple[Result, float]] = Future()
         self._enqueue(_Job(time.monotonic(), lambda: _run(future, work), future))
@@ -134,28 +134,29 @@ class Worker:
 
     def step(
         self, stage: BatchedStage, x: Tensor, state: Any, last: bool = False, deadline: float = 0.0
-    ) -> Future[Stepped]:
-        """Starts one step of one row.
+    ) -> Future[StepResult]:
+        """Queues one step of one row.
 
         Args:
-            stage: whose `step` it is.
+            stage: the streaming stage.
             x: (T, ...) the row's new input, on any device.
-            state: of one row; its fields are replaced when the step is done. Nobody else may use it until then.
-            last: flush the row too.
-            deadline: when the result is needed, by `time.monotonic`; the earliest goes first.
+            state: of one row; replaced when the step is done and reserved for it until then.
+            last: also flushes the row.
+            deadline: when the result is needed, by `time.monotonic`; the earliest runs first.
+
         Returns:
-            a future of what has become final. Cancelled before it has begun, the step is not done, and the state is as
-            it was.
+            a future of the final output. Cancelling it before its start leaves the state unchanged.
+
         Raises:
-            WorkerFull: too much waits already.
+            WorkerFull: the queue is full.
         """
-        future: Future[Stepped] = Future()
+        future: Future[StepResult] = Future()
         key = id(stage), x.dtype, x.shape[1:], state_settings(state)
         self._enqueue(_Job(deadline, _Step(stage, x, state, last, key, future), future))
         return future
 
     def stats(self) -> WorkerStats:
-        """Counts so far."""
+        """Returns the counters."""
         with self._lock:
             return WorkerStats(
                 self._num_jobs,
@@ -168,7 +169,7 @@ class Worker:
             )
 
     def close(self) -> None:
-        """Ends the thread: what is running is finished, what waits is cancelled, what comes is refused."""
+        """Finishes the running job, cancels waiting ones and refuses new ones."""
         with self._lock:
             self._closed = True
             waiting, self._waiting = self._waiting, []
@@ -183,10 +184,10 @@ class Worker:
             self._waiting = [waiting for waiting in self._waiting if not self._gone(waiting)]
             if len(self._waiting) >= self.max_waiting:
                 self._num_refused += 1
-                raise WorkerFull(f"{len(self._waiting)} jobs wait for the device already; try again later")
+                raise WorkerFull(f"{len(self._waiting)} jobs are already queued; try again later")
             self._waiting.append(job)
             self._most_waiting = max(self._most_waiting, len(self._waiting))
-            # One call for each job; those whose job went along in a batch find less to do, or nothing.
+            # One call per job; calls whose job ran in an earlier batch do less or nothing.
             self._executor.submit(self._work)
 
     def _gone(self, job: _Job) -> bool:
@@ -215,10 +216,10 @@ class Worker:
                 self._paces.setdefault(steps[0].stage, deque(maxlen=8)).append((size, seconds))
 
     def _choose(self) -> list[_Job]:
-        """Takes the most urgent job out of the queue, and the steps that go along with it, the most urgent ones.
+        """Dequeues the most urgent job and the steps to batch with it.
 
-        No row is more than twice as long as the most urgent one, which would wait for it, at most a third of a batch is
-        padding, and it does not take longer than `max_batch_s`.
+        No row is longer than twice the most urgent one. Padding is at most a third of a batch. The estimated duration
+        is at most `max_batch_s`.
         """
         self._waiting = [job for job in self._waiting if not self._gone(job)]
         if not self._waiting:
@@ -250,7 +251,7 @@ class Worker:
         return chosen
 
     def _pace(self, stage: BatchedStage) -> float:
-        """Seconds for each unit of length of each row, lately; 0 while unknown."""
+        """Returns the recent seconds per row and unit of length; 0 if unknown."""
         paces = self._paces.get(stage, ())
         return sum(seconds for _, seconds in paces) / max(sum(size for size, _ in paces), 1)
 
@@ -266,7 +267,7 @@ def _run(future: Future[tuple[Result, float]], work: Callable[[], Result]) -> No
 
 
 def _run_steps(steps: list[_Step]) -> None:
-    """Runs steps as one batch. Where that fails, each runs alone, so that one row's bad input is its own."""
+    """Runs steps as one batch. If it fails, each runs alone, so that errors stay with their row."""
     try:
         results = _step_together(steps)
     except Exception as error:
@@ -280,7 +281,7 @@ def _run_steps(steps: list[_Step]) -> None:
         step.future.set_result(result)
 
 
-def _step_together(steps: list[_Step]) -> list[Stepped]:
+def _step_together(steps: list[_Step]) -> list[StepResult]:
     start = time.perf_counter()
     stage = steps[0].stage
     device = next(stage.parameters()).device
@@ -296,7 +297,7 @@ def _step_together(steps: list[_Step]) -> list[Stepped]:
         for row, step in enumerate(steps):
             _replace(step.state, state_row(state, row))
     seconds = time.perf_counter() - start
-    return [Stepped(values.clone() if len(steps) > 1 else values, seconds) for values in rows]
+    return [StepResult(values.clone() if len(steps) > 1 else values, seconds) for values in rows]
 
 
 def _replace(state: Any, new: Any) -> None:

@@ -1,1 +1,1 @@
-"""Speech tokens -> log-mel -> wave."""
+"""The speech decoder: speech tokens -> log-mel -> wav."""

@@ -1,4 +1,4 @@
-"""SpeechDecoder: speech tokens -> wave at 22.05 kHz, while the reply is being written.
+"""SpeechDecoder: speech tokens -> wav at 22.05 kHz, streaming.
 
 Shapes: B batch, T tokens, S samples, M mels.
 """
@@ -31,7 +31,7 @@ class SpeechDecoder(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        """Number of speech codes that the decoder accepts: valid ones are `0 <= code < codebook_size`."""
+        """Number of speech codes the decoder accepts: valid ones are `0 <= code < codebook_size`."""
         return self.flow.config.encoder.codebook_size
 
     def init_state(
@@ -42,26 +42,26 @@ class SpeechDecoder(nn.Module):
         seed: int = 0,
         speaker: Tensor | None = None,
     ) -> SpeechDecoderState:
-        """A fresh state; the settings are those of `Flow.init_state`."""
+        """Returns a fresh state; the settings are those of `Flow.init_state`."""
         flow = self.flow.init_state(batch_size, num_steps, guidance_scale, seed, speaker)
         return SpeechDecoderState(flow, self.vocoder.init_state(batch_size))
 
     def give_prompt(self, tokens: Padded, mel: Padded, state: SpeechDecoderState) -> None:
-        """Sets how fresh rows begin, see `Flow.give_prompt`; the wave begins after the prompt."""
+        """Sets a voice prompt for fresh rows, see `Flow.give_prompt`; the output begins after it."""
         self.flow.give_prompt(tokens, mel, state.flow)
 
     def step(self, x: Padded, state: SpeechDecoderState) -> Padded:
-        """Tokens (B, T) -> samples that have become final."""
+        """Decodes tokens (B, T) and returns final samples."""
         wav: Padded = self.vocoder.step(self.flow.step(x, state.flow), state.vocoder)
         return wav
 
     def flush(self, state: SpeechDecoderState, rows: Tensor | None = None) -> Padded:
-        """End of the utterance: the samples of the open block and what the vocoder held back."""
+        """Ends the utterance: returns the samples of the open block and those held back by the vocoder."""
         rows = torch.ones_like(state.flow.pending.lengths, dtype=torch.bool) if rows is None else rows
         wav = self.vocoder.step(self.flow.flush(state.flow, rows), state.vocoder)
         return Padded.concat([wav, self.vocoder.flush(state.vocoder, rows)])
 
     def forward(self, x: Padded, state: SpeechDecoderState | None = None) -> Padded:
-        """Tokens (B, T) -> wav; what a stream gives, at once. A fresh state may carry settings."""
+        """Decodes tokens (B, T) to wav in one pass, equal to a stream. A fresh state may carry settings."""
         state = self.init_state(len(x.lengths)) if state is None else state
         return Padded.concat([self.step(x, state), self.flush(state)])

@@ -1,9 +1,9 @@
-"""Token encoder and length regulation: speech tokens -> what the flow is conditioned on, frame by frame.
+"""Token encoder and length regulation: speech tokens -> the flow's condition per frame.
 
 Shapes: B batch, T tokens or frames, D width, H heads, C condition channels.
 
-Which frame belongs to which token is a matter of absolute indices: frame i belongs to token 64 i // 441, and the frames
-of tokens 0..n-1 are 0..441 n // 64 - 1 (`duologue.rates`). The functions here do that arithmetic on integer tensors.
+Frame i belongs to token 64 i // 441, and tokens 0..n-1 have the frames 0..441 n // 64 - 1 (`duologue.rates`). The
+functions here compute this on integer tensors.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ FRAMES, TOKENS = rates.FRAMES_PER_TOKEN.numerator, rates.FRAMES_PER_TOKEN.denomi
 
 
 def frames_for_tokens(num_tokens: Tensor) -> Tensor:
-    """`rates.frames_for_tokens` on int64 tensors."""
+    """Computes `rates.frames_for_tokens` on int64 tensors."""
     return num_tokens * FRAMES // TOKENS
 
 
 def token_of_frame(frame: Tensor) -> Tensor:
-    """`rates.token_of_frame` on int64 tensors."""
+    """Computes `rates.token_of_frame` on int64 tensors."""
     return frame * TOKENS // FRAMES
 
 
 def phase_of_frame(frame: Tensor) -> Tensor:
-    """How far into its token a frame begins, in 441ths of a token: 0..440."""
+    """Returns a frame's offset within its token, in 441ths of a token: 0..440."""
     return frame * TOKENS % FRAMES
 
 
 def block_of_frame(frame: Tensor) -> Tensor:
-    """The block b of 10 tokens with F(10 b) <= frame < F(10 (b + 1)), F(n) = 441 n // 64; the block has 68 or 69."""
+    """Returns the block b of 10 tokens with F(10 b) <= frame < F(10 (b + 1)), F(n) = 441 n // 64."""
     return (frame * TOKENS + TOKENS - 1) // (FRAMES * rates.BLOCK_TOKENS)
 
 
@@ -47,12 +47,12 @@ def block_of_token(token: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TokenEncoderConfig:
-    """Sizes of the token encoder. The sizes of a model stand in its recipe, not here.
+    """Sizes of the token encoder. Recipes hold the sizes of trained models.
 
     Attributes:
-        codebook_size: number of speech tokens; must be the tokenizer's.
-        past_blocks: blocks of 10 tokens seen besides the own one; None for the whole past.
-        num_phases: Fourier pairs that tell the frame's place inside its token.
+        codebook_size: number of speech codes, equal to the tokenizer's.
+        past_blocks: number of visible past blocks of 10 tokens; None for all.
+        num_phases: Fourier pairs that encode the frame's offset within its token.
     """
 
     codebook_size: int = 2048
@@ -65,7 +65,7 @@ class TokenEncoderConfig:
 
 
 class TokenEncoderLayer(nn.Module):
-    """Pre-norm layer with rotary positions."""
+    """A pre-norm transformer layer with rotary positions."""
 
     def __init__(self, config: TokenEncoderConfig) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class TokenEncoderLayer(nn.Module):
         return AttentionCache(empty, empty)
 
     def step(self, x: Padded, cache: AttentionCache, mask: Tensor, positions: Tensor) -> Padded:
-        """(B, T, D) new tokens at absolute positions (B, T), with a mask from `attention_mask`."""
+        """Processes (B, T, D) new tokens at absolute positions (B, T) with a mask from `attention_mask`."""
         qkv = self.qkv(self.norm1(x.values)).unflatten(-1, (3 * self.num_heads, -1))  # (B, T, 3 H, D / H)
         query, key, value = qkv.chunk(3, 2)
         key = Padded(rotate(key, positions), x.lengths)
@@ -94,10 +94,12 @@ class TokenEncoderLayer(nn.Module):
 
 @dataclass
 class TokenEncoderState:
-    """Attributes:
-    start: (B,) tokens encoded so far.
-    last: (B, 1, D) output for the newest token: the first frame of the next block may belong to it.
-    layers: one attention cache per layer.
+    """Streaming state of the token encoder.
+
+    Attributes:
+        start: (B,) tokens encoded so far.
+        last: (B, 1, D) output for the newest token, to which the next block's first frame may belong.
+        layers: one attention cache per layer.
     """
 
     start: Tensor
@@ -106,10 +108,10 @@ class TokenEncoderState:
 
 
 class TokenEncoder(nn.Module):
-    """Speech tokens (B, T) int64 + speaker (B, S) -> condition (B, 441 T / 64, C) at the mel's frame rate.
+    """Speech tokens (B, T) int64 + speaker (B, S) -> condition (B, 441 T / 64, C) at the mel frame rate.
 
-    Attention is block-causal: a token sees its own block of 10 whole and `past_blocks` before it, so input comes in
-    whole blocks, except for the last one of an utterance.
+    Attention is block-causal: a token sees its own block of 10 and `past_blocks` before it. Input comes in whole
+    blocks, except at the end of an utterance.
     """
 
     def __init__(self, config: TokenEncoderConfig, speaker_dim: int, condition_dim: int) -> None:
@@ -130,15 +132,17 @@ class TokenEncoder(nn.Module):
         return TokenEncoderState(start, last, [layer.init_cache(batch_size) for layer in self.layers])  # type: ignore[operator]
 
     def step(self, tokens: Padded, speaker: Tensor, state: TokenEncoderState) -> Padded:
-        """Encodes whole blocks, or the rest of an utterance, and spreads them over their frames.
+        """Encodes whole blocks, or the end of an utterance, and upsamples them to frames.
 
         Args:
             tokens: (B, T) int64; rows begin at multiples of 10 tokens.
             speaker: (B, S).
+
         Returns:
             (B, F, C): frames F(start) .. F(start + T) - 1 of each row.
+
         Raises:
-            ValueError: a token is outside of the codebook.
+            ValueError: a token is outside the codebook.
         """
         check_tokens(tokens, self.config.codebook_size)
         start = state.start
@@ -153,7 +157,7 @@ class TokenEncoder(nn.Module):
         return self._regulate(Padded(self.norm(x.values), x.lengths), start, state)
 
     def _regulate(self, x: Padded, start: Tensor, state: TokenEncoderState) -> Padded:
-        """Length regulation by absolute index, with the frame's place inside its token as a feature."""
+        """Upsamples tokens to frames by absolute index, with the offset within the token as a feature."""
         first = frames_for_tokens(start)
         lengths = frames_for_tokens(start + x.lengths) - first
         joined, state.last = roll_in(state.last.to(x.values.dtype), x, 1)  # token start - 1, start, ...
@@ -166,7 +170,7 @@ class TokenEncoder(nn.Module):
 
 
 def check_tokens(tokens: Padded, codebook_size: int) -> None:
-    """Raises ValueError when a token that counts is outside 0..codebook_size - 1."""
+    """Raises ValueError if a valid token is outside 0..codebook_size - 1."""
     wrong = ((tokens.values < 0) | (tokens.values >= codebook_size)) & tokens.mask
     if bool(wrong.any()):
         raise ValueError(f"speech token {int(tokens.values[wrong][0])} is outside of 0..{codebook_size - 1}")

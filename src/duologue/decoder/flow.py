@@ -1,7 +1,7 @@
-"""Flow decoder: speech tokens -> log-mel, by conditional flow matching that streams exactly.
+"""Flow decoder: speech tokens -> log-mel by conditional flow matching, streaming exactly.
 
-The estimator keeps its caches for every evaluation of the solver apart, so block b at evaluation k sees the past blocks
-as they were at evaluation k, streaming or not. Noise is a function of seed and absolute frame index.
+The estimator has separate caches for each evaluation of the solver. Block b at evaluation k therefore sees the past
+blocks at evaluation k, streaming or not. Noise is a function of seed and absolute frame index.
 
 Shapes: B batch, T tokens or frames, G guidance branches, M mels, C condition channels, S speaker channels.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -25,23 +26,23 @@ from duologue.decoder.encoder import (
     check_tokens,
     frames_for_tokens,
 )
-from duologue.decoder.solver import cosine_times, solve_euler
 from duologue.decoder.transformer import BLOCK_FRAMES, CausalTransformer, EstimatorCache, EstimatorConfig
 from duologue.layers import Padded, reset_rows, split_at, take
 
-_CALL_BLOCKS = 8  # at most this many blocks of 10 tokens in one call: bounds the attention of a long utterance
+Velocity = Callable[[int, float, Tensor], Tensor]
+_CALL_BLOCKS = 8  # maximum blocks of 10 tokens per call, to bound attention memory
 
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """Sizes and solver settings of the flow. The sizes of a model stand in its recipe, not here.
+    """Sizes and solver settings of the flow. Recipes hold the sizes of trained models.
 
     Attributes:
-        mel_mean, mel_std: of the corpus's natural-log mels; the flow works on (mel - mean) / std.
-        condition_dim: channels between encoder and estimator; the first num_mels of them are a first guess of the mel.
+        mel_mean, mel_std: of the corpus's natural-log mels; the flow models (mel - mean) / std.
+        condition_dim: channels between encoder and estimator; the first num_mels are a first guess of the mel.
         speaker_dim: size of the speaker vector; zeros are the reply voice.
-        num_steps, guidance_scale: of the solver, unless `init_state` gets others.
-        RETIRED: keys that older folders have, with the only values that are still implemented.
+        num_steps, guidance_scale: defaults of the solver.
+        RETIRED: keys of older folders, with the only values still supported.
     """
 
     encoder: TokenEncoderConfig = field(default_factory=TokenEncoderConfig)
@@ -63,18 +64,41 @@ class FlowConfig:
             raise ValueError(f"mel_std is {self.mel_std}; it must be positive")
 
 
+def cosine_times(num_steps: int) -> list[float]:
+    """Returns the num_steps + 1 times from 0 to 1 of the released cosine schedule, densest near the noise.
+
+    Raises:
+        ValueError: fewer than one step.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    return [1 - math.cos(math.pi / 2 * k / num_steps) for k in range(num_steps)] + [1.0]
+
+
+def solve_euler(velocity: Velocity, x0: Tensor, times: Sequence[float]) -> Tensor:
+    """Integrates dx/dt = velocity from x0 over the times by Euler's method.
+
+    Args:
+        velocity: takes the number of the evaluation (which selects a cache), the time and x.
+    """
+    x = x0
+    for k, (t, t_next) in enumerate(pairwise(times)):
+        x = x + (t_next - t) * velocity(k, t, x)
+    return x
+
+
 def guide(velocity: Tensor, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance: (B, T, G, M) -> (B, T, M), (1 + g) conditional - g unconditional."""
+    """Applies classifier-free guidance: (B, T, G, M) -> (B, T, M), (1 + g) conditional - g unconditional."""
     if velocity.shape[2] == 1:
         return velocity[:, :, 0]
     return (1 + guidance_scale) * velocity[:, :, 0] - guidance_scale * velocity[:, :, 1]
 
 
 def noise_at(seed: Tensor, frame: Tensor, num_mels: int) -> Tensor:
-    """Standard normal noise that depends on nothing but its place: seed (B,) and frame (B, T) int64 -> (B, T, M).
+    """Returns standard normal noise by position: seed (B,) and frame (B, T) int64 -> (B, T, M).
 
-    A counter-based generator: a 32-bit integer hash in int64 arithmetic, which every device does alike, then
-    Box-Muller. No generator of the process is touched.
+    A counter-based generator (a 32-bit integer hash and Box-Muller) gives equal noise on every device and leaves global
+    generators untouched.
     """
     key = _hash(seed & _MASK)[:, None, None]
     count = (frame[:, :, None] * num_mels + torch.arange(num_mels, device=frame.device)) & _MASK
@@ -88,7 +112,7 @@ _MASK = 0xFFFFFFFF
 
 
 def _hash(x: Tensor) -> Tensor:
-    """A bijective mix of 32-bit integers held in int64 (multiply and xor-shift, Wellons' lowbias32)."""
+    """Mixes 32-bit integers held in int64 bijectively (multiply and xor-shift, Wellons' lowbias32)."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = x ^ (x >> shift)
         # In two halves, so that no product passes 63 bits.
@@ -98,13 +122,15 @@ def _hash(x: Tensor) -> Tensor:
 
 @dataclass
 class FlowState:
-    """Attributes:
-    pending: (B, T < 10) tokens of the open block.
-    encoder: state of the token encoder; `encoder.start` counts the tokens whose frames are out.
-    solver: one estimator cache per step of the solver.
-    prompt: (B, P, M) normalised mel that is given for the first frames; they are seen, and left out of the output.
-    seed: (B,) int64 of the noise.
-    speaker: (B, S).
+    """Streaming state of the flow.
+
+    Attributes:
+        pending: (B, T < 10) tokens of the open block.
+        encoder: state of the token encoder; `encoder.start` counts the decoded tokens.
+        solver: one estimator cache per solver step.
+        prompt: (B, P, M) normalized mel of the first frames, excluded from the output.
+        seed: (B,) int64 noise seed.
+        speaker: (B, S).
     """
 
     pending: Padded
@@ -117,10 +143,10 @@ class FlowState:
 
 
 class Flow(nn.Module):
-    """Speech tokens (B, T) int64 -> natural-log mel (B, 441 T // 64, M) as of `SpeakMel`, a streaming stage.
+    """Speech tokens (B, T) int64 -> natural-log mel (B, 441 T // 64, M) of `SpeakMel`, a streaming stage.
 
-    Whole blocks of 10 tokens come out of `step`, the rest of an utterance out of `flush`. A row that is flushed keeps
-    its seed and speaker, and loses its prompt.
+    `step` returns whole blocks of 10 tokens, `flush` the rest. A flushed row keeps its seed and speaker but not its
+    prompt.
     """
 
     def __init__(self, config: FlowConfig) -> None:
@@ -137,12 +163,12 @@ class Flow(nn.Module):
         seed: int = 0,
         speaker: Tensor | None = None,
     ) -> FlowState:
-        """A fresh state.
+        """Returns a fresh state.
 
         Args:
-            num_steps, guidance_scale: the config's where None; a scale of 0 leaves the unconditional branch out.
-            seed: of the noise, the same for all rows; give rows their own through `state.seed`.
-            speaker: (B, S), zeros where None.
+            num_steps, guidance_scale: of the config by default; a scale of 0 omits the unconditional branch.
+            seed: noise seed of all rows; `state.seed` holds one per row.
+            speaker: (B, S), zeros by default.
         """
         config, weight = self.config, self.encoder.norm.weight
         num_steps = config.num_steps if num_steps is None else num_steps
@@ -164,26 +190,26 @@ class Flow(nn.Module):
         )
 
     def give_prompt(self, tokens: Padded, mel: Padded, state: FlowState) -> None:
-        """Sets how fresh rows begin: tokens (B, T) and their natural-log mel (B, P, M), whose voice goes on.
+        """Sets a voice prompt for fresh rows: tokens (B, T) and their natural-log mel (B, P, M).
 
-        The output begins after the prompt: after min(P, 441 T // 64) frames. Rows without a prompt have no tokens.
+        The output begins after min(P, 441 T // 64) frames. Rows without a prompt have no tokens.
         """
         if bool(((state.encoder.start + state.pending.lengths > 0) & (tokens.lengths > 0)).any()):
             raise ValueError("a prompt can only be given before the first token")
         check_tokens(tokens, self.config.encoder.codebook_size)
         lengths = torch.minimum(mel.lengths, frames_for_tokens(tokens.lengths))
-        state.prompt = Padded(self.normalise(mel.values[:, : int(lengths.max())]), lengths)
+        state.prompt = Padded(self.normalize(mel.values[:, : int(lengths.max())]), lengths)
         state.pending = Padded.concat([state.pending, tokens])
 
     def step(self, x: Padded, state: FlowState) -> Padded:
-        """Tokens (B, T) -> mel frames of the blocks that they close."""
+        """Decodes tokens (B, T) and returns the mel frames of closed blocks."""
         check_tokens(x, self.config.encoder.codebook_size)
         tokens = Padded.concat([state.pending, x])
         closed, state.pending = split_at(tokens, tokens.lengths // rates.BLOCK_TOKENS * rates.BLOCK_TOKENS)
         return self._run(closed, state)
 
     def flush(self, state: FlowState, rows: Tensor | None = None) -> Padded:
-        """End of the utterance: mel frames of the open block."""
+        """Ends the utterance and returns the mel frames of the open block."""
         rows = torch.ones_like(state.pending.lengths, dtype=torch.bool) if rows is None else rows
         pending = state.pending
         closing = self.step(Padded(pending.values[:, :0], torch.zeros_like(pending.lengths)), state)  # of a prompt
@@ -194,28 +220,29 @@ class Flow(nn.Module):
         return Padded.concat([closing, mel])
 
     def forward(self, x: Padded, state: FlowState | None = None) -> Padded:
-        """Tokens (B, T) -> mel (B, 441 T // 64, M); what a stream gives, at once. A fresh state may carry settings."""
+        """Decodes tokens (B, T) to mel (B, 441 T // 64, M) in one pass, equal to a stream. A fresh state may carry
+        settings."""
         state = self.init_state(len(x.lengths)) if state is None else state
         return Padded.concat([self.step(x, state), self.flush(state)])
 
     @property
     def speaker_dim(self) -> int:
-        """Size of a speaker vector."""
         return self.config.speaker_dim
 
     def predict(
         self, tokens: Padded, start: Tensor, speaker: Tensor, given: Tensor, x_t: Tensor, time: Tensor, keep: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One evaluation of the flow for training, with the encoder's first guess of the mel.
+        """Evaluates the flow once for training.
 
         Args:
-            tokens: (B, T) int64, cut out of utterances at token `start` (B,), a multiple of 10.
+            tokens: (B, T) int64, cut from utterances at token `start` (B,), a multiple of 10.
             speaker: (B, S).
-            given: (B, F, M) mel of the prompt, zeros behind it.
+            given: (B, F, M) mel of the prompt, zeros after it.
             x_t: (B, F, M) at time (B,).
             keep: (B,) bool, false where guidance dropout hides the condition.
+
         Returns:
-            velocity and first guess, both (B, F, M) on the scale of `normalise`.
+            velocity and the encoder's first guess of the mel, both (B, F, M) and normalized.
         """
         encoder_state = self.encoder.init_state(len(start))
         encoder_state.start = start
@@ -226,12 +253,12 @@ class Flow(nn.Module):
         velocity = self.estimator.step(x_t, time, context[:, :, None], span, cache)[:, :, 0]
         return velocity, condition.values[..., : self.config.num_mels].float()
 
-    def normalise(self, mel: Tensor) -> Tensor:
-        """Natural-log mel -> what the flow works on."""
+    def normalize(self, mel: Tensor) -> Tensor:
+        """Maps natural-log mel to the scale of the flow."""
         return (mel - self.config.mel_mean) / self.config.mel_std
 
     def _run(self, tokens: Padded, state: FlowState) -> Padded:
-        """Whole blocks, or the end of an utterance."""
+        """Decodes whole blocks, or the end of an utterance."""
         parts: list[Padded] = []
         while bool(tokens.lengths.any()) or not parts:
             now, tokens = split_at(tokens, tokens.lengths.clamp(max=_CALL_BLOCKS * rates.BLOCK_TOKENS))
@@ -263,7 +290,7 @@ class Flow(nn.Module):
         return split_at(mel, dropped)[1]
 
     def _prompt_at(self, prompt: Padded, frame: Tensor) -> Tensor:
-        """The prompt's mel at absolute frames (B, T), zeros behind it: (B, T, M)."""
+        """Returns the prompt's mel at absolute frames (B, T), zeros after it: (B, T, M)."""
         if not prompt.values.shape[1]:
             return prompt.values.new_zeros(*frame.shape, self.config.num_mels)
         given = take(prompt.values, frame.clamp(max=prompt.values.shape[1] - 1))
@@ -271,7 +298,7 @@ class Flow(nn.Module):
 
 
 def state_bytes(state: object) -> int:
-    """Memory of the tensors of a state, whatever it is made of, in bytes."""
+    """Returns the size of a state's tensors in bytes."""
     if isinstance(state, Tensor):
         return state.numel() * state.element_size()
     if isinstance(state, list | tuple):
@@ -282,7 +309,7 @@ def state_bytes(state: object) -> int:
 
 
 def max_state_bytes(config: FlowConfig, bytes_per_value: int = 4) -> int | None:
-    """The most that one row of a state takes with the config's solver and no prompt; None where the past is unbounded.
+    """Returns the maximum size of one row of a state without prompt; None if the past is unbounded.
 
     Pocket: 3 evaluations x 2 branches x 5 layers x (2 x 138 cached frames + 4 of the convolution) x 160 = 5.5 MB.
     """
@@ -296,45 +323,3 @@ def max_state_bytes(config: FlowConfig, bytes_per_value: int = 4) -> int | None:
     values += encoder.width + config.speaker_dim
     whole_numbers = rates.BLOCK_TOKENS - 1 + 4  # pending tokens; its length, the prompt's, start and seed
     return values * bytes_per_value + 8 * whole_numbers
-
-
-@dataclass(frozen=True)
-class FlowBudget:
-    """Parameters, and multiply-adds per second of speech, part by part."""
-
-    encoder_parameters: int
-    estimator_parameters: int
-    encoder_macs_per_s: float
-    estimator_macs_per_s: float
-
-
-def budget(flow: Flow) -> FlowBudget:
-    """What the flow costs with the config's solver; attention is counted over full windows.
-
-    Pocket: 1.16 M + 1.59 M parameters; 15 M + 0.85 G multiply-adds a second with 3 guided steps, 0.43 G unguided.
-    """
-    config = flow.config
-    frame_rate = rates.SPEAK_FRAME_RATE
-
-    def weights(module: nn.Module) -> int:
-        return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv1d))
-
-    spread = [flow.encoder.regulate1, flow.encoder.regulate2]
-    at_frames = sum(layer.weight.numel() for layer in spread)
-    past = 0 if config.encoder.past_blocks is None else config.encoder.past_blocks
-    seen = (past + 1) * rates.BLOCK_TOKENS
-    at_tokens = weights(flow.encoder) - at_frames + 2 * seen * config.encoder.width * config.encoder.num_layers
-    estimator = config.estimator
-    past = 0 if estimator.past_blocks is None else estimator.past_blocks
-    seen = (past + 1) * BLOCK_FRAMES
-    once = flow.estimator.context.weight.numel()
-    timed = flow.estimator.time1.weight.numel() + flow.estimator.time2.weight.numel()
-    each = weights(flow.estimator) - once - timed + 2 * seen * estimator.width * estimator.num_layers
-    evaluations = config.num_steps
-    calls = evaluations * (1 if config.guidance_scale == 0 else 2)
-    return FlowBudget(
-        encoder_parameters=sum(parameter.numel() for parameter in flow.encoder.parameters()),
-        estimator_parameters=sum(parameter.numel() for parameter in flow.estimator.parameters()),
-        encoder_macs_per_s=at_tokens * rates.TOKEN_RATE + at_frames * frame_rate,
-        estimator_macs_per_s=(each * calls + once) * frame_rate + timed * evaluations / rates.BLOCK_S,
-    )

@@ -1,7 +1,7 @@
-"""CausalTransformer: predicts the velocity of the flow at x_t, given the condition; it streams exactly.
+"""CausalTransformer: the velocity estimator of the flow, streaming exactly.
 
-Shapes: B batch, T frames, G guidance branches (conditional, and unconditional where guidance is on), M mels, D width,
-H heads, C condition channels, S speaker channels. Branches share weights and mask and lie side by side in one call.
+Shapes: B batch, T frames, G guidance branches (conditional and optionally unconditional), M mels, D width, H heads, C
+condition channels, S speaker channels. The branches share weights and mask within one call.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ BLOCK_FRAMES = -(-rates.BLOCK_TOKENS * rates.FRAMES_PER_TOKEN.numerator // rates
 
 @dataclass(frozen=True)
 class EstimatorConfig:
-    """Sizes of the estimator. The sizes of a model stand in its recipe, not here.
+    """Sizes of the estimator. Recipes hold the sizes of trained models.
 
     Attributes:
-        past_blocks: blocks of 10 tokens (68 or 69 frames) seen besides the own one; None for the whole past, then the
-            state grows with the utterance.
+        past_blocks: number of visible past blocks of 10 tokens (68 or 69 frames); None for all, with a growing state.
         kernel_size: of the causal depthwise convolution before each attention, in frames.
-        time_dim: sinusoids that tell the time of the flow.
+        time_dim: number of sinusoids of the flow's time.
     """
 
     width: int = 160
@@ -42,7 +41,7 @@ class EstimatorConfig:
 
 @dataclass
 class EstimatorCache:
-    """Of one solver step: per layer keys and values (B, W, G H, D / H), and convolution input (B, K - 1, G, D)."""
+    """Caches of one solver step, per layer: keys and values (B, W, G H, D / H), convolution inputs (B, K - 1, G, D)."""
 
     attention: list[AttentionCache]
     convolution: list[Tensor]
@@ -50,7 +49,7 @@ class EstimatorCache:
 
 @dataclass(frozen=True)
 class Span:
-    """Where the frames of a call lie: their lengths, absolute positions (B, T), and what each of them sees."""
+    """Frames of one call: lengths (B,), absolute positions (B, T) and attention mask."""
 
     lengths: Tensor
     positions: Tensor
@@ -58,7 +57,7 @@ class Span:
 
 
 class EstimatorLayer(nn.Module):
-    """Depthwise causal convolution, block-causal attention and feed-forward, normalised as the time says."""
+    """Depthwise causal convolution, block-causal attention and feed-forward, modulated by the time."""
 
     def __init__(self, config: EstimatorConfig) -> None:
         super().__init__()
@@ -80,7 +79,7 @@ class EstimatorLayer(nn.Module):
     def step(
         self, x: Tensor, span: Span, modulation: Tensor, attention: AttentionCache, convolution: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """x (B, T, G, D), modulation (B, 6, D) -> the same, one layer later, and the new convolution cache."""
+        """Applies the layer to x (B, T, G, D) with modulation (B, 6, D); returns it and the new convolution cache."""
         parts = (modulation + self.modulation.to(modulation.dtype))[:, :, None, None].unbind(1)  # each (B, 1, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         branches = x.shape[2]
@@ -99,13 +98,12 @@ class EstimatorLayer(nn.Module):
         return x, convolution
 
     def _convolve(self, x: Tensor) -> Tensor:
-        """(B, K - 1 + T, G, D) -> (B, T, G, D)."""
         rows = x.permute(0, 2, 3, 1).flatten(0, 1)  # (B G, D, K - 1 + T)
         return self.convolution(rows).unflatten(0, (x.shape[0], x.shape[2])).permute(0, 3, 1, 2)  # type: ignore[no-any-return]
 
 
 class CausalTransformer(nn.Module):
-    """Velocity of the flow over 86 frames a second, block-causal with a sliding window of past blocks."""
+    """Velocity estimator over 86 frames/s, block-causal with a sliding window of past blocks."""
 
     def __init__(self, config: EstimatorConfig, num_mels: int, condition_dim: int, speaker_dim: int) -> None:
         super().__init__()
@@ -124,7 +122,7 @@ class CausalTransformer(nn.Module):
         nn.init.zeros_(self.time2.bias)
 
     def init_cache(self, batch_size: int, branches: int) -> EstimatorCache:
-        """Empty caches of one solver step."""
+        """Returns empty caches of one solver step."""
         config, weight = self.config, self.out.weight
         empty = weight.new_zeros(batch_size, 0, branches * config.num_heads, config.width // config.num_heads)
         edge = weight.new_zeros(batch_size, config.kernel_size - 1, branches, config.width)
@@ -132,27 +130,28 @@ class CausalTransformer(nn.Module):
         return EstimatorCache(attention, [edge for _ in range(config.num_layers)])
 
     def span(self, x: Padded, start: Tensor, cache: EstimatorCache) -> Span:
-        """The span of frames x (B, T, ...) that follow tokens 0..start-1; all solver steps share it."""
+        """Returns the span of frames x (B, T, ...) after tokens 0..start-1, shared by all solver steps."""
         first = frames_for_tokens(start)
         positions = first[:, None] + torch.arange(x.values.shape[1], device=first.device)
         num_cached = cache.attention[0].keys.shape[1] if cache.attention else 0
         return Span(x.lengths, positions, attention_mask(first, x, num_cached, block_of_frame, self.config.past_blocks))
 
     def embed_context(self, condition: Tensor, speaker: Tensor, prompt: Tensor) -> Tensor:
-        """What all solver steps share: condition (B, T, C), speaker (B, S), prompt mel (B, T, M) -> (B, T, D).
+        """Embeds what all solver steps share: condition (B, T, C), speaker (B, S), prompt mel (B, T, M) -> (B, T, D).
 
-        The unconditional branch is zeros here.
+        The unconditional branch uses zeros instead.
         """
         spread = speaker[:, None].expand(-1, condition.shape[1], -1)
         return self.context(torch.cat([condition, spread.to(condition.dtype), prompt.to(condition.dtype)], -1))  # type: ignore[no-any-return]
 
     def step(self, x: Tensor, time: Tensor, context: Tensor, span: Span, cache: EstimatorCache) -> Tensor:
-        """Velocity at one time; replaces what the cache of this solver step holds.
+        """Returns the velocity at one time and updates the cache of this solver step.
 
         Args:
             x: (B, T, M) x_t of the new frames.
             time: (B,) in [0, 1].
             context: (B, T, G, D) from `embed_context`.
+
         Returns:
             (B, T, G, M) float32.
         """
@@ -168,7 +167,8 @@ class CausalTransformer(nn.Module):
 
 
 def sinusoids_of(time: Tensor, width: int) -> Tensor:
-    """Times (B,) in [0, 1] -> (B, width): sines and cosines of 1000 t times 1 .. 1/10000 (docs/checkpoints.md 3.3)."""
+    """Embeds times (B,) in [0, 1]: (B, width), sines and cosines of 1000 t times 1 .. 1/10000 (docs/checkpoints.md
+    3.3)."""
     half = width // 2
     scales = torch.exp(-torch.arange(half, device=time.device) * (math.log(10000.0) / (half - 1)))
     angle = 1000.0 * time.float()[:, None] * scales

@@ -1,9 +1,8 @@
-"""Vocoder: log-mel at 22.05 kHz -> wave, by a causal ConvNeXt that predicts spectra and an inverse STFT.
+"""Vocoder: log-mel at 22.05 kHz -> wav, a causal ConvNeXt with an inverse STFT after Vocos (arXiv:2306.00814).
 
-After Vocos (arXiv 2306.00814), made causal: depthwise convolutions see the past only, and the inverse STFT holds back
-what the next frame still adds to.
+Depthwise convolutions see the past only. The inverse STFT holds back samples to which the next frame adds.
 
-Shapes: B batch, T frames, S samples, M mels, D width, F bins of the spectrum.
+Shapes: B batch, T frames, S samples, M mels, D width, F frequency bins.
 """
 
 from __future__ import annotations
@@ -30,10 +29,8 @@ class VocoderConfig:
 
     Attributes:
         kernel_size: of the causal convolutions, in mel frames.
-        lookahead_frames: mel frames after a frame that are seen before its spectrum is made. The window of a frame
-            is centred 128 samples into its hop, so without lookahead the phase of a burst must be chosen before the
-            mel shows how it goes on. Two frames cost 23 ms once at the start of a reply, a 35th of the decoder's
-            block of 0.8 s, and the time to first audio does not change: they shorten the first chunk instead.
+        lookahead_frames: mel frames of lookahead. Without lookahead, the phase of a burst is fixed before the mel shows
+            its course. Two frames shorten the first chunk by 23 ms; the time to first audio is unchanged.
     """
 
     num_mels: int = SpeakMel.num_mels
@@ -54,7 +51,7 @@ class VocoderConfig:
 
 
 class ConvNeXtBlock(nn.Module):
-    """Depthwise causal convolution, LayerNorm over channels, two pointwise layers, layer scale, residual."""
+    """Depthwise causal convolution, LayerNorm, two pointwise layers, layer scale and residual."""
 
     def __init__(self, width: int, ffn_dim: int, kernel_size: int, scale: float) -> None:
         super().__init__()
@@ -65,24 +62,24 @@ class ConvNeXtBlock(nn.Module):
         self.scale = nn.Parameter(torch.full((width,), scale))
 
     def step(self, x: Padded, cache: Tensor) -> tuple[Padded, Tensor]:
-        """(B, T, D) new frames and the convolution's cache -> the same, one block later."""
+        """Applies the block to (B, T, D) new frames; returns them and the new convolution cache."""
         h, cache = self.depthwise.step(x, cache)
         y = self.project(functional.gelu(self.expand(self.norm(h.values))))
         return Padded(x.values + self.scale * y, x.lengths), cache
 
 
 class SpectrumHead(nn.Module):
-    """(B, T, D) and the mel of the same frames -> complex spectra (B, T, F): log-magnitude, and phase by cos and sin.
+    """Features (B, T, D) and mel -> complex spectra (B, T, F), as log-magnitude and the cosine and sine of the phase.
 
-    The mel goes straight to the log-magnitude too, by weights that begin as the mel filters read backwards: the
-    network learns what the mel leaves open instead of the envelope.
+    A linear layer, initialized from the mel filters, adds the mel's envelope to the log-magnitude, so the network
+    learns only the remainder.
     """
 
     def __init__(self, width: int, num_mels: int, num_bins: int) -> None:
         super().__init__()
         self.out = nn.Linear(width, 2 * num_bins)
         nn.init.normal_(self.out.weight, std=0.02)
-        # Phases begin at 0 as seen from the middle of the window, where the window keeps what they add up to.
+        # Phases are initially 0 at the center of the window.
         phase = math.pi * (torch.arange(num_bins) % 2)
         with torch.no_grad():
             self.out.bias.copy_(torch.cat([torch.zeros(num_bins), phase]))
@@ -98,7 +95,7 @@ class SpectrumHead(nn.Module):
 
     def forward(self, x: Tensor, mel: Tensor) -> Tensor:
         h = self.out(x)
-        with torch.autocast(h.device.type, enabled=False):  # no bf16 between here and the wave
+        with torch.autocast(h.device.type, enabled=False):  # float32 from here to the wav
             log_magnitude, phase = h.float().chunk(2, -1)
             magnitude = (log_magnitude + self.envelope(mel.float())).clamp(max=_MAX_LOG_MAGNITUDE).exp()
             return torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
@@ -106,13 +103,15 @@ class SpectrumHead(nn.Module):
 
 @dataclass
 class VocoderState:
-    """Caches of the convolutions, the mel of the frames looked ahead to, and the overlap-add edge.
+    """Streaming state of the vocoder.
 
     Attributes:
-        embed: (B, kernel_size - 1, M); mel: (B, lookahead_frames, M); blocks: each (B, kernel_size - 1, D).
-        to_drop: (B,) frames before the first one, which the lookahead still has to take away.
-        edge, edge_norm: (B, n_fft - hop) samples that later frames add to, and the window power they have got.
-        to_skip: (B,) samples before the first one, which the first window still has to take away.
+        embed: (B, kernel_size - 1, M) convolution cache.
+        mel: (B, lookahead_frames, M) lookahead.
+        blocks: convolution caches, each (B, kernel_size - 1, D).
+        to_drop: (B,) leading frames still to be removed for the lookahead.
+        edge, edge_norm: (B, n_fft - hop) overlap-add samples and their window power.
+        to_skip: (B,) leading samples of the first window still to be removed.
     """
 
     embed: Tensor
@@ -127,8 +126,8 @@ class VocoderState:
 class Vocoder(nn.Module):
     """Natural-log mel (B, T, M) of `SpeakMel` -> wav (B, 256 T) float32 at 22.05 kHz, a streaming stage.
 
-    Frame i covers samples 256 i - 384 .. 256 i + 640, as in `SpeakMel`. A step holds back `lookahead` samples, which
-    the next frames add to; `flush` lets silence follow and emits them.
+    Frame i covers samples 256 i - 384 .. 256 i + 640. A step holds back `lookahead` samples; `flush` appends silence
+    and returns them.
     """
 
     window: Tensor
@@ -150,12 +149,12 @@ class Vocoder(nn.Module):
 
     @property
     def edge(self) -> int:
-        """Samples by which a window reaches out before and after its hop: 384."""
+        """Samples of a window before and after its hop: 384."""
         return (self.n_fft - self.hop) // 2
 
     @property
     def lookahead(self) -> int:
-        """Samples that a step holds back: T frames give 256 T - `lookahead` final samples."""
+        """Samples held back by a step: T frames give 256 T - `lookahead` final samples."""
         return self.edge + self.config.lookahead_frames * self.hop
 
     def init_state(self, batch_size: int) -> VocoderState:
@@ -171,11 +170,11 @@ class Vocoder(nn.Module):
         )
 
     def step(self, x: Padded, state: VocoderState) -> Padded:
-        """mel (B, T, M) -> the samples that have become final (B, S)."""
-        return self._emit(self._overlap_add(self._frames(self._normalise(x), state), state), state)
+        """Decodes mel (B, T, M) and returns final samples (B, S)."""
+        return self._emit(self._overlap_add(self._frames(self._normalize(x), state), state), state)
 
     def flush(self, state: VocoderState, rows: Tensor | None = None) -> Padded:
-        """End of speech: the samples held back."""
+        """Ends the utterance and returns the samples held back."""
         rows = torch.ones_like(state.to_drop, dtype=torch.bool) if rows is None else rows
         wav = self._overlap_add(self._frames(self._silence(rows), state), state)
         wav = self._emit(Padded.concat([wav, self._last(state, rows)]), state)
@@ -183,15 +182,15 @@ class Vocoder(nn.Module):
         return wav
 
     def forward(self, x: Padded) -> Padded:
-        """mel (B, T, M) -> wav (B, 256 T); what a stream gives, at once."""
+        """Decodes mel (B, T, M) to wav (B, 256 T) in one pass, equal to a stream."""
         state = self.init_state(len(x.lengths))
         rows = torch.ones_like(x.lengths, dtype=torch.bool)
-        frames = self._frames(Padded.concat([self._normalise(x), self._silence(rows)]), state)
+        frames = self._frames(Padded.concat([self._normalize(x), self._silence(rows)]), state)
         wav = self._overlap_add(frames, state)
         return self._emit(Padded.concat([wav, self._last(state, rows)]), state)
 
-    def _normalise(self, mel: Padded) -> Padded:
-        """Silence becomes 0, so that the zeros before and after a row are silence."""
+    def _normalize(self, mel: Padded) -> Padded:
+        """Maps silence to 0, so that zero padding is silence."""
         return Padded((mel.values.float() - MEL_FLOOR) / _MEL_SCALE, mel.lengths)
 
     def _silence(self, rows: Tensor) -> Padded:
@@ -199,8 +198,8 @@ class Vocoder(nn.Module):
         return Padded(self.window.new_zeros(len(rows), num_frames, self.config.num_mels), rows * num_frames)
 
     def _frames(self, x: Padded, state: VocoderState) -> Padded:
-        """Normalised mel (B, T, M) -> windowed frames of the wave (B, T', n_fft), `lookahead_frames` behind."""
-        if not x.values.shape[1]:  # a convolution refuses less than its kernel
+        """Computes windowed frames (B, T', n_fft), `lookahead_frames` behind the normalized mel (B, T, M)."""
+        if not x.values.shape[1]:  # convolutions need at least one kernel width
             return Padded(self.window.new_zeros(len(x.lengths), 0, self.n_fft), x.lengths)
         joined, state.mel = roll_in(state.mel, x, self.config.lookahead_frames)
         mel = Padded(joined[:, : x.values.shape[1]], x.lengths)
@@ -217,7 +216,7 @@ class Vocoder(nn.Module):
         return Padded(torch.fft.irfft(spectrum, self.n_fft) * self.window, h.lengths)
 
     def _overlap_add(self, frames: Padded, state: VocoderState) -> Padded:
-        """Frames (B, T, n_fft) -> samples that no later frame reaches (B, 256 T)."""
+        """Overlap-adds frames (B, T, n_fft) and returns the final samples (B, 256 T)."""
         frames = frames.zeroed()
         power = self.window.square() * frames.mask[:, :, None]
         lengths = frames.lengths * self.hop
@@ -226,7 +225,7 @@ class Vocoder(nn.Module):
         return Padded(_divide(wav, norm), lengths)
 
     def _add(self, frames: Tensor, edge: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Sums frames (B, T, n_fft) at their hops on top of the edge; returns (B, 256 T) and the next edge."""
+        """Adds frames (B, T, n_fft) at their hops to the edge; returns (B, 256 T) and the next edge."""
         num_hops = self.n_fft // self.hop
         parts = frames.unflatten(-1, (num_hops, self.hop))  # (B, T, 4, 256)
         total = functional.pad(edge, (0, frames.shape[1] * self.hop))
@@ -237,16 +236,16 @@ class Vocoder(nn.Module):
         return total[:, : frames.shape[1] * self.hop], take(total, index)
 
     def _last(self, state: VocoderState, rows: Tensor) -> Padded:
-        """The part of the edge that belongs to the ending rows' own samples."""
+        """Returns the ending rows' own samples of the edge."""
         return Padded(_divide(state.edge, state.edge_norm)[:, : self.edge], rows * self.edge)
 
     def _emit(self, wav: Padded, state: VocoderState) -> Padded:
-        """Takes away what lies before the first sample."""
+        """Removes the samples before the start of the utterance."""
         early = torch.minimum(state.to_skip, wav.lengths)
         state.to_skip = state.to_skip - early
         return split_at(wav, early)[1]
 
 
 def _divide(wav: Tensor, norm: Tensor) -> Tensor:
-    """Overlap-add by the windows' power; where samples count it is at least 0.7, elsewhere it may be 0."""
+    """Divides by the window power, which is at least 0.7 for valid samples."""
     return wav / norm.clamp(min=0.1)

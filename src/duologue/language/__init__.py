@@ -1,1 +1,1 @@
-"""Token ids -> token ids."""
+"""The language model and its engine: token ids -> token ids."""

@@ -1,7 +1,7 @@
-"""The language model: transformers' native Glm at any size, or any other causal LM with an extended vocabulary.
+"""The language model: transformers' Glm of any size, or any causal LM with an extended vocabulary.
 
-A model folder is what transformers writes, `config.json` + safetensors, and beside it `siblings.json`: the hashes of
-the speech tokenizer and of the vocabulary that its ids come from.
+A model folder is in the format of transformers. Its `siblings.json` holds the hashes of speech tokenizer and
+vocabulary.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -18,22 +17,21 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GlmConfig, GlmForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from duologue.checkpoint import DTYPES, Dtype
 from duologue.config import parse_config, read_json, write_json
 from duologue.vocabulary import Vocabulary
 
 PROVENANCE_FILE = "siblings.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class LanguageConfig:
-    """Sizes of a new Glm. The sizes of a model stand in its recipe, not here.
+    """Sizes of a new Glm. Recipes hold the sizes of trained models.
 
     Attributes:
-        num_kv_heads: heads of keys and values, shared by the query heads in groups.
-        max_positions: ids that one conversation may hold.
-        dropout: of the attention, in training only.
+        num_kv_heads: heads of keys and values, each shared by a group of query heads.
+        max_positions: maximum ids of a conversation.
+        dropout: attention dropout in training.
     """
 
     width: int = 320
@@ -55,17 +53,13 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Hashes of the speech tokenizer and the vocabulary that a language model or a token corpus was made with."""
+    """Hashes of the tokenizer and vocabulary that a model or corpus was built with."""
 
     tokenizer: str
     vocabulary: str
 
     def check(self, other: Provenance, mine: str, theirs: str) -> None:
-        """Refuses a part that was made with another tokenizer or vocabulary.
-
-        Raises:
-            ValueError: names both parts, `mine` and `theirs`, and what differs.
-        """
+        """Raises ValueError if the hashes differ, naming both parts, `mine` and `theirs`."""
         for name in ("tokenizer", "vocabulary"):
             own, given = getattr(self, name), getattr(other, name)
             if own != given:
@@ -76,9 +70,11 @@ class Provenance:
 
 
 def new_glm(vocabulary: Vocabulary, config: LanguageConfig, seed: int = 0) -> PreTrainedModel:
-    """A Glm with random weights over the joint vocabulary, float32 on the CPU. The layout is that of GLM-4-Voice
-    (docs/checkpoints.md 2.3): SwiGLU, RMSNorm, bias on q, k and v alone, rotary positions on half of each head in
-    interleaved pairs."""
+    """Returns a Glm with random float32 weights over the joint vocabulary.
+
+    The layout is that of GLM-4-Voice (docs/checkpoints.md 2.3): SwiGLU, RMSNorm, bias on q, k and v only, rotary
+    positions on half of each head in interleaved pairs.
+    """
     glm = GlmConfig(
         vocab_size=vocabulary.size,
         hidden_size=config.width,
@@ -101,23 +97,23 @@ def new_glm(vocabulary: Vocabulary, config: LanguageConfig, seed: int = 0) -> Pr
 
 @torch.no_grad()
 def start_speech_embeddings(model: PreTrainedModel, vocabulary: Vocabulary, codebook: Tensor, seed: int = 0) -> None:
-    """Starts the embeddings of the speech tokens from the tokenizer's codebook (codes, D): codes that sound alike begin
-    alike, where from a random start each has to be learned from its own occurrences.
+    """Initializes the embeddings of speech tokens from the tokenizer's codebook (codes, D), so that similar codes begin
+    alike.
 
-    The vectors are centred, half whitened (so that loudness does not drown the rest), turned into the model's width by
-    a random orthogonal matrix, brought to the standard deviation of the embeddings, and given a quarter of noise.
+    The vectors are centered, half whitened and mapped to the model's width by a random orthogonal matrix. They get the
+    standard deviation of the embeddings and a quarter of noise.
 
     Raises:
-        ValueError: the codebook has another number of codes than the vocabulary.
+        ValueError: codebook and vocabulary have different numbers of codes.
     """
     if len(codebook) != vocabulary.codebook_size:
         raise ValueError(f"the codebook has {len(codebook)} codes, the vocabulary {vocabulary.codebook_size}")
     table = model.get_input_embeddings().weight
     rows = slice(vocabulary.speech_offset, vocabulary.speech_offset + vocabulary.codebook_size)
     generator = torch.Generator().manual_seed(seed)
-    centred = codebook.double().cpu() - codebook.double().cpu().mean(0)
-    basis, variances, _ = torch.linalg.svd(centred.T @ centred / len(centred))
-    scaled = centred @ basis * variances.clamp(min=1e-6 * float(variances[0])) ** -0.25
+    centered = codebook.double().cpu() - codebook.double().cpu().mean(0)
+    basis, variances, _ = torch.linalg.svd(centered.T @ centered / len(centered))
+    scaled = centered @ basis * variances.clamp(min=1e-6 * float(variances[0])) ** -0.25
     width = table.shape[1]
     size = max(width, scaled.shape[1])
     turn = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
@@ -128,13 +124,11 @@ def start_speech_embeddings(model: PreTrainedModel, vocabulary: Vocabulary, code
 
 
 def load_language(folder: str | Path, dtype: Dtype = "float32") -> PreTrainedModel:
-    """Reads any causal LM of transformers from a folder of config.json + safetensors, in evaluation mode on the CPU.
-
-    Nothing is fetched and no code of the folder is executed.
+    """Loads a causal LM of transformers in evaluation mode on the CPU, without network access or code execution.
 
     Raises:
-        ValueError: one sentence: no such folder, no config, an architecture that transformers does not have, a missing,
-            truncated or surplus weight, a shape that disagrees, a value that is not a number.
+        ValueError: the folder or config is missing, the architecture unknown, or a weight is missing, truncated,
+            unexpected, of another shape or not finite.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
@@ -150,7 +144,7 @@ def load_language(folder: str | Path, dtype: Dtype = "float32") -> PreTrainedMod
                 trust_remote_code=False,
                 use_safetensors=True,
                 dtype=DTYPES[dtype],
-                ignore_mismatched_sizes=True,  # they are refused below, with their names
+                ignore_mismatched_sizes=True,  # refused below by name
                 output_loading_info=True,
             )
     except SafetensorError as error:
@@ -178,9 +172,9 @@ def save_language(
     dtype: Dtype = "float32",
     max_shard_bytes: int = 2**31,
 ) -> None:
-    """Writes a folder that `load_language` and plain transformers read; `model` itself is left as it is."""
+    """Writes a folder that `load_language` and plain transformers read; `model` is unchanged."""
     folder = Path(folder)
-    cast: dict[tuple[int, torch.Size], Tensor] = {}  # tied embeddings stay one tensor, and are written once
+    cast: dict[tuple[int, torch.Size], Tensor] = {}  # tied embeddings are written once
     own = {
         name: cast.setdefault((value.data_ptr(), value.shape), value.to(DTYPES[dtype]))
         for name, value in model.state_dict().items()
@@ -197,7 +191,7 @@ def save_language(
 
 
 def load_provenance(folder: str | Path) -> Provenance:
-    """What the language model in a folder was made with. Raises ValueError when the folder does not tell."""
+    """Reads the provenance of a language model's folder. Raises ValueError if there is none."""
     data = read_json(Path(folder) / PROVENANCE_FILE)
     if (version := data.pop("version", None)) != 1:
         raise ValueError(f"{Path(folder) / PROVENANCE_FILE} has version {version!r}; this release reads version 1")
@@ -205,10 +199,9 @@ def load_provenance(folder: str | Path) -> Provenance:
 
 
 def extend(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    """Gives a causal LM a row of input and output embedding for every id of the joint vocabulary.
+    """Extends the embeddings of a causal LM to the joint vocabulary.
 
-    New rows are the mean of the old ones, so that at first no new id is more likely than the average old one. A model
-    that has rows enough already keeps them all.
+    New rows are the mean of the old ones, so no new id starts out likelier than the average. Surplus rows are kept.
     """
     embedding = model.get_input_embeddings()
     old = embedding.weight.shape[0]
@@ -229,7 +222,7 @@ def extend(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's progress bars and reports: what is wrong is raised."""
+    """Suppresses the progress bars and reports of transformers."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -242,6 +235,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
-    """The first sentence of a library's message on one line."""
+    """Returns a library's message on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

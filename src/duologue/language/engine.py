@@ -1,8 +1,8 @@
-"""The engine: prompt ids in, reply ids out, one by one, every one allowed by the interleave.
+"""The engine: prompt ids in, reply ids out, constrained by the interleave.
 
-`Engine` is the interface that sessions talk to; `PlainEngine` is our own engine behind it, without any library but the
-model's: one thread, in which every step runs the model once over all replies under way. It keeps the keys and values of
-the last conversations, so a turn that continues one costs only its new ids.
+Sessions use the interface `Engine`. `PlainEngine` implements it with one thread and transformers alone: every step runs
+the model once over all running replies. It keeps the KV caches of recent conversations, so a continued one costs only
+its new ids.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duologue.interleave import INTERLEAVED, Schedule
-from duologue.language.keyvalues import KeyValues, SideBySide
+from duologue.language.keyvalues import KeyValues, RaggedBatchModel
 from duologue.language.requests import Request, RunningRequests, engine_failed
 from duologue.language.sampling import KindMasks, Sampling
 from duologue.layers import num_step_threads
@@ -32,30 +32,25 @@ MAX_STEP_TOKENS = 256
 
 
 class Engine(Protocol):
-    """What every engine offers to sessions. Methods may be called from the event loop: they never block it."""
+    """The interface of engines. No method blocks the event loop."""
 
     @property
     def max_positions(self) -> int:
-        """Ids that a prompt and its reply may have together."""
-        ...
-
-    @property
-    def max_sessions(self) -> int:
-        """Replies that can be under way at the same time."""
+        """Maximum ids of a prompt and its reply together."""
         ...
 
     @property
     def cached_tokens(self) -> int:
-        """Ids whose keys and values are held."""
+        """Number of ids in the KV caches."""
         ...
 
     @property
     def running(self) -> int:
-        """Replies under way."""
+        """Number of running replies."""
         ...
 
     def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
-        """Ids at the beginning of a prompt that need not be run any more; 0 where the engine cannot tell."""
+        """Returns the number of leading prompt ids in a KV cache; 0 if unknown."""
         ...
 
     def generate(
@@ -65,32 +60,30 @@ class Engine(Protocol):
         schedule: Schedule = INTERLEAVED,
         request_id: str | None = None,
     ) -> AsyncIterator[int]:
-        """Ids of one reply as they are made.
+        """Yields the ids of one reply.
 
-        The stream ends after the end id; without one when `max_tokens` is reached (then the reply may stand as it is)
-        or when the request is cancelled (then it is cut anywhere, see `interleave.legal_prefix`). A reader that stops
-        reading holds the reply up after a bounded number of ids.
+        The stream ends after the end id. At `max_tokens` it ends without one, where a reply may end. A cancelled stream
+        is cut anywhere, see `interleave.legal_prefix`. A slow reader pauses the reply after a bounded number of ids.
 
         Raises:
-            ValueError: an empty prompt, an id outside the vocabulary, more ids than the model has positions, a
-                `request_id` that is running.
-            EngineFull: as many replies are under way as the engine makes at a time, or their ids leave no room.
-            RuntimeError: the engine failed while the reply was made; the reason is its cause.
+            ValueError: an empty prompt, an unknown id, too many ids, or a `request_id` that is running.
+            EngineFull: too many replies are running, or their ids leave no room.
+            RuntimeError: the engine failed; the cause is attached.
         """
         ...
 
     async def warm(self, prompt_ids: Sequence[int]) -> None:
-        """Prefills the beginning of a prompt that will come. Does nothing when running replies leave no room for it."""
+        """Prefills the prefix of a future prompt, unless running replies leave no room."""
         ...
 
     def cancel(self, request_id: str) -> None:
-        """Ends a stream before its next id; a request that is not running is left alone."""
+        """Ends a stream before its next id; unknown requests are ignored."""
         ...
 
 
 @dataclass(eq=False)
-class _CachedIds:
-    """Keys and values of `ids`, and the scores (V,) float32 of the id after them."""
+class CachedSequence:
+    """Ids with their keys and values, and the scores (V,) float32 of the next id."""
 
     ids: list[int]
     cache: KeyValues = field(default_factory=KeyValues)
@@ -99,10 +92,12 @@ class _CachedIds:
 
 @dataclass(eq=False)
 class _EngineJob:
-    """A conversation in the engine's thread: `waiting` ids will be run behind the kept ones, then the request draws
-    its next id from the scores. One without a request is a prompt that is warmed for later."""
+    """A sequence in the engine's thread: `waiting` ids are to be run after the cached ones.
 
-    kept: _CachedIds
+    Without a request it is a prompt to prefill.
+    """
+
+    kept: CachedSequence
     waiting: list[int]
     request: Request | None
     warmed: Future[None] = field(default_factory=Future)
@@ -117,24 +112,23 @@ class _EngineJob:
 
 
 class PlainEngine:
-    """One step of the model for the next id of every reply under way, on the model's device.
+    """An engine that computes the next id of every running reply in one model step.
 
-    Long prompts are run in pieces beside the other replies' ids, so that they delay those by a bounded time.
+    Long prompts run in chunks together with the other replies, which bounds their delay.
 
     Args:
         model: a causal LM of transformers over the joint vocabulary, in evaluation mode, with full attention.
-        max_sessions: replies that can be under way at the same time.
-        max_cached_tokens: ids whose keys and values are held at most: those that running replies may need, and beside
-            them kept conversations as long as there is room. None takes 65536, or the model's positions if those are
-            more.
-        max_caches: conversations whose keys and values are kept when their reply has ended, the last used ones.
-        max_unread: ids of a reply that wait for their reader at most.
-        max_step_tokens: ids of prompts that one step runs.
+        max_sessions: maximum number of running replies.
+        max_cached_tokens: maximum ids in the KV caches of running replies and recent conversations. None takes 65536,
+            or the model's positions if more.
+        max_caches: maximum number of cached conversations without a running reply.
+        max_unread: maximum unread ids of a reply.
+        max_step_tokens: maximum prompt ids of one step.
 
     Attributes:
-        language: the model as it was given, for those who call it without the engine.
-        model: what the engine runs: the same weights, in modules and a config of its own.
-        num_computed: ids that were run through the model so far.
+        language: the model as given.
+        model: the model that the engine runs: the same weights in separate modules.
+        num_computed: ids run through the model so far.
     """
 
     def __init__(
@@ -156,10 +150,12 @@ class PlainEngine:
             vocabulary, masks, max_positions, max_sessions, max_cached_tokens, max_unread, on_room=self._work_on
         )
         self.language = model
-        self._side_by_side = SideBySide(model)
-        self.model = self._side_by_side.model
+        self._batched_model = RaggedBatchModel(model)
+        self.model = self._batched_model.model
         self._max_caches, self._max_step_tokens = max_caches, max_step_tokens
-        self._kept: list[_CachedIds] = []  # the longest unused first; like `_rows` it belongs to the engine's thread
+        self._kept: list[
+            CachedSequence
+        ] = []  # the longest unused first; like `_rows` it belongs to the engine's thread
         self._rows: list[_EngineJob] = []
         self._arrived: list[_EngineJob] = []
         self._is_working = False
@@ -168,34 +164,30 @@ class PlainEngine:
 
     @property
     def max_positions(self) -> int:
-        """See `Engine`."""
         return self._requests.max_positions
 
     @property
     def max_sessions(self) -> int:
-        """See `Engine`."""
+        """Maximum number of running replies."""
         return self._requests.max_sessions
 
     @property
     def max_cached_tokens(self) -> int:
-        """Ids whose keys and values are held at most."""
+        """Maximum number of ids in the KV caches."""
         return self._requests.max_cached_tokens
 
     @property
     def running(self) -> int:
-        """See `Engine`."""
         return len(self._requests)
 
     @property
     def cached_tokens(self) -> int:
-        """See `Engine`: ids of running replies and of kept conversations."""
         return sum(kept.cache.length for kept in self._all_kept())
 
     def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
-        """See `Engine.cached_prefix`."""
         return max((_common_prefix(kept.ids, prompt_ids) for kept in self._all_kept()), default=0)
 
-    def _all_kept(self) -> list[_CachedIds]:
+    def _all_kept(self) -> list[CachedSequence]:
         return [*self._kept, *(row.kept for row in [*self._rows])]
 
     async def generate(
@@ -205,7 +197,6 @@ class PlainEngine:
         schedule: Schedule = INTERLEAVED,
         request_id: str | None = None,
     ) -> AsyncIterator[int]:
-        """See `Engine.generate`."""
         request = self._requests.admit(prompt_ids, sampling, schedule, request_id)
         try:
             self._begin(request)
@@ -221,20 +212,18 @@ class PlainEngine:
         schedule: Schedule = INTERLEAVED,
         request_id: str | None = None,
     ) -> Iterator[int]:
-        """The synchronous side of `generate`; a prompt that no engine could take is refused at once."""
+        """Generates a reply in synchronous code; an impossible prompt is refused at once."""
         prompt = self._requests.check(prompt_ids, sampling.max_tokens)
         return self._stream(prompt, sampling, schedule, request_id)
 
     async def warm(self, prompt_ids: Sequence[int]) -> None:
-        """See `Engine.warm`."""
         await asyncio.wrap_future(self._warm(prompt_ids))
 
     def prefill(self, prompt_ids: Sequence[int]) -> None:
-        """The synchronous side of `warm`."""
+        """Prefills a prompt in synchronous code."""
         self._warm(prompt_ids).result()
 
     def cancel(self, request_id: str) -> None:
-        """See `Engine.cancel`."""
         if self._requests.cancel(request_id) is not None:
             self._work_on()
 
@@ -250,19 +239,19 @@ class PlainEngine:
             self._leave(request)
 
     def _begin(self, request: Request) -> None:
-        self._work_on(_EngineJob(_CachedIds([]), request.prompt, request))
+        self._work_on(_EngineJob(CachedSequence([]), request.prompt, request))
 
     def _leave(self, request: Request) -> None:
         self._requests.remove(request)
         self._work_on()
 
     def _warm(self, prompt_ids: Sequence[int]) -> Future[None]:
-        row = _EngineJob(_CachedIds([]), self._requests.check(prompt_ids), None)
+        row = _EngineJob(CachedSequence([]), self._requests.check(prompt_ids), None)
         self._work_on(row)
         return row.warmed
 
     def _work_on(self, arrived: _EngineJob | None = None) -> None:
-        """Wakes the engine's thread: a row has arrived, or one may go on or has to go."""
+        """Wakes the engine's thread after a row arrived, resumed or ended."""
         with self._lock:
             if arrived is not None:
                 self._arrived.append(arrived)
@@ -271,7 +260,7 @@ class PlainEngine:
                 self._executor.submit(self._work)
 
     def _work(self) -> None:
-        """The engine's thread: steps until there is nothing to do."""
+        """Runs steps in the engine's thread until no row can continue."""
         while True:
             with self._lock:
                 arrived, self._arrived = self._arrived, []
@@ -280,7 +269,7 @@ class PlainEngine:
                     return
             try:
                 with torch.inference_mode():
-                    self._dismiss()  # first, so that a reply's conversation can be gone on with at once
+                    self._dismiss()  # first, so that ended conversations can be continued at once
                     for row in arrived:
                         self._enter(row)
                     self._evict()
@@ -293,7 +282,7 @@ class PlainEngine:
                 self._fail([*self._rows, *arrived], error)
 
     def _fail(self, rows: list[_EngineJob], error: Exception) -> None:
-        """Ends all that runs. What was kept before is whole and stays."""
+        """Ends all running rows with an error; earlier caches remain valid."""
         self._rows = []
         self._requests.fail(error)
         for row in rows:
@@ -301,7 +290,7 @@ class PlainEngine:
                 row.warmed.set_exception(engine_failed(error))
 
     def _enter(self, row: _EngineJob) -> None:
-        """Gives a new row what is known of the beginning of its prompt."""
+        """Adds a new row with the cached prefix of its prompt."""
         prompt = row.waiting
         if row.request is None and len(prompt) + self._requests.num_reserved > self.max_cached_tokens:
             row.warmed.set_result(None)
@@ -313,8 +302,7 @@ class PlainEngine:
             self._draw(row)
 
     def _step(self) -> None:
-        """Runs the model over the next ids of all rows that may go on: those with one id first, then what of longer
-        prompts has room."""
+        """Runs the model over the next ids of all runnable rows: single ids first, then prompt chunks."""
         rows, budget = [], self._max_step_tokens
         for row in sorted((row for row in self._rows if row.waiting), key=lambda row: len(row.waiting) > 1):
             if row.ended or not row.runnable or budget <= 0:
@@ -331,16 +319,16 @@ class PlainEngine:
             if not row.waiting and row.request is not None:
                 self._draw(row)
 
-    def _run(self, ids: list[list[int]], kept: list[_CachedIds]) -> Tensor:
+    def _run(self, ids: list[list[int]], kept: list[CachedSequence]) -> Tensor:
         self.num_computed += sum(map(len, ids))
-        return self._side_by_side.step(ids, [one.cache for one in kept])
+        return self._batched_model.step(ids, [one.cache for one in kept])
 
     def _draw(self, row: _EngineJob) -> None:
         assert row.request is not None
         row.waiting = [row.request.choose(row.kept.scores)]
 
     def _dismiss(self) -> list[_EngineJob]:
-        """Takes out the rows that have ended and keeps their conversations as the last used ones. Gives the warmed."""
+        """Removes ended rows, keeps their caches as the most recent, and returns the prefilled ones."""
         ended = [row for row in self._rows if row.ended]
         for row in ended:
             self._rows.remove(row)
@@ -349,7 +337,7 @@ class PlainEngine:
         return [row for row in ended if row.request is None]
 
     def _evict(self) -> None:
-        """Drops the conversations that were unused for longest, beyond the bounds."""
+        """Drops the least recently used caches beyond the limits."""
         needed = self._requests.num_reserved
         needed += sum(len(row.kept.ids) + len(row.waiting) for row in self._rows if row.request is None)
         while self._kept and (
@@ -358,18 +346,18 @@ class PlainEngine:
         ):
             self._kept.pop(0)
 
-    def _take(self, prompt: list[int]) -> _CachedIds:
-        """What is known of the longest beginning of a prompt.
+    def _take(self, prompt: list[int]) -> CachedSequence:
+        """Returns the cache of the longest known prefix of a prompt.
 
-        A kept conversation that the prompt continues is taken out, because it will grow, and so is a prompt that is
-        still being warmed; of one that goes another way the shared part is copied, because it may go on too.
+        A cache that the prompt continues is moved, also from a prompt that is still prefilled. Otherwise the shared
+        part is copied, because the other conversation may continue too.
         """
         best, shared = None, 0
         for kept in self._all_kept():
             if (common := _common_prefix(kept.ids, prompt)) > shared:
                 best, shared = kept, common
         if best is None:
-            return _CachedIds([])
+            return CachedSequence([])
         if shared == len(best.ids):
             if best in self._kept:
                 self._kept.remove(best)
@@ -379,9 +367,9 @@ class PlainEngine:
                 self._rows.remove(row)
                 row.warmed.set_result(None)
                 return best
-        # Scores are known only behind the last kept id, so a copy leaves one id of the prompt to be run.
+        # Scores exist only after the last cached id, so a copy leaves one prompt id to run.
         shared = min(shared, len(prompt) - 1)
-        return _CachedIds(prompt[:shared], best.cache.copy(shared))
+        return CachedSequence(prompt[:shared], best.cache.copy(shared))
 
 
 def check_engine(name: str) -> None:

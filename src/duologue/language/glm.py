@@ -1,8 +1,7 @@
-"""One step of a Glm by its weights alone: the arithmetic of its modules in transformers, without what they cost.
+"""A direct forward pass of a Glm from its weights, without the module overhead of transformers.
 
-A small model spends more time between its matrices than in them. Here a step is the matrices, a few operations around
-each and nothing else. `SideBySide` takes this way for a Glm as the library makes it, which is what pocket and the
-released model are, and the library's own way for every other model.
+A small model spends more time between matrices than in them. `RaggedBatchModel` uses this pass for an unmodified Glm
+(pocket and the released model) and the library's forward for other models.
 
 Shapes: T new ids of all conversations, D width, H heads, G heads of keys, K head_dim, V vocabulary.
 """
@@ -46,13 +45,13 @@ class _Layer(NamedTuple):
 
 
 class Glm:
-    """Steps of a Glm over many conversations.
+    """The direct forward pass of a Glm over many conversations.
 
     Args:
-        model: a Glm. Its tensors are used where they are, so what is written into them counts.
+        model: a Glm; its tensors are shared, so later changes to them apply.
 
     Raises:
-        ValueError: it is none, or one with other modules than the library makes, adapters say.
+        ValueError: the model is no Glm, or has modules of other classes (such as adapters).
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -70,7 +69,7 @@ class Glm:
 
     @property
     def untouched(self) -> bool:
-        """Whether nobody has hooked into a module or replaced its `forward`, which a step here would pass by."""
+        """Whether no module has hooks or a replaced `forward`, which this pass would skip."""
         return not any(
             module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
             for module in self._modules
@@ -79,12 +78,13 @@ class Glm:
     def step(
         self, ids: Tensor, positions: Tensor, last: Tensor, attend: Callable[[int, Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """Runs new ids behind those whose keys and values are known.
+        """Runs new ids after the cached ones.
 
         Args:
             ids: (T,) int64, with positions (T,) int64.
-            last: (rows,) int64, the place of each conversation's last id among them.
-            attend: given a layer's number, query (H, T, K) and keys and values (2, G, T, K), gives (T, H, K).
+            last: (rows,) int64, index of each conversation's last id.
+            attend: maps a layer's number, query (H, T, K) and keys and values (2, G, T, K) to (T, H, K).
+
         Returns:
             (rows, V) scores of the id after each last one.
         """
@@ -112,7 +112,7 @@ class Glm:
 
 
 def is_plain_glm(model: PreTrainedModel) -> bool:
-    """Whether a model is a Glm whose every module is as the library makes it, with its rotation and activation."""
+    """Returns whether a model is a Glm with only the library's modules, default rotation and SiLU."""
     if type(model) is not GlmForCausalLM:
         return False
     config = model.config

@@ -1,8 +1,7 @@
-"""Keys and values of conversations, and one step of a causal LM over many conversations at once.
+"""KV caches of conversations, and one step of a causal LM over many of them.
 
-The new ids of all conversations stand one behind the other in a single row, so every matrix of the model is read once
-for all of them; only in the attention each conversation meets its own keys and values, in their own buffers. Nothing is
-padded and nothing is copied when a conversation joins or leaves.
+The new ids of all conversations are concatenated into one row, so every weight matrix is read once per step. Attention
+alone is per conversation, over its own buffers. There is no padding, and joining or leaving copies nothing.
 """
 
 from __future__ import annotations
@@ -21,16 +20,15 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from duologue.language.glm import Glm, is_plain_glm
 
-_NAME = "duologue_side_by_side"
+_NAME = "duologue_ragged_batch"
 _FIRST_CAPACITY = 256
 
 
 class KeyValues:
-    """Keys and values of one conversation in all layers. Buffers (2, heads, capacity, head_dim), keys before values,
-    double when they are full.
+    """The KV cache of one conversation. Buffers (2, heads, capacity, head_dim), keys before values, double when full.
 
     Attributes:
-        length: ids that they belong to.
+        length: number of cached ids.
     """
 
     def __init__(self) -> None:
@@ -38,9 +36,9 @@ class KeyValues:
         self._layers: dict[int, Tensor] = {}
 
     def write(self, layer: int, new: Tensor) -> Tensor:
-        """Puts those of T new ids, (2, heads, T, head_dim), behind the others; gives all, (2, heads, length + T, ...).
+        """Appends keys and values of T new ids (2, heads, T, head_dim) and returns all, (2, heads, length + T, ...).
 
-        `length` grows only when every layer has written (`advance`).
+        `length` grows after every layer has written (`advance`).
         """
         stop = self.length + new.shape[2]
         buffer = self._layers.get(layer)
@@ -54,11 +52,11 @@ class KeyValues:
         return buffer[:, :, :stop]
 
     def advance(self, num_ids: int) -> None:
-        """Counts the ids that every layer has written."""
+        """Counts ids that every layer has written."""
         self.length += num_ids
 
     def copy(self, length: int) -> KeyValues:
-        """Those of the first `length` ids, in buffers of their own."""
+        """Copies the first `length` ids."""
         copied = KeyValues()
         for layer, buffer in self._layers.items():
             copied.write(layer, buffer[:, :, :length])
@@ -68,7 +66,7 @@ class KeyValues:
 
 @dataclass(frozen=True)
 class _Row:
-    """New ids of one conversation inside a step; `mask` (T, length + T) tells what each may look at, None for one."""
+    """New ids of one conversation in a step; `mask` is (T, length + T) bool, None for a single id."""
 
     kept: KeyValues
     num_ids: int
@@ -78,11 +76,12 @@ class _Row:
 def _attend_rows(
     layer: int, query: Tensor, keys_values: Tensor, rows: Sequence[_Row], scaling: float | None = None
 ) -> Tensor:
-    """Attention of T new ids of all rows, each row over its own past, which the new keys and values join.
+    """Computes attention of T new ids of all rows, each over its own cache, which is extended.
 
     Args:
         query: (heads, T, head_dim).
         keys_values: (2, kv_heads, T, head_dim).
+
     Returns:
         (T, heads, head_dim).
     """
@@ -93,7 +92,7 @@ def _attend_rows(
         written = row.kept.write(layer, keys_values[:, :, start:stop])
         keys, values = written[:1], written[1:]
         num_kv_heads, head_dim = keys.shape[1], keys.shape[3]
-        # Query heads that share keys are laid side by side as if they were more positions: no key is repeated.
+        # Query heads that share keys become additional positions, so no key is repeated.
         queries = query[:, start:stop].reshape(1, num_kv_heads, -1, head_dim)
         mask = row.mask
         if mask is not None:
@@ -104,18 +103,17 @@ def _attend_rows(
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)).transpose(0, 1)
 
 
-class SideBySide:
+class RaggedBatchModel:
     """Steps of one model over many conversations at once.
 
     Args:
         model: a causal LM of transformers with full attention in all layers, in evaluation mode.
 
     Attributes:
-        model: the same weights in modules and a config of its own, so that others may go on using theirs meanwhile, to
-            train it say.
+        model: the same weights in separate modules and config, so that the original can still be trained.
 
     Raises:
-        ValueError: layers with another attention.
+        ValueError: a layer has another attention.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -134,7 +132,7 @@ class SideBySide:
 
     @torch.inference_mode()
     def step(self, ids: Sequence[Sequence[int]], kept: Sequence[KeyValues]) -> Tensor:
-        """Runs new ids behind the kept ones; gives the scores of the id after each, (rows, V) float32."""
+        """Runs new ids after the cached ones; returns the scores (rows, V) float32 of the next ids."""
         device = self.model.device
         rows = [_Row(row, len(new), _mask(row.length, len(new), device)) for new, row in zip(ids, kept, strict=True)]
         tokens = torch.tensor([token for new in ids for token in new], device=device)
@@ -162,8 +160,7 @@ def _attend(
     rows: Sequence[_Row] = (),
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of transformers' interface: query (1, heads, T, head_dim), key and value (1, kv_heads, T, head_dim), T
-    new ids of all rows; gives (1, T, heads, head_dim)."""
+    """Adapts `_attend_rows` to transformers, with query (1, heads, T, head_dim) and keys (1, kv_heads, T, head_dim)."""
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     return _attend_rows(layer, query[0], torch.cat((key, value)), rows, scaling)[None], None
 

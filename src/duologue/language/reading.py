@@ -1,8 +1,7 @@
-"""Reading aloud: a reply whose text is given, so that only its speech is the model's.
+"""Reading aloud: a reply whose text is given and whose speech is generated.
 
-A chat model speaks what it writes: in a reply, text runs and speech runs take turns. Here the text runs hold the given
-text, and the model is asked for each speech run behind them. So any chat model that answers in the interleave can say a
-text, in the voice it always has and with no training for it.
+The given text fills the text runs, and the model generates each following speech run. Any interleaved chat model can
+thus read text in its own voice without training.
 """
 
 from __future__ import annotations
@@ -22,25 +21,21 @@ RETRY_TEMPERATURE = 0.7
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ReadingEngine:
-    """An engine for replies whose text is known.
+    """An engine for replies with given text.
 
     Attributes:
-        engine: makes the speech.
+        engine: generates the speech.
         text_ids: the text, at least one id.
     """
 
     engine: Engine
     vocabulary: Vocabulary
     text_ids: tuple[int, ...]
-    _running: dict[str, str] = dataclasses.field(default_factory=dict)  # request -> its part under way
+    _running: dict[str, str] = dataclasses.field(default_factory=dict)  # request -> its running part
 
     @property
     def max_positions(self) -> int:
         return self.engine.max_positions
-
-    @property
-    def max_sessions(self) -> int:
-        return self.engine.max_sessions
 
     @property
     def cached_tokens(self) -> int:
@@ -54,11 +49,9 @@ class ReadingEngine:
         return self.engine.cached_prefix(prompt_ids)
 
     async def warm(self, prompt_ids: Sequence[int]) -> None:
-        """See `Engine.warm`."""
         await self.engine.warm(prompt_ids)
 
     def cancel(self, request_id: str) -> None:
-        """See `Engine.cancel`."""
         if (part := self._running.pop(request_id, None)) is not None:
             self.engine.cancel(part)
 
@@ -69,15 +62,15 @@ class ReadingEngine:
         schedule: Schedule = INTERLEAVED,
         request_id: str | None = None,
     ) -> AsyncIterator[int]:
-        """See `Engine.generate`; `sampling.max_tokens` counts the text too.
+        """Yields a reply as `Engine.generate`; `sampling.max_tokens` includes the text.
 
         Raises:
-            ValueError: as `Engine.generate`; a schedule without text or speech; no room for the text.
-            RuntimeError: the model ends again and again before the text is over.
+            ValueError: as `Engine.generate`; a schedule without text or speech, or no room for the text.
+            RuntimeError: the model keeps ending before the end of the text.
         """
         needed = schedule.min_speech(len(self.text_ids)) + len(self.text_ids)
         if not schedule.text_run or not schedule.speech_run:
-            raise ValueError("a text is read aloud in a reply of text and speech, not in one of either alone")
+            raise ValueError("reading aloud needs a reply of text and speech")
         if needed >= sampling.max_tokens:
             raise ValueError(
                 f"the text of {len(self.text_ids)} ids and its speech do not fit a reply of {sampling.max_tokens} ids"
@@ -95,7 +88,7 @@ class ReadingEngine:
                 spoken = state.run_length if state.run is Kind.SPEECH else 0
                 wanted = schedule.speech_run - spoken if remaining else sampling.max_tokens - len(reply)
                 now = dataclasses.replace(sampling, max_tokens=wanted, seed=sampling.seed + len(reply))
-                if num_early_ends:  # what was most likely was the end
+                if num_early_ends:  # the likeliest id was the end
                     now = dataclasses.replace(now, temperature=RETRY_TEMPERATURE, speech_temperature=None, top_p=1.0)
                 self._running[request] = part = f"{request}/{len(reply)}/{num_early_ends}"
                 ended = False
@@ -112,7 +105,7 @@ class ReadingEngine:
                     return
                 num_early_ends += ended
                 if num_early_ends > MAX_EARLY_ENDS:
-                    raise RuntimeError("the model stops speaking before the text is over")
+                    raise RuntimeError("the model ended the reply before the end of the text")
         finally:
             self._running.pop(request, None)
 

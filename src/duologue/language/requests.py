@@ -1,8 +1,7 @@
-"""Requests: one reply under way in an engine, as the engine sees it and as its reader does, and who is let in.
+"""Requests of an engine: one running reply each, and the admission of new ones.
 
-Whatever engine runs the model, a request draws its own ids: it owns its place in the interleave, its sampling and its
-random generator, so what it draws depends on nothing but the scores. Its reader may be slow: `max_unread` ids wait at
-most, then the request is held until half of them are read.
+A request owns its interleave state, sampling and random generator, so its ids depend on the scores alone. If
+`max_unread` ids are unread, it pauses until half of them are read.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from duologue.vocabulary import Vocabulary
 
 
 class EngineFull(RuntimeError):
-    """An engine has no room for one more request; the same request can be made again later."""
+    """The engine has no room for another request; it may be retried later."""
 
 
 class Request:
-    """One reply. The engine's thread calls `choose`; any thread may `read`, `cancel` or `fail`.
+    """One running reply. The engine's thread calls `choose`; any thread may call `read`, `cancel` or `fail`.
 
     Attributes:
         ids: the reply so far, read or not.
@@ -51,26 +50,26 @@ class Request:
         self._unread: deque[int] = deque()
         self._held = self._ended = False
         self._error: Exception | None = None
-        self._wake: Callable[[], object] | None = None  # of the reader that waits
+        self._wake: Callable[[], object] | None = None  # wakes the waiting reader
         self._lock = threading.Lock()
 
     @property
     def ended(self) -> bool:
-        """No further id will be drawn."""
+        """Whether no further id will be drawn."""
         return self._ended
 
     @property
     def held(self) -> bool:
-        """The reader has to catch up before the next id is drawn."""
+        """Whether the request is paused for its reader."""
         return self._held
 
     @property
     def num_reserved(self) -> int:
-        """Ids whose keys and values the request may need at most."""
+        """Maximum number of KV cache entries of the request."""
         return 0 if self._ended else len(self.prompt) + self.sampling.max_tokens
 
     def choose(self, scores: Tensor) -> int:
-        """Draws the next id from scores (V,) float32 and hands it to the reader."""
+        """Draws the next id from scores (V,) float32 and queues it for the reader."""
         remaining = self.sampling.max_tokens - len(self.ids)
         token = draw(scores, self._masks, self._state, remaining, self.sampling, self._generator)
         self._state.advance(self._vocabulary.kind(token))
@@ -86,15 +85,15 @@ class Request:
         return token
 
     def cancel(self) -> None:
-        """Ends the reply here; ids that were not read are dropped."""
+        """Ends the reply and drops unread ids."""
         self._end(None, drop=True)
 
     def fail(self, error: Exception) -> None:
-        """Ends the reply; its reader gets the ids that are there and then the error."""
+        """Ends the reply; its reader gets the unread ids and then the error."""
         self._end(error, drop=False)
 
     async def read(self) -> int | None:
-        """The next id, None behind the last. Raises RuntimeError when the engine failed."""
+        """Returns the next id, None at the end. Raises RuntimeError if the engine failed."""
         while True:
             loop = asyncio.get_running_loop()
             waiting: asyncio.Future[None] = loop.create_future()
@@ -103,7 +102,7 @@ class Request:
             await waiting
 
     def read_now(self) -> int | None:
-        """`read` for code without an event loop: waits in the calling thread."""
+        """Returns the next id as `read`, blocking the calling thread."""
         while True:
             waiting = threading.Event()
             if (token := self._next(waiting.set)) != _WAIT:
@@ -141,20 +140,20 @@ class Request:
         try:
             if wake is not None:
                 wake()
-        except RuntimeError:  # the reader's event loop is closed: nobody will ever read
+        except RuntimeError:  # the reader's event loop is closed
             self.cancel()
 
 
 class RunningRequests:
-    """The requests that run in one engine: their names, and the limits that let them in. Safe to use from any thread.
+    """The requests of one engine and its limits. Thread-safe.
 
-    A request counts until its stream is read to the end, left or cancelled, so what waits unread is bounded too.
+    A request counts until its stream is read to the end, closed or cancelled, which bounds unread ids.
 
     Args:
-        max_positions: ids that a prompt and its reply may have together.
-        max_sessions: requests that run at the same time.
-        max_cached_tokens: ids of all running requests together, the longest replies that they may give included.
-        on_room: called from the reader's thread when a held request may go on.
+        max_positions: maximum ids of a prompt and its reply.
+        max_sessions: maximum number of requests.
+        max_cached_tokens: maximum ids of all requests with their longest possible replies.
+        on_room: called in the reader's thread when a paused request may resume.
     """
 
     def __init__(
@@ -187,12 +186,12 @@ class RunningRequests:
 
     @property
     def num_reserved(self) -> int:
-        """Ids whose keys and values the running requests may need at most."""
+        """Maximum number of KV cache entries of all requests."""
         with self._lock:
             return self._num_reserved()
 
     def check(self, prompt_ids: Sequence[int], max_tokens: int = 0) -> list[int]:
-        """The ids as a list. Raises ValueError for an empty prompt, an unknown id, or more than the positions."""
+        """Returns the ids as a list. Raises ValueError for an empty or too long prompt, or an unknown id."""
         prompt = list(prompt_ids)
         if not prompt:
             raise ValueError("a prompt must hold at least one id")
@@ -210,11 +209,11 @@ class RunningRequests:
         return prompt
 
     def admit(self, prompt_ids: Sequence[int], sampling: Sampling, schedule: Schedule, name: str | None) -> Request:
-        """Lets a request in.
+        """Admits a request.
 
         Raises:
-            ValueError: see `check`; or a request of this name is running.
-            EngineFull: one sentence naming the limit.
+            ValueError: as `check`; or a request of this name is running.
+            EngineFull: names the limit.
         """
         prompt = self.check(prompt_ids, sampling.max_tokens)
         request = Request(
@@ -222,17 +221,17 @@ class RunningRequests:
         )
         with self._lock:
             if name is not None and name in self._names:
-                raise ValueError(f"request {name!r} is running; every request needs an id of its own")
+                raise ValueError(f"request {name!r} is already running; request ids must be unique")
             if len(self._requests) >= self.max_sessions:
                 raise EngineFull(
-                    f"{len(self._requests)} replies are under way, and the engine makes at most {self.max_sessions} "
-                    "at a time: try again when one of them has ended"
+                    f"{len(self._requests)} replies are running, and the engine runs at most {self.max_sessions} "
+                    "at a time: try again when one has ended"
                 )
             reserved = self._num_reserved()
             if reserved + request.num_reserved > self.max_cached_tokens:
                 raise EngineFull(
-                    f"a prompt of {len(prompt)} ids and a reply of up to {sampling.max_tokens} have no room beside the "
-                    f"{reserved} ids of replies under way: the engine holds keys and values of at most "
+                    f"a prompt of {len(prompt)} ids and a reply of up to {sampling.max_tokens} do not fit with the "
+                    f"{reserved} ids of running replies: the KV cache holds at most "
                     f"{self.max_cached_tokens} ids"
                 )
             self._requests.add(request)
@@ -241,7 +240,7 @@ class RunningRequests:
         return request
 
     def cancel(self, name: str) -> Request | None:
-        """Ends the request of this name at once, if there is one."""
+        """Ends the request of this name, if there is one."""
         with self._lock:
             request = self._names.get(name)
         if request is not None:
@@ -249,7 +248,7 @@ class RunningRequests:
         return request
 
     def remove(self, request: Request) -> None:
-        """Takes a request out, wherever it stands; a later one of the same name is left alone."""
+        """Removes a request; a later one of the same name is unaffected."""
         request.cancel()
         with self._lock:
             self._requests.discard(request)
@@ -257,7 +256,7 @@ class RunningRequests:
                 del self._names[request.name]
 
     def fail(self, error: Exception) -> None:
-        """Ends all running requests with an error. They are taken out when their readers have seen it."""
+        """Ends all requests with an error; their readers remove them."""
         with self._lock:
             requests = list(self._requests)
         for request in requests:
@@ -268,7 +267,7 @@ class RunningRequests:
 
 
 def engine_failed(error: Exception) -> RuntimeError:
-    """What readers are told of an error in the engine's thread, which is its cause."""
+    """Returns the error for readers, with the engine's error as its cause."""
     failed = RuntimeError(f"the language engine failed: {type(error).__name__}: {error}")
     failed.__cause__ = error
     return failed

@@ -1,10 +1,9 @@
-"""Choosing the next token: which kinds may come, which of them comes, and which id. Plain functions over scores (V,).
+"""Sampling of the next id from scores (V,): first its kind, then the id.
 
-The kind is chosen first, by the probability of all its ids together. A model that is sure that a word comes next and
-not which one gives every word a little; the likeliest single id would then often be a sound, and the reply lose its
-text.
+The kind is drawn by the total probability of its ids. Otherwise a model that is sure of a word, but not which one,
+would often emit speech and lose text.
 
-Shapes: V ids of the joint vocabulary, or of the model's output where that is wider.
+Shapes: V ids of the joint vocabulary, or of the model's output if wider.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from duologue.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one reply is sampled; the defaults are those of the released demo (docs/checkpoints.md 2.3).
+    """Sampling parameters of a reply; the defaults are those of the released demo (docs/checkpoints.md 2.3).
 
     Attributes:
-        temperature: 0 takes the most likely kind, and the most likely id of it.
-        speech_temperature: of speech, and of its end; None takes `temperature`. Words want certainty, a voice less so.
-        top_p: ids are drawn from the most likely ones that hold this share of the probability.
-        top_k: ids are drawn from this many of the most likely ones; None for no such bound.
-        max_tokens: ids of the reply at most, the end id included; a reply that reaches it stops where a reply may stop.
-        seed: of the request's own random generator.
-        text_language: "en" or "zh" keeps the text to ids of that language, see `scripts.py`; None leaves all.
+        temperature: 0 takes the likeliest kind and its likeliest id.
+        speech_temperature: temperature of speech and its end; None for `temperature`.
+        top_p: smallest set of likeliest ids with this probability mass.
+        top_k: maximum number of candidate ids; None for no limit.
+        max_tokens: maximum ids, end id included; the reply then stops where one may end.
+        seed: of the request's random generator.
+        text_language: "en" or "zh" restricts text to that language, see `scripts.py`.
     """
 
     temperature: float = 0.2
@@ -58,7 +57,7 @@ class Sampling:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
 
     def temperature_for(self, allowed: Allowed) -> float:
-        """The temperature of a choice among these kinds; where text is one of them it is text's."""
+        """Returns the temperature of a choice among these kinds; that of text if text is one of them."""
         if self.speech_temperature is None or allowed.text:
             return self.temperature
         return self.speech_temperature
@@ -68,9 +67,9 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def within_budget(state: InterleaveState, remaining: int) -> Allowed:
-    """What may come next when only `remaining` ids are left, this one included.
+    """Returns what may come next with `remaining` ids left, this one included.
 
-    The last id leaves the reply where the end may stand: text is not begun when no room is left to say it.
+    The last id must allow the reply to end: no text begins without room for speech.
     """
     allowed = state.allowed
     if remaining == 1 and state.schedule.speech_run > 0:
@@ -79,10 +78,10 @@ def within_budget(state: InterleaveState, remaining: int) -> Allowed:
 
 
 class KindMasks:
-    """Additive masks over the model's scores, one for every set of allowed kinds, made when first needed.
+    """Additive score masks for sets of allowed kinds, created on demand.
 
     Args:
-        width: V, scores of the model; those behind the vocabulary are padding of the model and never allowed.
+        width: V, number of scores; those beyond the vocabulary are never allowed.
     """
 
     def __init__(self, vocabulary: Vocabulary, width: int, device: torch.device) -> None:
@@ -93,11 +92,11 @@ class KindMasks:
         self._languages: dict[str, npt.NDArray[np.bool_]] = {}
 
     def __getitem__(self, allowed: Allowed) -> Tensor:
-        """(V,) float32, 0 for ids of the allowed kinds and -inf for all others, control and padding ids always."""
+        """Returns (V,) float32: 0 for allowed ids, -inf for all others."""
         return self.get(allowed)
 
     def get(self, allowed: Allowed, text_language: TextLanguage | None = None) -> Tensor:
-        """The same, where text ids of other languages than the given one are -inf too."""
+        """Returns the mask with text restricted to the given language."""
         key = allowed, text_language if allowed.text else None
         if key not in self._masks:
             is_open = self._vocabulary.allowed_mask(allowed)
@@ -115,14 +114,13 @@ class KindMasks:
 
 
 def choose_kind(
-    scores: Tensor,
-    masks: KindMasks,
-    allowed: Allowed,
-    sampling: Sampling,
-    generator: torch.Generator | None,
+    scores: Tensor, masks: KindMasks, allowed: Allowed, sampling: Sampling, generator: torch.Generator | None
 ) -> tuple[Allowed, Tensor]:
-    """The one kind of the allowed ones that comes next, drawn as `choose` draws ids, from scores (V,) float32; and the
-    scores with those of all other kinds at -inf."""
+    """Draws one of the allowed kinds from scores (V,) float32.
+
+    Returns:
+        the kind, and the scores with all other kinds at -inf.
+    """
     kinds = allowed.kinds
     each = [scores + masks.get(kind, sampling.text_language) for kind in kinds]
     drawn = 0
@@ -140,7 +138,7 @@ def draw(
     sampling: Sampling,
     generator: torch.Generator | None,
 ) -> int:
-    """The next id of a reply from scores (V,) float32, where `remaining` ids are left; the state is not advanced."""
+    """Draws the next id of a reply from scores (V,) float32 without advancing the state."""
     kind, scores = choose_kind(scores, masks, within_budget(state, remaining), sampling, generator)
     return choose(scores, sampling.temperature_for(kind), sampling.top_p, sampling.top_k, generator)
 
@@ -151,7 +149,7 @@ _LIKELY = 256, 2048
 def choose(
     scores: Tensor, temperature: float, top_p: float, top_k: int | None, generator: torch.Generator | None
 ) -> int:
-    """One id drawn from scores (V,) float32; ids of score -inf are never drawn."""
+    """Draws one id from scores (V,) float32; ids with score -inf are never drawn."""
     if temperature == 0.0:
         return int(scores.argmax())
     scores = scores / temperature
@@ -160,7 +158,7 @@ def choose(
         scores, ids = scores.topk(top_k)
     total = scores.logsumexp(0)
     if top_p < 1.0 and ids is None:
-        # A few ids hold nearly always top_p of the probability, and to sort them all costs ten times as much.
+        # A few ids nearly always hold top_p of the probability; sorting all costs ten times more.
         for num_likely in (*_LIKELY, scores.numel()):
             likely, ids = scores.topk(min(num_likely, scores.numel()))
             if float((likely - total).exp().sum()) >= top_p:
@@ -168,7 +166,7 @@ def choose(
         scores = likely
     probabilities = (scores - total).exp()
     if top_p < 1.0:
-        before = probabilities.cumsum(0) - probabilities  # the share of what is more likely: the first id always stays
+        before = probabilities.cumsum(0) - probabilities  # the likeliest id always remains
         probabilities = probabilities * (before < top_p)
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return int(drawn if ids is None else ids[drawn])

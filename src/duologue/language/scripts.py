@@ -1,9 +1,8 @@
-"""Which text ids belong to one written language: the switch that keeps a reply's text in English or in Chinese.
+"""Text ids by written language: a filter that keeps replies in English or Chinese.
 
-An id is judged by its bytes. Characters without a script of their own (digits, punctuation, spaces, symbols) belong to
-both; a letter belongs to the language whose script it is of. Ids of byte-level tokenizers may begin or end inside a
-character: an unfinished character counts as every character that it could become, so no sequence of allowed ids can
-spell a letter of another script; the rest of a character that an earlier id began is decided by that id.
+Ids are judged by their bytes. Digits, punctuation, spaces and symbols belong to both languages; letters belong to the
+language of their script. An incomplete character counts as all its completions, so allowed ids can never spell a letter
+of another script. Continuation bytes are judged with the id that began the character.
 """
 
 from __future__ import annotations
@@ -18,29 +17,29 @@ import numpy as np
 import numpy.typing as npt
 
 from duologue.interleave import Kind
-from duologue.vocabulary import Vocabulary
+from duologue.vocabulary import Vocabulary, byte_letters
 
 TextLanguage = Literal["en", "zh"]
 TEXT_LANGUAGES = {"en": "Latin", "zh": "Han"}
 
-# Han characters and, since English text has none of them either, the punctuation and full-width forms beside them.
+# Han characters, and CJK punctuation and full-width forms, which English does not use either.
 _HAN = ((0x2E80, 0x3040), (0x3400, 0x4DC0), (0x4E00, 0xA000), (0xF900, 0xFB00), (0xFF00, 0xFFF0), (0x20000, 0x32400))
 _HALF_WIDTH = (0xFF65, 0xFFDD)  # katakana and hangul among them
-_NO_LETTERS = 0xC0  # what Latin-1 has below: symbols, two ordinal signs and micro, of no script that matters here
-_MAX_POSSIBLE = 0x1000  # an unfinished character that could be more than this is not looked into, and refused
+_NO_LETTERS = 0xC0  # below it, Latin-1 has only symbols, ordinal signs and micro
+_MAX_POSSIBLE = 0x1000  # incomplete characters with more completions are refused
 
 
 def check_text_language(language: str) -> None:
-    """Raises ValueError for a language without a switch."""
+    """Raises ValueError for an unsupported language."""
     if language not in TEXT_LANGUAGES:
         raise ValueError(f"text_language is {language!r}; the choices are {', '.join(TEXT_LANGUAGES)}")
 
 
 def language_mask(vocabulary: Vocabulary, language: str) -> npt.NDArray[np.bool_]:
-    """bool (size,): false for the text ids that another language's letters are written with; other kinds are true.
+    """Returns bool (size,): false for text ids with letters of another language; other kinds are true.
 
     Raises:
-        ValueError: a language without a switch.
+        ValueError: an unsupported language.
     """
     check_text_language(language)
     script = TEXT_LANGUAGES[language]
@@ -52,10 +51,10 @@ def language_mask(vocabulary: Vocabulary, language: str) -> npt.NDArray[np.bool_
 
 
 def fits(spelled: bytes, script: str) -> bool:
-    """Whether these bytes, UTF-8 cut anywhere, can stand in text of one script, "Latin" or "Han"."""
+    """Returns whether UTF-8 bytes, cut anywhere, can occur in text of one script, "Latin" or "Han"."""
     start = 0
     while start < len(spelled) and start < 3 and spelled[start] & 0xC0 == 0x80:
-        start += 1  # the rest of a character that began before
+        start += 1  # continuation bytes of an earlier character
     while start < len(spelled):
         length = _length(spelled[start])
         piece = spelled[start : start + length]
@@ -87,15 +86,8 @@ def _belongs(point: int, script: str) -> bool:
     return point < 0x80 or category == "No"
 
 
-def byte_letters() -> list[str]:
-    """The letter that stands for each byte in byte-level BPE: printable ones for themselves, others from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
 def _length(lead: int) -> int:
-    """Bytes of a character that begins with this byte; 0 for one that begins none."""
+    """Returns the length in bytes of a character with this lead byte; 0 for none."""
     for length, low, high in ((1, 0x00, 0x80), (2, 0xC2, 0xE0), (3, 0xE0, 0xF0), (4, 0xF0, 0xF5)):
         if low <= lead < high:
             return length
@@ -117,7 +109,7 @@ def _speller(vocabulary: Vocabulary) -> functools.partial[bytes]:
 
 
 def _spelled(vocabulary: Vocabulary, letters: dict[str, int] | None, token: int) -> bytes:
-    """The bytes of a text id: byte-level letters, or SentencePiece's pieces with its spelled-out bytes `<0xE4>`."""
+    """Returns the bytes of a text id: byte-level letters, or SentencePiece pieces with bytes such as `<0xE4>`."""
     piece = vocabulary.tokenizer.id_to_token(token)
     assert piece is not None, "a text id has a piece"
     if letters is not None:

@@ -1,4 +1,4 @@
-"""A released language model written as a folder that plain transformers loads by `from_pretrained`."""
+"""Conversion of a released language model to the format of transformers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from duologue.checkpoint import FLOAT_TYPES, stored_in_file
+from duologue.checkpoint import DTYPES, FLOAT_TYPES, Dtype, stored_in_file
 from duologue.config import read_json, write_json
-from duologue.language.backbone import DTYPES, Dtype
 from duologue.released.language import NativeWeight, ReleasedWeights, read_released
 from duologue.released.text import load_released_vocabulary, save_for_transformers
 from duologue.released.weights import write_stream
 
-PIECE_VALUES = 2**23  # read at once
-PROGRESS_FILE = "conversion.json"  # in a folder whose conversion is not finished
+PIECE_VALUES = 2**23  # values per read
+PROGRESS_FILE = "conversion.json"  # marks an unfinished conversion
 
 
 def convert(
@@ -28,17 +27,17 @@ def convert(
     progress: bool = False,
     after_shard: Callable[[str], None] | None = None,
 ) -> None:
-    """Writes a released folder as one that plain transformers loads by `from_pretrained`, vocabulary included.
+    """Writes a released language model as a folder for `from_pretrained`, vocabulary included.
 
-    Shard by shard: every file is written aside and renamed when it is whole, so an interrupted conversion goes on with
-    the first shard that is missing. Memory besides the program: a few pieces of
-    `PIECE_VALUES` values, and what the system keeps of the tensor that they are read from.
+    Every shard is renamed when complete, so an interrupted conversion resumes with the first missing one. Memory is
+    bounded by a few pieces of `PIECE_VALUES` values.
 
     Args:
-        dtype: of the new weights; that of the old ones by default.
-        after_shard: called with the name of each shard that was written.
+        dtype: of the new weights, that of the old ones by default.
+        after_shard: called with the name of each written shard.
+
     Raises:
-        ValueError: as `read_released`; `out` holds something else, or a conversion from other weights.
+        ValueError: as `read_released`; `out` holds something else, or a conversion of other weights.
     """
     weights = read_released(folder)
     vocabulary = load_released_vocabulary(folder)
@@ -67,14 +66,12 @@ def convert(
 
 
 def _begin(weights: ReleasedWeights, out: Path, dtype: Dtype | None) -> None:
-    """Makes the folder, or goes on in one that the same weights were being written to."""
+    """Creates the folder, or resumes a conversion of the same weights."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; the choices are {', '.join(DTYPES)}")
     types = sorted({stored.dtype for stored in weights.stored.values()})
     if dtype is None and len(types) > 1:
-        raise ValueError(
-            f"{weights.folder} holds weights of the types {', '.join(types)}; say which dtype all shall have"
-        )
+        raise ValueError(f"{weights.folder} holds weights of the types {', '.join(types)}; give a dtype for all")
     if out.resolve() == weights.folder.resolve():
         raise ValueError(f"{out} is the folder to be converted; give another one for the result")
     if out.exists() and not out.is_dir():
@@ -108,7 +105,7 @@ def _finish(weights: ReleasedWeights, out: Path, shards: list[str], dtype: torch
 
 
 def _pieces(weights: ReleasedWeights, native: Sequence[NativeWeight], dtype: torch.dtype) -> Iterator[Tensor]:
-    """The values of these weights, some rows at a time."""
+    """Yields the values of these weights, some rows at a time."""
     for weight in native:
         stored = weights.stored[weight.source]
         num_rows, *inner = weights.shape(weight)

@@ -1,4 +1,4 @@
-"""A set of the three released parts: found by what they hold, checked by their headers, and loaded.
+"""A set of the three released parts, identified by content and checked by headers.
 
 any folder/  a speech tokenizer  config.json with `quantize_vocab_size`
              a language model    config.json of a ChatGLM, or the result of `duologue convert`
@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from transformers import PreTrainedModel
 
 from duologue.config import read_json
-from duologue.language.backbone import Dtype, load_language
-from duologue.language.quantization import Scheme, quantize
 from duologue.released.decoder.decoder import ReleasedDecoder, load_released_decoder
 from duologue.released.decoder.flow import ReleasedFlowConfig
 from duologue.released.decoder.folder import CONFIG_FILE as DECODER_FILE
 from duologue.released.decoder.folder import read_decoder_config
 from duologue.released.decoder.hift import HiFTConfig
-from duologue.released.language import ReleasedWeights, is_released, load_released_language, read_released
+from duologue.released.language import ReleasedWeights, is_released, read_released
 from duologue.released.text import load_released_vocabulary
 from duologue.released.tokenizer import ReleasedSpeechTokenizer, TokenizerFiles, read_released_tokenizer
 from duologue.released.weights import LABEL
@@ -35,7 +32,7 @@ DECODER_DTYPES = ("float32", "bfloat16")
 
 @dataclass(frozen=True)
 class ReleasedFolder:
-    """A folder with the three released parts. Configs and headers are read once, when they are first needed."""
+    """A folder with the three released parts. Configs and headers are read once, on demand."""
 
     path: Path
     tokenizer_path: Path
@@ -44,10 +41,10 @@ class ReleasedFolder:
 
     @classmethod
     def find(cls, path: str | Path) -> Self | None:
-        """The released parts in the folders inside of a folder; None when there is none of them.
+        """Finds the released parts in the subfolders of a folder; returns None if there are none.
 
         Raises:
-            ValueError: some parts are there and others missing, or one is there twice.
+            ValueError: a part is missing or ambiguous.
         """
         path = Path(path)
         if not path.is_dir():
@@ -70,22 +67,22 @@ class ReleasedFolder:
 
     @property
     def is_random(self) -> bool:
-        """Whether a part was written with random weights."""
+        """Whether a part has random weights."""
         configs = [read_json(folder / "config.json") for folder in (self.tokenizer_path, self.language_path)]
         return any(config.get(LABEL) for config in configs)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """The joint vocabulary of the language model, released or converted."""
-        if self._language is None:
+        if self.weights is None:
             return Vocabulary.load(self.language_path)
         return load_released_vocabulary(self.language_path)
 
     def check(self) -> None:
-        """Compares configs, headers and codebook sizes of all parts; no weight is read.
+        """Compares configs, headers and codebook sizes without reading weights.
 
         Raises:
-            ValueError: one sentence naming file and key.
+            ValueError: names file and key.
         """
         config, (flow, _) = self._tokenizer.config, self._decoder
         sizes = {
@@ -98,31 +95,17 @@ class ReleasedFolder:
             raise ValueError(f"the codebooks of the parts have unequal sizes: {listed}")
 
     def load_tokenizer(self, device: str = "cpu") -> ReleasedSpeechTokenizer:
-        """The speech tokenizer, float32. Raises ValueError as `released.tokenizer.load_released_tokenizer`."""
+        """Loads the speech tokenizer, float32. Raises ValueError as `released.tokenizer.load_released_tokenizer`."""
         return self._tokenizer.load().to(device)
 
-    def load_language(
-        self, device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
-    ) -> PreTrainedModel:
-        """The language model, bfloat16 where no type is given.
-
-        Raises:
-            ValueError: as `released.language.load_released_language`.
-        """
-        if self._language is not None:
-            return load_released_language(self._language, dtype or "bfloat16", device, quantization)
-        language = load_language(self.language_path, dtype or "bfloat16").to(device)
-        if quantization is not None:
-            quantize(language.model, quantization)
-        return language
-
     def load_decoder(self, device: str = "cpu", dtype: str | None = None) -> ReleasedDecoder:
-        """Flow and vocoder, in evaluation mode.
+        """Loads flow and vocoder in evaluation mode.
 
         Args:
-            dtype: of the U-Net, "float32" (the default) or "bfloat16".
+            dtype: of the U-Net, "float32" (default) or "bfloat16".
+
         Raises:
-            ValueError: as `released.decoder.decoder.load_released_decoder`; an unknown type.
+            ValueError: as `released.decoder.decoder.load_released_decoder`; an unknown dtype.
         """
         if dtype not in (None, *DECODER_DTYPES):
             raise ValueError(f"unknown decoder_dtype {dtype!r}; the choices are {', '.join(DECODER_DTYPES)}")
@@ -130,15 +113,15 @@ class ReleasedFolder:
         return load_released_decoder(self.decoder_path, dtype=number, configs=self._decoder).to(device)
 
     def load_recognizer(self, device: str = "cpu") -> None:
-        """None: the released parts have no recognizer of speech tokens."""
+        """Returns None: the released parts have no recognizer."""
 
     @cached_property
     def _tokenizer(self) -> TokenizerFiles:
         return read_released_tokenizer(self.tokenizer_path)
 
     @cached_property
-    def _language(self) -> ReleasedWeights | None:
-        """None for a converted model, which transformers reads."""
+    def weights(self) -> ReleasedWeights | None:
+        """ChatGLM weights of the language model; None for a converted model."""
         return read_released(self.language_path) if is_released(self.language_path) else None
 
     @cached_property

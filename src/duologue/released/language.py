@@ -1,6 +1,6 @@
-"""The released language model (glm-4-voice-9b): ChatGLM shards read as transformers' native Glm.
+"""The released language model (glm-4-voice-9b): ChatGLM shards loaded as transformers' Glm.
 
-Names change and the joint query_key_value splits by rows; nothing is permuted (docs/checkpoints.md 2.4).
+Keys are renamed and query_key_value is split by rows, without permutation (docs/checkpoints.md 2.4).
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel
 
-from duologue.checkpoint import StoredTensor, stored_tensors
+from duologue.checkpoint import DTYPES, Dtype, StoredTensor, stored_tensors
 from duologue.config import read_json
-from duologue.language.backbone import DTYPES, Dtype
-from duologue.language.quantization import Scheme, check_available, quantize
+from duologue.quantization import Scheme, check_available, quantize
 from duologue.released.weights import check_plain, check_stored
 
-SEQ_LENGTH = 8192  # where the config does not tell
-# What ChatGLM's code can be configured to do and the release does not: refused, never ignored.
+SEQ_LENGTH = 8192  # if the config has none
+# Options of ChatGLM's code that the release does not use; other values are refused.
 _FIXED = {
     "rmsnorm": True,
     "post_layer_norm": True,
@@ -48,7 +47,7 @@ _DROPPED = "transformer.rotary_pos_emb.inv_freq"  # computed from the config
 
 @dataclass(frozen=True)
 class NativeWeight:
-    """A native weight: rows [start, stop) of a stored one; all rows where these are None.
+    """A weight of `GlmForCausalLM` as rows [start, stop) of a ChatGLM weight; None for all rows.
 
     Attributes:
         key: of `GlmForCausalLM`.
@@ -63,11 +62,11 @@ class NativeWeight:
 
 @dataclass(frozen=True)
 class ReleasedWeights:
-    """A folder that fits its config, known from its headers.
+    """A checked language model folder, known from its headers.
 
     Attributes:
-        stored: ChatGLM key to its tensor, without the dropped one.
-        native: the weights of the native model, layer by layer.
+        stored: tensors by ChatGLM key, without the dropped one.
+        native: weights of the native model, layer by layer.
     """
 
     folder: Path
@@ -76,29 +75,28 @@ class ReleasedWeights:
     native: list[NativeWeight]
 
     def shape(self, weight: NativeWeight) -> tuple[int, ...]:
-        """The shape of a native weight."""
         shape = self.stored[weight.source].shape
         if weight.start is None or weight.stop is None:
             return shape
         return (weight.stop - weight.start, *shape[1:])
 
     def read(self, weight: NativeWeight, dtype: torch.dtype | None = None) -> Tensor:
-        """The values of a native weight, see `StoredTensor.read`."""
+        """Reads a native weight, see `StoredTensor.read`."""
         return self.stored[weight.source].read(dtype, weight.start, weight.stop)
 
 
 def is_released(folder: str | Path) -> bool:
-    """Whether the folder's config is that of a ChatGLM."""
+    """Returns whether the folder's config is that of a ChatGLM."""
     path = Path(folder) / "config.json"
     return path.is_file() and read_json(path).get("model_type") == "chatglm"
 
 
 def read_released(folder: str | Path) -> ReleasedWeights:
-    """Config and headers of a released folder, checked against each other; no weight is read.
+    """Reads config and headers of a released folder and checks them against each other.
 
     Raises:
-        ValueError: one sentence naming file and key: another architecture, a missing, truncated or quantized file, a
-            weight missing, unexpected or of another shape.
+        ValueError: names file and key: another architecture, a missing, truncated or quantized file, or a weight that
+            is missing, unexpected or of another shape.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -109,7 +107,7 @@ def read_released(folder: str | Path) -> ReleasedWeights:
 
 
 def read_config(folder: str | Path) -> GlmConfig:
-    """The native config of a ChatGLM `config.json`. Raises ValueError naming the file and the key."""
+    """Converts a ChatGLM `config.json` to a native config. Raises ValueError naming file and key."""
     path = Path(folder) / "config.json"
     config = read_json(path)
     if config.get("model_type") != "chatglm":
@@ -159,7 +157,7 @@ def read_config(folder: str | Path) -> GlmConfig:
 
 
 def chatglm_shapes(config: GlmConfig) -> dict[str, tuple[int, ...]]:
-    """Every weight that a ChatGLM of these sizes has, in its own names."""
+    """Returns the shapes of all weights of a ChatGLM by its own keys."""
     width, ffn = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
     joint = heads + 2 * config.num_key_value_heads * config.head_dim
@@ -181,7 +179,7 @@ def chatglm_shapes(config: GlmConfig) -> dict[str, tuple[int, ...]]:
 
 
 def native_weights(config: GlmConfig) -> list[NativeWeight]:
-    """The weights of `GlmForCausalLM`, and which rows of which ChatGLM weight each of them is."""
+    """Returns the weights of `GlmForCausalLM` with their ChatGLM rows."""
     heads = config.num_attention_heads * config.head_dim
     shared = config.num_key_value_heads * config.head_dim
     edges = {"q_proj": (0, heads), "k_proj": (heads, heads + shared), "v_proj": (heads + shared, heads + 2 * shared)}
@@ -207,16 +205,16 @@ def load_released_language(
     quantization: Scheme | None = None,
     progress: bool = False,
 ) -> PreTrainedModel:
-    """Reads a released folder, or one known from its headers, into a native Glm in evaluation mode.
+    """Loads a released folder, or one known from its headers, as a native Glm in evaluation mode.
 
-    Weights are read one by one, layer by layer, and each layer is quantized before the next is read: what is needed
-    besides the model itself is one layer.
+    Each layer is quantized before the next is read, so peak memory is the model plus one layer.
 
     Args:
-        quantization: "int8" or "int4" for the weights of the layers' matrices; see `quantization.quantize`.
-        progress: show a progress bar.
+        quantization: "int8" or "int4" for the layers' matrices; see `quantization.quantize`.
+        progress: shows a progress bar.
+
     Raises:
-        ValueError: as `read_released`; an unknown dtype; a weight that is not finite; no library for `quantization`.
+        ValueError: as `read_released`; an unknown dtype, a weight that is not finite, or a missing library.
     """
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; the choices are {', '.join(DTYPES)}")
@@ -242,7 +240,7 @@ def load_released_language(
 
 
 def _by_module(weights: list[NativeWeight]) -> Iterator[tuple[str, list[NativeWeight]]]:
-    """Weights by the module that is loaded at once: one layer, or one module outside of the layers."""
+    """Groups weights by layer, or by module outside the layers."""
     groups: dict[str, list[NativeWeight]] = {}
     for weight in weights:
         words = weight.key.split(".")

@@ -1,6 +1,6 @@
-"""Folders in the released formats with random weights, at any size: for load tests and speed; the output is noise.
+"""Random weights in the released formats at any size, for load tests; the output is noise.
 
-Weights are written tensor by tensor, so memory stays small at the published sizes too.
+Weights are written tensor by tensor, so memory stays small.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class ReleasedLanguageSizes:
     """Sizes of a ChatGLM; the defaults are the published ones (docs/checkpoints.md 2.2 and 2.3).
 
     Attributes:
-        num_ranks: rows of text; first_speech: distance of speech token 0 from the end of them.
+        num_ranks: rows of text.
+        first_speech: distance of speech token 0 from the end of the text rows.
     """
 
     width: int = 4096
@@ -76,7 +77,7 @@ class ReleasedLanguageSizes:
 
 @dataclass(frozen=True)
 class Preset:
-    """Sizes of a whole random set."""
+    """Sizes of a complete random set."""
 
     tokenizer: SpeechTokenizerConfig
     language: ReleasedLanguageSizes
@@ -110,7 +111,7 @@ PRESETS: dict[str, Callable[[], Preset]] = {"tiny": _tiny, "9b": _published}
 
 
 def init_random(preset: str, folder: str | Path, seed: int = 0, progress: bool = False) -> None:
-    """Writes a full set in the released formats with random weights: for load tests and speed, it says nothing.
+    """Writes a complete set in the released formats with random weights.
 
     Raises:
         ValueError: an unknown preset, or a folder that is not empty.
@@ -186,7 +187,7 @@ def write_random_language(
     """Writes config, bfloat16 shards, ranks file and tokenizer settings.
 
     Raises:
-        ValueError: fewer ranks than bytes, or no room for the special tokens before the speech tokens.
+        ValueError: fewer ranks than bytes, or no room for the special tokens.
     """
     if sizes.num_ranks < 256 or sizes.first_speech < len(SPECIALS):
         raise ValueError(
@@ -248,14 +249,14 @@ def write_random(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
 ) -> None:
-    """Writes `model.safetensors`, or shards with an index, such that a network of these weights stays in bounds.
+    """Writes `model.safetensors`, or shards with an index, with scales that keep activations bounded.
 
-    Scales of norms (vectors `...norm.weight`) are 1, other vectors 0, matrices normal with variance 1 / inputs, tables
-    (`embed...`, `codebook...`) normal with variance 1 / 25.
+    Norm scales are 1 and other vectors 0. Matrices are normal with variance 1 / inputs, tables (`embed...`,
+    `codebook...`) with variance 1 / 25.
 
     Args:
-        shapes: key to shape, in the order of the files.
-        progress: show a progress bar.
+        shapes: shapes by key, in file order.
+        progress: shows a progress bar.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -308,7 +309,7 @@ def _scale(key: str, shape: tuple[int, ...]) -> float:
 
 
 def _ranks(number: int) -> list[bytes]:
-    """All single bytes, then words of lower-case letters, short ones first: each is a shorter one and a letter."""
+    """Returns all bytes, then lower-case words by length; each extends a shorter one by a letter."""
     words = (
         "".join(letters).encode()
         for length in itertools.count(2)

@@ -1,10 +1,10 @@
-"""The released text tokenizer and chat strings: a tiktoken ranks file as a byte-level BPE of the tokenizers library.
+"""The released text tokenizer: a tiktoken ranks file as byte-level BPE of the tokenizers library.
 
     tokenizer.model          one `base64(bytes) rank` per line
     tokenizer_config.json    special and speech tokens: `added_tokens_decoder`, id to content
     added_tokens.json        or here, name to id
 
-Every id is looked up by its string; no id stands here (docs/checkpoints.md 2.1, 2.1b, 2.2).
+All ids are looked up by name (docs/checkpoints.md 2.1, 2.1b, 2.2).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from duologue.config import read_json, write_json
-from duologue.language.scripts import byte_letters
 from duologue.turns import Role
 from duologue.vocabulary import (
     CHAT_CONTROLS,
@@ -29,10 +28,11 @@ from duologue.vocabulary import (
     ROLE_TOKENS,
     Vocabulary,
     VocabularyConfig,
+    byte_letters,
 )
 
 RANKS_FILE = "tokenizer.model"
-# How GLM-4's tokenizers cut text before byte pairs are merged.
+# GLM-4's pre-tokenization pattern.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -41,11 +41,11 @@ ENDS = (ROLE_TOKENS[Role.USER], END_OF_TEXT, ROLE_TOKENS[Role.OBSERVATION])  # t
 
 
 def load_released_vocabulary(folder: str | Path) -> Vocabulary:
-    """The joint vocabulary of a released language model's folder.
+    """Loads the joint vocabulary of a released language model.
 
     Raises:
-        ValueError: one sentence naming file and token: a file is missing or damaged, a control token is missing, the
-            speech tokens have a gap, or the ids do not fit the rows of the model.
+        ValueError: names file and token: a file is missing or damaged, a control token is missing, the speech tokens
+            are not contiguous, or the ids exceed the model's rows.
     """
     folder = Path(folder)
     added, source = read_added_tokens(folder)
@@ -61,7 +61,7 @@ def load_released_vocabulary(folder: str | Path) -> Vocabulary:
     for code in range(codebook_size):
         if ids.get(f"<|audio_{code}|>") != offset + code:
             raise ValueError(
-                f"{source}: '<|audio_{code}|>' has not the id {offset + code}: speech tokens must be one run"
+                f"{source}: '<|audio_{code}|>' must have the id {offset + code}: speech tokens must be contiguous"
             )
     config = VocabularyConfig(
         codebook_size=codebook_size,
@@ -78,7 +78,7 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
     """Reads a tiktoken ranks file.
 
     Raises:
-        ValueError: no such file, a line that is not `base64 rank`, or a single byte that has no rank.
+        ValueError: the file is missing, a line is not `base64 rank`, or a byte has no rank.
     """
     path = Path(path)
     if not path.is_file():
@@ -101,7 +101,7 @@ def read_ranks(path: str | Path) -> dict[bytes, int]:
 
 
 def read_added_tokens(folder: Path) -> tuple[dict[int, str], Path]:
-    """Special and speech tokens, id to name, and the file that names them. Raises ValueError when there is none."""
+    """Returns special and speech tokens, id to name, and their file. Raises ValueError if there are none."""
     path = folder / "tokenizer_config.json"
     entries = read_json(path).get("added_tokens_decoder")
     try:
@@ -114,14 +114,14 @@ def read_added_tokens(folder: Path) -> tuple[dict[int, str], Path]:
             )
         return {int(token): str(name) for name, token in read_json(path).items()}, path
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} does not tell id and content of every added token ({error!r})") from None
+        raise ValueError(f"{path} lacks the id or content of an added token ({error!r})") from None
 
 
 def build_tokenizer(ranks: Mapping[bytes, int], added: Mapping[int, str]) -> Tokenizer:
-    """A fast tokenizer with the ids of tiktoken.
+    """Returns a fast tokenizer with the ids of tiktoken.
 
-    A whole piece that has a rank is that token; else neighbours are merged, the pair whose joint token has the lowest
-    rank first. Every way to make a token of two others is a merge, ordered by the token's rank.
+    A piece with a rank is one token. Otherwise the adjacent pair with the lowest joint rank merges first. Every split
+    of a token into two tokens is therefore a merge, ordered by rank.
 
     Raises:
         ValueError: an added token has the id of a rank.
@@ -139,7 +139,7 @@ def build_tokenizer(ranks: Mapping[bytes, int], added: Mapping[int, str]) -> Tok
     for token, name in added.items():
         if token in taken or name in vocab:
             raise ValueError(f"the added token {name!r} with id {token} is a text token already")
-        # As a word of the model it keeps its id: ids of added tokens may leave gaps, which the library would close.
+        # As a word of the model it keeps its id; the library would close gaps between ids of added tokens.
         vocab[name] = token
     prefix = [(name, token) for name in RELEASED_TEMPLATE.prefix for token, known in added.items() if known == name]
     specials = [
@@ -181,7 +181,7 @@ def build_tokenizer(ranks: Mapping[bytes, int], added: Mapping[int, str]) -> Tok
 
 
 def save_for_transformers(vocabulary: Vocabulary, folder: str | Path) -> None:
-    """Writes what our `Vocabulary.load` and transformers' `AutoTokenizer` read: tokenizer and its settings."""
+    """Writes tokenizer and settings for `Vocabulary.load` and transformers' `AutoTokenizer`."""
     folder = Path(folder)
     vocabulary.save(folder)
     settings = {

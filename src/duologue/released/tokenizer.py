@@ -1,4 +1,4 @@
-"""The released speech tokenizer (glm-4-voice-tokenizer): its folder as our SpeechTokenizer, and its own batching.
+"""The released speech tokenizer (glm-4-voice-tokenizer) as a SpeechTokenizer, and its batching.
 
     config.json                  a Whisper config with `quantize_*` and `pooling_*` keys (docs/checkpoints.md 1.1)
     model.safetensors            keys as they are, or with the prefix `model.encoder.` (docs/checkpoints.md 1.3)
@@ -34,7 +34,7 @@ from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 Resampler = Literal["soxr", "released"]
 
 PREFIX = "model.encoder."
-# What the released code can be configured to do and the released checkpoint does not: refused, never ignored.
+# Options of the released code that the checkpoint does not use; other values are refused.
 _FIXED: dict[str, tuple[object, object]] = {  # key: (value of the checkpoint, the class's default)
     "activation_function": ("gelu", "gelu"),
     "encoder_causal_convolution": (True, False),
@@ -44,21 +44,17 @@ _FIXED: dict[str, tuple[object, object]] = {  # key: (value of the checkpoint, t
     "pooling_kernel_size": (rates.POOL, None),
     "scale_embedding": (False, False),
 }
-_FEATURES = {
-    "sampling_rate": rates.LISTEN_SAMPLE_RATE,
-    "hop_length": rates.LISTEN_HOP,
-    "n_fft": LogMel.n_fft,
-}
-_EMA = ("ema_count", "ema_weight")  # of the training; not needed to listen
+_FEATURES = {"sampling_rate": rates.LISTEN_SAMPLE_RATE, "hop_length": rates.LISTEN_HOP, "n_fft": LogMel.n_fft}
+_EMA = ("ema_count", "ema_weight")  # training buffers
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """What the released code computes for a batch of pieces.
+    """Results for a batch of pieces.
 
     Attributes:
-        log_mel: (B, F, M), padding frames included.
-        hidden: (B, T, D) float32 before the quantizer, padding positions included.
+        log_mel: (B, F, M), padding included.
+        hidden: (B, T, D) float32 before the quantizer, padding included.
         quantized: codes with the row lengths ceil(S / 1280), vectors and margins.
     """
 
@@ -68,10 +64,10 @@ class Pieces:
 
 
 class ReleasedSpeechTokenizer(SpeechTokenizer):
-    """SpeechTokenizer with the released checkpoint's positions behind the quantizer, which codes do not need.
+    """SpeechTokenizer with the released checkpoint's positions after the quantizer, unused for codes.
 
-    As a streaming stage it gives what the released model gives for one utterance alone, except that the clip level
-    (maximum minus 8) only knows the maximum so far, see `LogMelConfig.floor`.
+    As a streaming stage it equals the released model on a single utterance, except that the clip level knows only the
+    maximum so far, see `LogMelConfig.floor`.
     """
 
     def __init__(self, config: SpeechTokenizerConfig) -> None:
@@ -79,10 +75,10 @@ class ReleasedSpeechTokenizer(SpeechTokenizer):
         self.embed_positions2 = nn.Embedding(-(-config.encoder.max_positions // rates.POOL), config.encoder.width)
 
     def encode_pieces(self, pieces: Sequence[Tensor]) -> Pieces:
-        """Runs pieces (S,) at 16 kHz of at most 30 s as one batch, as the released code does (docs/checkpoints.md 1.4).
+        """Encodes pieces (S,) at 16 kHz of at most 30 s as one batch, as the released code (docs/checkpoints.md 1.4).
 
-        All are padded with zeros to the longest one in whole tokens before features are taken, so a piece whose length
-        is a whole number of tokens differs in its last mel frame from one that is run alone.
+        All are zero-padded to the longest in whole tokens before feature extraction. The last mel frame of a piece of
+        whole tokens therefore differs from a single run.
         """
         lengths = torch.tensor([len(piece) for piece in pieces], device=self.device)
         if not len(pieces) or not 1 <= int(lengths.min()) <= int(lengths.max()) <= self.piece_samples:
@@ -103,14 +99,15 @@ class ReleasedSpeechTokenizer(SpeechTokenizer):
         resampler: Resampler = "soxr",
         batch_size: int = 128,
     ) -> list[Tensor]:
-        """Codes of whole utterances, all their pieces of 30 s in common batches.
+        """Tokenizes whole utterances, with all pieces of 30 s in common batches.
 
         Args:
-            wavs: each (S,), or (C, S) of which channel 0 is taken.
+            wavs: each (S,), or (C, S) of which channel 0 is used.
             resampler: "released" is torchaudio's windowed sinc, for equality with the released code.
-            batch_size: pieces at once; the released code takes 128.
+            batch_size: pieces per batch (released: 128).
+
         Returns:
-            one int64 tensor (T,) an utterance.
+            one int64 tensor (T,) per utterance.
         """
         pieces, owners = [], []
         for owner, (wav, sample_rate) in enumerate(zip(wavs, sample_rates, strict=True)):
@@ -131,23 +128,23 @@ class ReleasedSpeechTokenizer(SpeechTokenizer):
 
     @property
     def device(self) -> torch.device:
-        """Where the model runs."""
         return self.quantizer.codebook.weight.device
 
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """A released tokenizer's folder that fits its config, known from its headers.
+    """A checked tokenizer folder, known from its headers.
 
     Attributes:
-        stored: key of `ReleasedSpeechTokenizer` to its tensor.
+        stored: tensors by key of `ReleasedSpeechTokenizer`.
     """
 
     config: SpeechTokenizerConfig
     stored: dict[str, StoredTensor]
 
     def load(self) -> ReleasedSpeechTokenizer:
-        """The tokenizer, float32 on the CPU, in evaluation mode. Raises ValueError for values that are not finite."""
+        """Loads the tokenizer, float32 on the CPU, in evaluation mode. Raises ValueError for values that are not
+        finite."""
         with torch.device("meta"):
             module = ReleasedSpeechTokenizer(self.config)
         weights = {key: entry.read(torch.float32) for key, entry in self.stored.items()}
@@ -159,11 +156,11 @@ class TokenizerFiles:
 
 
 def read_released_tokenizer(folder: str | Path) -> TokenizerFiles:
-    """Config and headers of a released folder, checked against each other; no weight is read.
+    """Reads config and headers of a released folder and checks them against each other.
 
     Raises:
-        ValueError: one sentence naming file and key: a part is missing or truncated, another architecture, a quantized
-            checkpoint, a weight missing, unexpected or of another shape.
+        ValueError: names file and key: a part is missing or truncated, another architecture, a quantized checkpoint, or
+            a weight that is missing, unexpected or of another shape.
     """
     config = read_released_config(folder)
     with torch.device("meta"):
@@ -171,12 +168,12 @@ def read_released_tokenizer(folder: str | Path) -> TokenizerFiles:
 
 
 def load_released_tokenizer(folder: str | Path) -> ReleasedSpeechTokenizer:
-    """Reads a released folder. Raises ValueError as `read_released_tokenizer` and `TokenizerFiles.load`."""
+    """Loads a released folder. Raises ValueError as `read_released_tokenizer` and `TokenizerFiles.load`."""
     return read_released_tokenizer(folder).load()
 
 
 def read_released_config(folder: str | Path) -> SpeechTokenizerConfig:
-    """Sizes from `config.json` and `preprocessor_config.json`. Raises ValueError as `read_released_tokenizer`."""
+    """Reads sizes from `config.json` and `preprocessor_config.json`. Raises ValueError as `read_released_tokenizer`."""
     folder = Path(folder)
     path = folder / "config.json"
     config = read_json(path)
@@ -212,7 +209,7 @@ def read_released_config(folder: str | Path) -> SpeechTokenizerConfig:
 
 
 def _stored_weights(folder: Path, module: ReleasedSpeechTokenizer) -> dict[str, StoredTensor]:
-    """The stored tensor of each weight of the module, which is of the folder's config."""
+    """Returns the stored tensor of each of the module's weights."""
     num_layers = module.config.encoder.num_layers
     found = {}
     for key, stored in stored_tensors(folder).items():
@@ -220,7 +217,7 @@ def _stored_weights(folder: Path, module: ReleasedSpeechTokenizer) -> dict[str, 
         parts = bare.split(".")
         behind = parts[0] == "layers" and parts[1].isdigit() and int(parts[1]) >= num_layers
         if behind or parts[0] == "layer_norm" or bare.startswith(("model.decoder.", "proj_out.")):
-            continue  # of the training: layers behind the quantizer, the recognition head
+            continue  # training parts: layers after the quantizer, recognition head
         if bare in found:
             raise ValueError(f"{stored.path} holds the weight {bare!r} twice, with and without the prefix {PREFIX!r}")
         found[bare] = stored
@@ -230,15 +227,16 @@ def _stored_weights(folder: Path, module: ReleasedSpeechTokenizer) -> dict[str, 
 
 
 def released_shapes(module: ReleasedSpeechTokenizer) -> dict[str, tuple[int, ...]]:
-    """Released key to shape, the two buffers of the training included; the module may be on the meta device."""
+    """Returns shapes by released key, training buffers included; the module may be on the meta device."""
     return {_released_key(key): tuple(value.shape) for key, value in module.state_dict().items()}
 
 
 def resample_released(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
-    """torchaudio's default resampling: a windowed sinc of six zero crossings a side, roll-off 0.99, Hann window.
+    """Resamples as torchaudio's default: windowed sinc, six zero crossings, roll-off 0.99, Hann window.
 
     Args:
         wav: (..., S) float32.
+
     Returns:
         (..., ceil(S * to_rate / from_rate)) float32.
     """
@@ -249,7 +247,7 @@ def resample_released(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
     crossings, base = 6, min(old, new) * 0.99
     width = math.ceil(crossings * old / base)
     offsets = torch.arange(-width, width + old, dtype=torch.float64) / old
-    # The phases are float32 there before they are added in float64.
+    # torchaudio computes the phases in float32 and adds them in float64.
     phases = torch.arange(0, -new, -1)[:, None] / new
     time = ((phases + offsets) * base).clamp(-crossings, crossings)  # (new, 2 * width + old)
     window = torch.cos(time * math.pi / crossings / 2) ** 2

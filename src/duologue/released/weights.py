@@ -1,7 +1,6 @@
-"""Checks and streamed writing of the weight files of a released folder.
+"""Checks of released weight files by their headers, and a streaming writer.
 
-A folder is checked by the headers of its files, see `checkpoint.stored_tensors`. That takes milliseconds at any size,
-so a fault is reported before any long work.
+A header check takes milliseconds at any size, so faults are reported before long work.
 """
 
 from __future__ import annotations
@@ -22,11 +21,10 @@ _TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 
 
 def check_stored(found: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]], where: str | Path) -> None:
-    """Compares the tensors of a folder with those that its config asks for.
+    """Compares the tensors of a folder with the shapes of its config.
 
     Raises:
-        ValueError: one sentence naming file and key: a weight is missing, unexpected, of another shape, or of a type
-            that is no plain floating point (8-bit floats, packed integers).
+        ValueError: names file and key: a weight is missing, unexpected, of another shape or quantized.
     """
     for key, stored in found.items():
         if stored.dtype not in FLOAT_TYPES:
@@ -47,7 +45,7 @@ def check_stored(found: Mapping[str, StoredTensor], shapes: Mapping[str, tuple[i
 
 
 def check_plain(config: Mapping[str, Any], path: str | Path) -> None:
-    """Refuses the config of a quantized checkpoint. Raises ValueError naming the file and the key."""
+    """Raises ValueError for the config of a quantized checkpoint, naming file and key."""
     for key in ("quantization_config", "quantization_bit", "compression_config"):
         if config.get(key):
             raise ValueError(
@@ -59,12 +57,10 @@ def check_plain(config: Mapping[str, Any], path: str | Path) -> None:
 def write_stream(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, pieces: Iterable[Tensor]
 ) -> None:
-    """Writes a safetensors file that need not fit into memory, which safetensors' own writer asks for.
-
-    The file is renamed to its name when it is complete.
+    """Writes a safetensors file that need not fit into memory; it is renamed when complete.
 
     Args:
-        shapes: key to shape, in the order of the file.
+        shapes: shapes by key, in file order.
         pieces: the values of all tensors in that order, in pieces of any size.
     """
     scratch = path.with_name(f".{path.name}.new")
@@ -76,7 +72,7 @@ def write_stream(
 
 
 def header_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """Length and header of a safetensors file whose tensors follow in this order."""
+    """Returns length and header of a safetensors file with these tensors in order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for key, shape in shapes.items():

@@ -18,12 +18,12 @@ from duologue.layers import AttentionCache, CausalConv1d, Padded, attend, attent
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Sizes of the encoder; the defaults are pocket's.
+    """Sizes of the encoder. Recipes hold the sizes of trained models.
 
     Attributes:
         num_layers: layers before the quantizer (released: 16).
-        block_frames: attention block in 50 Hz frames (released: 200); a frame sees its whole block and all the past.
-        max_positions: 50 Hz frames in one 30 s piece.
+        block_frames: attention block in 50 Hz frames (released: 200); a frame sees its own block and the past.
+        max_positions: 50 Hz frames in a piece of 30 s.
     """
 
     num_mels: int = 80
@@ -36,7 +36,7 @@ class EncoderConfig:
 
 
 class EncoderLayer(nn.Module):
-    """Whisper's pre-norm layer; `k_proj` has no bias."""
+    """Whisper's pre-norm transformer layer; `k_proj` has no bias."""
 
     def __init__(self, width: int, num_heads: int, ffn_dim: int) -> None:
         super().__init__()
@@ -55,7 +55,8 @@ class EncoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width)
 
     def step(self, x: Padded, cache: AttentionCache, mask: Tensor | None) -> Padded:
-        """(B, T, D) new frames with a mask from `attention_mask`, None for all; all past frames stay in the cache."""
+        """Processes (B, T, D) new frames with a mask from `attention_mask` (None: all visible); the cache keeps the
+        whole past."""
         h = self.self_attn_layer_norm(x.values)
         heads = *h.shape[:2], self.num_heads, -1
         query, key, value = (self.self_attn[name](h).view(heads) for name in ("q_proj", "k_proj", "v_proj"))
@@ -71,7 +72,7 @@ class EncoderLayer(nn.Module):
 
 @dataclass
 class EncoderState:
-    """Mel frames of the open block, position, convolution caches and one attention cache per layer."""
+    """Streaming state of the encoder: mel frames of the open block, position and caches."""
 
     pending: Padded
     start: Tensor
@@ -81,10 +82,7 @@ class EncoderState:
 
 
 class Encoder(nn.Module):
-    """Log-mel (B, T, M) -> (B, T / 8, D) at the token rate.
-
-    Closed blocks come out of `step`; the open one waits for `flush`. One state covers one piece of at most 30 s.
-    """
+    """Log-mel (B, T, M) -> (B, T / 8, D) at the token rate. One state covers one piece of at most 30 s."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -92,7 +90,7 @@ class Encoder(nn.Module):
         self.conv1 = CausalConv1d(config.num_mels, config.width, 3)
         self.conv2 = CausalConv1d(config.width, config.width, 3, stride=rates.ENCODER_STRIDE)
         self.embed_positions = nn.Embedding(config.max_positions, config.width)
-        # Small, so that a code tells what is said and not when; a loaded checkpoint brings its own table.
+        # Small, so that codes encode content rather than position; checkpoints have their own table.
         table = 0.1 * sinusoids(config.max_positions, config.width)
         self.embed_positions.weight.requires_grad_(False).copy_(table)
         self.layers = nn.ModuleList(
@@ -107,20 +105,17 @@ class Encoder(nn.Module):
         return EncoderState(pending, zeros, *caches, layers)
 
     def encode(self, mel: Padded, state: EncoderState, num_valid: Tensor | None = None) -> Padded:
-        """Runs frames whose blocks are complete, or end the piece: (B, T, M) -> (B, T / 8, D) at the token rate.
-
-        The arguments are those of `encode_frames`.
-        """
+        """Encodes complete blocks or the end of a piece: (B, T, M) -> (B, T / 8, D); see `encode_frames`."""
         x = self.encode_frames(mel, state, num_valid)
         return Padded(pool(x.values), x.lengths // rates.POOL)
 
     def encode_frames(self, mel: Padded, state: EncoderState, num_valid: Tensor | None = None) -> Padded:
-        """The same before pooling: (B, T, M) -> (B, T / 2, D) at 50 Hz.
+        """Encodes frames before pooling: (B, T, M) -> (B, T / 2, D) at 50 Hz.
 
         Args:
             mel: rows of multiples of 8 frames.
-            num_valid: (B,) mel frames of the piece that hold sound; later ones pad the last token: they are averaged
-                into it but hidden as keys (docs/checkpoints.md 1.2, steps 4 and 5).
+            num_valid: (B,) mel frames of the piece with audio. Later frames pad the last token: they are pooled but
+                masked as keys (docs/checkpoints.md 1.2, steps 4 and 5).
         """
         if not mel.values.shape[1]:
             return Padded(mel.values.new_zeros(len(mel.lengths), 0, self.config.width), mel.lengths)
@@ -142,9 +137,9 @@ class Encoder(nn.Module):
         return x
 
     def _sees_everything(self, x: Padded, start: Tensor, num_cached: int) -> bool:
-        """Whether all new frames are one block of each row, without padding anywhere: the block of a session alone.
+        """Returns whether all new frames are one unpadded block per row, so that no mask is needed.
 
-        To ask is to wait for the device, so only where that is the processor.
+        Always false off the CPU, where the check would synchronize with the device.
         """
         time = x.values.shape[1]
         if start.device.type != "cpu" or time > self.config.block_frames or num_cached % self.config.block_frames:
@@ -153,6 +148,6 @@ class Encoder(nn.Module):
 
 
 def pool(frames: Tensor) -> Tensor:
-    """Mean of every 4 frames: (B, 4 T, D) -> (B, T, D)."""
+    """Averages every 4 frames: (B, 4 T, D) -> (B, T, D)."""
     pooled: Tensor = frames.unflatten(1, (-1, rates.POOL)).mean(2)
     return pooled

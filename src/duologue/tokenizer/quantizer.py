@@ -1,4 +1,4 @@
-"""Vector quantizer with an EMA codebook: one vector per token -> one of `codebook_size` codes (arXiv:2412.02612)."""
+"""Vector quantizer with an EMA codebook (arXiv:2412.02612)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from duologue.layers import Padded
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    """Attributes:
-    ema_decay: of the codebook's counts and sums (released: 0.99).
-    restart_threshold: a code used less than this often per step (EMA) is replaced by a vector of the batch.
-    normalize: vectors are standardized per channel, then normalized per vector, before they are compared with the
-        codes; off in the released format. Without it a few large channels of Whisper decide every code.
+    """Settings of the quantizer.
+
+    Attributes:
+        ema_decay: of the codebook's counts and sums (released: 0.99).
+        restart_threshold: a code with a lower EMA count per step is replaced by a vector of the batch.
+        normalize: standardizes vectors per channel and normalizes each before the search. Off in the released format.
+            Without it a few large channels of Whisper dominate.
     """
 
     codebook_size: int = 2048
@@ -28,11 +30,13 @@ class QuantizerConfig:
 
 @dataclass(frozen=True)
 class Quantized:
-    """Attributes:
-    codes: (B, T) int64 and their row lengths.
-    values: (B, T, D) the codes' vectors; in training the gradient goes straight through to the input.
-    commitment_loss: scalar, mean squared distance of valid inputs to their codes.
-    margin: (B, T) by how much the second-best squared distance exceeds the best.
+    """The result of quantization.
+
+    Attributes:
+        codes: (B, T) int64 with row lengths.
+        values: (B, T, D) code vectors with a straight-through gradient.
+        commitment_loss: scalar, mean squared distance of valid inputs to their codes.
+        margin: (B, T) second-best minus best squared distance.
     """
 
     codes: Padded
@@ -42,7 +46,7 @@ class Quantized:
 
 
 class Quantizer(nn.Module):
-    """Nearest code by L2, no projection and no scaling, the lowest index on ties (docs/checkpoints.md 1.2, step 6)."""
+    """Nearest code by L2 distance, the lowest index on ties (docs/checkpoints.md 1.2, step 6)."""
 
     ema_count: Tensor
     ema_weight: Tensor
@@ -59,10 +63,10 @@ class Quantizer(nn.Module):
         if config.normalize:
             self.register_buffer("mean", torch.zeros(width))
             self.register_buffer("std", torch.ones(width))
-        self._squares: tuple[Tensor, int, int, Tensor] | None = None
+        self._norms_cache: tuple[Tensor, int, int, Tensor] | None = None
 
     def normalized(self, x: Tensor) -> Tensor:
-        """(..., D) float32 as it is compared with the codes."""
+        """Returns the vectors (..., D) float32 that are compared with the codes."""
         if not self.config.normalize:
             return x
         return functional.layer_norm((x - self.mean) / self.std, x.shape[-1:])
@@ -70,27 +74,27 @@ class Quantizer(nn.Module):
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def codes(self, x: Padded) -> Padded:
-        """(B, T, D) -> codes alone, as a conversation needs them; always computed in float32."""
-        scores = _scores(self.normalized(x.values.float()), self.codebook.weight.float(), self._kept_squares())
+        """Returns the codes of (B, T, D), always computed in float32."""
+        scores = _scores(self.normalized(x.values.float()), self.codebook.weight.float(), self._code_norms())
         return Padded(scores.argmin(1).unflatten(0, x.values.shape[:2]), x.lengths)
 
-    def _kept_squares(self) -> Tensor:
-        """|c|^2 of every code, (codebook_size,): to sum them anew costs a block of a stream more than its distances.
+    def _code_norms(self) -> Tensor:
+        """Returns |c|^2 of every code, (codebook_size,).
 
-        They are kept as long as the codebook is the same tensor, in the same place and never written since.
+        Cached while the codebook is unchanged: recomputing costs more than one block's distances.
         """
         weight = self.codebook.weight
-        if weight.is_inference():  # whether it was written since, such a tensor does not tell
+        if weight.is_inference():  # inference tensors carry no version counter
             return weight.float().square().sum(1)
-        kept, place, version = self._squares, weight.data_ptr(), weight._version
+        kept, place, version = self._norms_cache, weight.data_ptr(), weight._version
         if kept is None or kept[0] is not weight or kept[1:3] != (place, version):
-            kept = self._squares = weight, place, version, weight.float().square().sum(1)
+            kept = self._norms_cache = weight, place, version, weight.float().square().sum(1)
         return kept[3]
 
     @torch.autocast("cpu", enabled=False)
     @torch.autocast("cuda", enabled=False)
     def forward(self, x: Padded) -> Quantized:
-        """(B, T, D) -> codes, vectors and loss; always computed in float32."""
+        """Quantizes (B, T, D), always in float32."""
         values = self.normalized(x.values.float())
         table = self.codebook.weight.float()
         scores = _scores(values, table, table.square().sum(1))
@@ -105,14 +109,14 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def fit_normalization(self, vectors: Tensor) -> None:
-        """Takes mean and standard deviation of every channel from sample vectors (N, D), if `normalize` is set."""
+        """Estimates mean and standard deviation per channel from vectors (N, D), if `normalize` is set."""
         if self.config.normalize:
             self.mean.copy_(vectors.mean(0))
             self.std.copy_(vectors.std(0).clamp(min=1e-3))
 
     @torch.no_grad()
     def fit_codebook(self, vectors: Tensor, num_rounds: int = 8) -> None:
-        """K-means on sample vectors (N, D), which have not been normalized; the start of a codebook.
+        """Initializes the codebook by k-means on unnormalized vectors (N, D).
 
         Raises:
             ValueError: fewer vectors than codes.
@@ -137,9 +141,9 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Padded, codes: Padded) -> None:
-        """One EMA step of the codebook towards the valid vectors of a batch, and restart of dead codes.
+        """Updates the EMA codebook with the valid vectors of a batch and restarts dead codes.
 
-        Under torch.distributed the sums of all ranks are joined, so that every rank keeps the same codebook.
+        Under torch.distributed all ranks sum their statistics and keep the same codebook.
         """
         vectors, used = self.normalized(x.values[x.mask].float()), codes.values[codes.mask]
         size, decay = self.config.codebook_size, self.config.ema_decay
@@ -162,5 +166,5 @@ class Quantizer(nn.Module):
 
 
 def _scores(values: Tensor, table: Tensor, squares: Tensor) -> Tensor:
-    """Squared distances without |x|^2, which does not change the order of the codes: (B T, codebook_size)."""
+    """Returns squared distances without the constant |x|^2: (B T, codebook_size)."""
     return torch.addmm(squares, values.flatten(0, 1), table.T, alpha=-2.0)

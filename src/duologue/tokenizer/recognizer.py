@@ -1,8 +1,8 @@
-"""The training side of the tokenizer: what must be readable from the codes, so that the codes keep it.
+"""The recognizer: training losses that keep text, loudness and pitch in the codes, and transcription.
 
-Layers after the quantizer, a speech-recognition decoder (arXiv:2412.02612), two CTC heads that speed its training up
-(one on the codes, one on the frames before pooling), and a linear probe for loudness and pitch, which recognition alone
-would throw away. None of it takes part in a conversation.
+It holds transformer layers after the quantizer and a speech-recognition decoder (arXiv:2412.02612). Two auxiliary CTC
+heads read the codes and the frames before pooling. A linear probe predicts loudness and pitch. The server also
+transcribes user speech with it.
 
 Shapes: B batch, T speech tokens, N characters, D width, V characters of the alphabet plus one.
 """
@@ -24,12 +24,14 @@ ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class RecognizerConfig:
-    """Attributes:
-    num_layers: layers after the quantizer (released: 16), over the whole utterance.
-    num_decoder_layers: layers of the autoregressive decoder.
-    chars_per_token: CTC frames made of one speech token, so that 12.5 tokens/s can spell fast speech.
-    alphabet: its characters; index 0 is CTC's blank and the decoder's start and end.
-    phones: what the head on the frames before pooling spells with; empty for the alphabet.
+    """Sizes and alphabet of the recognizer.
+
+    Attributes:
+        num_layers: layers after the quantizer (released: 16), over the whole utterance.
+        num_decoder_layers: layers of the autoregressive decoder.
+        chars_per_token: CTC frames per speech token, enough for fast speech at 12.5 tokens/s.
+        alphabet: characters; index 0 is CTC's blank and the decoder's start and end.
+        phones: symbols of the head on frames before pooling; empty for the alphabet.
     """
 
     width: int = 256
@@ -76,14 +78,14 @@ class Recognizer(nn.Module):
         self.prosody = nn.Linear(width, 3)
 
     def encode_text(self, text: str) -> list[int]:
-        """Characters of the alphabet as numbers from 1 on; everything else is left out."""
+        """Returns characters as indices from 1; unknown ones are dropped."""
         return [self.config.alphabet.index(char) + 1 for char in text.lower() if char in self.config.alphabet]
 
     def decode_text(self, symbols: list[int]) -> str:
         return " ".join("".join(self.config.alphabet[symbol - 1] for symbol in symbols if symbol).split())
 
     def memory(self, values: Padded) -> Padded:
-        """Quantized vectors (B, T, D), T at most 375 -> what the heads read (B, T, D)."""
+        """Encodes quantized vectors (B, T, D), T at most 375, for the heads."""
         positions = self.embed_positions2.weight[: values.values.shape[1]]
         x = Padded(values.values + positions, values.lengths)
         mask = attention_mask(torch.zeros_like(x.lengths), x, 0, torch.zeros_like)
@@ -92,12 +94,14 @@ class Recognizer(nn.Module):
         return Padded(self.layer_norm(x.values), x.lengths)
 
     def losses(self, values: Padded, frames: Padded, text: Padded, sounds: Padded, prosody: Tensor) -> RecognizerLosses:
-        """Args:
-        values: quantized vectors (B, T, D).
-        frames: vectors before pooling and quantization (B, 4 T, D).
-        text: (B, N) characters from `encode_text`.
-        sounds: (B, N) what the frames spell: numbers of phones from 1 on, or the characters.
-        prosody: (B, T, 3) level in bels, log2 of F0 over 100 Hz, and voicing (0 or 1; F0 counts where it is 1).
+        """Returns the training losses.
+
+        Args:
+            values: quantized vectors (B, T, D).
+            frames: vectors before pooling and quantization (B, 4 T, D).
+            text: (B, N) characters from `encode_text`.
+            sounds: (B, N) targets of the frames: phones from 1, or characters.
+            prosody: (B, T, 3) level in bels, log2 of F0 / 100 Hz, and voicing (0 or 1).
         """
         memory = self.memory(values)
         ctc = _ctc_loss(self._ctc_log_probs(memory), memory.lengths * self.config.chars_per_token, text)
@@ -114,7 +118,7 @@ class Recognizer(nn.Module):
 
     @torch.inference_mode()
     def transcribe(self, values: Padded) -> list[str]:
-        """Greedy text of quantized vectors (B, T, D) by the attention decoder."""
+        """Transcribes quantized vectors (B, T, D) greedily with the attention decoder."""
         memory = self.memory(values)
         steps = _CachedDecoder(self, memory)
         best = torch.zeros(len(values.lengths), dtype=torch.int64, device=values.values.device)
@@ -127,21 +131,12 @@ class Recognizer(nn.Module):
             symbols.append(best)
         return [self.decode_text(row) for row in torch.stack(symbols, 1).tolist()]
 
-    @torch.inference_mode()
-    def transcribe_ctc(self, values: Padded) -> list[str]:
-        """Greedy text by the CTC head: one pass, a little worse."""
-        memory = self.memory(values)
-        best = self._ctc_log_probs(memory).argmax(-1)
-        lengths = (memory.lengths * self.config.chars_per_token).tolist()
-        rows = [row[:length].unique_consecutive().tolist() for row, length in zip(best, lengths, strict=True)]
-        return [self.decode_text(row) for row in rows]
-
     def _ctc_log_probs(self, memory: Padded) -> Tensor:
         logits: Tensor = self.ctc(memory.values).float().unflatten(-1, (self.config.chars_per_token, -1))
         return logits.flatten(1, 2).log_softmax(-1)  # (B, T * chars_per_token, V)
 
     def _decode(self, symbols: Tensor, memory: Padded) -> Tensor:
-        """Teacher-forced logits (B, N, V) of the next character after each of symbols (B, N)."""
+        """Returns teacher-forced logits (B, N, V) for symbols (B, N)."""
         x = self.embed_chars(symbols) + self.embed_char_positions.weight[: symbols.shape[1]]
         future = torch.ones(symbols.shape[1], symbols.shape[1], dtype=torch.bool, device=x.device).triu(1)
         x = self.decoder(x, memory.values, tgt_mask=future, memory_key_padding_mask=~_seen(memory))
@@ -149,7 +144,7 @@ class Recognizer(nn.Module):
 
 
 class _CachedDecoder:
-    """The attention decoder character by character, with the keys and values of what it has seen. Evaluation only."""
+    """The attention decoder with a KV cache, one character per step, for inference."""
 
     def __init__(self, recognizer: Recognizer, memory: Padded) -> None:
         self._recognizer = recognizer
@@ -167,7 +162,7 @@ class _CachedDecoder:
         self._position = 0
 
     def step(self, symbols: Tensor) -> Tensor:
-        """(B,) the last characters -> logits (B, V) of the next ones."""
+        """Returns the logits (B, V) after the last characters (B,)."""
         recognizer, width = self._recognizer, self._recognizer.config.width
         x = (recognizer.embed_chars(symbols) + recognizer.embed_char_positions.weight[self._position])[:, None]
         self._position += 1
@@ -198,11 +193,11 @@ class _CachedDecoder:
 
 
 def _seen(memory: Padded) -> Tensor:
-    """bool (B, T): what the decoder may look at. A row without sound sees its first, empty position, so that no softmax
-    is taken over nothing."""
+    """Returns the decoder's memory mask, bool (B, T). Empty rows see their first position, so that softmax has no empty
+    row."""
     return memory.mask | (torch.arange(memory.values.shape[1], device=memory.values.device) == 0)
 
 
 def _ctc_loss(log_probs: Tensor, lengths: Tensor, text: Padded) -> Tensor:
-    """log_probs (B, T, V) -> scalar; a clip too short for its text counts nothing."""
+    """Returns the CTC loss of log_probs (B, T, V); a clip too short for its text counts 0."""
     return functional.ctc_loss(log_probs.transpose(0, 1), text.values, lengths, text.lengths, zero_infinity=True)

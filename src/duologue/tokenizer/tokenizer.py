@@ -1,4 +1,4 @@
-"""SpeechTokenizer: 16 kHz waveform -> speech tokens, 12.5 a second, while the user talks.
+"""SpeechTokenizer: 16 kHz wav -> speech tokens at 12.5/s, streaming.
 
 Shapes: B batch, S samples, T tokens, D width.
 """
@@ -38,9 +38,11 @@ class SpeechTokenizerConfig:
 
 @dataclass
 class SpeechTokenizerState:
-    """Attributes:
-    waiting: (B, S) samples of the open block, which cost nothing until enough have come to close it.
-    missing: (B,) int64 how many samples must wait for that.
+    """Streaming state of the tokenizer.
+
+    Attributes:
+        waiting: (B, S) samples of the open block, processed when it closes.
+        missing: (B,) int64 number of waiting samples at which it closes.
     """
 
     waiting: Padded
@@ -52,8 +54,8 @@ class SpeechTokenizerState:
 class SpeechTokenizer(nn.Module):
     """wav (B, S) float32 at 16 kHz -> codes (B, T) int64, T = ceil(S / 1280), a streaming stage.
 
-    Sound is cut into pieces of 30 s that know nothing of each other, as the released model has it (docs/checkpoints.md
-    1.5). Within a piece the codes of closed attention blocks come out of `step`, those of the open block of `flush`.
+    Audio is cut into independent pieces of 30 s as in the released model (docs/checkpoints.md 1.5). Within a piece,
+    `step` returns the codes of closed attention blocks and `flush` those of the open one.
     """
 
     def __init__(self, config: SpeechTokenizerConfig) -> None:
@@ -65,12 +67,11 @@ class SpeechTokenizer(nn.Module):
 
     @property
     def piece_samples(self) -> int:
-        """Samples in one piece: 480000."""
+        """Samples in one piece, by default 480000."""
         return self.config.encoder.max_positions * rates.ENCODER_STRIDE * rates.LISTEN_HOP
 
     @property
     def block_tokens(self) -> int:
-        """Tokens in one attention block."""
         return self.config.encoder.block_frames // rates.POOL
 
     def init_state(self, batch_size: int) -> SpeechTokenizerState:
@@ -81,7 +82,7 @@ class SpeechTokenizer(nn.Module):
         return state
 
     def step(self, x: Padded, state: SpeechTokenizerState) -> Padded:
-        """wav (B, S) -> codes that have become final."""
+        """Tokenizes wav (B, S) and returns final codes."""
         state.waiting = Padded.concat([state.waiting, x])
         codes: list[Padded] = []
         while (closing := state.waiting.lengths >= state.missing).any():
@@ -100,7 +101,7 @@ class SpeechTokenizer(nn.Module):
         return Padded.concat(codes)
 
     def flush(self, state: SpeechTokenizerState, rows: Tensor | None = None) -> Padded:
-        """End of speech: codes of the open block, the last token padded with silence."""
+        """Ends the utterance: returns codes of the open block, the last token padded with silence."""
         rows = torch.ones_like(state.features.started) if rows is None else rows
         now, state.waiting = split_at(state.waiting, state.waiting.lengths * rows)
         state.encoder.pending = Padded.concat([state.encoder.pending, self.features.step(now, state.features)])
@@ -109,16 +110,16 @@ class SpeechTokenizer(nn.Module):
         return codes
 
     def provisional(self, state: SpeechTokenizerState) -> Padded:
-        """What `flush` would give now, as far as nothing more is said; the state stays as it is.
+        """Returns what `flush` would return now, without changing the state.
 
-        These codes change with every chunk until their block is closed. They cost as much as the end of speech does.
+        Codes of the open block may change with every chunk.
         """
         return self.flush(copy.deepcopy(state))
 
     def _missing(self, state: SpeechTokenizerState) -> Tensor:
-        """How many samples must wait until a step can close a block: (B,) int64.
+        """Returns how many samples must wait until a step can close a block: (B,) int64.
 
-        The last frame of a block sees 200 samples behind its own place; at the end of a piece these are mirrored ones.
+        The last frame of a block needs 200 samples after its position; at the end of a piece they are mirrored.
         """
         block = self.config.encoder.block_frames
         end = (state.encoder.start // block + 1) * block * rates.ENCODER_STRIDE * rates.LISTEN_HOP
@@ -129,25 +130,25 @@ class SpeechTokenizer(nn.Module):
         num_valid = -(-state.features.num_samples // rates.LISTEN_HOP)
         mel = Padded.concat([state.encoder.pending, self.features.flush(state.features, rows)])
         lengths = mel.lengths * rows
-        ending = Padded(mel.values[:, : int(lengths.max())], lengths)  # whole tokens, whatever the other rows hold
+        ending = Padded(mel.values[:, : int(lengths.max())], lengths)  # whole tokens, independent of other rows
         codes: Padded = self.quantizer.codes(self.encoder.encode(ending, state.encoder, num_valid))
         state.encoder.pending = mel
         reset_rows(state.encoder, self.encoder.init_state(len(rows)), rows)
         return codes
 
     def forward(self, x: Padded) -> Padded:
-        """wav (B, S) -> codes (B, T); what a stream gives, at once."""
+        """Tokenizes wav (B, S) to codes (B, T) in one pass, equal to a stream."""
         codes: list[Padded] = []
         for piece in self._pieces(x):
             codes.append(self.quantizer.codes(self.encode_piece(piece, self.encoder.init_state(len(x.lengths)))))
         return Padded.concat(codes)
 
     def quantize_piece(self, x: Padded) -> Quantized:
-        """wav (B, S) of at most 30 s a row -> codes, vectors and commitment loss."""
+        """Quantizes wav (B, S) of at most 30 s per row, with vectors and commitment loss."""
         return self.quantizer(self.encode_piece(x, self.encoder.init_state(len(x.lengths))))  # type: ignore[no-any-return]
 
     def encode_piece(self, x: Padded, state: EncoderState) -> Padded:
-        """wav (B, S) of at most 30 s a row -> vectors before quantization (B, T, D)."""
+        """Encodes wav (B, S) of at most 30 s per row to vectors before quantization (B, T, D)."""
         return self.encoder.encode(self.features(x), state, -(-x.lengths // rates.LISTEN_HOP))
 
     def _pieces(self, x: Padded) -> list[Padded]:
@@ -159,7 +160,7 @@ class SpeechTokenizer(nn.Module):
                 return pieces
 
     def _encode_closed(self, mel: Padded, state: EncoderState) -> Padded:
-        """Adds mel frames to the open block and encodes the blocks that this closes."""
+        """Appends mel frames to the open block and encodes the blocks that close."""
         block = self.config.encoder.block_frames * rates.ENCODER_STRIDE
         mel = Padded.concat([state.pending, mel])
         closed, state.pending = split_at(mel, mel.lengths // block * block)

@@ -168,7 +168,7 @@ class FlowStage:
 
     def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
         flow, start = self.flow, batch["start"]
-        mel = flow.normalise(batch["mel"].float())  # (B, F, M)
+        mel = flow.normalize(batch["mel"].float())  # (B, F, M)
         mask = torch.arange(mel.shape[1], device=mel.device) < batch["num_frames"][:, None]
         frame = torch.arange(mel.shape[1], device=mel.device)
         prompted = frame < batch["prompt"][:, None]

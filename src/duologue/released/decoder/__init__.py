@@ -1,1 +1,1 @@
-"""glm-4-voice-decoder: speech tokens -> log-mel -> wave."""
+"""The released decoder (glm-4-voice-decoder): speech tokens -> log-mel -> wav."""

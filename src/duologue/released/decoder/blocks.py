@@ -1,4 +1,4 @@
-"""How a stream of the released flow is cut into blocks, and the ragged arithmetic of their borders.
+"""Block sizes and overlaps of streaming in the released flow, and the ragged arithmetic of block borders.
 
 Shapes: B batch, T mel frames, M mels.
 """
@@ -21,18 +21,16 @@ _MOST_TOKENS = 200
 
 @dataclass(frozen=True)
 class Streaming:
-    """How a stream is cut.
+    """Settings of streaming.
 
     Attributes:
-        block_tokens: None decodes whatever whole tens of tokens a call brings at once, up to 200, for whoever feeds the
-            stream knows how long it can wait. Else the sizes of the blocks, the last one again and again, however the
-            tokens arrive; empty for a single block at the end.
-        overlap_frames: mel frames held back at the end of a block and faded into the next one's.
-        window_frames: so many of the frames given out before a block (or one more) are seen while it is decoded; None
-            for all of them, as in the released code, at a cost that grows with the square of the reply.
-        context_tokens: the encoder sees so many tokens of the past at most; once more than this were decoded, the
-            oldest 320 are forgotten by the length regulator too (and by the U-Net where it sees all). None never
-            forgets.
+        block_tokens: block sizes; the last repeats. None decodes all whole tens of tokens of a call, at most 200. Empty
+            decodes a single block at the end.
+        overlap_frames: mel frames held back at the end of a block and cross-faded with the next.
+        window_frames: output frames (or one more) visible before a block; None for all as in the released code, at
+            quadratic cost.
+        context_tokens: maximum past tokens of the encoder. Beyond it, length regulator and U-Net forget the oldest 320.
+            None never forgets.
     """
 
     block_tokens: tuple[int, ...] | None = None
@@ -58,11 +56,11 @@ class Streaming:
             )
 
     def ready(self, num_pending: Tensor, num_blocks: Tensor) -> Tensor:
-        """Tokens of the next block of each row (B,), 0 where it is not complete.
+        """Returns the tokens of the next block of each row (B,), 0 if incomplete.
 
         Args:
-            num_pending: (B,) tokens that wait.
-            num_blocks: (B,) decoded so far.
+            num_pending: (B,) waiting tokens.
+            num_blocks: (B,) decoded blocks.
         """
         if self.block_tokens is None:
             return (num_pending // rates.BLOCK_TOKENS * rates.BLOCK_TOKENS).clamp(max=_MOST_TOKENS)
@@ -73,9 +71,9 @@ class Streaming:
         return torch.where(num_pending >= size, size, 0)
 
     def first_frame(self, given: Tensor, forgotten: Tensor) -> Tensor:
-        """The first frame that a block sees, after so many given out and forgotten (B,).
+        """Returns the first visible frame of a block, after `given` output frames and `forgotten` ones (B,).
 
-        Even, for the U-Net halves the rate: a frame keeps its place in the grid from block to block.
+        It is even because the U-Net halves the rate.
         """
         if self.window_frames is None:
             return forgotten
@@ -87,18 +85,18 @@ OFFLINE = Streaming(block_tokens=(), window_frames=None)
 
 
 def select(x: Padded, index: Tensor) -> Padded:
-    """Some rows of a batch, no wider than they need."""
+    """Selects rows of a batch and trims its width."""
     lengths = x.lengths[index]
     return Padded(x.values[index, : int(lengths.max())], lengths)
 
 
 def last_of(x: Padded, lengths: Tensor) -> Padded:
-    """The last so many values (B,) of each row."""
+    """Returns the last `lengths` (B,) values of each row."""
     return split_at(x, x.lengths - lengths)[1]
 
 
 def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """Rows of the one or the other (B, T, ...), padded to one width."""
+    """Selects rows from two tensors (B, T, ...), padded to one width."""
     width = max(new.shape[1], old.shape[1])
     behind = [0, 0] * (new.dim() - 2)
     new, old = (functional.pad(x, (*behind, 0, width - x.shape[1])) for x in (new, old))
@@ -106,9 +104,9 @@ def where_rows(rows: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 def fade(held: Padded, raw: Padded) -> Padded:
-    """Goes over from the last block's idea of the first frames to this one's, by weights that sum to one.
+    """Cross-fades from the held-back frames of the last block to this block's.
 
-    The first frame is almost the last block's: the step from what was given out is as small as within that block.
+    The first frame is almost the last block's, which avoids a step in the output.
     """
     overlap = torch.minimum(held.lengths, raw.lengths)
     width = int(overlap.max())

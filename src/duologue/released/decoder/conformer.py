@@ -1,9 +1,7 @@
 """The released token encoder: a block-causal conformer without convolutions, with ESPnet's relative positions.
 
-A block sees itself and the past, so keys and values of closed blocks can be kept and encoding goes on exactly.
-
-Modules carry the names of the released state dict, `encoder.*` of flow.pt (docs/checkpoints.md 3.2 step 3 and 3.4); the
-configuration carries the names of its config.yaml.
+Keys and values of closed blocks are cached, so streaming is exact. Modules have the names of the released state dict,
+`encoder.*` of flow.pt (docs/checkpoints.md 3.2 step 3 and 3.4). The config has the names of config.yaml.
 
 Shapes: B batch, T tokens, W cached tokens, D width, H heads.
 """
@@ -23,10 +21,9 @@ from duologue.layers import AttentionCache, Padded, attention_mask, drop_padding
 
 @dataclass(frozen=True)
 class ConformerConfig:
-    """`flow.encoder` of config.yaml; the defaults are the published sizes.
+    """The `flow.encoder` of config.yaml; the defaults are the published sizes.
 
-    Fields with one choice are switches of the released code that the published model leaves in this position; dropout
-    counts in training only.
+    Fields with one choice are fixed switches of the released code. Dropout applies in training only.
     """
 
     input_size: int = 512
@@ -57,7 +54,7 @@ class ConformerConfig:
 
 
 def relative_positions(furthest: int, num_tokens: int, width: int, like: Tensor) -> Tensor:
-    """Sinusoids of the distances from `furthest` down to -(T - 1): (furthest + T, D), sines at even places."""
+    """Returns sinusoids of the distances `furthest` .. -(T - 1): (furthest + T, D), sines at even indices."""
     distance = torch.arange(furthest, -num_tokens, -1, device=like.device, dtype=torch.float32)
     scale = torch.exp(torch.arange(0, width, 2, device=like.device) * -(math.log(10000.0) / width))
     angle = distance[:, None] * scale  # (furthest + T, D / 2)
@@ -66,9 +63,11 @@ def relative_positions(furthest: int, num_tokens: int, width: int, like: Tensor)
 
 @dataclass
 class ConformerState:
-    """Attributes:
-    start: (B,) tokens of closed blocks so far.
-    layers: keys and values of those tokens, one cache per layer.
+    """Streaming state of the conformer.
+
+    Attributes:
+        start: (B,) tokens of closed blocks.
+        layers: their keys and values, one cache per layer.
     """
 
     start: Tensor
@@ -82,8 +81,8 @@ class AttentionPlan:
     Attributes:
         positions: (W + 2 T - 1, D), see `relative_positions`.
         mask: (B, 1, T, W + T) bool, see `layers.attention_mask`.
-        closed: (B,) how many of the new tokens go into the caches.
-        width: of the caches afterwards.
+        closed: (B,) new tokens to cache.
+        width: of the new caches.
     """
 
     positions: Tensor
@@ -93,7 +92,7 @@ class AttentionPlan:
 
 
 class RelativeAttention(nn.Module):
-    """Self-attention whose scores add what the distance says: ((q + u) k + (q + v) p) / sqrt(D / H)."""
+    """Self-attention with relative positions: ((q + u) k + (q + v) p) / sqrt(D / H)."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -109,7 +108,7 @@ class RelativeAttention(nn.Module):
         nn.init.xavier_uniform_(self.pos_bias_v)
 
     def forward(self, x: Tensor, plan: AttentionPlan, cache: AttentionCache) -> Tensor:
-        """x (B, T, D) -> (B, T, D); the cache takes in the closed blocks."""
+        """Attends over x (B, T, D) and the cache, and caches the closed blocks."""
         time = x.shape[1]
         heads = (self.num_heads, -1)
         query = self.linear_q(x).unflatten(-1, heads)  # (B, T, H, D / H)
@@ -120,7 +119,7 @@ class RelativeAttention(nn.Module):
         place = self.linear_pos(plan.positions).unflatten(-1, heads).permute(1, 2, 0)  # (H, D / H, W + 2 T - 1)
         scale = query.shape[-1] ** -0.5
         by_distance = (query + self.pos_bias_v).transpose(1, 2) @ place  # (B, H, T, W + 2 T - 1)
-        # From query i to key j, which may be a cached one, the distance W + i - j stands at place T - 1 - i + j.
+        # The distance W + i - j from query i to key j (possibly cached) has index T - 1 - i + j.
         query_index = torch.arange(time, device=x.device)
         key_index = torch.arange(keys.shape[1], device=x.device)
         index = time - 1 - query_index[:, None] + key_index
@@ -132,7 +131,7 @@ class RelativeAttention(nn.Module):
         return self.linear_out(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
-class FeedForward(nn.Module):
+class ConformerFeedForward(nn.Module):
     def __init__(self, width: int, ffn_dim: int) -> None:
         super().__init__()
         self.w_1 = nn.Linear(width, ffn_dim)
@@ -143,12 +142,12 @@ class FeedForward(nn.Module):
 
 
 class ConformerLayer(nn.Module):
-    """Pre-norm attention and feed-forward."""
+    """A pre-norm layer of attention and feed-forward."""
 
     def __init__(self, config: ConformerConfig) -> None:
         super().__init__()
         self.self_attn = RelativeAttention(config.output_size, config.attention_heads)
-        self.feed_forward = FeedForward(config.output_size, config.linear_units)
+        self.feed_forward = ConformerFeedForward(config.output_size, config.linear_units)
         self.norm_mha = nn.LayerNorm(config.output_size, eps=1e-5)
         self.norm_ff = nn.LayerNorm(config.output_size, eps=1e-5)
 
@@ -158,7 +157,7 @@ class ConformerLayer(nn.Module):
 
 
 class LinearEmbedding(nn.Module):
-    """`embed.out.0` and `embed.out.1`: Linear and LayerNorm."""
+    """Linear and LayerNorm, `embed.out.0` and `embed.out.1`."""
 
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
@@ -171,8 +170,8 @@ class LinearEmbedding(nn.Module):
 class BlockConformer(nn.Module):
     """Embedded tokens (B, T, input_size) -> (B, T, output_size).
 
-    A token sees the whole past and its own block of `block_size` tokens, counted from the first token given. So what
-    comes out for a closed block does not change when tokens follow; an open block's does. Rows may have any length.
+    A token sees the past and its own block of `block_size` tokens. Outputs of closed blocks are final; those of an open
+    block change.
     """
 
     def __init__(self, config: ConformerConfig) -> None:
@@ -189,13 +188,12 @@ class BlockConformer(nn.Module):
         return ConformerState(start, [AttentionCache(empty, empty) for _ in self.encoders])
 
     def step(self, x: Padded, state: ConformerState, max_cached: int | None = None) -> Padded:
-        """Embedded tokens (B, T, input_size) that follow the closed blocks -> (B, T, output_size).
+        """Encodes tokens (B, T, input_size) after the closed blocks -> (B, T, output_size).
 
-        Only whole blocks go into the state: what an open one gave is provisional, and its tokens must be given again
-        before those that follow them.
+        Only closed blocks enter the state; tokens of an open block must be given again.
 
         Args:
-            max_cached: tokens of the past that are kept at most; None for all, which is what the released code sees.
+            max_cached: maximum cached tokens; None for all, as in the released code.
         """
         block_size, width = self.config.block_size, self.config.output_size
         closed = x.lengths // block_size * block_size
@@ -211,5 +209,5 @@ class BlockConformer(nn.Module):
         return Padded(self.after_norm(h), x.lengths)
 
     def forward(self, x: Padded) -> Padded:
-        """A whole utterance (B, T, input_size) -> (B, T, output_size)."""
+        """Encodes a whole utterance (B, T, input_size) -> (B, T, output_size)."""
         return self.step(x, self.init_state(len(x.lengths)))

@@ -1,4 +1,4 @@
-"""ReleasedDecoder: the published glm-4-voice-decoder behind the same words as pocket's `SpeechDecoder`.
+"""ReleasedDecoder: glm-4-voice-decoder with the interface of pocket's `SpeechDecoder`.
 
     decoder = load_released_decoder("glm-4-voice-decoder")      # config.yaml, flow.pt, hift.pt
     state = decoder.init_state(batch_size)
@@ -34,8 +34,7 @@ class ReleasedDecoderState:
 class ReleasedDecoder(nn.Module):
     """Speech tokens (B, T) int64 -> wav (B, 256 (441 T // 64)) float32 at 22.05 kHz, a streaming stage.
 
-    Unlike the released streaming it gives every frame once, whatever ends the utterance: see `flow.py` for the mel and
-    `hift_stream.py` for the wave.
+    Unlike the released streaming, every frame is emitted exactly once.
     """
 
     def __init__(self, flow: ReleasedFlow, vocoder: HiFTVocoder) -> None:
@@ -45,7 +44,7 @@ class ReleasedDecoder(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        """Number of speech codes that the decoder accepts: valid ones are `0 <= code < codebook_size`."""
+        """Number of speech codes the decoder accepts: valid ones are `0 <= code < codebook_size`."""
         return self.flow.config.vocab_size
 
     def init_state(
@@ -57,26 +56,26 @@ class ReleasedDecoder(nn.Module):
         speaker: Tensor | None = None,
         streaming: Streaming | None = None,
     ) -> ReleasedDecoderState:
-        """A fresh state; the settings are those of `ReleasedFlow.init_state`."""
+        """Returns a fresh state; the settings are those of `ReleasedFlow.init_state`."""
         flow = self.flow.init_state(batch_size, num_steps, guidance_scale, seed, speaker, streaming)
         return ReleasedDecoderState(flow, self.vocoder.init_state(batch_size, seed))
 
     def give_prompt(self, tokens: Padded, mel: Padded, state: ReleasedDecoderState) -> None:
-        """Sets how fresh rows begin, see `ReleasedFlow.give_prompt`; the wave begins after the prompt."""
+        """Sets a voice prompt for fresh rows, see `ReleasedFlow.give_prompt`; the output begins after it."""
         self.flow.give_prompt(tokens, mel, state.flow)
 
     def step(self, x: Padded, state: ReleasedDecoderState) -> Padded:
-        """Tokens (B, T) -> samples that have become final."""
+        """Decodes tokens (B, T) and returns final samples."""
         return self.vocoder.step(self.flow.step(x, state.flow), state.vocoder)
 
     def flush(self, state: ReleasedDecoderState, rows: Tensor | None = None) -> Padded:
-        """End of the utterance, for whatever reason: the open block and all that was held back."""
+        """Ends the utterance: decodes the open block and returns all samples held back."""
         rows = torch.ones_like(state.flow.start, dtype=torch.bool) if rows is None else rows
         wav = self.vocoder.step(self.flow.flush(state.flow, rows), state.vocoder)
         return Padded.concat([wav, self.vocoder.flush(state.vocoder, rows)])
 
     def forward(self, x: Padded, state: ReleasedDecoderState | None = None) -> Padded:
-        """Tokens (B, T) -> wav; what a stream gives, at once. A fresh state may carry settings."""
+        """Decodes tokens (B, T) to wav in one pass, equal to a stream. A fresh state may carry settings."""
         state = self.init_state(len(x.lengths)) if state is None else state
         return Padded.concat([self.step(x, state), self.flush(state)])
 
@@ -84,7 +83,7 @@ class ReleasedDecoder(nn.Module):
 def build_released_decoder(
     flow: ReleasedFlowConfig, hift: HiFTConfig, streaming: Streaming | None = None
 ) -> ReleasedDecoder:
-    """A decoder with random weights; the default configs are the published sizes."""
+    """Returns a decoder with random weights; the default configs are the published sizes."""
     if hift.sampling_rate != rates.SPEAK_SAMPLE_RATE or hift.hop_length != rates.SPEAK_HOP:
         raise ValueError(
             f"the vocoder makes {hift.hop_length} samples a frame at {hift.sampling_rate} Hz; only "
@@ -99,16 +98,17 @@ def load_released_decoder(
     dtype: torch.dtype = torch.float32,
     configs: tuple[ReleasedFlowConfig, HiFTConfig] | None = None,
 ) -> ReleasedDecoder:
-    """Reads a folder in the released format: config.yaml, and flow and hift as .pt or .safetensors.
+    """Loads a folder in the released format: config.yaml, and flow and hift as .pt or .safetensors.
 
     Args:
-        dtype: of the U-Net, where nearly all of the work is; the rest stays in float32, and so do the solver's sums.
-        configs: those of the folder's config.yaml; read where None.
+        dtype: of the U-Net; the rest and the solver's sums stay in float32.
+        configs: of the folder's config.yaml; read by default.
+
     Returns:
         the decoder on the CPU, in evaluation mode.
+
     Raises:
-        ValueError: one sentence naming file and key: a part is missing or damaged, describes something else, or its
-            weights have other names or shapes than the config asks for.
+        ValueError: names file and key: a part is missing or damaged, or its weights do not match the config.
     """
     flow, hift = read_decoder_config(folder) if configs is None else configs
     try:
@@ -136,10 +136,10 @@ def save_released_decoder(
     """Writes the released format.
 
     Args:
-        decoder: with its weights as they were made or read by `build_released_decoder`, not fused.
-        note: goes to the top of config.yaml, like the word that weights are random.
-        safetensors: flow.safetensors and hift.safetensors instead of flow.pt and hift.pt.
-        dtype: of the stored weights; as they are where None.
+        decoder: with weights that are not fused, from `build_released_decoder`.
+        note: a comment at the top of config.yaml.
+        safetensors: writes .safetensors instead of .pt.
+        dtype: of the stored weights; unchanged by default.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

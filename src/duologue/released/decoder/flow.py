@@ -1,12 +1,9 @@
-"""The released flow: speech tokens -> log-mel, by a U-Net over the whole utterance (docs/checkpoints.md 3.1 to 3.4).
+"""The released flow: speech tokens -> log-mel by a U-Net over the whole utterance (docs/checkpoints.md 3.1 to 3.4).
 
-Modules carry the names of the released state dict flow.pt. Attention and normalisation of the U-Net run over all frames
-that it is given, so it has no exact incremental form: a block of a stream is decoded with the mel that was given out
-before it as its prompt, all of it as in the released code, or only the last frames of it, which bounds the cost of a
-block (`Streaming.window_frames`). What comes before the U-Net is the same either way: the encoder keeps keys and values
-of closed blocks, and the length regulator runs over all tokens. Frames count by absolute index, the noise too; the last
-frames of a block are held back and faded into the next block's by weights that sum to one, and whatever ends an
-utterance brings the rest.
+Modules have the names of the released state dict flow.pt. The U-Net attends to all its frames, so it has no exact
+incremental form. A block is decoded with previous output frames as its prompt: all of them as in the released code, or
+the last `Streaming.window_frames`. The encoder caches closed blocks; the length regulator runs over all tokens. Noise
+depends on the absolute frame index. The last frames of a block are held back and cross-faded with the next block.
 
 Shapes: B batch, N tokens, T mel frames, M mels, S speaker channels.
 """
@@ -22,20 +19,19 @@ from torch.nn import functional
 
 from duologue import rates
 from duologue.decoder.encoder import check_tokens, frames_for_tokens
-from duologue.decoder.flow import noise_at
-from duologue.decoder.solver import solve_euler
+from duologue.decoder.flow import noise_at, solve_euler
 from duologue.layers import Padded, reset_rows, split_at
 from duologue.released.decoder.blocks import FORGET_TOKENS, Streaming, fade, last_of, select, where_rows
 from duologue.released.decoder.conformer import BlockConformer, ConformerConfig, ConformerState
 from duologue.released.decoder.regulator import LengthRegulator, RegulatorConfig, mask_of
 from duologue.released.decoder.unet import UNet, UNetConfig
 
-NUM_STEPS = 10  # of the solver, a constant of the released code
+NUM_STEPS = 10  # solver steps, a constant of the released code
 
 
 @dataclass(frozen=True)
 class SolverConfig:
-    """`flow.decoder.cfm_params` of config.yaml. All but the guidance count in training only or have one choice."""
+    """The `flow.decoder.cfm_params` of config.yaml. Only the guidance rate matters for inference."""
 
     solver: Literal["euler"] = "euler"
     t_scheduler: Literal["cosine"] = "cosine"
@@ -47,7 +43,7 @@ class SolverConfig:
 
 @dataclass(frozen=True)
 class ReleasedFlowConfig:
-    """`flow` of config.yaml; the defaults are the published sizes (111,166,208 parameters)."""
+    """The `flow` of config.yaml; the defaults are the published sizes (111,166,208 parameters)."""
 
     input_size: int = 512
     output_size: int = 80
@@ -72,7 +68,7 @@ class ReleasedFlowConfig:
             ("estimator.out_channels", self.estimator.out_channels, mels),
         ):
             if value != expected:
-                raise ValueError(f"{name} is {value}; the sizes beside it ask for {expected}")
+                raise ValueError(f"{name} is {value}; the other sizes require {expected}")
         for name in ("vocab_size", "spk_embed_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -80,19 +76,21 @@ class ReleasedFlowConfig:
 
 @dataclass
 class ReleasedFlowState:
-    """Bounded where the streaming is: then nothing of it grows beyond the first `context_tokens`.
+    """Streaming state of the flow, bounded if the streaming settings are.
 
     Attributes:
-        encoder: keys and values of the closed encoder blocks, of 10 tokens each.
-        encoded: (B, N, M) of their tokens; `start` (B,) counts those before them that are forgotten.
-        open: (B, N) tokens after the closed blocks: a decoder block or a prompt may end inside of an encoder block.
-        pending: (B, N) of the open decoder block.
-        mel: (B, T, M) the last frames of the prompt and of what was given out; `num_given` (B,) counts all of them.
-        held: (B, T, M) frames of the last block that wait for the next one's.
-        num_blocks: (B,) decoded so far.
-        seed: (B,) of the noise.
+        encoder: keys and values of the closed encoder blocks of 10 tokens.
+        encoded: (B, N, M) their outputs.
+        start: (B,) forgotten tokens before them.
+        open: (B, N) tokens after the closed blocks; a decoder block or prompt may end within an encoder block.
+        pending: (B, N) tokens of the open decoder block.
+        mel: (B, T, M) the last frames of prompt and output.
+        num_given: (B,) the count of all frames of prompt and output.
+        held: (B, T, M) frames held back for the cross-fade.
+        num_blocks: (B,) decoded blocks.
+        seed: (B,) noise seed.
         speaker: (B, S).
-        streaming: in a tuple of one, for settings are not reset.
+        streaming: settings, in a tuple because settings are not reset.
     """
 
     encoder: ConformerState
@@ -112,9 +110,9 @@ class ReleasedFlowState:
 
 
 def released_times(num_steps: int) -> list[float]:
-    """t_k = 1 - cos(pi k / 2 n), k = 0..n, in float32 and summed up step by step as the released solver does.
+    """Returns t_k = 1 - cos(pi k / 2 n), k = 0..n, accumulated in float32 as in the released solver.
 
-    The estimator takes the sine of 1000 t, so that the seventh digit of t is seen in the mel.
+    The estimator takes the sine of 1000 t, so the seventh digit of t affects the mel.
     """
     span = 1 - torch.cos(torch.linspace(0, 1, num_steps + 1) * 0.5 * torch.pi)
     times = [span[0]]
@@ -139,19 +137,18 @@ class ReleasedFlow(nn.Module):
 
     @property
     def speaker_dim(self) -> int:
-        """Size of a speaker vector."""
         return self.config.spk_embed_dim
 
-    def normalise(self, mel: Tensor) -> Tensor:
-        """Natural-log mel -> the values that the flow predicts, here the mel itself."""
+    def normalize(self, mel: Tensor) -> Tensor:
+        """Returns the mel itself, the scale of the released flow."""
         return mel
 
     def predict(
         self, tokens: Padded, start: Tensor, speaker: Tensor, given: Tensor, x_t: Tensor, time: Tensor, keep: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """One evaluation for training, as `duologue.decoder.flow.Flow.predict`.
+        """Evaluates the flow once for training, as `duologue.decoder.flow.Flow.predict`.
 
-        `start` is not used: a cut clip is an utterance of its own, and sees nothing before the cut.
+        `start` is unused: a cut clip counts as a whole utterance.
         """
         num_frames = frames_for_tokens(start + tokens.lengths) - frames_for_tokens(start)
         mu = self.length_regulator(self.encode(tokens), num_frames).values
@@ -163,26 +160,26 @@ class ReleasedFlow(nn.Module):
         return self.decoder["estimator"](x_t, time, *inputs, mask_of(num_frames, mu.shape[1])), mu
 
     def estimate_in(self, dtype: torch.dtype) -> ReleasedFlow:
-        """Turns the U-Net, where nearly all of the work is, into this type; all else stays, the solver's sums too."""
+        """Converts the U-Net to this dtype; the rest and the solver's sums are unchanged."""
         self.decoder.to(dtype)
         return self
 
     def encode(self, tokens: Padded) -> Padded:
-        """A whole utterance (B, N) -> (B, N, M), at 12.5/s."""
+        """Encodes a whole utterance (B, N) -> (B, N, M) at 12.5/s."""
         return self.encode_on(tokens, self.encoder.init_state(len(tokens.lengths)), None)
 
     def encode_on(self, tokens: Padded, state: ConformerState, max_cached: int | None) -> Padded:
-        """Tokens (B, N) that follow the closed blocks -> (B, N, M); see `BlockConformer.step`."""
+        """Encodes tokens (B, N) after the closed blocks -> (B, N, M); see `BlockConformer.step`."""
         embedded = Padded(self.input_embedding(tokens.zeroed().values), tokens.lengths)
         h = self.encoder.step(embedded, state, max_cached)
         return Padded(self.encoder_proj(h.values), h.lengths)
 
     def condition(self, tokens: Padded) -> Padded:
-        """Tokens (B, N) -> mu (B, T, M)."""
+        """Computes the condition mu (B, T, M) of tokens (B, N)."""
         return self.length_regulator(self.encode(tokens), frames_for_tokens(tokens.lengths))  # type: ignore[no-any-return]
 
     def speaker_condition(self, speaker: Tensor) -> Tensor:
-        """Speaker vectors (B, S) -> (B, M). Zeros, which the released demo gives, leave the layer's bias."""
+        """Projects speaker vectors (B, S) to (B, M). Zeros, as in the released demo, give the layer's bias."""
         return self.spk_embed_affine_layer(functional.normalize(speaker, dim=1))  # type: ignore[no-any-return]
 
     def solve(
@@ -195,15 +192,16 @@ class ReleasedFlow(nn.Module):
             speaker: (B, S).
             prompt: (B, P, M) mel of the first frames, P at most T.
             noise: (B, T, M).
+
         Returns:
-            mel (B, T, M) in the type of the noise, the prompt's frames included.
+            mel (B, T, M) in the dtype of the noise, the prompt's frames included.
         """
         time = mu.values.shape[1]
         mask = mask_of(mu.lengths, time)
         given = functional.pad(prompt.zeroed().values, (0, 0, 0, time - prompt.values.shape[1]))
         inputs = [mu.values, self.speaker_condition(speaker), given]
         guided = guidance_scale != 0
-        if guided:  # both branches in one call; the second one knows nothing, not even the speaker layer's bias
+        if guided:  # both branches in one call; the unconditional inputs are all zeros
             inputs = [torch.cat([x, torch.zeros_like(x)]) for x in inputs]
             mask = None if mask is None else torch.cat([mask, mask])
         estimator = self.decoder["estimator"]
@@ -212,7 +210,9 @@ class ReleasedFlow(nn.Module):
 
         def velocity(k: int, t: float, x: Tensor) -> Tensor:
             now = (torch.cat([x, x]) if guided else x).to(dtype)
-            times = torch.full((len(now),), t, device=x.device)  # float32: 1000 t has more digits than bfloat16
+            times = torch.full(
+                (len(now),), t, device=x.device
+            )  # float32, because bfloat16 has too few digits for 1000 t
             out: Tensor = estimator(now, times, *inputs, mask).to(x.dtype)
             if not guided:
                 return out
@@ -230,13 +230,13 @@ class ReleasedFlow(nn.Module):
         speaker: Tensor | None = None,
         streaming: Streaming | None = None,
     ) -> ReleasedFlowState:
-        """A fresh state.
+        """Returns a fresh state.
 
         Args:
-            num_steps, guidance_scale: the released 10 and the config's where None.
-            seed: of the noise, the same for all rows; give rows their own through `state.seed`.
-            speaker: (B, S), zeros where None.
-            streaming: how the stream is cut, the flow's own way where None; `OFFLINE` decodes in one piece.
+            num_steps, guidance_scale: by default the released 10 and the config's rate.
+            seed: noise seed of all rows; `state.seed` holds one per row.
+            speaker: (B, S), zeros by default.
+            streaming: by default the flow's settings; `OFFLINE` decodes in one block.
         """
         num_steps = NUM_STEPS if num_steps is None else num_steps
         guidance_scale = self.config.solver.inference_cfg_rate if guidance_scale is None else guidance_scale
@@ -265,9 +265,9 @@ class ReleasedFlow(nn.Module):
         )
 
     def give_prompt(self, tokens: Padded, mel: Padded, state: ReleasedFlowState) -> None:
-        """Sets how fresh rows begin: tokens (B, N) and their natural-log mel (B, P, M), whose voice goes on.
+        """Sets a voice prompt for fresh rows: tokens (B, N) and their natural-log mel (B, P, M).
 
-        The output begins after the prompt: after min(P, 441 N // 64) frames. Rows without a prompt have no tokens.
+        The output begins after min(P, 441 N // 64) frames. Rows without a prompt have no tokens.
         """
         given = tokens.lengths > 0
         if bool(((state.encoder.start + state.open.lengths + state.pending.lengths > 0) & given).any()):
@@ -278,7 +278,7 @@ class ReleasedFlow(nn.Module):
         self._give(Padded(mel.values[:, : int(lengths.max())], lengths), state)
 
     def step(self, x: Padded, state: ReleasedFlowState) -> Padded:
-        """Tokens (B, N) -> mel frames (B, T, M) that the blocks they close make final."""
+        """Decodes tokens (B, N) and returns final mel frames (B, T, M)."""
         check_tokens(x, self.config.vocab_size)
         state.pending = Padded.concat([state.pending, x])
         parts = []
@@ -287,13 +287,13 @@ class ReleasedFlow(nn.Module):
         return Padded.concat(parts) if parts else self._nothing(state)
 
     def flush(self, state: ReleasedFlowState, rows: Tensor | None = None) -> Padded:
-        """End of the utterance: the open block and the frames held back. Rows keep seed and speaker."""
+        """Ends the utterance: decodes the open block and returns the held-back frames. Rows keep seed and speaker."""
         rows = torch.ones_like(state.start, dtype=torch.bool) if rows is None else rows
         mel = self._nothing(state)
         pending = state.pending.lengths * rows
         if bool(pending.any()):
             mel = self._decode(pending, state, rows)
-        # Rows that end with a block just closed have nothing to decode and frames to give.
+        # Rows without pending tokens still have held-back frames.
         rest = state.held.lengths * rows
         mel = Padded.concat([mel, Padded(state.held.values[:, : int(rest.max())], rest)])
         fresh = self.init_state(len(rows), state.num_steps, state.guidance_scale, streaming=state.streaming[0])
@@ -302,7 +302,8 @@ class ReleasedFlow(nn.Module):
         return mel
 
     def forward(self, x: Padded, state: ReleasedFlowState | None = None) -> Padded:
-        """Tokens (B, N) -> mel (B, 441 N // 64, M); what a stream gives, at once. A fresh state may carry settings."""
+        """Decodes tokens (B, N) to mel (B, 441 N // 64, M) in one pass, equal to a stream. A fresh state may carry
+        settings."""
         state = self.init_state(len(x.lengths)) if state is None else state
         return Padded.concat([self.step(x, state), self.flush(state)])
 
@@ -310,7 +311,7 @@ class ReleasedFlow(nn.Module):
         return Padded(state.mel.values[:, :0], torch.zeros_like(state.start))
 
     def _decode(self, num_tokens: Tensor, state: ReleasedFlowState, ending: Tensor) -> Padded:
-        """Decodes this many pending tokens (B,) of the rows that have any; returns the frames that become final."""
+        """Decodes this many pending tokens (B,) and returns final frames."""
         new, state.pending = split_at(state.pending, num_tokens)
         active = num_tokens > 0
         state.num_blocks = state.num_blocks + active
@@ -325,7 +326,7 @@ class ReleasedFlow(nn.Module):
         return final
 
     def _frames_of(self, new: Padded, active: Tensor, state: ReleasedFlowState) -> Padded:
-        """Mel of the active rows (B,) without what was given out before; the other rows get no frames."""
+        """Computes the new mel frames of the active rows (B,)."""
         encoded = self._encode(new, active, state)
         index = active.nonzero()[:, 0]
         encoded, given = select(encoded, index), state.num_given[index]
@@ -343,7 +344,7 @@ class ReleasedFlow(nn.Module):
         return Padded(values, torch.zeros_like(state.start).index_copy(0, index, raw.lengths))
 
     def _encode(self, new: Padded, active: Tensor, state: ReleasedFlowState) -> Padded:
-        """All tokens of the active rows from `start` on, encoded (B, N, M); closed blocks go into the state."""
+        """Encodes all tokens of the active rows from `start` on (B, N, M); closed blocks enter the state."""
         tokens = Padded.concat([state.open, new])
         tokens = Padded(tokens.values, tokens.lengths * active)
         before = state.encoder.start
@@ -358,7 +359,7 @@ class ReleasedFlow(nn.Module):
         return whole
 
     def _give(self, mel: Padded, state: ReleasedFlowState) -> None:
-        """Takes in frames that are given out, or were given as the prompt."""
+        """Records frames of the output or the prompt."""
         state.num_given = state.num_given + mel.lengths
         state.mel = Padded.concat([state.mel, mel])
         if (window := state.streaming[0].window_frames) is not None:
@@ -370,7 +371,7 @@ class ReleasedFlow(nn.Module):
             return
         excess = (state.encoded.lengths + state.open.lengths - limit).clamp(min=0)
         drop = -(-excess // FORGET_TOKENS) * FORGET_TOKENS
-        # Only what was given out can be forgotten; the frames held back are not in `mel`.
+        # Only output frames can be forgotten; held-back frames are not in `mel`.
         given = state.num_given - frames_for_tokens(state.start)
         drop = torch.minimum(drop, given // rates.frames_for_tokens(FORGET_TOKENS) * FORGET_TOKENS)
         state.encoded = split_at(state.encoded, drop)[1]

@@ -1,9 +1,8 @@
-"""The released decoder's folder: config.yaml read as data, flow.pt and hift.pt read as tensors.
+"""The released decoder's folder: config.yaml, flow.pt and hift.pt read as plain data.
 
-The published config.yaml is a program: objects to construct (`!new:`), calls to make (`!apply:`), names (`!name:`) and
-references (`!ref`). Here tags only say what a mapping describes: nothing is imported, constructed or called. The parts
-that make the decoder, `flow` and `hift`, are read strictly; whatever else stands at the top (seeds, a language model
-without weights, a data pipeline) is for training and left alone.
+The published config.yaml constructs objects (`!new:`), calls functions (`!apply:`), and holds names (`!name:`) and
+references (`!ref`). Here tags only name the described class; nothing is imported or called. `flow` and `hift` are
+parsed strictly; other top-level keys serve training and are ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import yaml
 from torch import Tensor
 
 from duologue.checkpoint import load_tensors
-from duologue.config import parse_config, to_mapping
+from duologue.config import PlainLoader, parse_config, to_mapping
 from duologue.released.decoder.flow import ReleasedFlowConfig
 from duologue.released.decoder.hift import HiFTConfig
 
@@ -51,13 +50,13 @@ _MODULES = {
 
 
 class Tagged(dict[str, Any]):
-    """A mapping with the tag that stood before it, like `!new:package.Class`."""
+    """A mapping with its tag, such as `!new:package.Class`."""
 
     tag: str
 
 
 class TaggedList(list[Any]):
-    """A list with the tag that stood before it, like `!apply:random.seed`."""
+    """A list with its tag, such as `!apply:random.seed`."""
 
     tag: str
 
@@ -66,15 +65,8 @@ class Reference(str):
     """The text after `!ref`."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML with the four object tags kept as data; 1e-06 is a number."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+class _Loader(PlainLoader):
+    """Plain YAML whose four object tags are kept as data."""
 
 
 def _construct_tagged(prefix: str) -> Any:
@@ -94,25 +86,21 @@ def _construct_tagged(prefix: str) -> Any:
 
 def _construct_reference(loader: _Loader, node: yaml.Node) -> Reference:
     if not isinstance(node, yaml.ScalarNode):
-        raise yaml.constructor.ConstructorError(None, None, "!ref must stand before a <key>", node.start_mark)
+        raise yaml.constructor.ConstructorError(None, None, "!ref must precede a <key>", node.start_mark)
     return Reference(loader.construct_scalar(node))
 
 
 for _prefix in _TAGS:
     _Loader.add_multi_constructor(_prefix, _construct_tagged(_prefix))
 _Loader.add_constructor("!ref", _construct_reference)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
 
 
 def read_decoder_config(folder: str | Path) -> tuple[ReleasedFlowConfig, HiFTConfig]:
-    """The sizes in a folder's config.yaml.
+    """Reads the sizes in a folder's config.yaml.
 
     Raises:
-        ValueError: one sentence with file and key: no such file, not YAML, a tag or class that is not known, a
-            reference that leads nowhere, an unknown or missing key, a value of the
-            wrong kind or one that we have no code for.
+        ValueError: names file and key: the file is missing or malformed, or has an unknown tag, class, reference, key
+            or value.
     """
     path = Path(folder) / CONFIG_FILE
     data = _read(path)
@@ -134,7 +122,7 @@ def read_decoder_config(folder: str | Path) -> tuple[ReleasedFlowConfig, HiFTCon
             choices = ", ".join([*expected, "cfm_params", "estimator"])
             raise ValueError(f"unknown key 'flow.decoder.{key}' in {path}; the keys are {choices}")
         if value != expected[key]:
-            raise ValueError(f"flow.decoder.{key} in {path} is {value!r}; the sizes beside it ask for {expected[key]}")
+            raise ValueError(f"flow.decoder.{key} in {path} is {value!r}; the other sizes require {expected[key]}")
     vocoder = parse_config(HiFTConfig, plain["hift"], f"the part 'hift' of {path}")
     for name, size in (
         ("in_channels", vocoder.in_channels),
@@ -146,12 +134,12 @@ def read_decoder_config(folder: str | Path) -> tuple[ReleasedFlowConfig, HiFTCon
 
 
 def read_weights(folder: str | Path, name: str) -> tuple[dict[str, Tensor], str]:
-    """The tensors of `<name>.safetensors` (sharded or not) or else `<name>.pt`, and the file's path for messages.
+    """Reads `<name>.safetensors` (possibly sharded) or `<name>.pt`; returns the tensors and the file's path.
 
-    A .pt file is read with `weights_only=True`: tensors and nothing that could run.
+    A .pt file is read with `weights_only=True`.
 
     Raises:
-        ValueError: one sentence: neither file is there, or it is truncated, damaged, or holds something else.
+        ValueError: neither file exists, or it is truncated, damaged or holds something else.
     """
     folder = Path(folder)
     for file_name in (f"{name}.safetensors", f"{name}.safetensors.index.json"):
@@ -165,7 +153,7 @@ def read_weights(folder: str | Path, name: str) -> tuple[dict[str, Tensor], str]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path} is damaged, or holds objects besides tensors, which are not loaded") from None
+        raise ValueError(f"{path} is damaged, or holds objects other than tensors, which are not loaded") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is truncated, damaged or no PyTorch file ({reason})") from None
@@ -178,7 +166,7 @@ def read_weights(folder: str | Path, name: str) -> tuple[dict[str, Tensor], str]
 
 
 def write_decoder_config(folder: str | Path, flow: ReleasedFlowConfig, hift: HiFTConfig, note: str = "") -> None:
-    """Writes a config.yaml with the published object tags; a note becomes a comment in its first lines."""
+    """Writes a config.yaml with the published object tags; a note becomes a leading comment."""
     plain = {"flow": to_mapping(flow), "hift": to_mapping(hift)}
     outer = plain["flow"]
     mels = flow.output_size
@@ -237,7 +225,7 @@ def _take(mapping: dict[str, Any], key: str, where: str, path: Path) -> dict[str
 
 
 def _plain(value: Any, where: str, data: Mapping[str, Any], file: str) -> Any:
-    """Checks the tags below a part of the decoder and takes them away; follows references."""
+    """Checks and removes the tags within a part of the decoder, and resolves references."""
     if isinstance(value, Reference):
         return _follow(value, where, data, file)
     if isinstance(value, Mapping):
@@ -263,7 +251,7 @@ def _follow(reference: Reference, where: str, data: Mapping[str, Any], file: str
     target: Any = data
     for key in match[1].split("."):
         if not isinstance(target, Mapping) or key not in target:
-            raise ValueError(f"{where} in {file} refers to <{match[1]}>, which is not there")
+            raise ValueError(f"{where} in {file} refers to <{match[1]}>, which does not exist")
         target = target[key]
     if not isinstance(target, int | float | str) or isinstance(target, Reference):
         raise ValueError(f"{where} in {file} refers to <{match[1]}>, which is not a plain value")

@@ -1,10 +1,10 @@
-"""The released vocoder, HiFT: log-mel -> pitch -> harmonics and noise -> spectrum -> wave at 22.05 kHz.
+"""The released vocoder, HiFT: log-mel -> pitch -> harmonics and noise -> spectrum -> wav at 22.05 kHz.
 
-Modules carry the names of the released state dict hift.pt (docs/checkpoints.md 3.6); the configuration carries the
-names of its config.yaml. `HiFT` is the network alone; `hift_stream.py` makes a streaming stage of it.
+Modules have the names of the released state dict hift.pt (docs/checkpoints.md 3.6), and the config those of its
+config.yaml. `HiFT` is the network; `hift_stream.py` makes it a streaming stage.
 
-Shapes: B batch, T mel frames, S samples (256 T), M mels, C channels, K harmonics. Rows of unequal lengths equal single
-runs: every convolution finds zeros behind a row's end, and the transforms end where the row ends.
+Shapes: B batch, T mel frames, S samples (256 T), M mels, C channels, K harmonics. Ragged batches equal single runs:
+convolutions see zeros after a row's end, and transforms end with the row.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LAST_SLOPE = 0.01  # torch's default, which the released code leaves before the
 
 @dataclass(frozen=True)
 class PitchConfig:
-    """`hift.f0_predictor` of config.yaml."""
+    """The `hift.f0_predictor` of config.yaml."""
 
     num_class: Literal[1] = 1
     in_channels: int = 80
@@ -49,7 +49,7 @@ _DILATIONS = (1, 3, 5)
 
 @dataclass(frozen=True)
 class HiFTConfig:
-    """`hift` of config.yaml; the defaults are the published sizes."""
+    """The `hift` of config.yaml; the defaults are the published sizes."""
 
     in_channels: int = 80
     base_channels: int = 512
@@ -89,25 +89,25 @@ class HiFTConfig:
 
     @property
     def hop_length(self) -> int:
-        """Samples of one mel frame."""
+        """Samples per mel frame."""
         return math.prod(self.upsample_rates) * self.istft_params.hop_len
 
     @property
     def num_harmonics(self) -> int:
-        """The fundamental and those above it."""
+        """Number of harmonics, the fundamental included."""
         return self.nb_harmonics + 1
 
     @property
     def pitch_reach(self) -> int:
-        """Mel frames on either side of a frame that its pitch depends on."""
+        """Receptive field of the pitch on either side, in mel frames."""
         return PitchPredictor.num_layers
 
     @property
     def reach(self) -> int:
-        """Mel frames (and their source) on either side of a frame that its wave depends on: 14 as published.
+        """Receptive field of the wav on either side, in mel frames: 14 as published.
 
-        Summed from the last convolution backwards. At each level the way can leave through the source's branch or go on
-        to the coarser level; the longer way counts.
+        It is summed from the last convolution backwards. At each level the longer path counts, through the source's
+        branch or the coarser level.
         """
         finest = math.prod(self.upsample_rates)  # steps in one mel frame
         transform = Fraction(self.istft_params.n_fft, self.hop_length)
@@ -128,7 +128,7 @@ def _block_reach(kernel: int, dilations: tuple[int, ...]) -> int:
 
 
 class NormedConv1d(nn.Conv1d):
-    """Convolution stored as direction `weight_v` and length `weight_g`, one length per output channel."""
+    """Convolution with weight normalization: `weight_v` and `weight_g` per output channel."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel_size: int, dilation: int = 1) -> None:
         super().__init__(channels_in, channels_out, kernel_size, dilation=dilation)
@@ -140,7 +140,7 @@ class NormedConv1d(nn.Conv1d):
 
 
 class NormedConvTranspose1d(nn.ConvTranspose1d):
-    """Transposed convolution stored as `weight_v` and `weight_g`, one length per input channel (dimension 0)."""
+    """Transposed convolution with weight normalization: `weight_v` and `weight_g` per input channel."""
 
     def __init__(self, channels_in: int, channels_out: int, kernel_size: int, stride: int) -> None:
         super().__init__(channels_in, channels_out, kernel_size, stride)
@@ -159,14 +159,14 @@ def _split_weight(module: nn.Conv1d | nn.ConvTranspose1d) -> None:
 
 
 def joined_weight(module: nn.Module) -> Tensor:
-    """g v / |v|, or the weight that `fuse` left."""
+    """Returns g v / |v|, or the fused weight."""
     if "weight" in module._parameters:
         return module.weight  # type: ignore[return-value]
     return torch._weight_norm(module.weight_v, module.weight_g, 0)  # type: ignore[arg-type]
 
 
 class Snake(nn.Module):
-    """x + sin(a x)^2 / a with one a per channel."""
+    """The activation x + sin(a x)^2 / a with one a per channel."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -178,7 +178,7 @@ class Snake(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """For each dilation: x + conv2(snake(conv1(snake(x)))), (B, C, T) -> (B, C, T)."""
+    """Residual block, for each dilation: x + conv2(snake(conv1(snake(x)))), (B, C, T) -> (B, C, T)."""
 
     def __init__(self, channels: int, kernel_size: int, dilations: tuple[int, ...]) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class ResBlock(nn.Module):
 
 
 class PitchPredictor(nn.Module):
-    """Mel (B, M, T) -> fundamental frequency (B, T) in Hz, from five frames on either side."""
+    """Mel (B, M, T) -> F0 (B, T) in Hz, with five frames of context on either side."""
 
     num_layers = 5
 
@@ -218,19 +218,18 @@ class PitchPredictor(nn.Module):
 
 
 class HarmonicSource(nn.Module):
-    """Harmonics and noise mixed to one channel; `m_source` of the state dict."""
+    """Mixes harmonics (B, S, K) to one channel (B, S); `m_source` of the state dict."""
 
     def __init__(self, num_harmonics: int) -> None:
         super().__init__()
         self.l_linear = nn.Linear(num_harmonics, 1)
 
     def forward(self, harmonics: Tensor) -> Tensor:
-        """(B, S, K) -> (B, S)."""
         return self.l_linear(harmonics)[:, :, 0].tanh()  # type: ignore[no-any-return]
 
 
 class HiFT(nn.Module):
-    """The network: mel -> pitch -> source -> wave, each a method."""
+    """The network: mel -> pitch -> source -> wav, one method each."""
 
     def __init__(self, config: HiFTConfig) -> None:
         super().__init__()
@@ -259,17 +258,18 @@ class HiFT(nn.Module):
         self.f0_predictor = PitchPredictor(config.f0_predictor)
 
     def pitch(self, mel: Padded) -> Tensor:
-        """mel (B, T, M) -> f0 (B, T) in Hz."""
+        """Predicts F0 (B, T) in Hz of mel (B, T, M)."""
         return self.f0_predictor(mel.values.transpose(1, 2).contiguous(), mask_of(mel.lengths, mel.values.shape[1]))  # type: ignore[no-any-return]
 
     def source(self, pitch: Tensor, cycles: Tensor, start: Tensor, noise: Tensor) -> Tensor:
-        """What the voice excites the network with.
+        """Synthesizes the excitation signal.
 
         Args:
             pitch: (B, T) Hz.
-            cycles: (B, S, K) of each harmonic up to and including each sample, whole ones taken away.
-            start: (B, K) phase in radians at the beginning.
+            cycles: (B, S, K) of each harmonic up to and including each sample, modulo 1.
+            start: (B, K) initial phase in radians.
             noise: (B, S, K) standard normal.
+
         Returns:
             (B, S) in [-1, 1].
         """
@@ -281,7 +281,7 @@ class HiFT(nn.Module):
         return self.m_source(sine * voiced + level * noise)  # type: ignore[no-any-return]
 
     def wave(self, mel: Padded, source: Tensor) -> Tensor:
-        """mel (B, T, M) and its source (B, S) -> wav (B, S)."""
+        """Synthesizes wav (B, S) from mel (B, T, M) and its source (B, S)."""
         config, time = self.config, mel.values.shape[1]
         mask = mask_of(mel.lengths, time)
 
@@ -312,7 +312,7 @@ class HiFT(nn.Module):
         return wav.clamp(-config.audio_limit, config.audio_limit)
 
     def fuse(self) -> HiFT:
-        """Multiplies lengths and directions of the weights once instead of at every call; for inference only."""
+        """Fuses the weight normalization, for inference only."""
         for module in self.modules():
             if isinstance(module, NormedConv1d | NormedConvTranspose1d) and "weight" not in module._parameters:
                 module.weight = nn.Parameter(joined_weight(module).detach())
@@ -323,8 +323,8 @@ class HiFT(nn.Module):
         return torch.hann_window(self.config.istft_params.n_fft, dtype=like.dtype, device=like.device)
 
     def _spectrum(self, wav: Padded) -> Tensor:
-        """Centred STFT, mirrored at both ends of each row: (B, S) -> real and imaginary parts (B, n_fft + 2, frames),
-        zeros behind a row's last frame."""
+        """Computes the centered STFT, reflected at both ends of each row: (B, S) -> real and imaginary parts (B, n_fft
+        + 2, frames)."""
         n_fft, hop = self.config.istft_params.n_fft, self.config.istft_params.hop_len
         size, edge = wav.values.shape[1], n_fft // 2
         end = wav.lengths[:, None] - 1
@@ -336,7 +336,7 @@ class HiFT(nn.Module):
         return hide(parts, mask_of(wav.lengths // hop + 1, parts.shape[2]))
 
     def _inverse(self, spectrum: Padded) -> Tensor:
-        """Overlap-add of centred frames, each row ending with its own: (B, frames, n_fft / 2 + 1) -> (B, S)."""
+        """Overlap-adds centered frames per row: (B, frames, n_fft / 2 + 1) -> (B, S)."""
         n_fft, hop = self.config.istft_params.n_fft, self.config.istft_params.hop_len
         window = self._window(spectrum.values.real)
         real = spectrum.mask[:, :, None]
@@ -347,15 +347,17 @@ class HiFT(nn.Module):
 
 
 def _overlap_add(frames: Tensor, hop: int) -> Tensor:
-    """(B, N, n_fft) -> (B, (N - 1) hop + n_fft)."""
+    """Overlap-adds (B, N, n_fft) to (B, (N - 1) hop + n_fft)."""
     size = (frames.shape[1] - 1) * hop + frames.shape[2]
     columns = frames.transpose(1, 2)  # (B, n_fft, N)
     return functional.fold(columns, (1, size), (1, frames.shape[2]), stride=(1, hop))[:, 0, 0]
 
 
 def released_cycles(pitch: Tensor, hop_length: int, num_harmonics: int, sample_rate: int) -> Tensor:
-    """Cycles as the released code counts them, (B, T) Hz -> (B, S, K) float32: the running sum is rounded to float32
-    before whole cycles are taken away, so phases grow coarse along a block."""
+    """Returns cycles as in the released code: (B, T) Hz -> (B, S, K) float32.
+
+    The running sum is rounded to float32 before the modulo, so phases lose precision along a block.
+    """
     spread = pitch.repeat_interleave(hop_length, 1)
     step = spread[:, :, None] * torch.arange(1, num_harmonics + 1, device=pitch.device) / sample_rate
     return step.double().cumsum(1).to(pitch.dtype) % 1
@@ -364,14 +366,14 @@ def released_cycles(pitch: Tensor, hop_length: int, num_harmonics: int, sample_r
 def exact_cycles(
     pitch: Tensor, before: Tensor, hop_length: int, num_harmonics: int, sample_rate: int
 ) -> tuple[Tensor, Tensor]:
-    """Cycles without loss, whatever came before.
+    """Returns cycles in full precision, continuing from earlier frames.
 
     Args:
         pitch: (B, T) Hz.
-        before: (B,) float64, cycles of the fundamental before the first sample, whole ones taken away.
+        before: (B,) float64, cycles of the fundamental before the first sample, modulo 1.
+
     Returns:
-        (B, S, K) cycles of each harmonic, whole ones taken away, and (B, T) float64 those of the fundamental after
-        each frame.
+        (B, S, K) cycles of each harmonic modulo 1, and (B, T) float64 those of the fundamental after each frame.
     """
     step = pitch.double() / sample_rate  # per sample
     after = before[:, None] + (step * hop_length).cumsum(1)

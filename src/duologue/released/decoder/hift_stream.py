@@ -1,8 +1,8 @@
-"""HiFT as a streaming stage: frames come in pieces, the wave is that of the whole.
+"""HiFT as a streaming stage, equal to the offline pass for any chunking.
 
-HiFT looks both ways, but not far: 5 frames for the pitch and 14 for the wave. A step recomputes what lies within that
-reach of the new frames and holds back as many at the end, so that nothing depends on how the frames came. The phase of
-the voice is carried on in float64, noise is a function of seed and absolute sample: there is no seam.
+The receptive field is 5 frames for the pitch and 14 for the wav on either side. A step recomputes this context and
+holds back as many frames at the end. The phase continues in float64, and noise is a function of seed and absolute
+sample.
 
 Shapes: B batch, T mel frames, S samples (256 T), M mels, K harmonics.
 """
@@ -25,13 +25,15 @@ _NOISE_SEED, _PHASE_SEED = 0x1F123BB5, 0x5851F42D
 
 @dataclass
 class HiFTState:
-    """Attributes:
-    mel: (B, T, M) frames whose pitch is not final, and the context before them; `num_pitched` (B,) counts the context.
-    voiced: (B, T, M) frames whose wave is not final, and the context before them; `num_spoken` (B,) counts the context.
-    source: (B, S) of the frames of `voiced`.
-    cycles: (B,) float64, of the fundamental so far, whole ones taken away.
-    position: (B,) int64, frames whose source was made.
-    seed: (B,) int64 of noise and starting phases.
+    """Streaming state of the vocoder.
+
+    Attributes:
+        mel: (B, T, M) frames without final pitch, after `num_pitched` (B,) frames of context.
+        voiced: (B, T, M) frames without final wav, after `num_spoken` (B,) frames of context.
+        source: (B, S) source of the frames of `voiced`.
+        cycles: (B,) float64 cycles of the fundamental so far, modulo 1.
+        position: (B,) int64 frames with a source.
+        seed: (B,) int64 seed of noise and initial phases.
     """
 
     mel: Padded
@@ -45,7 +47,7 @@ class HiFTState:
 
 
 class HiFTVocoder(nn.Module):
-    """mel (B, T, M) natural log -> wav (B, 256 T) at 22.05 kHz, a streaming stage that holds back 19 frames."""
+    """Natural-log mel (B, T, M) -> wav (B, 256 T) at 22.05 kHz, a streaming stage that holds back 19 frames."""
 
     def __init__(self, network: HiFT) -> None:
         super().__init__()
@@ -53,11 +55,11 @@ class HiFTVocoder(nn.Module):
 
     @property
     def lookahead_frames(self) -> int:
-        """Frames that a step holds back."""
+        """Frames held back by a step."""
         return self.network.config.pitch_reach + self.network.config.reach
 
     def init_state(self, batch_size: int, seed: int = 0) -> HiFTState:
-        """A fresh state; rows can be given seeds of their own through `state.seed`."""
+        """Returns a fresh state; `state.seed` holds one seed per row."""
         like = self.network.m_source.l_linear.weight
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=like.device)
         empty = Padded(like.new_zeros(batch_size, 0, self.network.config.in_channels), zeros)
@@ -73,11 +75,11 @@ class HiFTVocoder(nn.Module):
         )
 
     def step(self, x: Padded, state: HiFTState) -> Padded:
-        """mel (B, T, M) -> the samples that have become final (B, S)."""
+        """Decodes mel (B, T, M) and returns final samples (B, S)."""
         return self._run(x, state, torch.zeros_like(state.position, dtype=torch.bool))
 
     def flush(self, state: HiFTState, rows: Tensor | None = None) -> Padded:
-        """End of speech: the samples held back. Rows keep their seeds."""
+        """Ends the utterance and returns the samples held back. Rows keep their seeds."""
         rows = torch.ones_like(state.position, dtype=torch.bool) if rows is None else rows
         nothing = Padded(state.mel.values[:, :0], torch.zeros_like(state.position))
         wav = self._run(nothing, state, rows)
@@ -87,7 +89,7 @@ class HiFTVocoder(nn.Module):
         return wav
 
     def forward(self, x: Padded, state: HiFTState | None = None) -> Padded:
-        """mel (B, T, M) -> wav (B, 256 T); what a stream gives, at once."""
+        """Decodes mel (B, T, M) to wav (B, 256 T) in one pass, equal to a stream."""
         state = self.init_state(len(x.lengths)) if state is None else state
         wav = self._run(x, state, torch.ones_like(state.position, dtype=torch.bool))
         reset_rows(state, self.init_state(len(x.lengths)), torch.ones_like(state.position, dtype=torch.bool))
@@ -110,7 +112,7 @@ class HiFTVocoder(nn.Module):
         return wav
 
     def _make_source(self, x: Padded, state: HiFTState, ending: Tensor) -> tuple[Padded, Padded]:
-        """The frames whose pitch has become final (B, T, M), and their source (B, 256 T)."""
+        """Returns the frames whose pitch became final (B, T, M), and their source (B, 256 T)."""
         config = self.network.config
         mel = Padded.concat([state.mel, x])
         first, count, drop = _window(mel.lengths, state.num_pitched, config.pitch_reach, ending)
@@ -131,21 +133,23 @@ class HiFTVocoder(nn.Module):
         return new, Padded(source, count * config.hop_length)
 
     def _start(self, seed: Tensor) -> Tensor:
-        """Phases (B, K) at which the harmonics begin: anywhere, the fundamental at 0."""
+        """Returns random initial phases (B, K) of the harmonics; that of the fundamental is 0."""
         normal = noise_at(seed ^ _PHASE_SEED, torch.zeros_like(seed)[:, None], self.network.config.num_harmonics)[:, 0]
         phase = (2 * torch.special.ndtr(normal) - 1) * math.pi
         return torch.cat([torch.zeros_like(phase[:, :1]), phase[:, 1:]], 1)
 
 
 def _window(lengths: Tensor, num_done: Tensor, reach: int, ending: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a buffer that begins with `num_done` frames of context: the first frame to give out, how many have become
-    final, and how many may be dropped at the left afterwards. All (B,)."""
+    """Returns the first output frame, the number of final frames and the number to drop afterwards, all (B,).
+
+    The buffer begins with `num_done` frames of context.
+    """
     count = (lengths - num_done - torch.where(ending, 0, reach)).clamp(min=0)
     return num_done, count, (num_done + count - reach).clamp(min=0)
 
 
 def _cut(values: Tensor, first: Tensor, count: Tensor) -> Padded:
-    """Rows `values[b, first[b] : first[b] + count[b]]`, left-aligned."""
+    """Returns rows `values[b, first[b] : first[b] + count[b]]`, left-aligned."""
     index = first[:, None] + torch.arange(int(count.max()), device=first.device)
     return Padded(take(values, index.clamp(max=max(values.shape[1] - 1, 0))), count)
 
@@ -153,13 +157,14 @@ def _cut(values: Tensor, first: Tensor, count: Tensor) -> Padded:
 def speak_as_released(
     network: HiFT, mel: Tensor, start: Tensor, noise: Tensor, cached_source: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One call of the released vocoder, for parity (docs/checkpoints.md 3.6): phases begin anew, with float32 sums.
+    """Runs one call of the released vocoder, for parity (docs/checkpoints.md 3.6), with fresh phases and float32 sums.
 
     Args:
         mel: (1, T, M).
-        start: (1, K) phases in radians; that of the fundamental is taken as 0.
+        start: (1, K) phases in radians; that of the fundamental counts as 0.
         noise: (1, S, K) standard normal.
         cached_source: (1, N) replaces the first samples of the source, N = 0 for none.
+
     Returns:
         wav (1, S) and source (1, S).
     """

@@ -1,6 +1,6 @@
-"""Length regulation as released: encoded tokens at 12.5/s -> the flow's condition at 86.13 frames/s.
+"""The released length regulation: encoded tokens at 12.5/s -> the flow's condition at 86.13 frames/s.
 
-Modules carry the names of the released state dict, `length_regulator.*` of flow.pt (docs/checkpoints.md 3.2 step 6).
+Modules have the names of the released state dict, `length_regulator.*` of flow.pt (docs/checkpoints.md 3.2 step 6).
 
 Shapes: B batch, T frames, N tokens, C channels.
 """
@@ -17,7 +17,7 @@ from duologue.layers import Padded, take
 
 @dataclass(frozen=True)
 class RegulatorConfig:
-    """`flow.length_regulator` of config.yaml: one convolution for each of the ratios, all 1."""
+    """The `flow.length_regulator` of config.yaml: one convolution per ratio; all ratios are 1."""
 
     channels: int = 80
     sampling_ratios: tuple[int, ...] = field(default=(1, 1, 1, 1))
@@ -32,10 +32,7 @@ class RegulatorConfig:
 
 
 class RaggedGroupNorm(nn.GroupNorm):
-    """GroupNorm over the real frames of each row: (B, C, T), mask (B, 1, T) bool or None for all -> (B, C, T).
-
-    Its statistics run over time, so a row beside a longer one would change with the padding if that were counted.
-    """
+    """GroupNorm over the valid frames of each row: (B, C, T), mask (B, 1, T) bool or None -> (B, C, T)."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is None:
@@ -47,29 +44,29 @@ class RaggedGroupNorm(nn.GroupNorm):
         real = mask[:, None]
         count = mask.sum((1, 2)).clamp(min=1)[:, None, None, None] * grouped.shape[2]
         mean = (grouped * real).sum((2, 3), keepdim=True) / count
-        centred = (grouped - mean) * real
-        variance = centred.square().sum((2, 3), keepdim=True) / count
-        normed = (centred * (variance + self.eps).rsqrt()).flatten(1, 2).to(x.dtype)
+        centered = (grouped - mean) * real
+        variance = centered.square().sum((2, 3), keepdim=True) / count
+        normed = (centered * (variance + self.eps).rsqrt()).flatten(1, 2).to(x.dtype)
         scaled: Tensor = normed * self.weight[:, None] + self.bias[:, None]
         return scaled
 
 
 def hide(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Zeros behind each row's end, as a convolution over that row alone would find there."""
+    """Zeroes the padding of each row."""
     return x if mask is None else x * mask
 
 
 def mask_of(lengths: Tensor, size: int) -> Tensor | None:
-    """(B, 1, T) bool, true on real frames; None where all rows are full."""
+    """Returns (B, 1, T) bool, true on valid frames; None if all rows are full."""
     if bool((lengths == size).all()):
         return None
     return (torch.arange(size, device=lengths.device) < lengths[:, None])[:, None]
 
 
 def nearest_token(num_tokens: Tensor, num_frames: Tensor) -> Tensor:
-    """The token that each frame is taken from, as torch's nearest interpolation with a size: (B,), (B,) -> (B, T).
+    """Returns the token of each frame as torch's nearest interpolation: (B,), (B,) -> (B, T).
 
-    floor(i * (n / F)) in float32, whose rounding decides at frames where the quotient is whole.
+    It is floor(i * (n / F)) in float32, whose rounding matters where the quotient is whole.
     """
     frame = torch.arange(int(num_frames.max()), device=num_frames.device, dtype=torch.float32)
     scale = num_tokens.float() / num_frames.clamp(min=1).float()
@@ -79,7 +76,7 @@ def nearest_token(num_tokens: Tensor, num_frames: Tensor) -> Tensor:
 class LengthRegulator(nn.Module):
     """Nearest interpolation to the number of frames, then convolutions with GroupNorm and Mish.
 
-    The normalisation runs over all frames: the condition of old frames changes when tokens are appended.
+    GroupNorm spans all frames, so the condition of old frames changes when tokens are appended.
     """
 
     def __init__(self, config: RegulatorConfig, num_mels: int) -> None:
@@ -87,15 +84,11 @@ class LengthRegulator(nn.Module):
         channels = config.channels
         layers: list[nn.Module] = []
         for _ in config.sampling_ratios:
-            layers += [
-                nn.Conv1d(channels, channels, 3, padding=1),
-                RaggedGroupNorm(config.groups, channels),
-                nn.Mish(),
-            ]
+            layers += [nn.Conv1d(channels, channels, 3, padding=1), RaggedGroupNorm(config.groups, channels), nn.Mish()]
         self.model = nn.Sequential(*layers, nn.Conv1d(channels, config.out_channels or num_mels, 1))
 
     def forward(self, x: Padded, num_frames: Tensor) -> Padded:
-        """x (B, N, C) and the number of frames (B,) int64 of each row -> (B, T, C)."""
+        """Upsamples x (B, N, C) to (B, T, C) with `num_frames` (B,) int64 frames per row."""
         spread = take(x.values, nearest_token(x.lengths, num_frames)).transpose(1, 2).contiguous()  # (B, C, T)
         mask = mask_of(num_frames, spread.shape[2])
         h = hide(spread, mask)

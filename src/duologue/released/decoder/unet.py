@@ -1,15 +1,14 @@
 """The released estimator: a 1-D U-Net of residual convolutions and transformer blocks over a whole utterance.
 
-Modules carry the names of the released state dict, `decoder.estimator.*` of flow.pt (docs/checkpoints.md 3.3 and 3.4).
-Its GroupNorm and its attention run over all frames, so it has no exact incremental form. Rows of unequal lengths equal
-single runs: keys behind a row's end are hidden, statistics count real frames only.
+Modules have the names of the released state dict, `decoder.estimator.*` of flow.pt (docs/checkpoints.md 3.3 and 3.4).
+GroupNorm and attention span all frames, so there is no exact incremental form. Ragged batches equal single runs:
+padding is masked as keys and excluded from statistics.
 
 Shapes: B batch, T frames, C channels, M mels, H heads.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from duologue.decoder.transformer import sinusoids_of
+from duologue.layers import weigh
 from duologue.released.decoder.regulator import RaggedGroupNorm, hide
 
 NUM_GROUPS = 8
@@ -24,7 +25,7 @@ NUM_GROUPS = 8
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """`flow.decoder.estimator` of config.yaml; the defaults are the published sizes."""
+    """The `flow.decoder.estimator` of config.yaml; the defaults are the published sizes."""
 
     in_channels: int = 320
     out_channels: int = 80
@@ -48,14 +49,6 @@ class UNetConfig:
             raise ValueError(f"n_blocks {self.n_blocks} and num_mid_blocks {self.num_mid_blocks} must not be negative")
 
 
-def time_sinusoids(t: Tensor, width: int) -> Tensor:
-    """t (B,) in [0, 1] -> (B, width): sines, then cosines, of 1000 t."""
-    half = width // 2
-    scale = torch.exp(torch.arange(half, device=t.device) * (-math.log(10000) / (half - 1)))
-    angle = 1000 * t[:, None].float() * scale
-    return torch.cat([angle.sin(), angle.cos()], -1)
-
-
 class TimeEmbedding(nn.Module):
     def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
@@ -67,7 +60,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Convolution of 3, GroupNorm(8), Mish: (B, C_in, T) -> (B, C_out, T)."""
+    """Convolution of width 3, GroupNorm(8) and Mish: (B, C_in, T) -> (B, C_out, T)."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
@@ -81,7 +74,7 @@ class ConvBlock(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two convolution blocks, the time added between them, and a residual through a convolution of 1."""
+    """Two convolution blocks with the time added between them, and a 1x1 residual convolution."""
 
     def __init__(self, channels_in: int, channels_out: int, time_dim: int) -> None:
         super().__init__()
@@ -91,13 +84,13 @@ class ResnetBlock(nn.Module):
         self.res_conv = nn.Conv1d(channels_in, channels_out, 1)
 
     def forward(self, x: Tensor, mask: Tensor | None, time: Tensor) -> Tensor:
-        """x (B, C_in, T), time (B, time_dim) -> (B, C_out, T)."""
+        """Applies the block to x (B, C_in, T) and time (B, time_dim): (B, C_out, T)."""
         h = self.block1(x, mask) + self.mlp(time)[:, :, None]
         return self.block2(h, mask) + self.res_conv(hide(x, mask))  # type: ignore[no-any-return]
 
 
 class Attention(nn.Module):
-    """Self-attention over all real frames: q, k and v without bias, heads of their own width."""
+    """Self-attention over all valid frames; q, k and v have no bias."""
 
     def __init__(self, width: int, num_heads: int, head_dim: int) -> None:
         super().__init__()
@@ -109,18 +102,13 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(inner, width)])
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B, T, C), mask (B, 1, T) -> (B, T, C)."""
+        """Attends over x (B, T, C) with mask (B, 1, T)."""
         query, key, value = (
             project(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, head_dim)
             for project in (self.to_q, self.to_k, self.to_v)
         )
         keys = None if mask is None else mask[:, None]  # (B, 1, 1, T)
-        if torch.is_grad_enabled() and query.device.type == "cpu":  # as in `layers.attend`: the quicker gradient
-            scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
-            scores = scores if keys is None else scores.masked_fill(~keys, -torch.inf)
-            out = scores.softmax(-1) @ value
-        else:
-            out = functional.scaled_dot_product_attention(query, key, value, attn_mask=keys)
+        out = weigh(query, key, value, keys)
         return self.to_out[0](out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
@@ -133,8 +121,8 @@ class GeluProjection(nn.Module):
         return functional.gelu(self.proj(x))
 
 
-class FeedForward(nn.Module):
-    """`net.0.proj`, exact GELU, `net.2`; `net.1` is dropout in the released code."""
+class UNetFeedForward(nn.Module):
+    """Feed-forward with exact GELU; `net.1` is dropout in the released code."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -150,7 +138,7 @@ class TransformerBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attn1 = Attention(width, num_heads, head_dim)
         self.norm3 = nn.LayerNorm(width)
-        self.ff = FeedForward(width)
+        self.ff = UNetFeedForward(width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = x + self.attn1(self.norm1(x), mask)
@@ -158,7 +146,7 @@ class TransformerBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the frames, rounded up."""
+    """Halves the frame rate, rounding up."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -169,7 +157,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the frames."""
+    """Doubles the frame rate."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -180,7 +168,7 @@ class Upsample(nn.Module):
 
 
 def _level(config: UNetConfig, channels_in: int, channels_out: int, then: nn.Module | None) -> nn.ModuleList:
-    """`.0` residual block, `.1` transformer blocks, `.2` what changes the rate."""
+    """Returns `.0` residual block, `.1` transformer blocks, `.2` rate change."""
     resnet = ResnetBlock(channels_in, channels_out, 4 * config.channels[0])
     blocks = nn.ModuleList(
         TransformerBlock(channels_out, config.num_heads, config.attention_head_dim) for _ in range(config.n_blocks)
@@ -189,7 +177,7 @@ def _level(config: UNetConfig, channels_in: int, channels_out: int, then: nn.Mod
 
 
 def _run(level: nn.Module, x: Tensor, mask: Tensor | None, time: Tensor) -> Tensor:
-    """Residual and transformer blocks of a level: (B, C_in, T) -> (B, C_out, T)."""
+    """Applies residual and transformer blocks of a level: (B, C_in, T) -> (B, C_out, T)."""
     assert isinstance(level, nn.ModuleList)
     h = level[0](x, mask, time).transpose(1, 2).contiguous()  # (B, T, C)
     for block in level[1]:  # type: ignore[attr-defined]
@@ -198,7 +186,7 @@ def _run(level: nn.Module, x: Tensor, mask: Tensor | None, time: Tensor) -> Tens
 
 
 class UNet(nn.Module):
-    """Velocity of the flow at x_t, given the condition, the speaker and a prompt's mel."""
+    """Velocity estimator of the flow, given condition, speaker and prompt mel."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -231,12 +219,13 @@ class UNet(nn.Module):
             t: (B,) in [0, 1].
             mu: (B, T, M) from the length regulator.
             speaker: (B, M).
-            prompt: (B, T, M) mel that is given, zeros behind it.
-            mask: (B, 1, T) bool, true on the real frames of each row, at least one; None where all are real.
+            prompt: (B, T, M) prompt mel, zeros after it.
+            mask: (B, 1, T) bool, true on valid frames, at least one per row; None if all are valid.
+
         Returns:
-            (B, T, M), zeros behind each row's end.
+            (B, T, M), zeros as padding.
         """
-        time = self.time_mlp(time_sinusoids(t, self.config.in_channels).to(x.dtype))
+        time = self.time_mlp(sinusoids_of(t, self.config.in_channels).to(x.dtype))
         spread = speaker[:, None].expand(-1, x.shape[1], -1)
         h = torch.cat([x, mu, spread, prompt], -1).transpose(1, 2).contiguous()  # (B, 4 M, T)
         masks, skips = [mask], []

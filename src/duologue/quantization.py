@@ -1,7 +1,6 @@
-"""Weight-only quantization of a loaded model: int8 or int4 matrices, computed in the model's own dtype.
+"""Weight-only quantization: int8 or int4 matrices, computed in the model's dtype.
 
-bitsandbytes on CUDA, torchao elsewhere; neither is a core dependency. Embeddings and the output head stay as they are:
-they are looked up, or decide the id, and are a small share of a large model.
+It needs bitsandbytes on CUDA and torchao elsewhere; both are optional. Embeddings and output head are not quantized.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ INT4_GROUPS = (128, 64, 32)  # values of a row that share a scale, with torchao
 
 
 def check_available(scheme: str, device: torch.device) -> None:
-    """Raises ValueError when the scheme is unknown or the library for it is not installed."""
+    """Raises ValueError if the scheme is unknown or its library is not installed."""
     if scheme not in SCHEMES:
         raise ValueError(f"unknown quantization {scheme!r}; the choices are {', '.join(SCHEMES)}")
     for name in _libraries(scheme, device):
@@ -27,12 +26,13 @@ def check_available(scheme: str, device: torch.device) -> None:
 
 
 def quantize(module: nn.Module, scheme: Scheme) -> None:
-    """Replaces the weights of all linear layers inside a module, in place.
+    """Quantizes all linear layers of a module in place.
 
     Args:
-        module: on its device already, in floating point.
+        module: already on its device, in floating point.
+
     Raises:
-        ValueError: as `check_available`; off CUDA, int4 of rows that are no multiple of 32 values.
+        ValueError: as `check_available`; without CUDA, int4 for rows that are no multiple of 32 values.
     """
     device = next(module.parameters()).device
     check_available(scheme, device)
