@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.server import Footprint, footprint, metrics_of
-from duologue.client.connection import WIRE_RATE, Connection, Dropped, ServerEvent, decode_pcm, open_connection
+from duologue.client.connection import WIRE_RATE, Connection, ConnectionLost, ServerEvent, decode_pcm, open_connection
 from duologue.client.process import ServerProcess
 from duologue.conversation.chatbot import model_folder
 from duologue.models import Card
-from duologue.talk.files import read_pcm
+from duologue.talk.terminal import read_pcm
 from tests.tiny import write_tiny_chatbot
 
 GIVE_UP_S = 300.0  # a busy machine is not a failing test
@@ -93,13 +93,13 @@ async def client(server: ServerProcess, session: dict[str, Any] = MANUAL) -> Asy
         yield connection
 
 
-async def until_closed(connection: Connection) -> Dropped:
+async def until_closed(connection: Connection) -> ConnectionLost:
     """Reads until the server ends the conversation."""
     while True:
         try:
             await connection.receive()
-        except Dropped as dropped:
-            return dropped
+        except ConnectionLost as lost:
+            return lost
 
 
 async def say(connection: Connection, pcm: NDArray[np.int16]) -> None:

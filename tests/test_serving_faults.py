@@ -73,7 +73,7 @@ def test_a_fault_is_told_without_its_details(
     assert "tensors of unequal sizes" in caplog.text
     with server.client() as client:
         assert client.post("/v1/chat/completions", json=QUESTION).status_code == 200
-    assert server.service.admission.num_inside == 0
+    assert server.service.admission.num_active == 0
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_a_full_server_says_so(bot: Chatbot) -> None:
                 with Client(server, offered=offered, origin=server.url) as page:
                     assert page.read()["error"]["code"] == "server_full"
                     assert page.closed()[0] == 1013
-        eventually(lambda: server.service.admission.num_inside == 0)
+        eventually(lambda: server.service.admission.num_active == 0)
         with Client(server, key=KEYS[0]) as again:
             again.until("session.created")
 
@@ -229,7 +229,7 @@ def test_a_conversation_is_recorded_when_asked_for(bot: Chatbot, tmp_path: Path)
             client.until("conversation.item.done")
             assert client.ask()["status"] in ("completed", "incomplete")
             assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
-        eventually(lambda: server.service.admission.num_inside == 0)
+        eventually(lambda: server.service.admission.num_active == 0)
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith(session)
     assert {path.name for path in folder.iterdir()} == {"conversation.wav", "conversation.json", "session.json"}
@@ -365,12 +365,12 @@ def test_a_reader_that_goes_away_ends_its_answer(bot: Chatbot) -> None:
             asked = {"input": "Hello, how are you? " * 20, "response_format": "pcm"}
             with http.stream("POST", "/v1/audio/speech", json=asked) as response:
                 next(response.iter_raw())
-        eventually(lambda: server.service.admission.num_inside == 0)
+        eventually(lambda: server.service.admission.num_active == 0)
         eventually(lambda: server.service.bot.models.engine.running == 0)
         question: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
         with server.client() as http, pytest.raises(httpx.ReadTimeout):
             http.post("/v1/chat/completions", json=question, timeout=httpx.Timeout(30, read=0.001))
-        eventually(lambda: server.service.admission.num_inside == 0)
+        eventually(lambda: server.service.admission.num_active == 0)
 
 
 def test_a_reader_that_reads_nothing_is_given_up(bot: Chatbot) -> None:
@@ -381,8 +381,8 @@ def test_a_reader_that_reads_nothing_is_given_up(bot: Chatbot) -> None:
         body = json.dumps({"input": "Hello, how are you? " * 60, "response_format": "wav"}).encode()
         head = f"POST /v1/audio/speech HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        eventually(lambda: server.service.admission.num_inside == 1)
+        eventually(lambda: server.service.admission.num_active == 1)
         stalled = server.service.metrics.errors.labels("stalled")
         eventually(lambda: stalled._value.get() == 1)
-        eventually(lambda: server.service.admission.num_inside == 0)
+        eventually(lambda: server.service.admission.num_active == 0)
         eventually(lambda: server.service.bot.models.engine.running == 0)

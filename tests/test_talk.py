@@ -15,11 +15,10 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from duologue.cli import main
 from duologue.client.connection import WIRE_RATE, Connection, encode_pcm, open_connection, realtime_url
-from duologue.client.conversation import Summary, Talk, TalkSettings
-from duologue.client.pace import CHUNK, Pace, paced
-from duologue.client.playback import Playback
-from duologue.talk.files import PlaybackRecorder
-from duologue.talk.screen import Screen, bar
+from duologue.client.conversation import TalkClient, TalkSettings, TalkSummary
+from duologue.client.playback import CHUNK, Playback, Ticker, in_real_time
+from duologue.talk.screen import TerminalDisplay, bar
+from duologue.talk.terminal import PlaybackRecorder
 from tests.clock import Clock
 
 Script = Callable[["Peer"], Awaitable[object]]
@@ -90,7 +89,7 @@ async def hold(
     settings: TalkSettings,
     source: Callable[[Playback, Clock], AsyncIterator[np.ndarray]],
     silence: bool = True,
-) -> tuple[Summary, Peer, list[dict[str, Any]]]:
+) -> tuple[TalkSummary, Peer, list[dict[str, Any]]]:
     """A conversation on a clock that only runs as the source goes on."""
     clock = Clock()
     seen: list[dict[str, Any]] = []
@@ -103,7 +102,7 @@ async def hold(
             yield np.zeros(CHUNK, np.int16)
 
     async with scripted(script) as (url, peer), open_connection(url) as connection:
-        talk = Talk(connection, playback, settings, seen.append, clock)
+        talk = TalkClient(connection, playback, settings, seen.append, clock)
         summary = await talk.run(source(playback, clock), quiet() if silence else None)
     return summary, peer, seen
 
@@ -256,9 +255,9 @@ def test_a_server_that_ends_the_conversation_is_quoted() -> None:
 
 
 def test_stopping_ends_a_conversation_whose_microphone_goes_on() -> None:
-    async def talk() -> Summary:
+    async def talk() -> TalkSummary:
         async with scripted(lambda peer: peer.until("session.update")) as (url, _), open_connection(url) as connection:
-            talking = Talk(connection, Playback(WIRE_RATE), TalkSettings(), lambda event: None)
+            talking = TalkClient(connection, Playback(WIRE_RATE), TalkSettings(), lambda event: None)
 
             async def source() -> AsyncIterator[np.ndarray]:
                 yield np.ones(CHUNK, np.int16)
@@ -306,8 +305,8 @@ def test_files_are_paced_and_what_was_played_is_written(tmp_path: Path) -> None:
         clock = Clock()
         playback = Playback(WIRE_RATE, ahead_ms=0, clock=clock)
         recorder = PlaybackRecorder(playback)
-        recording = asyncio.create_task(recorder.run(Pace(clock, clock.sleep)))
-        heard = [pcm async for pcm in paced(SOUND[:1000], Pace(clock, clock.sleep))]
+        recording = asyncio.create_task(recorder.run(Ticker(clock, clock.sleep)))
+        heard = [pcm async for pcm in in_real_time(SOUND[:1000], Ticker(clock, clock.sleep))]
         assert recorder.num_samples == 0
         playback.add("a", SOUND[:1000])
         playback.end("a")
@@ -334,9 +333,9 @@ def test_ticks_do_not_drift() -> None:
         clock.now += seconds + 0.005  # each sleep takes longer than asked for
 
     async def tick() -> None:
-        pace = Pace(clock, late)
+        ticker = Ticker(clock, late)
         for _ in range(4):
-            await pace.tick()
+            await ticker.tick()
 
     asyncio.run(tick())
     assert slept == [0.02, 0.015, 0.015, 0.015]
@@ -364,7 +363,7 @@ def test_bad_input_is_one_sentence(
 
 
 def test_the_screen_prints_lines_in_a_pipe_and_no_control_sequences(capsys: pytest.CaptureFixture[str]) -> None:
-    with Screen("pocket", lambda: 0.0, lambda: 0.0) as screen:
+    with TerminalDisplay("pocket", lambda: 0.0, lambda: 0.0) as screen:
         said = "conversation.item.input_audio_transcription.completed"
         screen.observe({"type": said, "item_id": "u", "transcript": " what\x1b[31m is it? "})
         for delta in ("it is ", "three"):

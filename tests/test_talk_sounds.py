@@ -11,8 +11,7 @@ import pytest
 
 from duologue.cli import main
 from duologue.client.connection import WIRE_RATE
-from duologue.client.pace import CHUNK
-from duologue.client.playback import Playback
+from duologue.client.playback import CHUNK, Playback
 from duologue.talk.sounds import Loudspeaker, Microphone, devices
 from tests.clock import Clock
 

@@ -1,4 +1,4 @@
-"""`duologue evaluate`: a chatbot on a held-out test set."""
+"""`duologue evaluate`: evaluates a chatbot on a held-out test set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import Parser, add_command, positive, say_if_untrained
+from duologue.cli.parser import Parser, add_command, positive, warn_if_untrained
 from duologue.machine import version_of
 
 if TYPE_CHECKING:
@@ -20,27 +20,24 @@ TEST_DATA = "runs/pocket/corpus/test"
 
 
 def add(commands: Any) -> None:
-    """Adds `evaluate` and its suites."""
-    text = "judge a chatbot on a held-out test set"
+    text = "evaluate a chatbot on a held-out test set"
     evaluate: Parser = commands.add_parser("evaluate", help=text, description=text[0].upper() + text[1:] + ".")
     suites = evaluate.add_subparsers(title="suites", metavar="SUITE", required=True, parser_class=Parser)
 
-    pocket = _add(suites, "pocket", _pocket, "the whole chain and its parts")
+    pocket = _add(suites, "pocket", _pocket, "the whole chatbot and its parts")
     pocket.add_argument(
         "--recognizer", type=Path, help="the tokenizer's recognition head (default: recognizer/ in the model)"
     )
-    pocket.add_argument("--limit", type=positive, metavar="N", help="only N dialogues, for a quick look")
+    pocket.add_argument("--limit", type=positive, metavar="N", help="evaluate only N dialogues")
 
 
-def _add(suites: Any, name: str, judge: Callable[[argparse.Namespace, TestSet], Report], text: str) -> Parser:
+def _add(suites: Any, name: str, evaluate: Callable[[argparse.Namespace, TestSet], Report], text: str) -> Parser:
     suite = add_command(suites, name, _evaluate, text, model=True)
-    suite.set_defaults(suite=name, judge=judge)
+    suite.set_defaults(suite=name, evaluate=evaluate)
     suite.add_argument(
         "--data", type=Path, default=Path(TEST_DATA), help=f"folder of the test set (default: {TEST_DATA})"
     )
-    suite.add_argument(
-        "-o", "--output", type=Path, metavar="FOLDER", help="write the results there, as JSON and picture"
-    )
+    suite.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="folder for the results, as JSON and plots")
     return suite
 
 
@@ -48,7 +45,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from duologue.evaluation.report import format_table
     from duologue.evaluation.testset import load_test_set
 
-    report = args.judge(args, load_test_set(args.data))
+    report = args.evaluate(args, load_test_set(args.data))
     written = report.save(args.output, args.suite) if args.output is not None else []
     if args.json:
         print(json.dumps(report.to_json()))
@@ -70,14 +67,13 @@ def _pocket(args: argparse.Namespace, test_set: TestSet) -> Report:
     if args.recognizer is not None or head.is_dir():
         recognizer = read_recognizer(head).to(args.device)
     bot = load(folder, args.device)
-    say_if_untrained(bot.models.card)
+    warn_if_untrained(bot.models.card)
     model = _about(folder, bot.models.card, ("tokenizer", "vocabulary", "language", "decoder"))
     settings = {"num_dialogues": len(test_set.dialogues), "version": version_of("duologue")}
     return evaluate_pocket(bot, test_set, recognizer, model=model, settings=settings)
 
 
 def _about(folder: Path, card: Card, parts: tuple[str, ...]) -> dict[str, Any]:
-    """What a report says of a model."""
     from duologue.checkpoint import file_hash
 
     return {"name": card.name, "trained": card.trained, "hashes": {part: file_hash(folder / part) for part in parts}}
