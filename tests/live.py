@@ -1,4 +1,4 @@
-"""A real server with the tiny model in a process of its own, its clients, and the search for what it forgot to free."""
+"""A server process with the tiny model, its clients, and a leak check."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def question() -> NDArray[np.int16]:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a client got for a question."""
+    """One answer as its client received it."""
 
     ids: tuple[tuple[str, int], ...]
     audio: NDArray[np.int16]
@@ -123,8 +123,7 @@ async def ask_alone(server: ServerProcess, max_tokens: int = REPLY_TOKENS) -> An
 
 
 class Bystander:
-    """Somebody who asks the same question in one conversation after the other and must always get the same answer,
-    whatever others do to the server meanwhile."""
+    """A client that repeats one question in new conversations, and must always get the same answer."""
 
     def __init__(self, server: ServerProcess) -> None:
         self._server, self._stop = server, threading.Event()
@@ -157,7 +156,7 @@ class Bystander:
 
 
 def settled(server: ServerProcess, before: Footprint | None = None) -> Footprint:
-    """The footprint once nobody is there and nothing is held that was not held before; fails when that never comes."""
+    """Returns the footprint once no session is open and it does not exceed `before`; fails at the deadline."""
     deadline = time.monotonic() + GIVE_UP_S
     while True:
         found = footprint(server.url, server.pid)

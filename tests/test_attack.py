@@ -1,5 +1,5 @@
-"""Nonsense, lies and excess over the real-time protocol: the server answers with an error or a close that has a reason,
-never dies, and others never notice."""
+"""Malformed, false and excessive input over the real-time protocol. The server must answer with an error or a close
+reason, and other clients must be unaffected."""
 
 import asyncio
 import base64
@@ -109,10 +109,10 @@ async def fate(socket: ClientConnection, frames: list[str | bytes]) -> list[dict
     for event in seen:
         assert isinstance(event["event_id"], str)
         if event["type"] == "error":
-            told = event["error"]
-            assert told["message"].strip(), told
-            assert told["type"] == "invalid_request_error", told  # never the server's own fault
-            assert len(told["message"]) < 2000, "an attacker's value comes back whole"
+            error = event["error"]
+            assert error["message"].strip(), error
+            assert error["type"] == "invalid_request_error", error  # never the server's own fault
+            assert len(error["message"]) < 2000, "an attacker's value comes back whole"
     return seen
 
 

@@ -1,4 +1,4 @@
-"""The account of a loudspeaker: what was heard, where it ran dry, what a cut leaves."""
+"""The client's playback queue: playback position, underruns, cuts."""
 
 import threading
 
@@ -49,7 +49,7 @@ def test_running_dry_in_the_middle_is_a_gap_and_at_the_end_it_is_not() -> None:
     playback.add("a", sound(0, 10))
     assert playback.take(15).tolist() == [*range(1, 11), 0, 0, 0, 0, 0]
     playback.take(20)
-    assert playback.num_gaps == 0  # nobody knows yet
+    assert playback.num_gaps == 0  # only later audio makes it a gap
     playback.add("a", sound(10, 5))
     assert (playback.num_gaps, playback.gap_ms) == (1, 25.0)
     playback.take(30)

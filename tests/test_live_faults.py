@@ -1,4 +1,4 @@
-"""Clients that vanish, stall or interrupt, and a server that is told to stop: nothing leaks, nobody else notices."""
+"""Clients that vanish, stall or interrupt, and a server that stops: nothing leaks and other clients are unaffected."""
 
 import asyncio
 import os
@@ -113,7 +113,7 @@ def test_a_client_that_goes_leaves_nothing_behind(
 
 
 def test_two_barge_ins_in_a_row(live_server: ServerProcess) -> None:
-    """The second one comes before the first one's question is answered; the last question gets its whole answer."""
+    """The second barge-in precedes the answer to the first question; the last question gets its complete answer."""
     before = settled(live_server)
 
     async def talk() -> None:

@@ -1,4 +1,4 @@
-"""Sound of the real-time server: wire formats, speed, what has been played, and whose turn it is."""
+"""Audio of the real-time server: wire formats, speed, playback clock, turn detection."""
 
 import base64
 import itertools
@@ -74,14 +74,14 @@ def test_every_g711_code_survives(wire: Format) -> None:
 
 
 @pytest.mark.parametrize(("audio", "said"), [("%%%", "not base64"), ("AAA", "not base64"), ("AAAA", "whole 16-bit")])
-def test_what_is_no_sound_is_refused(audio: str, said: str) -> None:
+def test_invalid_audio_is_refused(audio: str, said: str) -> None:
     with pytest.raises(ProtocolError, match=said) as raised:
         unpack(audio, PCM)
     assert raised.value.param == "audio"
 
 
 @pytest.mark.parametrize("wire", [PCM, MU_LAW, A_LAW])
-def test_sound_comes_in_at_16_khz_whatever_its_chunks(wire: Format) -> None:
+def test_wire_decoder_output_does_not_depend_on_chunks(wire: Format) -> None:
     data = pack(tone(300.0, 1.0, wire.rate), wire)
     chunks = [data[start : start + 600] for start in range(0, len(data), 600)]
     whole, parts = WireDecoder(wire), WireDecoder(wire)
@@ -95,7 +95,7 @@ def test_sound_comes_in_at_16_khz_whatever_its_chunks(wire: Format) -> None:
 
 @pytest.mark.parametrize("wire", [PCM, MU_LAW, A_LAW])
 @pytest.mark.parametrize("speed", [1.0, 0.5, 1.25])
-def test_sound_goes_out_in_the_right_length(wire: Format, speed: float) -> None:
+def test_wire_encoder_output_length(wire: Format, speed: float) -> None:
     wav, outgoing = tone(220.0, 2.0, 22_050), WireEncoder(wire, speed)
     steps = [outgoing.step(wav[start : start + 30_000]) for start in range(0, len(wav), 30_000)]
     pieces = [*itertools.chain(*steps), *outgoing.step(wav[:0], last=True)]
@@ -144,7 +144,7 @@ def test_speed_is_the_same_in_any_chunks(cuts: list[int], speed: float) -> None:
 # Playback.
 
 
-def test_what_was_sent_is_played_one_after_the_other() -> None:
+def test_playback_clock_plays_in_order() -> None:
     playback = PlaybackClock()
     assert playback.played_s(5.0) == 0.0
     playback.sent(0.8, 10.0)
@@ -156,7 +156,7 @@ def test_what_was_sent_is_played_one_after_the_other() -> None:
     assert playback.underruns == 0
 
 
-def test_a_gap_is_not_sound() -> None:
+def test_gaps_do_not_count_as_played() -> None:
     playback = PlaybackClock()
     playback.sent(0.1, 0.0)
     playback.sent(0.1, 5.0)
@@ -164,7 +164,7 @@ def test_a_gap_is_not_sound() -> None:
     assert playback.underruns == 1
 
 
-def test_a_listener_who_stopped_hears_no_more() -> None:
+def test_a_stopped_playback_clock() -> None:
     playback = PlaybackClock()
     playback.sent(1.0, 0.0)
     playback.stop(playback.played_s(0.3))
@@ -218,14 +218,14 @@ def test_a_turn_without_end_is_ended() -> None:
 
 def test_silence_after_a_reply_times_out_once() -> None:
     machine = detector(idle_ms=1000)
-    assert run(machine, [0.1] * 100) == []  # nobody waits for the user yet
+    assert run(machine, [0.1] * 100) == []  # the idle timer does not run yet
     machine.start_idle_timer()
     start = machine.sample
     found = run(machine, [0.1] * 200)
     assert [detection for _, detection in found] == [IdleTimedOut(start, start + 32 * WINDOW)]
 
 
-def test_neither_speech_nor_a_reply_under_way_is_idle() -> None:
+def test_speech_and_replies_are_not_idle() -> None:
     machine = detector(idle_ms=1000)
     machine.start_idle_timer()
     found = run(machine, [0.1] * 20 + [0.9] * 60 + [0.1] * 60)

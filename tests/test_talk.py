@@ -1,4 +1,4 @@
-"""`duologue talk` against a scripted server: what it sends, when it stops, what it says about it."""
+"""`duologue talk` against a scripted server: events sent, end of the conversation, summary."""
 
 import asyncio
 import base64
@@ -26,7 +26,7 @@ SOUND = (np.arange(WIRE_RATE) % 1000 + 1).astype(np.int16)  # one second, never 
 
 
 class Peer:
-    """The server's side of a scripted conversation."""
+    """The server side of a scripted conversation."""
 
     def __init__(self, socket: ServerConnection) -> None:
         self.socket = socket
@@ -112,7 +112,7 @@ async def a_second(playback: Playback, clock: Clock) -> AsyncIterator[np.ndarray
         yield np.ones(CHUNK, np.int16)
 
 
-def test_a_turn_is_heard_answered_and_summed_up() -> None:
+def test_summary_of_one_exchange() -> None:
     async def script(peer: Peer) -> None:
         await peer.until("input_audio_buffer.append")
         await peer.hear_turn()
@@ -135,7 +135,7 @@ def test_a_turn_is_heard_answered_and_summed_up() -> None:
     assert seen[-1]["type"] == "response.done"
 
 
-def test_speaking_into_the_answer_stops_it_and_tells_what_was_heard() -> None:
+def test_barge_in_stops_playback_and_truncates() -> None:
     interrupting = asyncio.Event()
 
     async def script(peer: Peer) -> None:
@@ -278,13 +278,13 @@ def test_stopping_ends_a_conversation_whose_microphone_goes_on() -> None:
         ("ws://h:1/v1/realtime?model=other", "ws://h:1/v1/realtime?model=other"),
     ],
 )
-def test_addresses(server: str, url: str) -> None:
+def test_realtime_url(server: str, url: str) -> None:
     assert realtime_url(server, "pocket") == url
 
 
 @pytest.mark.parametrize("server", ["", "ftp://h", "http://"])
-def test_what_is_no_address_is_refused(server: str) -> None:
-    with pytest.raises(ValueError, match="is no address of a server"):
+def test_invalid_urls_are_refused(server: str) -> None:
+    with pytest.raises(ValueError, match="is not a server URL"):
         realtime_url(server, "pocket")
 
 
@@ -300,7 +300,7 @@ def test_a_refusal_is_quoted(body: str) -> None:
         asyncio.run(connect())
 
 
-def test_files_are_paced_and_what_was_played_is_written(tmp_path: Path) -> None:
+def test_audio_files_in_real_time(tmp_path: Path) -> None:
     async def play() -> tuple[float, list[np.ndarray]]:
         clock = Clock()
         playback = Playback(WIRE_RATE, ahead_ms=0, clock=clock)
@@ -341,7 +341,7 @@ def test_ticks_do_not_drift() -> None:
     assert slept == [0.02, 0.015, 0.015, 0.015]
 
 
-def test_nothing_is_written_when_nothing_was_played(tmp_path: Path) -> None:
+def test_no_file_without_playback(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing was played"):
         PlaybackRecorder(Playback(WIRE_RATE)).save(tmp_path / "b.wav")
 
@@ -352,7 +352,7 @@ def test_nothing_is_written_when_nothing_was_played(tmp_path: Path) -> None:
         (["--manual"], "--manual ends the turn with the file of --input"),
         (["--input", "missing.wav", "--output", "b.wav"], "missing.wav: there is no such file"),
         (["--input", "a.wav", "--output", "b.txt"], "b.txt cannot be written"),
-        (["--silence", "0"], "'0' is no whole number from 1 on"),
+        (["--silence", "0"], "'0' is not a positive whole number"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -395,5 +395,5 @@ def test_a_connection_says_when_the_server_sends_no_events() -> None:
             assert isinstance(connection, Connection)
             await connection.receive()
 
-    with pytest.raises(RuntimeError, match="sent something else than an event"):
+    with pytest.raises(RuntimeError, match="sent a message that is not an event"):
         asyncio.run(talk())

@@ -116,7 +116,7 @@ def _read_tokens(source: str) -> tuple[list[int], str | None]:
     try:
         data = json.loads(sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{source}: the file does not exist") from None
+        raise ValueError(f"{source}: there is no such file") from None
     except IsADirectoryError:
         raise ValueError(f"{source} is a folder; give one file with tokens") from None
     except UnicodeDecodeError:

@@ -64,7 +64,9 @@ class RequestGuard:
                 self._admission.check_address(headers.get("host"), headers.get("origin"))
             if scope["path"].startswith("/v1/") or scope["path"] == "/metrics":
                 self._admission.check_key(headers.get("authorization"))  # before a body is read
-            self._check_length(headers.get("content-length"))
+            length = headers.get("content-length", "")
+            if length.isdecimal() and int(length) > self._settings.max_upload_bytes:
+                raise AdmissionError(413, "too_large", self._too_large)
         except AdmissionError as error:
             self._metrics.errors.labels(error.code).inc()
             await error_response(error.message, error.status, error.code)(scope, receive, counted)
@@ -72,10 +74,6 @@ class RequestGuard:
         # No error is sent to a client that is gone; its work has been cancelled.
         with suppress(ClientDisconnect):
             await self._app(scope, self._bounded(receive), counted)
-
-    def _check_length(self, length: str | None) -> None:
-        if length is not None and length.isdecimal() and int(length) > self._settings.max_upload_bytes:
-            raise AdmissionError(413, "too_large", self._too_large)
 
     def _bounded(self, receive: Receive) -> Receive:
         """Limits a body that did not declare its length."""

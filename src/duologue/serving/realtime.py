@@ -24,7 +24,7 @@ from duologue.serving.objects import Audio, AudioOutput, ProtocolError, SessionC
 from duologue.serving.protocol import Error, new_id
 from duologue.serving.realtime_session import RealtimeSession
 from duologue.serving.recording import SessionRecorder
-from duologue.serving.send_queue import CloseReason, SendQueue, SessionEnded
+from duologue.serving.send_queue import SendQueue, SessionEnded
 from duologue.serving.service import Service
 from duologue.serving.settings import Settings
 
@@ -156,7 +156,7 @@ async def _run_session(
     queue = SendQueue(socket, settings.outbound_events, settings.stall_s, metrics)
     session: RealtimeSession | None = None
     # The default reason: the tasks were cancelled from outside.
-    ending = CloseReason(1012, "the server ended the connection", "draining")
+    ending = SessionEnded(1012, "the server ended the connection", "draining")
     try:
         async with asyncio.TaskGroup() as tasks:
             session = RealtimeSession(service.bot, settings, metrics, client, queue, tasks, conversation)
@@ -166,11 +166,11 @@ async def _run_session(
             await session.begin()
             await _receive_messages(socket, session, settings)
     except* SessionEnded as group:
-        ending = next(error.ending for error in _flatten(group) if isinstance(error, SessionEnded))
+        ending = next(error for error in _flatten(group) if isinstance(error, SessionEnded))
         # Breaks the reference cycle between the group and its frame, so that audio is freed at once.
         traceback.clear_frames(group.__traceback__)
     except* Exception:
-        ending = CloseReason(1011, "the server failed; see its log", "error")
+        ending = SessionEnded(1011, "the server failed; see its log", "error")
         log.exception("a conversation failed")
     finally:
         if session is not None:

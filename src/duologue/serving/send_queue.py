@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from starlette.websockets import WebSocketDisconnect
 
@@ -14,25 +14,17 @@ from duologue.serving.protocol import ServerEvent
 STALLED_CODE = 1008
 
 
-class CloseReason(NamedTuple):
-    """The reason for the end of a session.
+class SessionEnded(Exception):
+    """The end of a session.
 
     Attributes:
         code, reason: for the WebSocket's close frame.
         label: for the metrics.
     """
 
-    code: int
-    reason: str
-    label: str
-
-
-class SessionEnded(Exception):
-    """Ends a session; carries its CloseReason."""
-
     def __init__(self, code: int, reason: str, label: str) -> None:
         super().__init__(reason)
-        self.ending = CloseReason(code, reason, label)
+        self.code, self.reason, self.label = code, reason, label
 
 
 class Socket(Protocol):

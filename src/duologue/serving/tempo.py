@@ -34,7 +34,7 @@ class Tempo:
         self._num_returned = 0
 
     def step(self, wav: NDArray[np.float32], last: bool = False) -> NDArray[np.float32]:
-        """Takes wav (S,) float32; returns the output that is ready. `last` flushes to a total of input / speed samples."""
+        """Takes wav (S,) float32; returns the output that is ready. `last` flushes to input / speed samples."""
         if self._speed == 1.0:
             return wav
         self._input = np.concatenate([self._input, wav])
