@@ -57,8 +57,10 @@ def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def _arguments(**given: Any) -> argparse.Namespace:
-    names = ("sessions", "sessions_per_key", "idle_s", "session_s", "resume_s", "drain_s", "stall_s", "record", "keys")
-    return argparse.Namespace(**{"host": "127.0.0.1", "port": 0, "origin": [], **dict.fromkeys(names), **given})
+    names = ("max_sessions", "max_sessions_per_key", "idle_s", "session_s", "resume_s", "drain_s", "stall_s")
+    return argparse.Namespace(
+        **{"host": "127.0.0.1", "port": 0, "origin": [], **dict.fromkeys((*names, "record_folder", "keys")), **given}
+    )
 
 
 def test_keys_come_from_a_file_and_the_environment(
@@ -82,7 +84,7 @@ def test_keys_come_from_a_file_and_the_environment(
 
 
 def test_only_given_arguments_change_settings() -> None:
-    given = _given(_arguments(sessions=3, drain_s=1.5, record=Path("records")))
+    given = _given(_arguments(max_sessions=3, drain_s=1.5, record_folder=Path("records")))
     wanted = {"max_sessions": 3, "drain_s": 1.5, "record_folder": Path("records")}
     assert given == {"host": "127.0.0.1", "port": 0, "api_keys": (), "allowed_origins": (), **wanted}
 

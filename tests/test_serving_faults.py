@@ -1,4 +1,4 @@
-"""Failing or busy models: clients get an error in OpenAI's format, the log holds the cause, and the server continues."""
+"""Failing or busy models: clients get an error in OpenAI's format, the log holds the cause, the server continues."""
 
 from __future__ import annotations
 

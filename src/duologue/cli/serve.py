@@ -28,9 +28,19 @@ def add(commands: Any) -> None:
     serve.add_argument(
         "--origin", action="append", default=[], metavar="URL", help="origin of another server's page that may connect"
     )
-    serve.add_argument("--record", type=Path, metavar="FOLDER", help="record audio and text of every conversation")
-    serve.add_argument("--sessions", type=positive, metavar="N", help="maximum concurrent conversations")
-    serve.add_argument("--sessions-per-key", type=positive, metavar="N", help="maximum per API key")
+    serve.add_argument(
+        "--record",
+        dest="record_folder",
+        type=Path,
+        metavar="FOLDER",
+        help="record audio and text of every conversation",
+    )
+    serve.add_argument(
+        "--sessions", dest="max_sessions", type=positive, metavar="N", help="maximum concurrent conversations"
+    )
+    serve.add_argument(
+        "--sessions-per-key", dest="max_sessions_per_key", type=positive, metavar="N", help="maximum per API key"
+    )
     serve.add_argument("--idle-s", type=_seconds, metavar="S", help="close idle conversations after S seconds")
     serve.add_argument("--session-s", type=_seconds, metavar="S", help="maximum duration of a conversation")
     serve.add_argument("--resume-s", type=_seconds, metavar="S", help="keep dropped conversations for S seconds")
@@ -86,17 +96,9 @@ def _stop_when_stdin_ends() -> None:
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the command line and environment as fields of Settings."""
-    names = {
-        "sessions": "max_sessions",
-        "sessions_per_key": "max_sessions_per_key",
-        "idle_s": "idle_s",
-        "session_s": "session_s",
-        "resume_s": "resume_s",
-        "stall_s": "stall_s",
-        "drain_s": "drain_s",
-        "record": "record_folder",
-    }
-    given = {field: getattr(args, name) for name, field in names.items() if getattr(args, name) is not None}
+    limits = ("max_sessions", "max_sessions_per_key", "idle_s", "session_s", "resume_s", "stall_s", "drain_s")
+    names = (*limits, "record_folder")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     keys = _keys(args.keys)
     return {"host": args.host, "port": args.port, "api_keys": keys, "allowed_origins": tuple(args.origin), **given}
 

@@ -108,8 +108,8 @@ async def open_connection(server: str, model: str = "pocket", key: str = "") -> 
         )
     except InvalidStatus as error:
         body = error.response.body or b""
-        said = _error_sentence(body.decode("utf-8", "replace")) or error.response.reason_phrase
-        raise ValueError(f"{url} refused the conversation: {error.response.status_code} {said}") from None
+        reason = _error_sentence(body.decode("utf-8", "replace")) or error.response.reason_phrase
+        raise ValueError(f"{url} refused the conversation: {error.response.status_code} {reason}") from None
     except ConnectionClosed as error:
         raise ValueError(str(_connection_lost(url, error))) from None
     except TimeoutError:

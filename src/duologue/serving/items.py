@@ -99,8 +99,8 @@ class Item:
         heard = heard_part(self.full_turn, num_samples, vocabulary, finished=self.body.status == "completed")
         self.turn = heard.turn if heard.turn.ids else None
         text_ids = [token for token in self.full_turn.ids if vocabulary.kind(token) is Kind.TEXT]
-        said = heard.text(vocabulary.decode_text(text_ids).lstrip())
-        content = [part.model_copy(update={"transcript": said}) for part in self.body.content]
+        transcript = heard.text(vocabulary.decode_text(text_ids).lstrip())
+        content = [part.model_copy(update={"transcript": transcript}) for part in self.body.content]
         self.body = self.body.model_copy(update={"content": content})
         return self.heard_ms
 
@@ -151,11 +151,6 @@ class Items:
             f"item_{action}_invalid_item_id",
             param,
         )
-
-    def before(self, item: Item) -> str | None:
-        """Returns the id of the item before this one."""
-        index = self.order.index(item)
-        return self.order[index - 1].id if index else None
 
     def check_new(self, item_id: str | None, after: str | None = None) -> int:
         """Returns the position for a new item of this id. Raises ProtocolError as `add`."""

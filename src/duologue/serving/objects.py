@@ -63,7 +63,7 @@ class OmitUnset(Strict):
     """Serialized without unset fields, because some clients reject unknown keys even when null."""
 
     @model_serializer(mode="wrap")
-    def _given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_none(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: value for name, value in plain(self).items() if value is not None}
 
 
@@ -235,8 +235,8 @@ class Content(OmitUnset):
     transcript: str | None = None
 
     @model_serializer(mode="wrap")
-    def _given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        given = super()._given(plain)
+    def _without_none(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        given = super()._without_none(plain)
         # @openai/agents for Node requires a null transcript for user audio.
         return {**given, "transcript": self.transcript} if self.type == "input_audio" else given
 
