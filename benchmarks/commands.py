@@ -20,7 +20,7 @@ from duologue.cli.parser import (
     add_device,
     add_precision,
     positive,
-    say_if_untrained,
+    warn_if_untrained,
 )
 from duologue.config import write_json
 
@@ -214,7 +214,7 @@ def _load(args: argparse.Namespace) -> Chatbot:
     from duologue.conversation.chatbot import load
 
     bot = load(args.model, args.device, args.dtype, args.quantize, decoder_dtype=args.decoder_dtype)
-    say_if_untrained(bot.models.card)
+    warn_if_untrained(bot.models.card)
     return bot
 
 

@@ -29,9 +29,8 @@ from benchmarks.harness import AIMS, Spread
 from benchmarks.speech import questions
 from duologue.audio import resample
 from duologue.client.connection import WIRE_RATE, Connection, open_connection
-from duologue.client.conversation import Talk, TalkSettings
-from duologue.client.pace import Pace, paced, silence
-from duologue.client.playback import Playback
+from duologue.client.conversation import TalkClient, TalkSettings
+from duologue.client.playback import Playback, Ticker, in_real_time, silence
 from duologue.evaluation.report import Row
 from duologue.pcm import to_int16
 from duologue.rates import LISTEN_SAMPLE_RATE
@@ -259,7 +258,7 @@ class _Client:
         playback = Playback(WIRE_RATE)
         try:
             async with open_connection(url, key=key) as connection:
-                talk = Talk(connection, playback, settings, lambda event: None)
+                talk = TalkClient(connection, playback, settings, lambda event: None)
                 summary = await talk.run(self._speak(talk, playback))
         except ValueError as refused:
             self.errors.append(str(refused))
@@ -274,18 +273,18 @@ class _Client:
                     self.turns.append(Turn(self._index, at - each.turn_end, at - asked, each.status))
                     break
 
-    async def _speak(self, talk: Talk, playback: Playback) -> AsyncIterator[NDArray[np.int16]]:
+    async def _speak(self, talk: TalkClient, playback: Playback) -> AsyncIterator[NDArray[np.int16]]:
         """Sound in real time: a question, silence until the answer has been played, the next one."""
-        pace = Pace()
-        async for pcm in _for(silence(pace), self._delay_s):
+        ticker = Ticker()
+        async for pcm in _for(silence(ticker), self._delay_s):
             yield pcm
         for number in range(self._num_turns):
             question = self._said[(self._index + number) % len(self._said)]
-            async for pcm in paced(question, pace):
+            async for pcm in in_real_time(question, ticker):
                 playback.take(len(pcm))
                 yield pcm
             self._asked.append(time.monotonic())
-            async for pcm in _until(silence(pace), talk):
+            async for pcm in _until(silence(ticker), talk):
                 playback.take(len(pcm))
                 yield pcm
 
@@ -298,7 +297,7 @@ async def _for(source: AsyncIterator[NDArray[np.int16]], seconds: float) -> Asyn
         yield pcm
 
 
-async def _until(source: AsyncIterator[NDArray[np.int16]], talk: Talk) -> AsyncIterator[NDArray[np.int16]]:
+async def _until(source: AsyncIterator[NDArray[np.int16]], talk: TalkClient) -> AsyncIterator[NDArray[np.int16]]:
     """Until the answer is over, but at least for `PAUSE_S` and at most for `ANSWER_TIMEOUT_S`."""
     spent = 0.0
     async for pcm in source:

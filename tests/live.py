@@ -1,4 +1,4 @@
-"""A real server with the tiny model in a process of its own, its clients, and the search for what it forgot to free."""
+"""A server process with the tiny model, its clients, and a leak check."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.server import Footprint, footprint, metrics_of
-from duologue.client.connection import WIRE_RATE, Connection, Dropped, ServerEvent, decode_pcm, open_connection
+from duologue.client.connection import WIRE_RATE, Connection, ConnectionLost, ServerEvent, decode_pcm, open_connection
 from duologue.client.process import ServerProcess
 from duologue.conversation.chatbot import model_folder
 from duologue.models import Card
-from duologue.talk.files import read_pcm
+from duologue.talk.terminal import read_pcm
 from tests.tiny import write_tiny_chatbot
 
 GIVE_UP_S = 300.0  # a busy machine is not a failing test
@@ -45,7 +45,7 @@ def question() -> NDArray[np.int16]:
 
 @dataclass(frozen=True, eq=False)
 class Answer:
-    """What a client got for a question."""
+    """One answer as its client received it."""
 
     ids: tuple[tuple[str, int], ...]
     audio: NDArray[np.int16]
@@ -93,13 +93,13 @@ async def client(server: ServerProcess, session: dict[str, Any] = MANUAL) -> Asy
         yield connection
 
 
-async def until_closed(connection: Connection) -> Dropped:
+async def until_closed(connection: Connection) -> ConnectionLost:
     """Reads until the server ends the conversation."""
     while True:
         try:
             await connection.receive()
-        except Dropped as dropped:
-            return dropped
+        except ConnectionLost as lost:
+            return lost
 
 
 async def say(connection: Connection, pcm: NDArray[np.int16]) -> None:
@@ -123,8 +123,7 @@ async def ask_alone(server: ServerProcess, max_tokens: int = REPLY_TOKENS) -> An
 
 
 class Bystander:
-    """Somebody who asks the same question in one conversation after the other and must always get the same answer,
-    whatever others do to the server meanwhile."""
+    """A client that repeats one question in new conversations, and must always get the same answer."""
 
     def __init__(self, server: ServerProcess) -> None:
         self._server, self._stop = server, threading.Event()
@@ -157,7 +156,7 @@ class Bystander:
 
 
 def settled(server: ServerProcess, before: Footprint | None = None) -> Footprint:
-    """The footprint once nobody is there and nothing is held that was not held before; fails when that never comes."""
+    """Returns the footprint once no session is open and it does not exceed `before`; fails at the deadline."""
     deadline = time.monotonic() + GIVE_UP_S
     while True:
         found = footprint(server.url, server.pid)

@@ -1,4 +1,4 @@
-"""A real server on a free port with the tiny model, whose language model is a script, and a plain client."""
+"""A real server with the tiny model and a scripted engine, and a plain client."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ Event = dict[str, Any]
 
 
 class ScriptedEngine:
-    """Says always the same, and stops in the middle for as long as it is held.
+    """An engine that always generates the same reply, and pauses on request.
 
     Attributes:
-        hold_after: ids after which a reply waits for `release`; None does not wait.
-        prompts: of all replies so far.
-        num_prefilled: ids of any prompt that it claims to have cached.
+        hold_after: number of ids after which a reply waits for `release`; None does not wait.
+        prompts: the prompts of all replies.
+        num_prefilled: number of prompt ids reported as cached.
     """
 
     def __init__(self, vocabulary: Vocabulary, max_positions: int = 512) -> None:

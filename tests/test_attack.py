@@ -1,5 +1,5 @@
-"""Nonsense, lies and excess over the real-time protocol: the server answers with an error or a close that has a reason,
-never dies, and others never notice."""
+"""Malformed, false and excessive input over the real-time protocol. The server must answer with an error or a close
+reason, and other clients must be unaffected."""
 
 import asyncio
 import base64
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
-from duologue.client.connection import WIRE_RATE, Dropped, encode_pcm, open_connection
+from duologue.client.connection import WIRE_RATE, ConnectionLost, encode_pcm, open_connection
 from duologue.client.process import ServerProcess
 from duologue.serving.protocol import CLIENT_EVENTS
 from tests.live import GIVE_UP_S, Bystander, ask_alone, client, question, settled, until_closed
@@ -109,10 +109,10 @@ async def fate(socket: ClientConnection, frames: list[str | bytes]) -> list[dict
     for event in seen:
         assert isinstance(event["event_id"], str)
         if event["type"] == "error":
-            told = event["error"]
-            assert told["message"].strip(), told
-            assert told["type"] == "invalid_request_error", told  # never the server's own fault
-            assert len(told["message"]) < 2000, "an attacker's value comes back whole"
+            error = event["error"]
+            assert error["message"].strip(), error
+            assert error["type"] == "invalid_request_error", error  # never the server's own fault
+            assert len(error["message"]) < 2000, "an attacker's value comes back whole"
     return seen
 
 
@@ -197,7 +197,7 @@ def test_each_refusal_is_an_error_event(frame: str | bytes, code: str | None, wa
 def test_a_message_that_is_too_large_closes_with_a_reason(num_bytes: int, watched: ServerProcess) -> None:
     async def attack() -> None:
         async with open_connection(watched.url) as connection, asyncio.timeout(GIVE_UP_S):
-            with contextlib.suppress(Dropped):
+            with contextlib.suppress(ConnectionLost):
                 await connection.send({"type": "input_audio_buffer.append", "audio": "A" * num_bytes})
             assert re.search(r"\(1009\): \w", str(await until_closed(connection)))
 

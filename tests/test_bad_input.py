@@ -229,7 +229,10 @@ def test_five_minutes_of_speech(tmp_path: Path, tiny_folder: Path, capsys: Captu
         (("chat",), "no question"),
         (("chat", "--text", "", "--model", "TINY"), "nothing was said"),
         (("chat", "--text", "Hello", "-o", "answer.txt", "--model", "TINY"), ".wav"),
-        (("chat", "--text", "Hello", "-o", "no/such/folder/a.wav", "--model", "TINY"), "no folder no/such/folder"),
+        (
+            ("chat", "--text", "Hello", "-o", "no/such/folder/a.wav", "--model", "TINY"),
+            "the folder no/such/folder does not exist",
+        ),
         (("chat", "--text", "Hello", "--voice", "bass", "--model", "TINY"), "'bass'"),
         (("chat", "--text", "Hello", "--temperature", "-1", "--model", "TINY"), "temperature must be 0 or more"),
         (("chat", "--text", "Hello", "--temperature", "hot", "--model", "TINY"), "'hot'"),

@@ -90,7 +90,7 @@ def test_bench_sessions_as_a_table(tiny_folder: Path, tmp_path: Path, capsys: Ca
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (("sessions", "--sessions", "0"), "'0' is no whole number"),
+        (("sessions", "--sessions", "0"), "'0' is not a positive whole number"),
         (("decoder", "--seconds", "-1"), "'-1' is no number of seconds"),
         (("decoder", "--seconds", "nan"), "no number of seconds"),
         (("tokenizer", "--seconds", "1"), "at least four blocks"),

@@ -72,5 +72,5 @@ def test_a_server_without_answers_is_told() -> None:
 
 
 def test_a_server_that_does_not_start_says_why() -> None:
-    with pytest.raises(ValueError, match="the server did not start: argument --port: 'x' is no port"):
+    with pytest.raises(ValueError, match="the server did not start: argument --port: 'x' is not a port"):
         start_server("pocket", ("--port", "x")).__enter__()

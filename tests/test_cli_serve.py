@@ -1,4 +1,4 @@
-"""`duologue serve`: what is wrong is said in one sentence before a model is loaded; keys are never shown."""
+"""`duologue serve`: invalid arguments fail with one sentence before a model is loaded; keys are never printed."""
 
 from __future__ import annotations
 
@@ -24,21 +24,23 @@ def _no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "sentence"),
     [
         (["--host", "0.0.0.0"], "needs API keys: give --keys FILE or set DUOLOGUE_API_KEYS"),
-        (["--port", "70000"], "'70000' is no port: 0 to 65535"),
-        (["--keys", "nowhere.txt"], "nowhere.txt: there is no such file of API keys"),
+        (["--port", "70000"], "'70000' is not a port from 0 to 65535"),
+        (["--keys", "nowhere.txt"], "nowhere.txt does not exist"),
         (["--origin", "example.org"], "an allowed origin looks like https://talk.example.org"),
         (["--idle-s", "0"], "idle_s must be above 0"),
-        (["--idle-s", "long"], "'long' is no number of seconds"),
-        (["--sessions", "0"], "'0' is no whole number from 1 on"),
+        (["--idle-s", "long"], "'long' is not a number of seconds"),
+        (["--sessions", "0"], "'0' is not a positive whole number"),
         (["--host", "no.such.host.invalid", "--port", "0"], "needs API keys"),
     ],
 )
-def test_what_is_wrong_is_said_at_once(arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_fail_before_loading(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["serve", *arguments]) == 2
-    told = capsys.readouterr()
-    assert told.out == ""
-    assert sentence in told.err
-    assert told.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert sentence in output.err
+    assert output.err.count("\n") == 1
 
 
 def test_recordings_need_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,16 +49,18 @@ def test_recordings_need_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert f"{tmp_path / 'file'}: File exists" in capsys.readouterr().err
 
 
-def test_a_port_in_use_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main(["serve", "--port", str(port)]) == 2
-    assert f"cannot listen on 127.0.0.1 port {port}: another program listens there" in capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1 port {port}: another program uses this port" in capsys.readouterr().err
 
 
 def _arguments(**given: Any) -> argparse.Namespace:
-    names = ("sessions", "sessions_per_key", "idle_s", "session_s", "resume_s", "drain_s", "stall_s", "record", "keys")
-    return argparse.Namespace(**{"host": "127.0.0.1", "port": 0, "origin": [], **dict.fromkeys(names), **given})
+    names = ("max_sessions", "max_sessions_per_key", "idle_s", "session_s", "resume_s", "drain_s", "stall_s")
+    return argparse.Namespace(
+        **{"host": "127.0.0.1", "port": 0, "origin": [], **dict.fromkeys((*names, "record_folder", "keys")), **given}
+    )
 
 
 def test_keys_come_from_a_file_and_the_environment(
@@ -67,9 +71,9 @@ def test_keys_come_from_a_file_and_the_environment(
     file.chmod(0o644)
     monkeypatch.setenv(KEYS_VARIABLE, f"{KEY}-3, {KEY}-1")
     assert _given(_arguments(keys=file))["api_keys"] == (f"{KEY}-3", f"{KEY}-1", f"{KEY}-2")
-    told = capsys.readouterr().err
-    assert f"chmod 600 {file}" in told
-    assert KEY not in told
+    output = capsys.readouterr().err
+    assert f"chmod 600 {file}" in output
+    assert KEY not in output
     file.chmod(0o600)
     _given(_arguments(keys=file))
     assert capsys.readouterr().err == ""
@@ -79,8 +83,8 @@ def test_keys_come_from_a_file_and_the_environment(
         _given(_arguments(keys=file))
 
 
-def test_only_what_was_said_is_changed() -> None:
-    given = _given(_arguments(sessions=3, drain_s=1.5, record=Path("records")))
+def test_only_given_arguments_change_settings() -> None:
+    given = _given(_arguments(max_sessions=3, drain_s=1.5, record_folder=Path("records")))
     wanted = {"max_sessions": 3, "drain_s": 1.5, "record_folder": Path("records")}
     assert given == {"host": "127.0.0.1", "port": 0, "api_keys": (), "allowed_origins": (), **wanted}
 
@@ -90,6 +94,6 @@ def test_a_short_key_is_refused_and_not_shown(
 ) -> None:
     monkeypatch.setenv(KEYS_VARIABLE, "tooshort")
     assert main(["serve"]) == 2
-    told = capsys.readouterr().err
-    assert "at least 16 characters" in told
-    assert "tooshort" not in told
+    output = capsys.readouterr().err
+    assert "at least 16 characters" in output
+    assert "tooshort" not in output

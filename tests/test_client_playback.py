@@ -1,4 +1,4 @@
-"""The account of a loudspeaker: what was heard, where it ran dry, what a cut leaves."""
+"""The client's playback queue: playback position, underruns, cuts."""
 
 import threading
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duologue.client.playback import Cut, Playback
+from duologue.client.playback import Playback, PlaybackCut
 from tests.clock import Clock
 
 RATE = 1000  # one sample is one millisecond
@@ -49,7 +49,7 @@ def test_running_dry_in_the_middle_is_a_gap_and_at_the_end_it_is_not() -> None:
     playback.add("a", sound(0, 10))
     assert playback.take(15).tolist() == [*range(1, 11), 0, 0, 0, 0, 0]
     playback.take(20)
-    assert playback.num_gaps == 0  # nobody knows yet
+    assert playback.num_gaps == 0  # only later audio makes it a gap
     playback.add("a", sound(10, 5))
     assert (playback.num_gaps, playback.gap_ms) == (1, 25.0)
     playback.take(30)
@@ -67,7 +67,7 @@ def test_a_cut_says_what_was_heard_and_not_what_was_given_to_the_device() -> Non
     playback.take(100, delay_s=0.13)  # until 230 ms from here
     clock.now += 0.1  # 130 ms in the device still, 70 were heard
     assert playback.active
-    assert playback.cut() == [Cut("a", 70)]
+    assert playback.cut() == [PlaybackCut("a", 70)]
     assert not playback.active
     playback.add("a", sound(0, 10))  # on the way when the cut came
     assert not playback.take(10).any()
@@ -82,7 +82,7 @@ def test_an_item_in_the_device_counts_as_unheard_though_nothing_of_it_waits() ->
     playback.end("b")
     playback.take(200)
     clock.now += 0.04
-    assert playback.cut() == [Cut("a", 40), Cut("b", 0)]
+    assert playback.cut() == [PlaybackCut("a", 40), PlaybackCut("b", 0)]
 
 
 def test_nothing_is_cut_when_everything_was_heard() -> None:
@@ -125,7 +125,7 @@ def test_whatever_the_chunks_every_sample_is_played_once_and_a_cut_is_exact(
     heard = min(len(played), total)
     assert played[:heard] == sound(0, heard).tolist()
     assert not any(played[heard:])
-    assert playback.cut() == [Cut("a", heard)]
+    assert playback.cut() == [PlaybackCut("a", heard)]
 
 
 def test_two_threads_lose_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Clients that vanish, stall or interrupt, and a server that is told to stop: nothing leaks, nobody else notices."""
+"""Clients that vanish, stall or interrupt, and a server that stops: nothing leaks and other clients are unaffected."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks.server import metrics_of
-from duologue.client.connection import WIRE_RATE, Connection, Dropped, encode_pcm, open_connection
+from duologue.client.connection import WIRE_RATE, Connection, ConnectionLost, encode_pcm, open_connection
 from duologue.client.process import ServerProcess, start_server
 from tests.live import (
     GIVE_UP_S,
@@ -113,7 +113,7 @@ def test_a_client_that_goes_leaves_nothing_behind(
 
 
 def test_two_barge_ins_in_a_row(live_server: ServerProcess) -> None:
-    """The second one comes before the first one's question is answered; the last question gets its whole answer."""
+    """The second barge-in precedes the answer to the first question; the last question gets its complete answer."""
     before = settled(live_server)
 
     async def talk() -> None:
@@ -195,8 +195,8 @@ def test_cancelling_nothing_is_an_error_and_no_more(live_server: ServerProcess) 
 def test_a_reader_that_stalls_is_dropped(live_server: ServerProcess) -> None:
     """It asks for its own sound again and again and reads none of it: the server gives it up, with a count."""
     before = settled(live_server)
-    dropped = 'duologue_sessions_closed_total{reason="stalled"}'
-    count = metrics_of(live_server.url).get(dropped, 0)
+    stalled = 'duologue_sessions_closed_total{reason="stalled"}'
+    count = metrics_of(live_server.url).get(stalled, 0)
 
     async def stall() -> None:
         async with client(live_server) as connection, asyncio.timeout(GIVE_UP_S):
@@ -207,7 +207,7 @@ def test_a_reader_that_stalls_is_dropped(live_server: ServerProcess) -> None:
             connection.socket.transport.pause_reading()
             for _ in range(20):  # 22 MB
                 await connection.send({"type": "conversation.item.retrieve", "item_id": "mine"})
-            while metrics_of(live_server.url).get(dropped, 0) == count:
+            while metrics_of(live_server.url).get(stalled, 0) == count:
                 await asyncio.sleep(0.05)
             connection.socket.transport.abort()
 
@@ -255,7 +255,7 @@ def test_sigterm_in_the_middle_of_an_answer(own_server: ServerProcess) -> None:
             await connection.send({"type": "response.create", "response": {"max_output_tokens": 400}})
             events = await connection.receive_until("duologue.tokens")
             own_server.process.send_signal(signal.SIGTERM)
-            with pytest.raises(Dropped, match=r"\(1012\): the server is stopping"):
+            with pytest.raises(ConnectionLost, match=r"\(1012\): the server is stopping"):
                 await idle.receive()
             with pytest.raises(ValueError, match="stopping|no real-time server"):
                 await open_connection(own_server.url).__aenter__()

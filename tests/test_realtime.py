@@ -1,4 +1,4 @@
-"""Conversations with the real server over a WebSocket: the order of events, turns, interruption."""
+"""Conversations over a WebSocket: order of events, turns, interruption."""
 
 import gc
 import itertools
@@ -48,7 +48,7 @@ WRITTEN = [name.replace("audio_transcript", "text") for name in [*BEGIN, DELTAS[
 # A whole exchange.
 
 
-def test_a_spoken_question_is_answered_aloud_in_the_right_order(server: LiveServer, talk: Talk) -> None:
+def test_order_of_events(server: LiveServer, talk: Talk) -> None:
     talk.append(question())
     events = talk.until("response.done")
     assert types(events) == [
@@ -99,7 +99,7 @@ def test_usage_counts_the_ids(server: LiveServer, talk: Talk, monkeypatch: pytes
     assert usage["total_tokens"] == len(prompt) + len(said)
 
 
-def test_a_written_question_is_answered_in_writing(server: LiveServer, talk: Talk) -> None:
+def test_text_question_and_text_answer(server: LiveServer, talk: Talk) -> None:
     talk.write("What is seven plus five?")
     talk.send("response.create", response={"output_modalities": ["text"]})
     events = talk.until("response.done")
@@ -108,7 +108,7 @@ def test_a_written_question_is_answered_in_writing(server: LiveServer, talk: Tal
     assert events[3]["part"]["type"] == "text"
 
 
-def test_the_next_prompt_goes_on_from_the_last(server: LiveServer, talk: Talk) -> None:
+def test_the_next_prompt_extends_the_last(server: LiveServer, talk: Talk) -> None:
     talk.write("Hello.")
     talk.send("response.create")
     talk.until("response.done")
@@ -135,7 +135,7 @@ def test_manual_turns(server: LiveServer, talk: Talk) -> None:
     assert heard == rates.tokens_for_samples(len(question()) * 2 // 3)
 
 
-def test_what_is_too_short_or_cleared_cannot_be_committed(talk: Talk) -> None:
+def test_commit_needs_audio(talk: Talk) -> None:
     talk.update_input(turn_detection=None)
     empty = talk.ask("input_audio_buffer.commit", "error", event_id="mine")["error"]
     assert (empty["code"], empty["event_id"]) == ("input_audio_buffer_commit_empty", "mine")
@@ -144,12 +144,12 @@ def test_what_is_too_short_or_cleared_cannot_be_committed(talk: Talk) -> None:
     talk.ask("input_audio_buffer.commit", "error")
 
 
-def test_a_client_may_commit_what_the_detector_does_not_take_for_speech(server: LiveServer, talk: Talk) -> None:
+def test_a_client_may_commit_undetected_audio(server: LiveServer, talk: Talk) -> None:
     talk.append(silence(0.5))
     talk.ask("input_audio_buffer.commit", "input_audio_buffer.committed")
 
 
-def test_without_create_response_nobody_answers(talk: Talk) -> None:
+def test_without_create_response_there_is_no_answer(talk: Talk) -> None:
     talk.update_input(turn_detection={"type": "server_vad", "create_response": False})
     talk.append(question())
     talk.until("conversation.item.done")
@@ -197,7 +197,7 @@ def test_silence_after_a_reply_times_out(talk: Talk) -> None:
 
 
 @pytest.mark.parametrize("kind", ["audio/pcmu", "audio/pcma"])
-def test_telephone_sound(talk: Talk, kind: str) -> None:
+def test_g711_audio(talk: Talk, kind: str) -> None:
     talk.update(audio={"input": {"format": {"type": kind}}, "output": {"format": {"type": kind}}})
     wire = Pcmu(type="audio/pcmu") if kind == "audio/pcmu" else Pcma(type="audio/pcma")
     talk.append(pack(resample((question() / 32768).astype(np.float32), 24_000, 8000), wire))
@@ -220,14 +220,14 @@ def test_transcripts_of_the_user(talk: Talk) -> None:
     talk.append(question())
     talk.send("input_audio_buffer.commit")
     item_id = talk.until("conversation.item.done")[-1]["item"]["id"]
-    told = talk.until("conversation.item.input_audio_transcription.completed")[-1]
-    assert told["item_id"] == item_id
-    assert told["usage"] == {"type": "duration", "seconds": pytest.approx(len(question()) / 24_000, abs=0.01)}
+    event = talk.until("conversation.item.input_audio_transcription.completed")[-1]
+    assert event["item_id"] == item_id
+    assert event["usage"] == {"type": "duration", "seconds": pytest.approx(len(question()) / 24_000, abs=0.01)}
     item = talk.ask("conversation.item.retrieve", "conversation.item.retrieved", item_id=item_id)["item"]
-    assert item["content"][0]["transcript"] == told["transcript"]
+    assert item["content"][0]["transcript"] == event["transcript"]
 
 
-def test_own_events_come_when_asked_for(talk: Talk) -> None:
+def test_duologue_events_on_request(talk: Talk) -> None:
     talk.update(include=["duologue.tokens", "duologue.timings"])
     talk.write("Hello.")
     talk.send("response.create")
@@ -244,7 +244,7 @@ def test_own_events_come_when_asked_for(talk: Talk) -> None:
 # Interruption.
 
 
-def test_speech_into_a_reply_ends_it_and_cuts_the_history(server: LiveServer, talk: Talk) -> None:
+def test_barge_in_ends_the_reply_and_truncates_the_history(server: LiveServer, talk: Talk) -> None:
     server.engine.hold(35)
     talk.write("Hello.")
     talk.send("response.create")
@@ -271,7 +271,7 @@ def test_speech_into_a_reply_ends_it_and_cuts_the_history(server: LiveServer, ta
     assert item.turn is None or item.turn.interrupted
 
 
-def test_a_reply_that_is_still_heard_is_cut_though_it_is_done(server: LiveServer, talk: Talk) -> None:
+def test_barge_in_truncates_a_finished_reply_that_still_plays(server: LiveServer, talk: Talk) -> None:
     talk.write("Hello.")
     talk.send("response.create")
     item_id = talk.until("response.done")[-1]["response"]["output"][0]["id"]
@@ -336,14 +336,14 @@ def test_two_barge_ins_in_a_row(server: LiveServer, talk: Talk) -> None:
     assert talk.until("response.done")[-1]["response"]["status"] == "completed"
 
 
-def test_a_client_knows_better_what_was_heard(server: LiveServer, talk: Talk) -> None:
+def test_the_clients_truncation_overrides_the_servers(server: LiveServer, talk: Talk) -> None:
     talk.write("Hello.")
     talk.send("response.create")
     item_id = talk.until("response.done")[-1]["response"]["output"][0]["id"]
     place = {"item_id": item_id, "content_index": 0}
     for asked_ms, kept_tokens in ((1000, 12), (1600, 20), (90_000, NUM_SPEECH)):
-        told = talk.ask("conversation.item.truncate", "conversation.item.truncated", **place, audio_end_ms=asked_ms)
-        assert told["audio_end_ms"] == min(asked_ms, told["audio_end_ms"])
+        event = talk.ask("conversation.item.truncate", "conversation.item.truncated", **place, audio_end_ms=asked_ms)
+        assert event["audio_end_ms"] == min(asked_ms, event["audio_end_ms"])
         talk.write("Go on.", id=f"go_{asked_ms}")
         talk.send("response.create", response={"conversation": "none", "output_modalities": ["text"]})
         talk.until("response.done")
@@ -355,7 +355,7 @@ def test_a_client_knows_better_what_was_heard(server: LiveServer, talk: Talk) ->
 
 
 def test_a_conversation_is_freed_without_the_garbage_collector(server: LiveServer) -> None:
-    """Its sound and its caches would wait for a collection otherwise, and a collection stops everybody."""
+    """A garbage collection would pause every conversation."""
     gc.collect()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Conversations with the real server over a WebSocket: responses, items, refusals, and how they end."""
+"""Conversations over a WebSocket: responses, items, refusals, and how they end."""
 
 import base64
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_input_replaces_the_conversation(server: LiveServer, talk: Talk) -> None
     assert "Hello" not in text
 
 
-def test_a_bound_of_tokens_makes_a_response_incomplete(talk: Talk) -> None:
+def test_max_output_tokens_makes_a_response_incomplete(talk: Talk) -> None:
     talk.write("Hello.")
     talk.send("response.create", response={"max_output_tokens": 30})
     response = talk.until("response.done")[-1]["response"]
@@ -77,7 +77,7 @@ def test_a_failing_model_fails_its_response_alone(server: LiveServer, talk: Talk
     assert talk.until("response.done")[-1]["response"]["status"] == "completed"
 
 
-def test_a_question_that_is_too_long_fails_in_clear_words(talk: Talk) -> None:
+def test_a_too_long_question_fails_its_response(talk: Talk) -> None:
     talk.update_input(turn_detection=None)
     talk.append(silence(60.0), chunk=480_000)
     talk.send("input_audio_buffer.commit")
@@ -116,7 +116,7 @@ def test_items_are_made_found_and_deleted(talk: Talk) -> None:
         assert missing["code"] == f"item_{action}_invalid_item_id"
 
 
-def test_what_was_said_can_be_retrieved(talk: Talk) -> None:
+def test_retrieve_returns_audio(talk: Talk) -> None:
     talk.append(question())
     events = talk.until("response.done")
     asked, answered = events[2]["item_id"], events[-1]["response"]["output"][0]["id"]
@@ -127,7 +127,7 @@ def test_what_was_said_can_be_retrieved(talk: Talk) -> None:
     assert len(base64.b64decode(found["content"][0]["audio"])) == pytest.approx(len(sound(events)), abs=100)
 
 
-def test_sound_in_a_message(server: LiveServer, talk: Talk) -> None:
+def test_audio_in_a_message(server: LiveServer, talk: Talk) -> None:
     part = {"type": "input_audio", "audio": base64.b64encode(question().tobytes()).decode(), "transcript": "a sum"}
     talk.send("conversation.item.create", item={"type": "message", "role": "user", "content": [part]})
     added = talk.until("conversation.item.done")[0]["item"]
@@ -155,7 +155,7 @@ def test_a_bad_message_is_refused(talk: Talk, content: dict[str, Any], role: str
     assert talk.ask("conversation.item.create", "error", item=item)["error"]["param"] == param
 
 
-def test_a_call_of_a_tool_is_kept_and_not_shown(server: LiveServer, talk: Talk) -> None:
+def test_tool_calls_are_kept_but_not_prompted(server: LiveServer, talk: Talk) -> None:
     call = {"type": "function_call", "name": "sum", "arguments": "{}", "call_id": "call_1", "id": "call"}
     talk.send("conversation.item.create", item=call)
     assert talk.until("conversation.item.done")[-1]["item"]["name"] == "sum"
@@ -166,7 +166,7 @@ def test_a_call_of_a_tool_is_kept_and_not_shown(server: LiveServer, talk: Talk) 
 # What is refused, and what goes on.
 
 
-def test_a_refusal_leaves_the_session_as_it_was(talk: Talk) -> None:
+def test_a_refused_update_changes_nothing(talk: Talk) -> None:
     talk.update(instructions="Be brief.")
     bad = {"type": "realtime", "instructions": "Be long.", "audio": {"output": {"voice": "nobody"}}}
     error = talk.ask("session.update", "error", session=bad, event_id="mine")["error"]
@@ -177,14 +177,14 @@ def test_a_refusal_leaves_the_session_as_it_was(talk: Talk) -> None:
     assert session["audio"]["output"]["voice"] == "marin"
 
 
-def test_what_is_no_event_is_answered_and_the_session_goes_on(talk: Talk) -> None:
+def test_invalid_messages_do_not_end_the_session(talk: Talk) -> None:
     for message in (b"\x00\x01", "{", "[]", '{"type": "dance"}', '{"type": "input_audio_buffer.append", "audio": "$"}'):
         talk.socket.send(message)
         assert talk.receive()["type"] == "error"
     talk.write("Hello.")
 
 
-def test_instructions_are_shown_to_a_model_that_follows_them(tiny_folder: Path) -> None:
+def test_instructions_reach_a_model_trained_for_them(tiny_folder: Path) -> None:
     bot, engine = scripted_bot(tiny_folder)
     object.__setattr__(bot.models.card, "follows_instructions", True)
     with serving(bot, engine) as server, talking(server) as talk:
@@ -199,7 +199,7 @@ def test_instructions_are_shown_to_a_model_that_follows_them(tiny_folder: Path) 
         assert "<|system|>Be long.<|user|>Hello." in second
 
 
-def test_a_model_that_follows_none_is_not_shown_instructions(server: LiveServer, talk: Talk) -> None:
+def test_instructions_do_not_reach_other_models(server: LiveServer, talk: Talk) -> None:
     talk.update(instructions="Be brief.")
     talk.write("Hello.")
     talk.send("response.create")
@@ -207,7 +207,7 @@ def test_a_model_that_follows_none_is_not_shown_instructions(server: LiveServer,
     assert "brief" not in server.vocabulary.render(server.engine.prompts[-1])
 
 
-def test_without_a_recogniser_transcripts_fail_in_clear_words(tiny_folder: Path) -> None:
+def test_without_a_recognizer_transcripts_fail(tiny_folder: Path) -> None:
     with serving(*scripted_bot(tiny_folder, recognizer=None)) as server, talking(server) as talk:
         talk.update_input(transcription={"model": "whisper-1"}, turn_detection=None)
         talk.append(question())
@@ -224,7 +224,7 @@ def test_no_turn_is_longer_than_the_buffer(tiny_folder: Path) -> None:
         talk.ask("input_audio_buffer.commit", "input_audio_buffer.committed")
 
 
-def test_the_oldest_items_go_when_there_are_too_many(tiny_folder: Path) -> None:
+def test_the_oldest_items_are_dropped(tiny_folder: Path) -> None:
     with serving(*scripted_bot(tiny_folder), max_items=2) as server, talking(server) as talk:
         for name in ("a", "b"):
             talk.write("Hello.", id=name)
@@ -235,7 +235,7 @@ def test_the_oldest_items_go_when_there_are_too_many(tiny_folder: Path) -> None:
 # The end.
 
 
-def test_a_dropped_client_comes_back_to_its_conversation(server: LiveServer) -> None:
+def test_a_dropped_client_resumes(server: LiveServer) -> None:
     with talking(server) as talk:
         talk.write("Hello.", id="hello")
         talk.update(instructions="Be brief.")
@@ -246,7 +246,7 @@ def test_a_dropped_client_comes_back_to_its_conversation(server: LiveServer) -> 
         assert again.until("conversation.item.done")[-1]["item"]["id"] == "hello"
 
 
-def test_a_client_that_goes_in_the_middle_leaves_what_it_heard(server: LiveServer) -> None:
+def test_a_disconnect_truncates_the_reply(server: LiveServer) -> None:
     server.engine.hold(35)
     with talking(server) as talk:
         talk.write("Hello.")
@@ -258,7 +258,7 @@ def test_a_client_that_goes_in_the_middle_leaves_what_it_heard(server: LiveServe
     assert item.turn is None or item.turn.interrupted
 
 
-def test_idle_clients_are_let_go_with_a_reason(tiny_folder: Path) -> None:
+def test_idle_clients_are_closed_with_a_reason(tiny_folder: Path) -> None:
     with serving(*scripted_bot(tiny_folder), idle_s=0.2) as server, talking(server) as talk:
         with pytest.raises(Exception, match="sent nothing"):
             talk.receive()

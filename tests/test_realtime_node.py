@@ -43,7 +43,7 @@ def server(tiny_folder: Path) -> Iterator[LiveServer]:
 
 
 class Node:
-    """The program `talk.mjs`."""
+    """The Node program `talk.mjs`."""
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._process = process
@@ -56,13 +56,13 @@ class Node:
     def until(self, kind: str) -> list[dict[str, Any]]:
         """What it tells, up to the first of this type."""
         assert self._process.stdout is not None
-        told: list[dict[str, Any]] = []
-        while not told or told[-1]["type"] != kind:
+        events: list[dict[str, Any]] = []
+        while not events or events[-1]["type"] != kind:
             line = self._process.stdout.readline()
-            assert line, f"it ended; before that it told {told}"
-            told.append(json.loads(line))
-            assert told[-1]["type"] != "error", told[-1]
-        return told
+            assert line, f"it ended; before that it told {events}"
+            events.append(json.loads(line))
+            assert events[-1]["type"] != "error", events[-1]
+        return events
 
 
 @pytest.fixture
@@ -83,21 +83,21 @@ def spoken(after_s: float = 1.5) -> str:
     return base64.b64encode(question(after_s=after_s).tobytes()).decode()
 
 
-def heard_s(told: list[dict[str, Any]]) -> float:
-    num_bytes: int = sum(event["num_bytes"] for event in told if event["type"] == "audio")
+def heard_s(events: list[dict[str, Any]]) -> float:
+    num_bytes: int = sum(event["num_bytes"] for event in events if event["type"] == "audio")
     return num_bytes / 48_000
 
 
 def test_a_spoken_and_a_written_question_are_answered(node: Node) -> None:
     whole_s = rates.speak_samples_for_tokens(NUM_SPEECH) / rates.SPEAK_SAMPLE_RATE
     node.do("say", pcm=spoken())
-    told = node.until("agent_end")
-    assert told[-1]["output"] == TEXT
-    assert heard_s(told) == pytest.approx(whole_s, abs=0.02)
+    events = node.until("agent_end")
+    assert events[-1]["output"] == TEXT
+    assert heard_s(events) == pytest.approx(whole_s, abs=0.02)
     node.do("write", text="And seven plus six?")
-    told = node.until("agent_end")
-    assert told[-1]["output"] == TEXT
-    assert heard_s(told) == pytest.approx(whole_s, abs=0.02)
+    events = node.until("agent_end")
+    assert events[-1]["output"] == TEXT
+    assert heard_s(events) == pytest.approx(whole_s, abs=0.02)
     node.do("history")
     items = node.until("history")[-1]["items"]
     assert [item["role"] for item in items] == ["user", "assistant", "user", "assistant"]

@@ -1,4 +1,4 @@
-"""The types of the Realtime protocol: strict where it matters, tolerant of what others send, and those of the SDK."""
+"""Types of the Realtime protocol: strict parsing, tolerance of foreign fields, and agreement with the SDK."""
 
 import contextlib
 import json
@@ -50,10 +50,10 @@ def update_fault(changes: dict[str, Any]) -> ProtocolError:
     return raised.value
 
 
-# A session changes where it is told to, and nowhere else.
+# Updates of a session.
 
 
-def test_only_what_is_given_changes() -> None:
+def test_updates_change_only_given_fields() -> None:
     changed = SESSION.updated({"type": "realtime", "instructions": "Be brief."})
     assert changed == SESSION.model_copy(update={"instructions": "Be brief."})
     deeper = changed.updated(
@@ -66,7 +66,7 @@ def test_only_what_is_given_changes() -> None:
     assert deepest.instructions == "Be brief."
 
 
-def test_another_type_begins_with_its_defaults() -> None:
+def test_a_new_type_starts_with_its_defaults() -> None:
     changed = SESSION.updated({"audio": {"input": {"turn_detection": {"type": "semantic_vad", "eagerness": "low"}}}})
     assert changed.audio.input.turn_detection == SemanticVad(type="semantic_vad", eagerness="low")
     assert changed.updated({"audio": {"input": {"format": {"type": "audio/pcmu"}}}}).audio.input.format == Pcmu(
@@ -74,7 +74,7 @@ def test_another_type_begins_with_its_defaults() -> None:
     )
 
 
-def test_null_turns_off_what_can_be_off_and_leaves_the_rest() -> None:
+def test_null_turns_off_or_keeps() -> None:
     on = SESSION.updated({"instructions": "x", "audio": {"input": {"transcription": {"model": "any"}}}})
     off = on.updated({"instructions": None, "audio": {"input": {"turn_detection": None, "transcription": None}}})
     assert off.audio.input.turn_detection is None
@@ -82,7 +82,7 @@ def test_null_turns_off_what_can_be_off_and_leaves_the_rest() -> None:
     assert off.instructions == "x"
 
 
-def test_a_session_takes_back_what_it_told() -> None:
+def test_a_session_accepts_its_own_dump() -> None:
     changed = SESSION.updated({"audio": {"input": {"turn_detection": None}}})
     assert SESSION.updated(json.loads(changed.model_dump_json())) == changed
 
@@ -99,7 +99,7 @@ def test_a_session_takes_back_what_it_told() -> None:
         {"id": "sess_other", "object": "realtime.session", "expires_at": 1},
     ],
 )
-def test_what_clients_of_others_send_is_taken(changes: dict[str, Any]) -> None:
+def test_foreign_fields_are_accepted(changes: dict[str, Any]) -> None:
     changed = SESSION.updated(changes)
     assert changed.id == "sess_1"
     assert changed.output_modalities == ["audio"]
@@ -131,7 +131,7 @@ def test_a_refusal_names_the_field(changes: dict[str, Any], param: str, code: st
     assert param in error.message
 
 
-def test_a_refusal_says_what_is_possible() -> None:
+def test_a_refusal_lists_the_choices() -> None:
     text = update_fault({"audio": {"input": {"turn_detection": {"type": "loud"}}}}).message
     assert "'server_vad', 'semantic_vad'" in text
     assert "'loud'" in text
@@ -245,8 +245,8 @@ def test_a_session_has_every_field_of_the_sdks() -> None:
     types = pytest.importorskip("openai.types.realtime")
     known = types.RealtimeSessionCreateRequest.model_fields
     assert set(known) == set(SessionConfig.model_fields) - {"id", "object", "expires_at"}
-    told = json.loads(protocol.SessionCreated(session=SESSION).to_json())
-    parsed = types.SessionCreatedEvent.model_validate(told)
+    data = json.loads(protocol.SessionCreated(session=SESSION).to_json())
+    parsed = types.SessionCreatedEvent.model_validate(data)
     assert parsed.session.audio.input.turn_detection.type == "server_vad"
     asked = types.RealtimeResponseCreateParams.model_fields
     assert set(asked) == set(ResponseParams.model_fields)
@@ -255,5 +255,5 @@ def test_a_session_has_every_field_of_the_sdks() -> None:
 def test_a_message_is_the_sdks() -> None:
     types = pytest.importorskip("openai.types.realtime")
     message = Message(type="message", id="item_1", role="assistant", status="completed", content=[])
-    told = json.loads(protocol.ItemDone(item=message, previous_item_id=None).to_json())
-    assert types.ConversationItemDone.model_validate(told).item.role == "assistant"
+    data = json.loads(protocol.ItemDone(item=message, previous_item_id=None).to_json())
+    assert types.ConversationItemDone.model_validate(data).item.role == "assistant"

@@ -1,4 +1,4 @@
-"""Sound of the real-time server: wire formats, speed, what has been played, and whose turn it is."""
+"""Audio of the real-time server: wire formats, speed, playback clock, turn detection."""
 
 import base64
 import itertools
@@ -13,18 +13,18 @@ from numpy.typing import NDArray
 import duologue
 from duologue.audio import load_audio, resample
 from duologue.conversation.block_policy import PlaybackClock
-from duologue.serving.formats import Incoming, Outgoing, pack, unpack
+from duologue.serving.formats import WireDecoder, WireEncoder, pack, unpack
 from duologue.serving.objects import Format, Pcm, Pcma, Pcmu, ProtocolError, SemanticVad, ServerVad
 from duologue.serving.tempo import Tempo
 from duologue.serving.turn_detection import (
     WINDOW,
     Detection,
+    IdleTimedOut,
     SileroStream,
-    Started,
-    Stopped,
-    TimedOut,
     TurnDetector,
+    TurnEnded,
     TurnSettings,
+    TurnStarted,
 )
 
 QUESTION = Path(duologue.__file__).parent / "pocket" / "question.wav"
@@ -74,17 +74,17 @@ def test_every_g711_code_survives(wire: Format) -> None:
 
 
 @pytest.mark.parametrize(("audio", "said"), [("%%%", "not base64"), ("AAA", "not base64"), ("AAAA", "whole 16-bit")])
-def test_what_is_no_sound_is_refused(audio: str, said: str) -> None:
+def test_invalid_audio_is_refused(audio: str, said: str) -> None:
     with pytest.raises(ProtocolError, match=said) as raised:
         unpack(audio, PCM)
     assert raised.value.param == "audio"
 
 
 @pytest.mark.parametrize("wire", [PCM, MU_LAW, A_LAW])
-def test_sound_comes_in_at_16_khz_whatever_its_chunks(wire: Format) -> None:
+def test_wire_decoder_output_does_not_depend_on_chunks(wire: Format) -> None:
     data = pack(tone(300.0, 1.0, wire.rate), wire)
     chunks = [data[start : start + 600] for start in range(0, len(data), 600)]
-    whole, parts = Incoming(wire), Incoming(wire)
+    whole, parts = WireDecoder(wire), WireDecoder(wire)
     at_once = np.concatenate([whole.step(encoded(data)), whole.end()])
     piecewise = np.concatenate([*(parts.step(encoded(chunk)) for chunk in chunks), parts.end()])
     assert np.allclose(piecewise, at_once, atol=1e-4)
@@ -95,8 +95,8 @@ def test_sound_comes_in_at_16_khz_whatever_its_chunks(wire: Format) -> None:
 
 @pytest.mark.parametrize("wire", [PCM, MU_LAW, A_LAW])
 @pytest.mark.parametrize("speed", [1.0, 0.5, 1.25])
-def test_sound_goes_out_in_the_right_length(wire: Format, speed: float) -> None:
-    wav, outgoing = tone(220.0, 2.0, 22_050), Outgoing(wire, speed)
+def test_wire_encoder_output_length(wire: Format, speed: float) -> None:
+    wav, outgoing = tone(220.0, 2.0, 22_050), WireEncoder(wire, speed)
     steps = [outgoing.step(wav[start : start + 30_000]) for start in range(0, len(wav), 30_000)]
     pieces = [*itertools.chain(*steps), *outgoing.step(wav[:0], last=True)]
     assert max(ms for _, ms in pieces) <= 500
@@ -144,7 +144,7 @@ def test_speed_is_the_same_in_any_chunks(cuts: list[int], speed: float) -> None:
 # Playback.
 
 
-def test_what_was_sent_is_played_one_after_the_other() -> None:
+def test_playback_clock_plays_in_order() -> None:
     playback = PlaybackClock()
     assert playback.played_s(5.0) == 0.0
     playback.sent(0.8, 10.0)
@@ -156,7 +156,7 @@ def test_what_was_sent_is_played_one_after_the_other() -> None:
     assert playback.underruns == 0
 
 
-def test_a_gap_is_not_sound() -> None:
+def test_gaps_do_not_count_as_played() -> None:
     playback = PlaybackClock()
     playback.sent(0.1, 0.0)
     playback.sent(0.1, 5.0)
@@ -164,7 +164,7 @@ def test_a_gap_is_not_sound() -> None:
     assert playback.underruns == 1
 
 
-def test_a_listener_who_stopped_hears_no_more() -> None:
+def test_a_stopped_playback_clock() -> None:
     playback = PlaybackClock()
     playback.sent(1.0, 0.0)
     playback.stop(playback.played_s(0.3))
@@ -187,7 +187,7 @@ def detector(idle_ms: int | None = None, max_s: float = 100.0, **vad: float) -> 
 
 def test_a_turn_has_its_prefix_and_its_silence() -> None:
     found = run(detector(silence_duration_ms=320, prefix_padding_ms=64), [0.1] * 10 + [0.9] * 20 + [0.1] * 15)
-    assert found == [(11, Started(10 * WINDOW - 64 * 16)), (39, Stopped(40 * WINDOW))]
+    assert found == [(11, TurnStarted(10 * WINDOW - 64 * 16)), (39, TurnEnded(40 * WINDOW))]
 
 
 def test_a_click_is_no_turn() -> None:
@@ -196,7 +196,7 @@ def test_a_click_is_no_turn() -> None:
 
 def test_a_pause_shorter_than_the_silence_does_not_end_a_turn() -> None:
     found = run(detector(silence_duration_ms=320), [0.9] * 5 + [0.1] * 9 + [0.9] * 5 + [0.1] * 10)
-    assert [type(detection) for _, detection in found] == [Started, Stopped]
+    assert [type(detection) for _, detection in found] == [TurnStarted, TurnEnded]
     assert found[1][0] == 28
 
 
@@ -207,31 +207,31 @@ def test_speech_just_below_the_threshold_goes_on_but_does_not_begin() -> None:
 
 def test_a_turn_does_not_begin_before_the_end_of_the_last() -> None:
     found = run(detector(silence_duration_ms=64, prefix_padding_ms=5000), [0.9] * 3 + [0.1] * 2 + [0.9] * 3)
-    assert [detection for _, detection in found] == [Started(0), Stopped(5 * WINDOW), Started(5 * WINDOW)]
+    assert [detection for _, detection in found] == [TurnStarted(0), TurnEnded(5 * WINDOW), TurnStarted(5 * WINDOW)]
 
 
 def test_a_turn_without_end_is_ended() -> None:
     found = run(detector(max_s=1.0), [0.9] * 70)
-    assert [type(detection) for _, detection in found] == [Started, Stopped] * 2 + [Started]
+    assert [type(detection) for _, detection in found] == [TurnStarted, TurnEnded] * 2 + [TurnStarted]
     assert found[1][1].sample == 32 * WINDOW
 
 
 def test_silence_after_a_reply_times_out_once() -> None:
     machine = detector(idle_ms=1000)
-    assert run(machine, [0.1] * 100) == []  # nobody waits for the user yet
-    machine.wait_for_user()
+    assert run(machine, [0.1] * 100) == []  # the idle timer does not run yet
+    machine.start_idle_timer()
     start = machine.sample
     found = run(machine, [0.1] * 200)
-    assert [detection for _, detection in found] == [TimedOut(start, start + 32 * WINDOW)]
+    assert [detection for _, detection in found] == [IdleTimedOut(start, start + 32 * WINDOW)]
 
 
-def test_neither_speech_nor_a_reply_under_way_is_idle() -> None:
+def test_speech_and_replies_are_not_idle() -> None:
     machine = detector(idle_ms=1000)
-    machine.wait_for_user()
+    machine.start_idle_timer()
     found = run(machine, [0.1] * 20 + [0.9] * 60 + [0.1] * 60)
-    assert [type(detection) for _, detection in found] == [Started, Stopped]
-    machine.wait_for_user()
-    machine.stop_waiting()
+    assert [type(detection) for _, detection in found] == [TurnStarted, TurnEnded]
+    machine.start_idle_timer()
+    machine.stop_idle_timer()
     assert run(machine, [0.1] * 100) == []
 
 
@@ -253,8 +253,8 @@ def test_real_speech_is_found_where_it_is(chunk: int) -> None:
             if (detection := machine.step(probability)) is not None:
                 found.append(detection)
     begin, end = found
-    assert isinstance(begin, Started)
-    assert isinstance(end, Stopped)
+    assert isinstance(begin, TurnStarted)
+    assert isinstance(end, TurnEnded)
     assert begin.sample / 16_000 == pytest.approx(1.0 - 0.3, abs=0.2)
     assert end.sample / 16_000 == pytest.approx(1.0 + len(speech) / 16_000 + 0.5, abs=0.2)
 

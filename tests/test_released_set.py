@@ -15,7 +15,7 @@ from duologue import rates
 from duologue.audio import load_audio
 from duologue.cli import main
 from duologue.conversation.chatbot import Chatbot, load
-from duologue.doctor import State, examine
+from duologue.doctor import CheckState, examine
 from duologue.language.engine import PlainEngine
 from duologue.layers import Padded
 from duologue.models import Models, open_folder
@@ -144,16 +144,16 @@ def test_the_doctor_tells_what_each_part_needs_and_how_to_run_it(
 ) -> None:
     checks = {check.name: check for check in examine(made)}
     assert "int4" in checks["part language"].found
-    assert checks["model fits"].state is State.OK
+    assert checks["model fits"].state is CheckState.OK
     assert f"duologue chat QUESTION.wav -o ANSWER.wav --model {made}" in checks["model fits"].found
     monkeypatch.setattr("duologue.machine.free_memory_gb", lambda: 0.5)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     checks = {check.name: check for check in examine(made)}
-    assert checks["model fits"].state is State.BROKEN
+    assert checks["model fits"].state is CheckState.BROKEN
     path = released / "tokenizer" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     found = next(check for check in examine(released) if check.name.startswith("model"))
-    assert found.state is State.BROKEN
+    assert found.state is CheckState.BROKEN
     assert "model.safetensors is truncated" in found.found
 
 

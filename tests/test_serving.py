@@ -1,4 +1,4 @@
-"""Routes of the server that are not about sound: addresses, keys, pages, figures, errors."""
+"""Routes without audio: hosts, origins, keys, the page, metrics, errors."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def error_of(response: object) -> dict[str, object]:
     return error
 
 
-def test_the_page_is_there_and_careful(server: Running) -> None:
+def test_the_page_has_security_headers(server: Running) -> None:
     with server.client() as client:
         page = client.get("/")
         assert page.status_code == 200
@@ -52,7 +52,7 @@ def test_the_page_is_there_and_careful(server: Running) -> None:
         assert client.get("/%2e%2e/settings.py").status_code == 404
 
 
-def test_the_model_says_what_it_is(server: Running) -> None:
+def test_model_routes(server: Running) -> None:
     with server.client() as client:
         models = client.get("/v1/models").json()
         assert models["object"] == "list"
@@ -64,7 +64,7 @@ def test_the_model_says_what_it_is(server: Running) -> None:
         assert error_of(missing)["code"] == "model_not_found"
 
 
-def test_health_and_figures(server: Running) -> None:
+def test_health_and_metrics(server: Running) -> None:
     with server.client() as client:
         assert client.get("/healthz").json() == {"status": "ok"}
         assert client.get("/readyz").json() == {"status": "ready"}
@@ -87,26 +87,24 @@ def test_health_and_figures(server: Running) -> None:
         ("POST", "/v1/chat/completions", 400, "missing_required_parameter"),
     ],
 )
-def test_what_is_not_there_is_told_in_the_clients_form(
-    server: Running, method: str, path: str, status: int, code: str
-) -> None:
+def test_http_errors_have_openai_format(server: Running, method: str, path: str, status: int, code: str) -> None:
     with server.client() as client:
         response = client.request(method, path)
         assert response.status_code == status
         assert error_of(response)["code"] == code
 
 
-def test_a_body_that_is_too_large_is_refused_however_it_comes(server: Running) -> None:
+def test_too_large_bodies_are_refused(server: Running) -> None:
     with server.client() as client:
-        told = client.post("/v1/chat/completions", content=b"x" * 100_001)
-        assert told.status_code == 413
-        assert error_of(told)["code"] == "too_large"
-        untold = client.post("/v1/chat/completions", content=iter([b" " * 60_000, b" " * 60_000]))
-        assert untold.status_code == 413
-        assert "100000 bytes" in str(error_of(untold)["message"])
+        declared = client.post("/v1/chat/completions", content=b"x" * 100_001)
+        assert declared.status_code == 413
+        assert error_of(declared)["code"] == "too_large"
+        undeclared = client.post("/v1/chat/completions", content=iter([b" " * 60_000, b" " * 60_000]))
+        assert undeclared.status_code == 413
+        assert "100000 bytes" in str(error_of(undeclared)["message"])
 
 
-def test_not_json_is_told_so(server: Running) -> None:
+def test_invalid_json_is_refused(server: Running) -> None:
     with server.client() as client:
         for body in (b"{", b"[1", b"\xff\xfe", b"[" * 50_000):
             response = client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
@@ -114,7 +112,7 @@ def test_not_json_is_told_so(server: Running) -> None:
             error_of(response)
 
 
-def test_a_page_of_another_server_stays_outside(server: Running) -> None:
+def test_foreign_origins_are_refused(server: Running) -> None:
     with server.client() as client:
         for origin in ("https://evil.example.org", "null", server.url.replace("127.0.0.1", "localhost")):
             response = client.post("/v1/chat/completions", headers={"Origin": origin}, json={})
@@ -125,8 +123,8 @@ def test_a_page_of_another_server_stays_outside(server: Running) -> None:
         assert own.status_code == 200
 
 
-def test_a_foreign_name_for_this_machine_is_refused(server: Running) -> None:
-    """A page of evil.example.org whose name was turned to 127.0.0.1 is of the same origin as what it asks."""
+def test_foreign_host_names_are_refused(server: Running) -> None:
+    """DNS rebinding: a page of evil.example.org whose name resolves to 127.0.0.1 has the origin of its target."""
     with server.client() as client:
         port = server.url.rpartition(":")[2]
         host = f"evil.example.org:{port}"
@@ -138,7 +136,7 @@ def test_a_foreign_name_for_this_machine_is_refused(server: Running) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/models/tiny", "/metrics"])
-def test_a_key_opens_what_is_guarded(guarded: Running, path: str) -> None:
+def test_guarded_routes_need_a_key(guarded: Running, path: str) -> None:
     with guarded.client() as client:
         for headers in (
             {},
@@ -156,19 +154,19 @@ def test_a_key_opens_what_is_guarded(guarded: Running, path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/audio/speech", "/v1/audio/transcriptions", "/v1/chat/completions"])
-def test_the_models_work_for_nobody_without_a_key(guarded: Running, path: str) -> None:
+def test_model_routes_need_a_key(guarded: Running, path: str) -> None:
     with guarded.client() as client:
         assert client.post(path).status_code == 401
         assert client.post(path, content=b"{ not even JSON").status_code == 401
 
 
-def test_open_to_everybody(guarded: Running) -> None:
+def test_open_routes(guarded: Running) -> None:
     with guarded.client() as client:
         for path in ("/", "/healthz", "/readyz", "/openapi.json"):
             assert client.get(path).status_code == 200
 
 
-def test_an_allowed_page_of_another_server_comes_in(guarded: Running) -> None:
+def test_allowed_origins_pass(guarded: Running) -> None:
     headers = {"Origin": "https://talk.example.org", "Authorization": f"Bearer {KEYS[1]}"}
     with guarded.client() as client:
         response = client.get("/v1/models", headers=headers)
@@ -183,7 +181,7 @@ def test_an_allowed_page_of_another_server_comes_in(guarded: Running) -> None:
         assert "POST" in before.headers["access-control-allow-methods"]
 
 
-def test_keys_are_not_shown() -> None:
+def test_repr_hides_keys() -> None:
     settings = Settings(api_keys=KEYS)
     assert not any(key in repr(settings) for key in KEYS)
 
@@ -206,12 +204,12 @@ def test_keys_are_not_shown() -> None:
         ({"allowed_origins": ("*",)}, "looks like https://talk.example.org"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(settings: dict[str, object], sentence: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, object], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         Settings(**settings)  # type: ignore[arg-type]
 
 
-def test_what_is_loopback() -> None:
+def test_is_loopback_host() -> None:
     assert all(map(is_loopback_host, ("localhost", "LOCALHOST", "127.0.0.1", "127.8.8.8", "::1", "[::1]")))
     assert not any(map(is_loopback_host, ("0.0.0.0", "::", "10.0.0.1", "localhost.example.org", "")))
     Settings(host="0.0.0.0", api_keys=KEYS)

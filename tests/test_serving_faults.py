@@ -1,4 +1,4 @@
-"""When the models fail or have no room: the client is told in its form, the log tells why, nothing else is harmed."""
+"""Failing or busy models: clients get an error in OpenAI's format, the log holds the cause, the server continues."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_full_engine(
     assert error["message"] == "the engine makes 4 replies at a time already"
 
 
-def test_a_fault_is_told_without_its_details(
+def test_server_errors_hide_details(
     server: Running, bot: Chatbot, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as broken, server.client() as client:
@@ -73,7 +73,7 @@ def test_a_fault_is_told_without_its_details(
     assert "tensors of unequal sizes" in caplog.text
     with server.client() as client:
         assert client.post("/v1/chat/completions", json=QUESTION).status_code == 200
-    assert server.service.admission.num_inside == 0
+    assert server.service.admission.num_active == 0
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_fault_is_told_without_its_details(
         ("/v1/audio/speech", {**SAID, "input": "Hello. " * 60, "stream_format": "sse"}),
     ],
 )
-def test_a_fault_in_the_middle_is_the_last_event(
+def test_a_late_error_is_the_last_event(
     server: Running, bot: Chatbot, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
 ) -> None:
     # The first sound of a speech needs a block of 10 tokens; in a completion text comes first.
@@ -102,7 +102,7 @@ def test_a_fault_in_the_middle_is_the_last_event(
     assert "tensors" not in response.text
 
 
-def test_a_model_that_cannot_write_down_what_it_hears(bot: Chatbot) -> None:
+def test_a_model_without_recognizer(bot: Chatbot) -> None:
     deaf = Chatbot(replace(bot.models, recognizer=None))
     with running(deaf) as server, server.client() as client:
         assert client.get("/v1/models/tiny").json()["transcribes"] is False

@@ -1,4 +1,4 @@
-"""Who may hold a live conversation, what remains of it, and how the server stops."""
+"""Live conversations: admission, resumption, recording, and draining."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def bot(tmp_path_factory: pytest.TempPathFactory) -> Chatbot:
 
 
 class Client:
-    """One live conversation."""
+    """A client of one live conversation."""
 
     def __init__(
         self, server: Running, query: str = "", key: str = "", origin: str | None = None, offered: tuple[str, ...] = ()
@@ -107,7 +107,7 @@ def spoken_question() -> str:
 # Who comes in.
 
 
-def test_keys_open_a_conversation_in_both_ways(bot: Chatbot) -> None:
+def test_keys_by_header_and_subprotocol(bot: Chatbot) -> None:
     with running(bot, api_keys=KEYS) as server:
         with Client(server, key=KEYS[1]) as client:
             assert client.until("session.created")["session"]["id"].startswith("sess_")
@@ -129,7 +129,7 @@ def test_keys_open_a_conversation_in_both_ways(bot: Chatbot) -> None:
             assert KEYS[0] not in json.dumps(event) + reason
 
 
-def test_a_page_of_another_server_opens_no_conversation(bot: Chatbot) -> None:
+def test_foreign_origins_are_refused(bot: Chatbot) -> None:
     with running(bot, allowed_origins=("https://talk.example.org",)) as server:
         with pytest.raises(InvalidStatus) as refused:
             Client(server, origin="https://evil.example.org")
@@ -139,7 +139,7 @@ def test_a_page_of_another_server_opens_no_conversation(bot: Chatbot) -> None:
                 client.until("session.created")
 
 
-def test_a_full_server_says_so(bot: Chatbot) -> None:
+def test_a_full_server_refuses(bot: Chatbot) -> None:
     with running(bot, api_keys=KEYS, max_sessions=2, max_sessions_per_key=1) as server:
         with Client(server, key=KEYS[0]) as first:
             first.until("session.created")
@@ -157,7 +157,7 @@ def test_a_full_server_says_so(bot: Chatbot) -> None:
                 with Client(server, offered=offered, origin=server.url) as page:
                     assert page.read()["error"]["code"] == "server_full"
                     assert page.closed()[0] == 1013
-        eventually(lambda: server.service.admission.num_inside == 0)
+        eventually(lambda: server.service.admission.num_active == 0)
         with Client(server, key=KEYS[0]) as again:
             again.until("session.created")
 
@@ -178,7 +178,7 @@ def test_limits_of_time_and_size_close_with_a_reason(bot: Chatbot) -> None:
 # What remains.
 
 
-def test_a_dropped_client_goes_on_with_its_conversation(bot: Chatbot) -> None:
+def test_a_dropped_client_resumes(bot: Chatbot) -> None:
     with running(bot, api_keys=KEYS) as server:
         with Client(server, key=KEYS[0]) as client:
             session = client.until("session.created")["session"]
@@ -198,7 +198,7 @@ def test_a_dropped_client_goes_on_with_its_conversation(bot: Chatbot) -> None:
             assert second["usage"]["input_tokens"] > first["usage"]["input_tokens"]
 
 
-def test_a_client_that_comes_back_before_it_was_missed(bot: Chatbot) -> None:
+def test_a_reconnecting_client_replaces_its_connection(bot: Chatbot) -> None:
     with running(bot) as server, Client(server) as old:
         session = old.until("session.created")["session"]["id"]
         old.write("Hello")
@@ -209,7 +209,7 @@ def test_a_client_that_comes_back_before_it_was_missed(bot: Chatbot) -> None:
         assert server.service.metrics.sessions_resumed._value.get() == 1
 
 
-def test_the_time_to_come_back_ends(bot: Chatbot) -> None:
+def test_saved_conversations_expire(bot: Chatbot) -> None:
     with running(bot, resume_s=0.2) as server:
         with Client(server) as client:
             session = client.until("session.created")["session"]["id"]
@@ -219,7 +219,7 @@ def test_the_time_to_come_back_ends(bot: Chatbot) -> None:
             assert client.until("session.created")["session"]["id"] != session
 
 
-def test_a_conversation_is_recorded_when_asked_for(bot: Chatbot, tmp_path: Path) -> None:
+def test_recording(bot: Chatbot, tmp_path: Path) -> None:
     with running(bot, record_folder=tmp_path) as server:
         with Client(server) as client:
             session = client.until("session.created")["session"]["id"]
@@ -229,23 +229,23 @@ def test_a_conversation_is_recorded_when_asked_for(bot: Chatbot, tmp_path: Path)
             client.until("conversation.item.done")
             assert client.ask()["status"] in ("completed", "incomplete")
             assert [path.name for path in tmp_path.iterdir() if not path.name.startswith(".")] == []
-        eventually(lambda: server.service.admission.num_inside == 0)
+        eventually(lambda: server.service.admission.num_active == 0)
     (folder,) = tmp_path.iterdir()
     assert folder.name.endswith(session)
     assert {path.name for path in folder.iterdir()} == {"conversation.wav", "conversation.json", "session.json"}
-    told = json.loads((folder / "session.json").read_text())
-    assert told["session_id"] == session
-    assert [item["role"] for item in told["items"]] == ["user", "assistant"]
+    description = json.loads((folder / "session.json").read_text())
+    assert description["session_id"] == session
+    assert [item["role"] for item in description["items"]] == ["user", "assistant"]
     conversation = Conversation.load(folder / "conversation.json")
     assert conversation.turns[0].role is Role.USER
     sound, rate = soundfile.read(folder / "conversation.wav")
     assert rate == SAMPLE_RATE
     assert sound.shape[1] == 2
     assert np.abs(sound[:, 0]).max() > 0.05, "the user is not heard"
-    assert len(sound) / rate == pytest.approx(told["audio_s"], abs=0.01)
+    assert len(sound) / rate == pytest.approx(description["audio_s"], abs=0.01)
 
 
-def test_nothing_is_recorded_otherwise(bot: Chatbot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_recorded_by_default(bot: Chatbot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with running(bot) as server, Client(server) as client:
         client.write("Hello")
@@ -253,7 +253,7 @@ def test_nothing_is_recorded_otherwise(bot: Chatbot, tmp_path: Path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_log_tells_what_was_said_or_by_whom(bot: Chatbot, caplog: pytest.LogCaptureFixture) -> None:
+def test_logs_hold_no_content_and_no_ids(bot: Chatbot, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG")
     with running(bot, api_keys=KEYS) as server, server.client(Authorization=f"Bearer {KEYS[0]}") as http:
         with Client(server, key=KEYS[0]) as client:
@@ -266,13 +266,13 @@ def test_no_log_tells_what_was_said_or_by_whom(bot: Chatbot, caplog: pytest.LogC
         http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "xylophone"}]})
         http.post("/v1/chat/completions", json={"messages": "xylophone"})
     ours = [record for record in caplog.records if not record.name.startswith(("websockets", "httpx", "httpcore"))]
-    told = "\n".join(record.getMessage() for record in ours)
-    assert "a conversation begins (key-0), 1 now" in told
+    logged = "\n".join(record.getMessage() for record in ours)
+    assert "conversation started (key-0), 1 open" in logged
     for secret in ("xylophone", session, *KEYS):
-        assert secret not in told
+        assert secret not in logged
 
 
-def test_both_sides_stand_where_they_sounded(tmp_path: Path) -> None:
+def test_both_sides_share_one_clock(tmp_path: Path) -> None:
     now = 0.0
     recorder = SessionRecorder(tmp_path, "sess_1", "tiny", clock=lambda: now)
     half = np.full(SAMPLE_RATE // 2, 0.5, np.float32)
@@ -304,7 +304,7 @@ def test_both_sides_stand_where_they_sounded(tmp_path: Path) -> None:
 # The end.
 
 
-def test_a_server_that_stops_finishes_its_answer_and_takes_nothing_new(bot: Chatbot) -> None:
+def test_draining_finishes_the_answer(bot: Chatbot) -> None:
     with running(bot) as server, Client(server) as client, Client(server) as idle:
         idle.until("session.created")
         client.write("Hello")
@@ -319,7 +319,7 @@ def test_a_server_that_stops_finishes_its_answer_and_takes_nothing_new(bot: Chat
         eventually(lambda: server.server.drained)
 
 
-def test_nobody_comes_in_while_it_stops(bot: Chatbot) -> None:
+def test_draining_refuses_new_clients(bot: Chatbot) -> None:
     with running(bot) as server, server.client() as http:
         server.service.admission.drain()
         ready = http.get("/readyz")
@@ -341,7 +341,7 @@ def test_nobody_comes_in_while_it_stops(bot: Chatbot) -> None:
             assert page.closed()[0] == 1012
 
 
-def test_what_does_not_end_is_ended(bot: Chatbot) -> None:
+def test_draining_has_a_time_limit(bot: Chatbot) -> None:
     with running(bot, drain_s=0.2) as server:
         server.service.admission._requests += 1  # a request that never ends
         server.drain()
@@ -349,7 +349,7 @@ def test_what_does_not_end_is_ended(bot: Chatbot) -> None:
         assert not server.server.drained
 
 
-def test_requests_beyond_the_limit_are_told_to_come_back(bot: Chatbot) -> None:
+def test_requests_beyond_the_limit_are_refused(bot: Chatbot) -> None:
     with running(bot, max_requests=1) as server, server.client() as http:
         server.service.admission._requests += 1
         refused = http.post("/v1/audio/speech", json={"input": "Hello"})
@@ -359,21 +359,21 @@ def test_requests_beyond_the_limit_are_told_to_come_back(bot: Chatbot) -> None:
         assert http.post("/v1/audio/speech", json={"input": "Hello"}).status_code == 200
 
 
-def test_a_reader_that_goes_away_ends_its_answer(bot: Chatbot) -> None:
+def test_a_disconnect_cancels_the_answer(bot: Chatbot) -> None:
     with running(bot) as server:
         with server.client() as http:
             asked = {"input": "Hello, how are you? " * 20, "response_format": "pcm"}
             with http.stream("POST", "/v1/audio/speech", json=asked) as response:
                 next(response.iter_raw())
-        eventually(lambda: server.service.admission.num_inside == 0)
+        eventually(lambda: server.service.admission.num_active == 0)
         eventually(lambda: server.service.bot.models.engine.running == 0)
         question: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}]}
         with server.client() as http, pytest.raises(httpx.ReadTimeout):
             http.post("/v1/chat/completions", json=question, timeout=httpx.Timeout(30, read=0.001))
-        eventually(lambda: server.service.admission.num_inside == 0)
+        eventually(lambda: server.service.admission.num_active == 0)
 
 
-def test_a_reader_that_reads_nothing_is_given_up(bot: Chatbot) -> None:
+def test_a_stalled_reader_is_dropped(bot: Chatbot) -> None:
     with running(bot, stall_s=0.5) as server, socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         host, port = server.url.removeprefix("http://").split(":")
@@ -381,8 +381,8 @@ def test_a_reader_that_reads_nothing_is_given_up(bot: Chatbot) -> None:
         body = json.dumps({"input": "Hello, how are you? " * 60, "response_format": "wav"}).encode()
         head = f"POST /v1/audio/speech HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        eventually(lambda: server.service.admission.num_inside == 1)
+        eventually(lambda: server.service.admission.num_active == 1)
         stalled = server.service.metrics.errors.labels("stalled")
         eventually(lambda: stalled._value.get() == 1)
-        eventually(lambda: server.service.admission.num_inside == 0)
+        eventually(lambda: server.service.admission.num_active == 0)
         eventually(lambda: server.service.bot.models.engine.running == 0)

@@ -1,5 +1,4 @@
-"""The routes against their own OpenAPI document: what it allows is answered as it says, what it does not allow is
-refused as it says, and nothing makes them fail."""
+"""The routes against their own OpenAPI document, with generated valid and invalid requests."""
 
 from __future__ import annotations
 
@@ -41,14 +40,14 @@ def document(server: Running) -> Any:
         return schemathesis.openapi.from_dict(client.get("/openapi.json").json())
 
 
-def test_the_document_has_these_routes(document: Any) -> None:
+def test_documented_routes(document: Any) -> None:
     found = [(method.upper(), path) for path, item in document.raw_schema["paths"].items() for method in item]
     assert sorted(found) == sorted(ROUTES)
 
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 @pytest.mark.parametrize(("method", "path"), ROUTES)
-def test_a_route_does_what_its_document_says(server: Running, document: Any, method: str, path: str, mode: str) -> None:
+def test_routes_match_the_document(server: Running, document: Any, method: str, path: str, mode: str) -> None:
     operation = document[path][method]
     if mode == "negative" and not (operation.body or operation.path_parameters):
         return  # there is nothing to get wrong

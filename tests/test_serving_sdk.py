@@ -1,4 +1,4 @@
-"""OpenAI's own client, unmodified, with the REST routes."""
+"""OpenAI's own client, unmodified, against the REST routes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routes about sound: saying a text, writing down what is said, answering. Random weights: forms count, not words."""
+"""Audio routes: speech, transcriptions, completions. The weights are random, so only formats are checked."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def question_bytes() -> bytes:
 
 
 @pytest.mark.parametrize("file_format", FILE_FORMATS)
-def test_a_file_that_grows_is_the_file(file_format: FileFormat) -> None:
+def test_streamed_files_equal_finished_files(file_format: FileFormat) -> None:
     seconds, rate = 2.0, 22_050
     wav = (0.3 * np.sin(2 * np.pi * 440 * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
     encoder = FileEncoder(file_format)
@@ -92,7 +92,7 @@ def test_a_file_that_grows_is_the_file(file_format: FileFormat) -> None:
     assert len(again) / rate == pytest.approx(seconds, abs=0.1)
 
 
-def test_a_long_text_is_said_in_sentences() -> None:
+def test_long_texts_are_split_into_sentences() -> None:
     def words(text: str) -> int:
         return len(text.split())
 
@@ -106,7 +106,7 @@ def test_a_long_text_is_said_in_sentences() -> None:
 
 
 @pytest.mark.parametrize("file_format", FILE_FORMATS)
-def test_a_text_is_said_in_every_format(client: httpx.Client, file_format: FileFormat) -> None:
+def test_speech_in_every_format(client: httpx.Client, file_format: FileFormat) -> None:
     asked = {"model": "tts-1", "voice": "alloy", "input": SAID, "response_format": file_format}
     response = client.post("/v1/audio/speech", json=asked)
     assert response.status_code == 200
@@ -159,7 +159,7 @@ def test_speech_as_events(client: httpx.Client) -> None:
         ({"input": SAID, "loudness": 3}, "unknown_parameter", "loudness"),
     ],
 )
-def test_what_cannot_be_said(client: httpx.Client, asked: dict[str, Any], code: str, param: str) -> None:
+def test_invalid_speech_requests(client: httpx.Client, asked: dict[str, Any], code: str, param: str) -> None:
     assert fault(client.post("/v1/audio/speech", json=asked)) == (400, code, param)
 
 
@@ -171,7 +171,7 @@ def transcribe(client: httpx.Client, data: bytes | None = None, **fields: Any) -
     return client.post("/v1/audio/transcriptions", files={"file": file}, data={"model": "whisper-1", **fields})
 
 
-def test_a_transcript_in_every_form(client: httpx.Client) -> None:
+def test_transcripts_in_every_format(client: httpx.Client) -> None:
     plain = transcribe(client)
     assert plain.status_code == 200
     text = plain.json()["text"]
@@ -190,7 +190,7 @@ def test_a_transcript_in_every_form(client: httpx.Client) -> None:
     assert events[-1]["text"] == text
 
 
-def test_the_speech_in_a_longer_file_is_found(client: httpx.Client) -> None:
+def test_speech_in_a_long_file_is_found(client: httpx.Client) -> None:
     wav, rate = load_audio(QUESTION)
     pause = np.zeros(int(1.5 * rate), np.float32)
     data = wav_bytes(np.concatenate([pause, wav, pause, wav, pause]), rate, "FLAC")
@@ -203,7 +203,7 @@ def test_the_speech_in_a_longer_file_is_found(client: httpx.Client) -> None:
     ]
 
 
-def test_silence_has_no_words(client: httpx.Client) -> None:
+def test_silence_gives_an_empty_transcript(client: httpx.Client) -> None:
     assert transcribe(client, wav_bytes(np.zeros(16_000), 16_000)).json()["text"] == ""
 
 
@@ -228,16 +228,16 @@ def test_subtitles_of_two_utterances() -> None:
         ({"stream": "true", "response_format": "srt"}, "invalid_value", "response_format"),
     ],
 )
-def test_transcripts_that_cannot_be_made(client: httpx.Client, fields: dict[str, Any], code: str, param: str) -> None:
+def test_invalid_transcription_requests(client: httpx.Client, fields: dict[str, Any], code: str, param: str) -> None:
     assert fault(transcribe(client, **fields)) == (400, code, param)
 
 
 @pytest.mark.parametrize("data", [b"", b"RIFF", b"not sound at all", question_bytes()[:40], b"OggS" + bytes(100)])
-def test_files_that_are_no_sound(client: httpx.Client, data: bytes) -> None:
+def test_files_without_audio_are_refused(client: httpx.Client, data: bytes) -> None:
     assert fault(transcribe(client, data)) == (400, "invalid_audio", "file")
 
 
-def test_files_that_are_too_long(client: httpx.Client) -> None:
+def test_long_files_are_refused(client: httpx.Client) -> None:
     long = wav_bytes(np.zeros(21 * 16_000, np.int16), 16_000, "FLAC")
     assert len(long) < 100_000
     assert fault(transcribe(client, long)) == (400, "audio_too_long", "file")
@@ -260,7 +260,7 @@ def input_audio(data: bytes | None = None) -> dict[str, Any]:
 SPOKEN = {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}
 
 
-def test_a_written_answer(client: httpx.Client) -> None:
+def test_a_text_answer(client: httpx.Client) -> None:
     answer = ask(client, max_completion_tokens=20).json()
     assert answer["object"] == "chat.completion"
     assert answer["model"] == "tiny"
@@ -340,22 +340,22 @@ def test_a_spoken_answer_as_events(client: httpx.Client) -> None:
         ({**SPOKEN, "audio": {"voice": "nobody"}}, "invalid_value", "audio.voice"),
     ],
 )
-def test_questions_that_cannot_be_answered(client: httpx.Client, asked: dict[str, Any], code: str, param: str) -> None:
+def test_invalid_completion_requests(client: httpx.Client, asked: dict[str, Any], code: str, param: str) -> None:
     assert fault(ask(client, **asked)) == (400, code, param)
 
 
 @pytest.mark.parametrize("data", ["%%%", "", base64.b64encode(b"no sound").decode()])
-def test_sound_that_is_none_is_refused_by_its_place(client: httpx.Client, data: str) -> None:
+def test_invalid_audio_is_named_by_its_path(client: httpx.Client, data: str) -> None:
     part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
     place = "messages.0.content.1.input_audio.data"
     assert fault(ask(client, [{"type": "text", "text": "What?"}, part])) == (400, "invalid_audio", place)
 
 
-def test_sound_of_an_unknown_answer_is_refused(client: httpx.Client) -> None:
+def test_unknown_audio_ids_are_refused(client: httpx.Client) -> None:
     messages = [{"role": "assistant", "audio": {"id": "audio_0"}}, {"role": "user", "content": "Go on"}]
     assert fault(ask(client, messages=messages)) == (400, "audio_not_found", "messages.0.audio.id")
 
 
-def test_a_question_that_does_not_fit_is_told_so(client: httpx.Client) -> None:
+def test_a_too_long_question_is_refused(client: httpx.Client) -> None:
     texts = [{"type": "text", "text": "seven plus five " * 18}] * 30
     assert fault(ask(client, texts)) == (400, "context_length_exceeded", "messages")

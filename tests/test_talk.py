@@ -1,4 +1,4 @@
-"""`duologue talk` against a scripted server: what it sends, when it stops, what it says about it."""
+"""`duologue talk` against a scripted server: events sent, end of the conversation, summary."""
 
 import asyncio
 import base64
@@ -15,11 +15,10 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from duologue.cli import main
 from duologue.client.connection import WIRE_RATE, Connection, encode_pcm, open_connection, realtime_url
-from duologue.client.conversation import Summary, Talk, TalkSettings
-from duologue.client.pace import CHUNK, Pace, paced
-from duologue.client.playback import Playback
-from duologue.talk.files import PlaybackRecorder
-from duologue.talk.screen import Screen, bar
+from duologue.client.conversation import TalkClient, TalkSettings, TalkSummary
+from duologue.client.playback import CHUNK, Playback, Ticker, in_real_time
+from duologue.talk.screen import TerminalDisplay, bar
+from duologue.talk.terminal import PlaybackRecorder
 from tests.clock import Clock
 
 Script = Callable[["Peer"], Awaitable[object]]
@@ -27,7 +26,7 @@ SOUND = (np.arange(WIRE_RATE) % 1000 + 1).astype(np.int16)  # one second, never 
 
 
 class Peer:
-    """The server's side of a scripted conversation."""
+    """The server side of a scripted conversation."""
 
     def __init__(self, socket: ServerConnection) -> None:
         self.socket = socket
@@ -90,7 +89,7 @@ async def hold(
     settings: TalkSettings,
     source: Callable[[Playback, Clock], AsyncIterator[np.ndarray]],
     silence: bool = True,
-) -> tuple[Summary, Peer, list[dict[str, Any]]]:
+) -> tuple[TalkSummary, Peer, list[dict[str, Any]]]:
     """A conversation on a clock that only runs as the source goes on."""
     clock = Clock()
     seen: list[dict[str, Any]] = []
@@ -103,7 +102,7 @@ async def hold(
             yield np.zeros(CHUNK, np.int16)
 
     async with scripted(script) as (url, peer), open_connection(url) as connection:
-        talk = Talk(connection, playback, settings, seen.append, clock)
+        talk = TalkClient(connection, playback, settings, seen.append, clock)
         summary = await talk.run(source(playback, clock), quiet() if silence else None)
     return summary, peer, seen
 
@@ -113,7 +112,7 @@ async def a_second(playback: Playback, clock: Clock) -> AsyncIterator[np.ndarray
         yield np.ones(CHUNK, np.int16)
 
 
-def test_a_turn_is_heard_answered_and_summed_up() -> None:
+def test_summary_of_one_exchange() -> None:
     async def script(peer: Peer) -> None:
         await peer.until("input_audio_buffer.append")
         await peer.hear_turn()
@@ -136,7 +135,7 @@ def test_a_turn_is_heard_answered_and_summed_up() -> None:
     assert seen[-1]["type"] == "response.done"
 
 
-def test_speaking_into_the_answer_stops_it_and_tells_what_was_heard() -> None:
+def test_barge_in_stops_playback_and_truncates() -> None:
     interrupting = asyncio.Event()
 
     async def script(peer: Peer) -> None:
@@ -256,9 +255,9 @@ def test_a_server_that_ends_the_conversation_is_quoted() -> None:
 
 
 def test_stopping_ends_a_conversation_whose_microphone_goes_on() -> None:
-    async def talk() -> Summary:
+    async def talk() -> TalkSummary:
         async with scripted(lambda peer: peer.until("session.update")) as (url, _), open_connection(url) as connection:
-            talking = Talk(connection, Playback(WIRE_RATE), TalkSettings(), lambda event: None)
+            talking = TalkClient(connection, Playback(WIRE_RATE), TalkSettings(), lambda event: None)
 
             async def source() -> AsyncIterator[np.ndarray]:
                 yield np.ones(CHUNK, np.int16)
@@ -279,13 +278,13 @@ def test_stopping_ends_a_conversation_whose_microphone_goes_on() -> None:
         ("ws://h:1/v1/realtime?model=other", "ws://h:1/v1/realtime?model=other"),
     ],
 )
-def test_addresses(server: str, url: str) -> None:
+def test_realtime_url(server: str, url: str) -> None:
     assert realtime_url(server, "pocket") == url
 
 
 @pytest.mark.parametrize("server", ["", "ftp://h", "http://"])
-def test_what_is_no_address_is_refused(server: str) -> None:
-    with pytest.raises(ValueError, match="is no address of a server"):
+def test_invalid_urls_are_refused(server: str) -> None:
+    with pytest.raises(ValueError, match="is not a server URL"):
         realtime_url(server, "pocket")
 
 
@@ -301,13 +300,13 @@ def test_a_refusal_is_quoted(body: str) -> None:
         asyncio.run(connect())
 
 
-def test_files_are_paced_and_what_was_played_is_written(tmp_path: Path) -> None:
+def test_audio_files_in_real_time(tmp_path: Path) -> None:
     async def play() -> tuple[float, list[np.ndarray]]:
         clock = Clock()
         playback = Playback(WIRE_RATE, ahead_ms=0, clock=clock)
         recorder = PlaybackRecorder(playback)
-        recording = asyncio.create_task(recorder.run(Pace(clock, clock.sleep)))
-        heard = [pcm async for pcm in paced(SOUND[:1000], Pace(clock, clock.sleep))]
+        recording = asyncio.create_task(recorder.run(Ticker(clock, clock.sleep)))
+        heard = [pcm async for pcm in in_real_time(SOUND[:1000], Ticker(clock, clock.sleep))]
         assert recorder.num_samples == 0
         playback.add("a", SOUND[:1000])
         playback.end("a")
@@ -334,15 +333,15 @@ def test_ticks_do_not_drift() -> None:
         clock.now += seconds + 0.005  # each sleep takes longer than asked for
 
     async def tick() -> None:
-        pace = Pace(clock, late)
+        ticker = Ticker(clock, late)
         for _ in range(4):
-            await pace.tick()
+            await ticker.tick()
 
     asyncio.run(tick())
     assert slept == [0.02, 0.015, 0.015, 0.015]
 
 
-def test_nothing_is_written_when_nothing_was_played(tmp_path: Path) -> None:
+def test_no_file_without_playback(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing was played"):
         PlaybackRecorder(Playback(WIRE_RATE)).save(tmp_path / "b.wav")
 
@@ -353,7 +352,7 @@ def test_nothing_is_written_when_nothing_was_played(tmp_path: Path) -> None:
         (["--manual"], "--manual ends the turn with the file of --input"),
         (["--input", "missing.wav", "--output", "b.wav"], "missing.wav: there is no such file"),
         (["--input", "a.wav", "--output", "b.txt"], "b.txt cannot be written"),
-        (["--silence", "0"], "'0' is no whole number from 1 on"),
+        (["--silence", "0"], "'0' is not a positive whole number"),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -364,7 +363,7 @@ def test_bad_input_is_one_sentence(
 
 
 def test_the_screen_prints_lines_in_a_pipe_and_no_control_sequences(capsys: pytest.CaptureFixture[str]) -> None:
-    with Screen("pocket", lambda: 0.0, lambda: 0.0) as screen:
+    with TerminalDisplay("pocket", lambda: 0.0, lambda: 0.0) as screen:
         said = "conversation.item.input_audio_transcription.completed"
         screen.observe({"type": said, "item_id": "u", "transcript": " what\x1b[31m is it? "})
         for delta in ("it is ", "three"):
@@ -396,5 +395,5 @@ def test_a_connection_says_when_the_server_sends_no_events() -> None:
             assert isinstance(connection, Connection)
             await connection.receive()
 
-    with pytest.raises(RuntimeError, match="sent something else than an event"):
+    with pytest.raises(RuntimeError, match="sent a message that is not an event"):
         asyncio.run(talk())

@@ -1,4 +1,4 @@
-"""Microphone, loudspeaker and what is said without them, by fake devices."""
+"""Microphone and loudspeaker with fake devices, and the errors without them."""
 
 import asyncio
 import sys
@@ -11,8 +11,7 @@ import pytest
 
 from duologue.cli import main
 from duologue.client.connection import WIRE_RATE
-from duologue.client.pace import CHUNK
-from duologue.client.playback import Playback
+from duologue.client.playback import CHUNK, Playback
 from duologue.talk.sounds import Loudspeaker, Microphone, devices
 from tests.clock import Clock
 
@@ -32,7 +31,7 @@ class FakeStream:
 
 
 class FakeDevice:
-    """sounddevice, as far as it is used."""
+    """A fake of the sounddevice module."""
 
     PortAudioError = type("PortAudioError", (Exception,), {})
 
@@ -56,7 +55,7 @@ class FakeDevice:
     OutputStream = InputStream
 
 
-def test_the_microphone_loses_the_oldest_when_nobody_listens_and_says_so() -> None:
+def test_the_microphone_drops_and_counts_the_oldest_chunks() -> None:
     async def listen() -> tuple[int, list[int]]:
         device, microphone = FakeDevice(), Microphone(asyncio.get_running_loop())
         with microphone.open(device):

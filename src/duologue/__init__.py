@@ -16,7 +16,7 @@ __all__ = ["Chatbot", "Reply", "Session", "load"]
 
 
 def __getattr__(name: str) -> object:
-    # Importing torch and transformers takes seconds: only those who ask for a door wait for it.
+    # Imported on first use, because torch and transformers take seconds to import.
     if name in __all__:
         from duologue.conversation import chatbot
 

@@ -1,4 +1,4 @@
-"""What this machine can run, what is missing, and the command that mends it."""
+"""Checks of this machine: what works, what is missing, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MIN_PYTHON = (3, 11)
 MIN_MEMORY_GB = 2.0
 MIN_DISK_GB = 1.0
 
-# extra -> (what it is for, distributions)
+# extra -> (purpose, distributions)
 EXTRAS = {
     "serve": (
         "duologue serve",
@@ -31,7 +31,7 @@ EXTRAS = {
     ),
     "dev": ("tests and checks", ("pytest", "hypothesis", "schemathesis", "httpx", "ruff", "mypy")),
 }
-# program -> (what it is for, Debian packages)
+# program -> (purpose, Debian packages)
 PROGRAMS = {
     "flite": ("the corpus of pocket", "flite"),
     "text2wave": ("the corpus of pocket", "festival festvox-us-slt-hts festvox-kallpc16k festvox-kdlpc16k"),
@@ -40,31 +40,31 @@ PROGRAMS = {
 }
 
 
-class State(StrEnum):
+class CheckState(StrEnum):
     OK = "ok"
-    MISSING = "missing"  # optional: something cannot be done
-    BROKEN = "broken"  # nothing works until it is mended
+    MISSING = "missing"  # optional part
+    BROKEN = "broken"  # required part
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor. `mend` is the command that helps; empty where nothing needs help."""
+    """The result of one check. `mend` is the command that fixes a problem, or empty."""
 
     name: str
-    state: State
+    state: CheckState
     found: str
     mend: str = ""
 
 
 def examine(model: str | Path = "pocket") -> list[Check]:
-    """Looks at the machine, the libraries and one model; changes nothing."""
+    """Checks the machine, the libraries and one model. Changes nothing."""
     return [*_machine(), *_torch(), *_extras(), *_programs(), *_model(model)]
 
 
 def format_checks(checks: list[Check]) -> str:
-    """Aligned lines, the command that mends below what it mends."""
+    """Formats the results as aligned lines, each fix below its check."""
     width = max(len(check.name) for check in checks)
-    marks = {State.OK: "ok     ", State.MISSING: "missing", State.BROKEN: "BROKEN "}
+    marks = {CheckState.OK: "ok     ", CheckState.MISSING: "missing", CheckState.BROKEN: "BROKEN "}
     lines = []
     for check in checks:
         lines.append(f"{marks[check.state]}  {check.name:{width}}  {check.found}".rstrip())
@@ -76,12 +76,12 @@ def format_checks(checks: list[Check]) -> str:
 def _machine() -> Iterator[Check]:
     version = platform.python_version()
     new_enough = sys.version_info >= MIN_PYTHON
-    wanted = ".".join(map(str, MIN_PYTHON))
+    minimum = ".".join(map(str, MIN_PYTHON))
     yield Check(
         "Python",
-        State.OK if new_enough else State.BROKEN,
+        CheckState.OK if new_enough else CheckState.BROKEN,
         version,
-        "" if new_enough else f"install Python {wanted} or newer, then: make PYTHON=/path/to/python3 demo",
+        "" if new_enough else f"install Python {minimum} or newer, then: make PYTHON=/path/to/python3 demo",
     )
     flags = machine.processor_flags()
     fast = [
@@ -89,32 +89,34 @@ def _machine() -> Iterator[Check]:
     ]
     yield Check(
         "processor",
-        State.OK,
-        f"{machine.processor_name()}, {machine.num_cores()} cores, {', '.join(fast) or 'no wide instructions found'}",
+        CheckState.OK,
+        f"{machine.processor_name()}, {machine.num_cores()} cores, {', '.join(fast) or 'no vector extensions found'}",
     )
     memory = machine.free_memory_gb()
     if memory is not None:
         enough = memory >= MIN_MEMORY_GB
-        note = "" if enough else f"close other programs: pocket wants {MIN_MEMORY_GB:.0f} GB of free memory"
-        yield Check("memory", State.OK if enough else State.MISSING, f"{memory:.1f} GB free", note)
+        note = "" if enough else f"close other programs: pocket needs {MIN_MEMORY_GB:.0f} GB of free memory"
+        yield Check("memory", CheckState.OK if enough else CheckState.MISSING, f"{memory:.1f} GB free", note)
     disk = shutil.disk_usage(Path.cwd()).free / 1e9
     enough = disk >= MIN_DISK_GB
     note = "" if enough else f"free at least {MIN_DISK_GB:.0f} GB here; trainings need more"
-    yield Check("disk", State.OK if enough else State.MISSING, f"{disk:.1f} GB free here", note)
+    yield Check("disk", CheckState.OK if enough else CheckState.MISSING, f"{disk:.1f} GB free here", note)
 
 
 def _torch() -> Iterator[Check]:
     try:
         import torch
     except ImportError:
-        yield Check("torch", State.BROKEN, "not installed", "pip install -c constraints.txt -e .")
+        yield Check("torch", CheckState.BROKEN, "not installed", "pip install -c constraints.txt -e .")
         return
-    yield Check("torch", State.OK, f"{torch.__version__}, {torch.get_num_threads()} threads")
+    yield Check("torch", CheckState.OK, f"{torch.__version__}, {torch.get_num_threads()} threads")
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9
-        yield Check("GPU", State.OK, f"{torch.cuda.get_device_name(0)}, {memory:.0f} GB; use it with --device cuda")
+        yield Check(
+            "GPU", CheckState.OK, f"{torch.cuda.get_device_name(0)}, {memory:.0f} GB; use it with --device cuda"
+        )
     else:
-        yield Check("GPU", State.OK, "none that torch can use: everything runs on the processor")
+        yield Check("GPU", CheckState.OK, "none usable by torch; models run on the processor")
 
 
 def _extras() -> Iterator[Check]:
@@ -122,22 +124,22 @@ def _extras() -> Iterator[Check]:
         missing = [name for name in names if _version(name) is None]
         if missing:
             mend = f'pip install -c constraints.txt -e ".[{extra}]"'
-            yield Check(f"extra {extra}", State.MISSING, f"for {purpose}: without {', '.join(missing)}", mend)
+            yield Check(f"extra {extra}", CheckState.MISSING, f"for {purpose}: without {', '.join(missing)}", mend)
         else:
-            yield Check(f"extra {extra}", State.OK, f"for {purpose}: complete")
+            yield Check(f"extra {extra}", CheckState.OK, f"for {purpose}: complete")
 
 
 def _programs() -> Iterator[Check]:
     for program, (purpose, packages) in PROGRAMS.items():
         path = shutil.which(program)
         if path:
-            yield Check(program, State.OK, f"for {purpose}")
+            yield Check(program, CheckState.OK, f"for {purpose}")
         else:
-            yield Check(program, State.MISSING, f"for {purpose}", f"sudo apt-get install {packages}")
+            yield Check(program, CheckState.MISSING, f"for {purpose}", f"sudo apt-get install {packages}")
 
 
 def _model(name: str | Path) -> Iterator[Check]:
-    """Is the model there, trained, and whole? Hashes of language model and tokenizer must agree."""
+    """Checks that the model exists, is trained and is consistent (the hashes of its parts match)."""
     label = f"model {name}"
     mend = "make pocket" if str(name) == "pocket" else ""
     try:
@@ -148,49 +150,49 @@ def _model(name: str | Path) -> Iterator[Check]:
         if not (folder / CARD_FILE).exists():
             yield from _released(folder)
             return
-        card = Models.load(folder).card  # reads and checks every part
+        card = Models.load(folder).card  # checks every part
     except ImportError as error:
-        yield Check(label, State.BROKEN, f"cannot be looked at: {error}", "pip install -c constraints.txt -e .")
+        yield Check(label, CheckState.BROKEN, f"cannot be checked: {error}", "pip install -c constraints.txt -e .")
         return
     except ValueError as error:
         mend = f"git checkout -- {_shown(Path(__file__).parent / 'pocket')} or: make pocket" if mend else ""
-        yield Check(label, State.BROKEN, str(error), mend)
+        yield Check(label, CheckState.BROKEN, str(error), mend)
         return
     size = sum(path.stat().st_size for path in folder.rglob("*.safetensors")) / 1e6
     if card.trained:
-        yield Check(label, State.OK, f"{card.name}, trained, {size:.0f} MB of weights, its parts fit each other")
+        yield Check(label, CheckState.OK, f"{card.name}, trained, {size:.0f} MB of weights, consistent parts")
     else:
-        yield Check(label, State.MISSING, f"{card.name}, random weights: what it says means nothing", mend)
+        yield Check(label, CheckState.MISSING, f"{card.name}, random weights, meaningless answers", mend)
 
 
 def _released(folder: Path) -> Iterator[Check]:
-    """A released set, or one part of it, at any size: told from headers alone. Raises ValueError for a bad folder."""
+    """Checks a released set or part from its headers alone. Raises ValueError for a bad folder."""
     import torch
 
     from duologue.memory import estimate
     from duologue.quantization import check_available
     from duologue.released.folder import ReleasedFolder
 
-    told = estimate(folder)
+    needed_memory = estimate(folder)
     released = ReleasedFolder.find(folder)
     if released is not None:
         released.check()
-    for part in told.parts:
+    for part in needed_memory.parts:
         needed = f"{part.needed_gb('float32'):.2f} GB"
         if part.is_language:
             in_schemes = (f"{part.needed_gb(scheme):.2f} GB in {scheme}" for scheme in ("bfloat16", "int8", "int4"))
             needed = f"{', '.join(in_schemes)}, {part.max_positions} tokens of conversation included"
-        yield Check(f"part {part.name}", State.OK, f"{part.num_parameters / 1e6:.1f} million parameters: {needed}")
+        yield Check(f"part {part.name}", CheckState.OK, f"{part.num_parameters / 1e6:.1f} million parameters: {needed}")
     gpu_gb = torch.cuda.mem_get_info()[0] / 1e9 if torch.cuda.is_available() else 0.0
-    advice = told.advise(machine.free_memory_gb() or 0.0, gpu_gb)
+    advice = needed_memory.advise(machine.free_memory_gb() or 0.0, gpu_gb)
     if not advice.device:
         found = f"at least {advice.needed_gb:.1f} GB are needed, {advice.available_gb:.1f} GB are free"
         mend = f"duologue doctor --model {folder}  on a machine with more memory"
-        yield Check("model fits", State.BROKEN, found, mend)
+        yield Check("model fits", CheckState.BROKEN, found, mend)
         return
     if released is None:
         found = f"{advice.needed_gb:.1f} of {advice.available_gb:.1f} free GB ({advice.device}, {advice.scheme})"
-        yield Check("part fits", State.MISSING, found, "put tokenizer, language model and decoder into one folder")
+        yield Check("part fits", CheckState.MISSING, found, "put tokenizer, language model and decoder into one folder")
         return
     command = f"duologue chat QUESTION.wav -o ANSWER.wav --model {folder}"
     command += f" --device {advice.device}" if advice.device != "cpu" else ""
@@ -202,11 +204,11 @@ def _released(folder: Path) -> Iterator[Check]:
         except ValueError as error:
             mend = str(error).rpartition(": ")[2]
     found = f"{advice.needed_gb:.1f} of {advice.available_gb:.1f} free GB ({advice.device}, {advice.scheme}): {command}"
-    yield Check("model fits", State.MISSING if mend else State.OK, found, mend)
+    yield Check("model fits", CheckState.MISSING if mend else CheckState.OK, found, mend)
 
 
 def _shown(path: Path) -> str:
-    """The path as seen from here, where it lies below."""
+    """Returns the path relative to the working directory, if it lies below."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 

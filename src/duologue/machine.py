@@ -1,4 +1,4 @@
-"""What the system tells about the machine: processor, cores, memory, versions. Knows Linux; elsewhere it tells less."""
+"""Information about this machine: processor, cores, memory, versions. Complete on Linux, partial elsewhere."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ VERSIONS_OF = ("duologue", "numpy", "torch", "transformers")
 
 
 def processor_name() -> str:
-    """Model name of the processor."""
     return _first("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
 
 
 def processor_flags() -> set[str]:
-    """Instruction sets by the names that Linux gives them; empty elsewhere."""
+    """Returns the instruction sets by their Linux names; empty elsewhere."""
     return set(_first("/proc/cpuinfo", "flags").split())
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores available to this process."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
@@ -30,13 +29,13 @@ def num_cores() -> int:
 
 
 def free_memory_gb() -> float | None:
-    """Memory that is available without swapping, in 10^9 bytes; None where the system does not tell."""
+    """Returns the memory available without swapping in 10^9 bytes, or None if unknown."""
     available = _first("/proc/meminfo", "MemAvailable")
     return int(available.split()[0]) * 1024 / 1e9 if available else None
 
 
 def describe() -> dict[str, Any]:
-    """What a figure depends on: processor, cores, threads, GPU and versions, as plain JSON values."""
+    """Returns the conditions of a measurement: processor, cores, threads, GPU, versions, as JSON values."""
     import torch
 
     found: dict[str, Any] = {
@@ -53,7 +52,7 @@ def describe() -> dict[str, Any]:
 
 
 def version_of(package: str) -> str:
-    """The version of an installed package, or that it is not installed."""
+    """Returns the version of an installed package, or "(not installed)"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -61,7 +60,7 @@ def version_of(package: str) -> str:
 
 
 def _first(path: str, key: str) -> str:
-    """What stands behind the colon of the first line that begins with `key`; empty when there is none."""
+    """Returns the value of the first `key: value` line; empty if there is none."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:

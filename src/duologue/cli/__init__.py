@@ -1,8 +1,8 @@
 """The command line: `duologue COMMAND --help`.
 
-Bad input ends in one sentence on stderr and exit code 2, never in a traceback. Everything heavy is imported by the
-command that needs it, so that `--help` is there at once. Each file here holds a group of commands: `add` adds their
-parsers, and each parser names the function that runs.
+Bad input ends with one sentence on stderr and exit code 2, without a traceback. Each command imports its heavy modules
+itself, so that `--help` is fast. Each file holds a group of commands: `add` adds their parsers, and each parser names
+the function to run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from duologue.cli import bench, chat, evaluate, folders, serve, speech, talk, train
+from duologue.cli import bench, chat, evaluate, models, serve, talk, train
 from duologue.cli.parser import FAILED, Parser, checked_device
 from duologue.machine import version_of
 
@@ -20,10 +20,10 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0, 1 for a failed run, 2 for bad input."""
-    # Threads that spin while they wait for each other crawl on a busy machine. Has to be set before torch is imported.
+    """Runs one command; returns the exit code: 0, 1 for a failed run, 2 for bad input, 130 if interrupted."""
+    # Spinning threads are slow on a busy machine. Must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Nothing that is done here is reported to anybody. Has to be set before onnxruntime is imported.
+    # Disables telemetry. Must be set before onnxruntime is imported.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     try:
         args = _parser().parse_args(argv)
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             f'{error.name or error} is not installed: pip install "duologue[serve,talk,train,eval]"', BAD_INPUT
         )
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+    except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -54,7 +54,7 @@ def _parser() -> Parser:
     parser = Parser(prog="duologue", description="A spoken chatbot: it listens, thinks and answers aloud.")
     parser.add_argument("--version", action="version", version=f"duologue {version_of('duologue')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for group in (chat, talk, serve, speech, train, evaluate, folders, bench):
+    for group in (chat, talk, serve, models, train, evaluate, bench):
         group.add(commands)
     return parser
 

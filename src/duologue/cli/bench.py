@@ -1,4 +1,4 @@
-"""`duologue bench NAME`: the door to the benchmarks of the repository, which are not part of the installed package."""
+"""`duologue bench NAME`: runs the repository's benchmarks, which are not part of the installed package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHECKOUT = Path(__file__).parents[3]
 
 
 def add(commands: Any) -> None:
-    """Adds `bench`, and its benches where the repository is there."""
+    """Adds `bench`, with its benchmarks if this is a checkout of the repository."""
     text = "measure this machine"
     bench: Parser = commands.add_parser("bench", help=text, description=text[0].upper() + text[1:] + ".")
     if not (CHECKOUT / "benchmarks" / "commands.py").is_file():

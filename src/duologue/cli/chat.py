@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import add_command, add_precision, checked_output, say_if_untrained
+from duologue.cli.parser import add_command, add_precision, checked_output, printable, warn_if_untrained
 
 if TYPE_CHECKING:
     from duologue.conversation.answer import Reply
@@ -18,43 +18,40 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """Adds `chat`."""
     chat = add_command(commands, "chat", _chat, "ask spoken or written questions and get spoken answers", model=True)
     chat.add_argument(
-        "questions", nargs="*", type=Path, metavar="QUESTION", help="sound files, the turns of a conversation"
+        "questions", nargs="*", type=Path, metavar="QUESTION", help="audio files, the turns of a conversation"
     )
     chat.add_argument("--text", action="append", default=[], help="a written question, after the spoken ones")
-    chat.add_argument(
-        "-o", "--output", type=Path, metavar="ANSWER", help="where the answer's sound goes (.wav, .flac, ...)"
-    )
+    chat.add_argument("-o", "--output", type=Path, metavar="ANSWER", help="audio file of the answer (.wav, .flac, ...)")
     add_precision(chat)
-    chat.add_argument("--text-only", action="store_true", help="answer in writing")
+    chat.add_argument("--text-only", action="store_true", help="answer in text only")
     chat.add_argument("--voice", default="", help="one of the model's voices")
-    chat.add_argument("--seed", type=int, help="of the sampling")
-    chat.add_argument("--temperature", type=float, help="of the sampling; 0 takes the most likely")
-    chat.add_argument("--max-tokens", type=int, help="of one reply")
+    chat.add_argument("--seed", type=int, help="seed of the sampling")
+    chat.add_argument("--temperature", type=float, help="sampling temperature; 0 is greedy")
+    chat.add_argument("--max-tokens", type=int, help="maximum tokens of one reply")
     chat.add_argument("--text-language", choices=("en", "zh"), help="keep the reply's text to this language")
 
 
 def _chat(args: argparse.Namespace) -> None:
-    """Asks one question after the other in one conversation and prints the answers while they come."""
+    """Asks the questions in one conversation and prints the answers while they are generated."""
     if not args.questions and not args.text:
-        raise ValueError("there is no question: give a sound file, or --text")
+        raise ValueError("there is no question; give an audio file or --text")
     from duologue.audio import load_audio, save_audio
     from duologue.conversation.chatbot import load
 
     outputs = _numbered(args.output, len(args.questions) + len(args.text))
-    heard = [
+    recorded = [
         load_audio(path) for path in args.questions
-    ]  # before the models: what is wrong with a file is said at once
+    ]  # before the models are loaded, so that a bad file fails at once
     bot = load(args.model, args.device, args.dtype, args.quantize, decoder_dtype=args.decoder_dtype)
-    say_if_untrained(bot.models.card)
+    warn_if_untrained(bot.models.card)
     session = bot.session(voice=args.voice, sampling=_sampling(args, bot.models.card))
     turns = []
     questions: list[str | Path] = [*args.questions, *args.text]
     for index, (question, output) in enumerate(zip(questions, outputs, strict=True)):
-        if index < len(heard):
-            wav, sample_rate = heard[index]
+        if index < len(recorded):
+            wav, sample_rate = recorded[index]
             session.feed(wav, sample_rate)
         else:
             session.write(str(question))
@@ -77,7 +74,7 @@ def _sampling(args: argparse.Namespace, card: Card) -> Sampling:
 
 
 def _numbered(output: Path | None, num: int) -> list[Path | None]:
-    """One file for each of `num` answers: the name as it is, or answer-1.wav, answer-2.wav, ..."""
+    """Returns one path per answer: the name itself, or answer-1.wav, answer-2.wav ..."""
     if output is None:
         return [None] * num
     stem = checked_output(output).stem
@@ -85,7 +82,7 @@ def _numbered(output: Path | None, num: int) -> list[Path | None]:
 
 
 class _Transcript:
-    """Prints the text of a reply as it comes, after a head. An error before the first event leaves nothing behind."""
+    """Prints a heading and the text of a reply as it arrives. Prints nothing before the first event."""
 
     def __init__(self, head: str) -> None:
         self._head = head
@@ -94,8 +91,7 @@ class _Transcript:
         from duologue.conversation.events import TextDelta
 
         text = event.text if isinstance(event, TextDelta) else ""
-        # Random weights say anything, control sequences of the terminal too.
-        print(self._head + "".join(char if char.isprintable() else " " for char in text), end="", flush=True)
+        print(self._head + printable(text), end="", flush=True)
         self._head = ""
 
 

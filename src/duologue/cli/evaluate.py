@@ -1,4 +1,4 @@
-"""`duologue evaluate`: a chatbot on a held-out test set."""
+"""`duologue evaluate`: evaluates a chatbot on a held-out test set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import Parser, add_command, positive, say_if_untrained
+from duologue.cli.parser import Parser, add_command, positive, warn_if_untrained
 from duologue.machine import version_of
 
 if TYPE_CHECKING:
@@ -24,21 +24,20 @@ RESULTS = "report"  # report.json, report.png, report.html
 
 
 def add(commands: Any) -> None:
-    """Adds `evaluate` and its suites."""
-    text = "judge a chatbot on a held-out test set"
+    text = "evaluate a chatbot on a held-out test set"
     evaluate: Parser = commands.add_parser("evaluate", help=text, description=text[0].upper() + text[1:] + ".")
     suites = evaluate.add_subparsers(title="suites", metavar="SUITE", required=True, parser_class=Parser)
 
-    pocket = _add(suites, "pocket", _pocket, "the whole chain and its parts")
-    pocket.add_argument("--limit", type=positive, metavar="N", help="only N dialogues and variants, for a quick look")
+    pocket = _add(suites, "pocket", _pocket, "the whole chatbot and its parts")
+    pocket.add_argument("--limit", type=positive, metavar="N", help="evaluate only N dialogues and variants")
     pocket.add_argument(
         "--players", type=positive, default=60, metavar="N", help="questions at most on the page (default: 60)"
     )
 
 
-def _add(suites: Any, name: str, judge: Callable[[argparse.Namespace, TestSet], Result], text: str) -> Parser:
+def _add(suites: Any, name: str, evaluate: Callable[[argparse.Namespace, TestSet], Result], text: str) -> Parser:
     suite = add_command(suites, name, _evaluate, text, model=True)
-    suite.set_defaults(suite=name, judge=judge)
+    suite.set_defaults(suite=name, evaluate=evaluate)
     suite.add_argument(
         "--data", type=Path, default=Path(TEST_DATA), help=f"folder of the test set (default: {TEST_DATA})"
     )
@@ -59,7 +58,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from duologue.evaluation.report import format_table
     from duologue.evaluation.testset import load_test_set
 
-    report, shown = args.judge(args, load_test_set(args.data))
+    report, shown = args.evaluate(args, load_test_set(args.data))
     written = report.save(args.output, RESULTS) if args.output is not None else []
     if args.output is not None and shown:
         written.append(write_page(args.output, report, shown))
@@ -81,7 +80,7 @@ def _pocket(args: argparse.Namespace, test_set: TestSet) -> Result:
     judge, why_not = open_judge(args.recognizer)
     folder = model_folder(args.model)
     bot = load(folder, args.device)
-    say_if_untrained(bot.models.card)
+    warn_if_untrained(bot.models.card)
     settings = {"num_dialogues": len(test_set.dialogues), "version": version_of("duologue")}
     evaluated = evaluate_pocket(
         bot,
@@ -97,7 +96,6 @@ def _pocket(args: argparse.Namespace, test_set: TestSet) -> Result:
 
 
 def _about(folder: Path, card: Card, parts: tuple[str, ...]) -> dict[str, Any]:
-    """What a report says of a model."""
     from duologue.checkpoint import file_hash
 
     return {"name": card.name, "trained": card.trained, "hashes": {part: file_hash(folder / part) for part in parts}}

@@ -1,4 +1,4 @@
-"""What the groups of commands share: the parser, its arguments that come back, and checks of what was given."""
+"""The parser, arguments and checks shared by the commands."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from duologue.models import Card
 
 FAILED = 1
-KEY_VARIABLE = "DUOLOGUE_API_KEY"  # of a client
+KEY_VARIABLE = "DUOLOGUE_API_KEY"  # for clients
 DTYPES = ("float32", "bfloat16", "float16")
 DECODER_DTYPES = ("float32", "bfloat16")
 SCHEMES = ("int8", "int4")
-SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, as every other error is said."""
+    """A parser that raises its errors as ValueError, one sentence each."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see: {self.prog} --help)")
@@ -40,38 +40,38 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def add_precision(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, help="of the language model (default: bfloat16 if released)")
-    parser.add_argument("--quantize", choices=SCHEMES, help="the language model's matrices in 8 or 4 bits")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the language model (default: bfloat16 if released)")
+    parser.add_argument("--quantize", choices=SCHEMES, help="quantize the language model's matrices to 8 or 4 bits")
     add_decoder_dtype(parser)
 
 
 def add_decoder_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--decoder-dtype", choices=DECODER_DTYPES, help="of a released decoder's U-Net (default: float32)"
+        "--decoder-dtype", choices=DECODER_DTYPES, help="dtype of a released decoder's U-Net (default: float32)"
     )
 
 
 def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
     return int(text)
 
 
 def checked_output(output: Path) -> Path:
-    """Refuses a sound file that could not be written, before any work is done.
+    """Checks that an audio file can be written, before any work.
 
     Raises:
-        ValueError: its name does not end like a sound file, or its folder does not exist.
+        ValueError: the suffix is not an audio format, or the folder does not exist.
     """
-    if output.suffix.lower() not in SOUND_SUFFIXES:
-        raise ValueError(f"{output} cannot be written: its name must end in {', '.join(SOUND_SUFFIXES)}")
+    if output.suffix.lower() not in AUDIO_SUFFIXES:
+        raise ValueError(f"{output} cannot be written: the name must end in {', '.join(AUDIO_SUFFIXES)}")
     if not output.parent.is_dir():
-        raise ValueError(f"{output} cannot be written: there is no folder {output.parent}")
+        raise ValueError(f"{output} cannot be written: the folder {output.parent} does not exist")
     return output
 
 
 def checked_device(name: str) -> str:
-    """The device, when torch has it here. Raises ValueError otherwise."""
+    """Returns the name if torch supports the device. Raises ValueError otherwise."""
     if name == "cpu":
         return name
     import torch
@@ -80,12 +80,17 @@ def checked_device(name: str) -> str:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(f"there is no device {name!r} for torch on this machine ({reason})") from None
+        raise ValueError(f"torch has no device {name!r} on this machine ({reason})") from None
     return name
 
 
-def say_if_untrained(card: Card) -> None:
+def warn_if_untrained(card: Card) -> None:
     if not card.trained:
         print(
             f"duologue: {card.name} is untrained: its weights are random, so its answers mean nothing", file=sys.stderr
         )
+
+
+def printable(text: str) -> str:
+    """Replaces control characters by spaces. Untrained models can emit terminal escape sequences."""
+    return "".join(char if char.isprintable() else " " for char in text)

@@ -1,4 +1,4 @@
-"""`duologue serve`: the real-time server and its page."""
+"""`duologue serve`: the real-time server and its web page."""
 
 from __future__ import annotations
 
@@ -13,36 +13,43 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from duologue.cli.parser import add_command, add_precision, positive, say_if_untrained
+from duologue.cli.parser import add_command, add_precision, positive, warn_if_untrained
 
 KEYS_VARIABLE = "DUOLOGUE_API_KEYS"
 
 
 def add(commands: Any) -> None:
-    """Adds `serve`."""
     serve = add_command(commands, "serve", _serve, "real-time server and web page", model=True)
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
-    serve.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: 8000)")
+    serve.add_argument("--port", type=_port, default=8000, help="0 picks a free port (default: 8000)")
     serve.add_argument(
         "--keys", type=Path, metavar="FILE", help=f"API keys, one a line; or set {KEYS_VARIABLE} (with commas)"
     )
     serve.add_argument(
-        "--origin", action="append", default=[], metavar="URL", help="a page of another server that may come in"
+        "--origin", action="append", default=[], metavar="URL", help="origin of another server's page that may connect"
     )
-    serve.add_argument("--record", type=Path, metavar="FOLDER", help="keep the sound and text of every conversation")
-    serve.add_argument("--sessions", type=positive, metavar="N", help="conversations at a time")
-    serve.add_argument("--sessions-per-key", type=positive, metavar="N", help="of them under one API key")
-    serve.add_argument("--idle-s", type=_seconds, metavar="S", help="close conversations without a word for so long")
-    serve.add_argument("--session-s", type=_seconds, metavar="S", help="the longest conversation")
-    serve.add_argument("--resume-s", type=_seconds, metavar="S", help="keep dropped conversations so long")
-    serve.add_argument("--stall-s", type=_seconds, metavar="S", help="drop clients that read nothing for so long")
-    serve.add_argument("--drain-s", type=_seconds, metavar="S", help="let answers finish so long after SIGTERM")
     serve.add_argument(
-        "--until-stdin-ends", action="store_true", help="stop when standard input ends: with the program that holds it"
+        "--record",
+        dest="record_folder",
+        type=Path,
+        metavar="FOLDER",
+        help="record audio and text of every conversation",
     )
-    serve.add_argument("--verbose", action="store_true", help="log who comes and goes; never what is said")
+    serve.add_argument(
+        "--sessions", dest="max_sessions", type=positive, metavar="N", help="maximum concurrent conversations"
+    )
+    serve.add_argument(
+        "--sessions-per-key", dest="max_sessions_per_key", type=positive, metavar="N", help="maximum per API key"
+    )
+    serve.add_argument("--idle-s", type=_seconds, metavar="S", help="close idle conversations after S seconds")
+    serve.add_argument("--session-s", type=_seconds, metavar="S", help="maximum duration of a conversation")
+    serve.add_argument("--resume-s", type=_seconds, metavar="S", help="keep dropped conversations for S seconds")
+    serve.add_argument("--stall-s", type=_seconds, metavar="S", help="drop clients that read nothing for S seconds")
+    serve.add_argument("--drain-s", type=_seconds, metavar="S", help="let answers finish for S seconds after SIGTERM")
+    serve.add_argument("--until-stdin-ends", action="store_true", help="stop when standard input is closed")
+    serve.add_argument("--verbose", action="store_true", help="log connections, never their content")
     add_precision(serve)
-    serve.add_argument("--engine", default="plain", help=argparse.SUPPRESS)  # only to say that one was removed
+    serve.add_argument("--engine", default="plain", help=argparse.SUPPRESS)  # reports removed engines
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -55,7 +62,7 @@ def _serve(args: argparse.Namespace) -> None:
     if settings.record_folder is not None:
         settings.record_folder.mkdir(parents=True, exist_ok=True)
         if not os.access(settings.record_folder, os.W_OK):
-            raise ValueError(f"{settings.record_folder} cannot be written: recordings need a folder of your own")
+            raise ValueError(f"{settings.record_folder} is not writable; recordings need a writable folder")
     listening = listen(settings)
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING,
@@ -65,19 +72,19 @@ def _serve(args: argparse.Namespace) -> None:
     from duologue.serving.app import create_app
 
     bot = load(args.model, args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype)
-    say_if_untrained(bot.models.card)
+    warn_if_untrained(bot.models.card)
     warm_up(bot)
 
-    def tell() -> None:
+    def announce() -> None:
         url, card = url_of(listening), bot.models.card
         if args.json:
-            told = {"url": url, "model": card.name, "trained": card.trained, "pid": os.getpid()}
-            print(json.dumps({**told, "keys": len(settings.api_keys)}), flush=True)
+            ready = {"url": url, "model": card.name, "trained": card.trained, "pid": os.getpid()}
+            print(json.dumps({**ready, "keys": len(settings.api_keys)}), flush=True)
             return
         keys = f", {len(settings.api_keys)} API keys" if settings.api_keys else ""
-        print(f"{card.name} listens ({args.device}{keys}): open {url} and talk. Ctrl+C stops it.", flush=True)
+        print(f"{card.name} is ready ({args.device}{keys}): open {url} and talk. Ctrl+C stops it.", flush=True)
 
-    Server(create_app(bot, settings), on_ready=tell).run([listening])
+    Server(create_app(bot, settings), on_ready=announce).run([listening])
 
 
 def _stop_when_stdin_ends() -> None:
@@ -88,28 +95,20 @@ def _stop_when_stdin_ends() -> None:
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    """What was said on the command line and in the environment, as fields of Settings."""
-    names = {
-        "sessions": "max_sessions",
-        "sessions_per_key": "max_sessions_per_key",
-        "idle_s": "idle_s",
-        "session_s": "session_s",
-        "resume_s": "resume_s",
-        "stall_s": "stall_s",
-        "drain_s": "drain_s",
-        "record": "record_folder",
-    }
-    given = {field: getattr(args, name) for name, field in names.items() if getattr(args, name) is not None}
+    """Returns the command line and environment as fields of Settings."""
+    limits = ("max_sessions", "max_sessions_per_key", "idle_s", "session_s", "resume_s", "stall_s", "drain_s")
+    names = (*limits, "record_folder")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     keys = _keys(args.keys)
     return {"host": args.host, "port": args.port, "api_keys": keys, "allowed_origins": tuple(args.origin), **given}
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:
-    """API keys from a file and the environment. Never from the command line, which other users can read."""
+    """Reads API keys from a file and the environment. Other users could read keys on the command line."""
     keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",")]
     if file is not None:
         if not file.is_file():
-            raise ValueError(f"{file}: there is no such file of API keys")
+            raise ValueError(f"{file} does not exist")
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError:
@@ -124,7 +123,7 @@ def _keys(file: Path | None) -> tuple[str, ...]:
 
 def _port(text: str) -> int:
     if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port: 0 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port from 0 to 65535")
     return int(text)
 
 
@@ -132,4 +131,4 @@ def _seconds(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds") from None

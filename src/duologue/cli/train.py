@@ -12,20 +12,24 @@ from duologue.training.recipes import STAGES
 
 
 def add(commands: Any) -> None:
-    """Adds `train` and `plot`."""
-    train = add_command(commands, "train", _train, "train one part of a chatbot; goes on from the last checkpoint")
+    train = add_command(commands, "train", _train, "train one part of a chatbot; resumes from the last checkpoint")
     stages = "; ".join(f"{name}: {what}" for name, what in STAGES.items())
     train.add_argument("stage", choices=STAGES, metavar="STAGE", help=stages)
     train.add_argument("--recipe", type=Path, required=True, help="a YAML file, see recipes/")
     train.add_argument("--out", type=Path, help="folder of the run (default: runs/STAGE)")
     train.add_argument(
-        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="like loop.num_steps=20"
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override values, such as loop.num_steps=20",
     )
     add_device(train)
 
-    plot = add_command(commands, "plot", _plot, "draw the curves of a training")
+    plot = add_command(commands, "plot", _plot, "plot the curves of a training run")
     plot.add_argument("folder", type=Path, help="folder of the run")
-    plot.add_argument("-o", "--output", type=Path, help="the picture (default: curves.png in the folder)")
+    plot.add_argument("-o", "--output", type=Path, help="the plot (default: curves.png in the folder)")
 
 
 def _train(args: argparse.Namespace) -> None:

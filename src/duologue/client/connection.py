@@ -1,6 +1,6 @@
-"""A connection to a server of the OpenAI Realtime protocol, ours or another's.
+"""A connection to a server of OpenAI's Realtime protocol, this one or another.
 
-Sound on the wire is pcm: 16-bit little-endian, one channel, 24 kHz, base64 in JSON text frames.
+Audio on the wire is pcm: 16-bit little-endian, mono, 24 kHz, base64 in JSON text frames.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ CONNECT_S = 20.0
 ServerEvent = dict[str, Any]
 
 
-class Dropped(RuntimeError):
-    """The conversation ended before the client ended it; the message is one sentence with code and reason."""
+class ConnectionLost(RuntimeError):
+    """The server or the network ended the conversation. The message is one sentence with code and reason."""
 
 
 def realtime_url(server: str, model: str) -> str:
-    """`http://host:port`, `ws://host:port/v1/realtime` or `host:port` -> the address of the WebSocket.
+    """Converts `http://host:port`, `ws://host:port/v1/realtime` or `host:port` to the WebSocket URL.
 
     Raises:
-        ValueError: no host, or another scheme than http, https, ws or wss.
+        ValueError: the host is missing, or the scheme is not http, https, ws or wss.
     """
     parts = urlsplit(server if "://" in server else f"ws://{server}")
     scheme = {"http": "ws", "ws": "ws", "https": "wss", "wss": "wss"}.get(parts.scheme)
     if scheme is None or not parts.hostname:
-        raise ValueError(f"{server!r} is no address of a server: write it like http://127.0.0.1:8000")
+        raise ValueError(f"{server!r} is not a server URL; an example is http://127.0.0.1:8000")
     path = parts.path.rstrip("/")
     if not path.endswith("/realtime"):
         path = f"{path}/realtime" if path.endswith("/v1") else f"{path}{PATH}"
@@ -48,36 +48,36 @@ def realtime_url(server: str, model: str) -> str:
 
 
 class Connection:
-    """One conversation with a server; made by `open_connection`."""
+    """One conversation with a server; opened by `open_connection`."""
 
     def __init__(self, socket: ClientConnection, url: str) -> None:
         self.socket, self.url = socket, url
 
     async def send(self, event: Mapping[str, object]) -> None:
-        """Sends one client event. Raises Dropped when the conversation is over."""
+        """Sends one client event. Raises ConnectionLost."""
         try:
             await self.socket.send(json.dumps(event))
         except ConnectionClosed as closed:
-            raise _dropped(self.url, closed) from None
+            raise _connection_lost(self.url, closed) from None
 
     async def append(self, pcm: NDArray[np.int16]) -> None:
-        """Sends sound (S,) at `WIRE_RATE` to the input buffer."""
+        """Appends pcm (S,) at `WIRE_RATE` to the input buffer. Raises ConnectionLost."""
         await self.send({"type": "input_audio_buffer.append", "audio": encode_pcm(pcm)})
 
     async def receive(self) -> ServerEvent:
-        """The next event of the server. Raises Dropped when the conversation is over."""
+        """Returns the next server event. Raises ConnectionLost."""
         try:
             event = json.loads(await self.socket.recv())
         except ConnectionClosed as closed:
-            raise _dropped(self.url, closed) from None
+            raise _connection_lost(self.url, closed) from None
         except ValueError as error:
-            raise Dropped(f"{self.url} sent something else than an event ({error})") from None
+            raise ConnectionLost(f"{self.url} sent a message that is not an event ({error})") from None
         if not isinstance(event, dict) or not isinstance(event.get("type"), str):
-            raise Dropped(f"{self.url} sent something else than an event")
+            raise ConnectionLost(f"{self.url} sent a message that is not an event")
         return event
 
     async def receive_until(self, *kinds: str) -> list[ServerEvent]:
-        """All events up to the first one of these types, that one included."""
+        """Returns all events up to and including the first one of these types."""
         events = [await self.receive()]
         while events[-1]["type"] not in kinds:
             events.append(await self.receive())
@@ -86,13 +86,15 @@ class Connection:
 
 @contextlib.asynccontextmanager
 async def open_connection(server: str, model: str = "pocket", key: str = "") -> AsyncIterator[Connection]:
-    """Connects; closes at the end.
+    """Opens a connection and closes it at the end.
 
     Args:
         server: see `realtime_url`.
-        key: the API key, or empty.
+        model: name of the model.
+        key: API key, or empty.
+
     Raises:
-        ValueError: one sentence: not an address, nobody there, or refused, with the server's words.
+        ValueError: one sentence: the URL is invalid, no server answers, or it refused the client.
     """
     url = realtime_url(server, model)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -106,10 +108,10 @@ async def open_connection(server: str, model: str = "pocket", key: str = "") -> 
         )
     except InvalidStatus as error:
         body = error.response.body or b""
-        said = _words(body.decode("utf-8", "replace")) or error.response.reason_phrase
-        raise ValueError(f"{url} refused the conversation: {error.response.status_code} {said}") from None
+        reason = _error_sentence(body.decode("utf-8", "replace")) or error.response.reason_phrase
+        raise ValueError(f"{url} refused the conversation: {error.response.status_code} {reason}") from None
     except ConnectionClosed as error:
-        raise ValueError(str(_dropped(url, error))) from None
+        raise ValueError(str(_connection_lost(url, error))) from None
     except TimeoutError:
         raise ValueError(f"{url} did not answer within {CONNECT_S:.0f} s") from None
     except (OSError, InvalidHandshake, ValueError) as error:
@@ -126,19 +128,19 @@ def encode_pcm(pcm: NDArray[np.int16]) -> str:
 
 
 def decode_pcm(text: str) -> NDArray[np.int16]:
-    """Base64 of 16-bit little-endian -> (S,) int16. Raises ValueError when it is not that."""
+    """Decodes base64 of 16-bit little-endian samples to (S,) int16. Raises ValueError for other text."""
     return np.frombuffer(base64.b64decode(text, validate=True), "<i2").astype(np.int16)
 
 
-def _dropped(url: str, closed: ConnectionClosed) -> Dropped:
+def _connection_lost(url: str, closed: ConnectionClosed) -> ConnectionLost:
     if closed.rcvd is None:
-        return Dropped(f"the line to {url} broke")
-    reason = _words(closed.rcvd.reason) or "without a reason"
-    return Dropped(f"{url} ended the conversation ({closed.rcvd.code}): {reason}")
+        return ConnectionLost(f"the connection to {url} broke")
+    reason = _error_sentence(closed.rcvd.reason) or "without a reason"
+    return ConnectionLost(f"{url} ended the conversation ({closed.rcvd.code}): {reason}")
 
 
-def _words(text: str) -> str:
-    """The sentence in an error body: `{"error": {"message": ...}}`, `{"detail": ...}` or plain text."""
+def _error_sentence(text: str) -> str:
+    """Extracts the message of an error body: `{"error": {"message": ...}}`, `{"detail": ...}` or plain text."""
     with contextlib.suppress(ValueError):
         data = json.loads(text)
         if isinstance(data, dict):

@@ -1,7 +1,7 @@
-"""One conversation as the client has it: sends what is heard, plays what comes, stops when the user speaks into it.
+"""The client side of a conversation: sends user audio, plays answers, handles barge-in.
 
-The server finds the turns. When it hears the user start while an answer plays, playback stops at once and the server is
-told with `conversation.item.truncate` how much of the answer was heard.
+The server detects turns. When the user starts to speak during an answer, playback stops at once. The client then
+reports the played duration with `conversation.item.truncate`.
 """
 
 from __future__ import annotations
@@ -15,26 +15,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from duologue.client.connection import WIRE_RATE, Connection, Dropped, ServerEvent, decode_pcm
+from duologue.client.connection import WIRE_RATE, Connection, ConnectionLost, ServerEvent, decode_pcm
 from duologue.client.playback import Playback
 
 SILENT_SERVER_S = 60.0
-TRANSCRIBER = "gpt-4o-mini-transcribe"  # a name that other servers know too; ours takes any
+TRANSCRIBER = "gpt-4o-mini-transcribe"  # OpenAI's name; this server accepts any
 
 Observer = Callable[[ServerEvent], None]
 
 
 @dataclass(frozen=True)
 class TalkSettings:
-    """What is asked of the server.
+    """Settings of a conversation.
 
     Attributes:
-        voice, instructions: empty leaves the server's.
-        manual: turns end where the sound ends, not where the server hears a pause.
-        transcribe: ask for what the server understood.
-        barge_in: the user may speak into an answer. Without it the microphone is silent while an answer plays, for
-            loudspeakers that the microphone hears.
-        silence_ms: pause that ends a turn; None leaves the server's.
+        voice, instructions: empty keeps the server's default.
+        manual: turns end with the source audio, not at a detected pause.
+        transcribe: request transcripts of the user.
+        barge_in: whether the user may interrupt. If not, silence is sent during answers, against echo from
+            loudspeakers.
+        silence_ms: pause that ends a turn; None keeps the server's default.
+        max_tokens: maximum tokens of an answer.
     """
 
     voice: str = ""
@@ -46,7 +47,7 @@ class TalkSettings:
     max_tokens: int | None = None
 
     def session(self) -> dict[str, Any]:
-        """The `session` of session.update."""
+        """Returns the `session` of session.update."""
         wire = {"type": "audio/pcm", "rate": WIRE_RATE}
         turns: dict[str, Any] = {"type": "server_vad", "create_response": True, "interrupt_response": self.barge_in}
         if self.silence_ms is not None:
@@ -71,13 +72,16 @@ class TalkSettings:
 
 @dataclass
 class Exchange:
-    """One turn of the user and its answer, as they looked from here.
+    """One user turn and its answer, as the client observed them.
 
     Attributes:
-        first_audio_ms: from the end of the turn (the server's word for it, or ours in manual turns) to the first sound.
-        first_audio_at: when that was, on the client's clock.
-        heard_ms: how much of the answer was played, when it was interrupted.
-        status: of the response: "completed", "cancelled", "incomplete", "failed"; empty while there is none.
+        user: transcript of the user.
+        answer: text of the answer.
+        first_audio_ms: from the end of the turn to the first audio; the end is the server's event, or the commit in
+            manual turns.
+        heard_ms: milliseconds played before an interruption, or None.
+        status: "completed", "cancelled", "incomplete" or "failed"; empty before the response.
+        turn_end, first_audio_at: times on the client's clock.
     """
 
     user: str = ""
@@ -90,27 +94,26 @@ class Exchange:
 
 
 @dataclass
-class Summary:
-    """What a conversation came to."""
+class TalkSummary:
+    """The result of a conversation."""
 
     exchanges: list[Exchange] = field(default_factory=list)
     num_gaps: int = 0
     gap_ms: float = 0.0
-    num_lost: int = 0  # chunks of the microphone for which there was no room
+    num_lost: int = 0  # microphone chunks lost to overflow
     errors: list[str] = field(default_factory=list)
-    ended_by: str = ""  # the sentence of a server or a line that ended it
-    output: str | None = None  # the file that the answers were written to
+    ended_by: str = ""  # error of the server or connection
+    output: str | None = None  # path of the answers' audio file
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values."""
         values = asdict(self)
         for exchange in values["exchanges"]:
             del exchange["turn_end"], exchange["first_audio_at"]
         return {"type": "talk.summary", **values}
 
 
-class Talk:
-    """A conversation over an open connection. `run` holds it; `summary` says at any time what it came to."""
+class TalkClient:
+    """A conversation over an open connection. `run` holds it; `summary` is its current result."""
 
     def __init__(
         self,
@@ -120,25 +123,28 @@ class Talk:
         observe: Observer,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """
-        Args:
-            observe: called with every event of the server, and with those of our own, whose types begin with "talk.".
+        """Args:
+        connection: the open connection.
+        playback: plays the answers.
+        settings: sent to the server.
+        observe: receives every server event, and client events whose type starts with "talk.".
+        clock: returns seconds.
         """
         self._connection, self._playback, self._settings = connection, playback, settings
         self._observe, self._clock = observe, clock
-        self.summary = Summary()
-        self._user_speaks = False  # as the server hears it
-        self._answer_due = False  # asked for, not begun
-        self._question: Exchange | None = None  # not answered yet
-        self._questions: dict[str, Exchange] = {}  # by the user's item
-        self._responses: dict[str, Exchange] = {}  # under way, by id
-        self._answers: dict[str, Exchange] = {}  # by the answer's item
-        self._cut: set[str] = set()  # responses under way that the user spoke into
+        self.summary = TalkSummary()
+        self._user_speaks = False  # according to the server
+        self._answer_due = False  # requested, not started
+        self._question: Exchange | None = None  # unanswered
+        self._questions: dict[str, Exchange] = {}  # by the user's item id
+        self._responses: dict[str, Exchange] = {}  # active, by response id
+        self._answers: dict[str, Exchange] = {}  # by the answer's item id
+        self._cut: set[str] = set()  # interrupted active responses
         self._turn_end = self._last_event = clock()
         self._stopped = asyncio.Event()
 
     def stop(self) -> None:
-        """Ends `run` at once; called in the loop."""
+        """Ends `run` at once. Call it on the event loop."""
         self._stopped.set()
 
     async def run(
@@ -146,13 +152,14 @@ class Talk:
         source: AsyncIterator[NDArray[np.int16]],
         silence: AsyncIterator[NDArray[np.int16]] | None = None,
         tail_s: float = 2.0,
-    ) -> Summary:
-        """Talks until the source ends, or the server ends it.
+    ) -> TalkSummary:
+        """Talks until the source or the server ends the conversation.
 
         Args:
-            source: sound (S,) at `WIRE_RATE`, in real time.
-            silence: sent after the source, in real time too, until everything is answered and played and at least
-                `tail_s` of it went by. None: the conversation is over when the source is.
+            source: chunks of pcm (S,) at `WIRE_RATE`, in real time.
+            silence: sent in real time after the source, until everything is answered and played. None stops with the
+                source.
+            tail_s: minimum duration of that silence.
         """
         receiving = asyncio.create_task(self._receive())
         sending = asyncio.create_task(self._send(source, silence, tail_s))
@@ -165,7 +172,7 @@ class Talk:
             results = await asyncio.gather(receiving, sending, stopping, return_exceptions=True)
             self.summary.num_gaps, self.summary.gap_ms = self._playback.num_gaps, round(self._playback.gap_ms, 1)
         for result in results:
-            if isinstance(result, Dropped):
+            if isinstance(result, ConnectionLost):
                 self.summary.ended_by = str(result)
             elif isinstance(result, Exception):
                 raise result
@@ -194,13 +201,15 @@ class Talk:
             if rest >= tail_s * WIRE_RATE and not self.busy:
                 return
             if self._clock() - self._last_event > SILENT_SERVER_S:
-                raise Dropped(f"{self._connection.url} said nothing for {SILENT_SERVER_S:.0f} s and owed an answer")
+                raise ConnectionLost(
+                    f"{self._connection.url} sent nothing for {SILENT_SERVER_S:.0f} s while an answer was due"
+                )
             if not self._settings.manual:
                 await self._connection.append(pcm)
 
     @property
     def busy(self) -> bool:
-        """Whether the user is heard speaking, or an answer is owed, comes or plays."""
+        """Whether the user is speaking, or an answer is due, arriving or playing."""
         return self._user_speaks or self._answer_due or bool(self._responses) or self._playback.active
 
     async def _receive(self) -> None:
@@ -265,7 +274,7 @@ class Talk:
             self._playback.end(event["item_id"])
 
     async def _stop_playing(self) -> None:
-        """The user speaks: nothing more is played, and the server learns what was."""
+        """Handles barge-in: stops playback and reports the played duration to the server."""
         if not self._settings.barge_in:
             return
         self._cut.update(self._responses)

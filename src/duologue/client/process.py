@@ -1,4 +1,4 @@
-"""A server of one's own: `duologue serve` on a free port of this machine, stopped at the end."""
+"""A private server: `duologue serve` on a free port of this machine, stopped at the end."""
 
 from __future__ import annotations
 
@@ -15,28 +15,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HOST = "127.0.0.1"
-START_S = 900.0  # large models load slowly, and one that fails says so at once
-STOP_S = 30.0  # longer than the server lets answers finish
+START_S = 900.0  # large models load slowly
+STOP_S = 30.0  # exceeds the server's `drain_s`
 
 
 @dataclass(frozen=True)
 class ServerProcess:
-    """A running server.
+    """A running server process.
 
     Attributes:
-        url: like http://127.0.0.1:40123.
+        url: such as http://127.0.0.1:40123.
+        process: the process.
+        log: file with its output.
     """
 
     url: str
     process: subprocess.Popen[bytes]
-    log: Path  # everything it printed
+    log: Path
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
     def stop(self) -> int:
-        """Ends it as a service manager would, by SIGTERM, then by force; returns the exit code."""
+        """Stops the server by SIGTERM, after `STOP_S` by SIGKILL; returns the exit code."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -48,17 +50,19 @@ class ServerProcess:
 
 @contextlib.contextmanager
 def start_server(model: str, arguments: Sequence[str] = ()) -> Iterator[ServerProcess]:
-    """Starts `duologue serve` on this machine, without API keys, and waits until it is ready.
+    """Starts `duologue serve` without API keys and waits until it is ready.
 
     Args:
-        arguments: more of the command line of `duologue serve`.
+        model: preset or folder.
+        arguments: additional arguments of `duologue serve`.
+
     Raises:
-        ValueError: it did not come up; the sentence is its own last one.
+        ValueError: the server did not start; the message ends with its last line of output.
     """
     source = str(Path(__file__).parents[2])
     paths = os.pathsep.join(path for path in (source, os.environ.get("PYTHONPATH", "")) if path)
     command = [sys.executable, "-m", "duologue", "serve", "--host", HOST, "--port", "0", "--model", model, "--json"]
-    command.append("--until-stdin-ends")  # which it does however this process ends
+    command.append("--until-stdin-ends")  # stops the server even if this process is killed
     with tempfile.TemporaryDirectory(prefix="duologue-") as folder:
         log = Path(folder) / "server.log"
         with log.open("wb") as file:
@@ -68,7 +72,7 @@ def start_server(model: str, arguments: Sequence[str] = ()) -> Iterator[ServerPr
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "PYTHONPATH": paths, "DUOLOGUE_API_KEYS": ""},
-                start_new_session=True,  # Ctrl-C in the terminal is for the client, which then ends the server
+                start_new_session=True,  # Ctrl-C reaches the client only; it then stops the server
             )
         server = ServerProcess("", process, log)
         try:
@@ -79,18 +83,18 @@ def start_server(model: str, arguments: Sequence[str] = ()) -> Iterator[ServerPr
 
 
 def _url_when_ready(process: subprocess.Popen[bytes], log: Path) -> str:
-    """The address in the line of JSON that the server prints when clients can come."""
+    """Returns the URL in the JSON line that the server prints when it is ready."""
     deadline = time.monotonic() + START_S
     while True:
         ended = process.poll() is not None
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
         for line in lines:
             with contextlib.suppress(ValueError):
-                told = json.loads(line)
-                if isinstance(told, dict) and "url" in told:
-                    return str(told["url"]).rstrip("/")
+                ready = json.loads(line)
+                if isinstance(ready, dict) and "url" in ready:
+                    return str(ready["url"]).rstrip("/")
         if ended or time.monotonic() > deadline:
-            said = [line.strip() for line in lines if line.strip()] or ["it said nothing"]
+            output = [line.strip() for line in lines if line.strip()] or ["it printed nothing"]
             when = "" if ended else f" within {START_S:.0f} s"
-            raise ValueError(f"the server did not start{when}: {said[-1].removeprefix('duologue: ')}")
+            raise ValueError(f"the server did not start{when}: {output[-1].removeprefix('duologue: ')}")
         time.sleep(0.05)

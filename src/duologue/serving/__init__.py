@@ -1,1 +1,1 @@
-"""A server for live conversations: the protocol of OpenAI's Realtime API, REST beside it, and a page to talk to."""
+"""The server for live conversations: OpenAI's Realtime protocol, REST routes and a web page."""

@@ -1,11 +1,11 @@
-"""One response of a real-time session: the events of a reply become events of the protocol, in the protocol's order.
+"""One response of a real-time session: translates the events of a reply into protocol events.
 
     response.created, output_item.added, conversation.item.added, content_part.added, deltas ...,
     output_audio.done, output_audio_transcript.done, content_part.done, conversation.item.done, output_item.done,
     response.done
 
-The first event of the reply opens the item. Cancelling ends the response for the client at once; what the model still
-makes of it is dropped.
+The first event of the reply opens the item. Cancelling ends the response for the client at once; later output of the
+model is dropped.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from duologue.interleave import Kind
 from duologue.language.requests import EngineFull
 from duologue.language.sampling import Sampling
 from duologue.serving import protocol
-from duologue.serving.formats import Outgoing
-from duologue.serving.items import Item, Items, Sound
+from duologue.serving.formats import WireEncoder
+from duologue.serving.items import AudioClip, Item, Items
 from duologue.serving.metrics import Metrics
 from duologue.serving.objects import (
     Content,
@@ -53,13 +53,13 @@ from duologue.turns import Conversation, Role, Turn
 
 log = logging.getLogger(__name__)
 
-MAX_TOKENS_AT_ONCE = 5  # of one `duologue.tokens`
-Status = Literal["completed", "cancelled", "incomplete", "failed"]
+MAX_TOKENS_PER_EVENT = 5  # in one `duologue.tokens`
+ResponseStatus = Literal["completed", "cancelled", "incomplete", "failed"]
 Reason = Literal["turn_detected", "client_cancelled", "max_output_tokens"]
 
 
-class _Place(TypedDict):
-    """Where a part stands."""
+class _PartIds(TypedDict):
+    """Ids that locate a content part."""
 
     response_id: str
     item_id: str
@@ -70,11 +70,11 @@ class ResponseSpec:
     """A resolved request for one response.
 
     Attributes:
-        context: the turns that are answered.
-        truncate: may the oldest turns be left out where they do not all fit?
-        question_s: seconds of work that the end of the question took.
-        in_conversation: does the reply become an item of the conversation?
-        notify: own events that the client asked for.
+        context: the turns to answer.
+        truncate: whether the oldest turns may be dropped to fit the context length.
+        question_s: seconds spent on the last step of the question.
+        in_conversation: whether the reply becomes an item of the conversation.
+        notify: names of the `duologue.*` events that the client requested.
     """
 
     response: Response
@@ -94,14 +94,14 @@ class ResponseSpec:
 
 
 @dataclass(eq=False)
-class Answer:
-    """A response under way or just over. Everything happens on the event loop; sound is worked on in threads.
+class ActiveResponse:
+    """A response in progress or just finished. Runs on the event loop; audio is converted in threads.
 
     Attributes:
-        live: it goes on for the client.
-        cancelled: what waits in the queue is not sent.
-        over: `response.done` is on its way.
-        playback: of the sound that was sent.
+        live: whether the client still receives this response.
+        cancelled: queued events of this response are dropped.
+        over: set when `response.done` is queued.
+        playback: estimate of the client's playback position.
     """
 
     spec: ResponseSpec
@@ -123,9 +123,9 @@ class Answer:
         self._ids: list[int] = []
         self._text = ""
         self._sound: list[NDArray[np.float32]] = []
-        self._outgoing = Outgoing(self.spec.wire, self.spec.speed)
+        self._outgoing = WireEncoder(self.spec.wire, self.spec.speed)
         self._prompt: list[int] = []
-        self._num_cached = 0  # of the prompt when the model began with it
+        self._num_cached = 0  # prompt ids in the KV cache at the start
         self._previous: str | None = None
         self._tokens: tuple[Literal["text", "speech"], list[int]] = ("text", [])
 
@@ -134,23 +134,23 @@ class Answer:
         return self.spec.response.id
 
     async def announce(self) -> None:
-        """Tells that the response begins; before `run`, so that nothing that ends it can come first."""
+        """Sends `response.created`. Call it before `run`, so that no event can end the response earlier."""
         await self.queue.put(protocol.ResponseCreated(response=self.spec.response))
 
     async def run(self) -> None:
-        """Produces the reply. Never raises, but for cancellation."""
+        """Generates the reply. Raises nothing except cancellation."""
         try:
             await self._reply()
         except ProtocolError as error:
             await self._fail(error.message, error.code, error.kind)
-        except (ValueError, EngineFull, WorkerFull) as error:  # one sentence in the user's words
+        except (ValueError, EngineFull, WorkerFull) as error:  # the message is one sentence for the client
             await self._fail(str(error), "response_failed", "invalid_request_error")
         except Exception:
             log.exception("a reply failed")
-            await self._fail("the reply failed; the server's log says why", "internal_error", "server_error")
+            await self._fail("the reply failed; see the server's log", "internal_error", "server_error")
 
     async def cancel(self, reason: Reason) -> None:
-        """Ends the response at once, with its history cut to what was heard."""
+        """Ends the response at once and truncates its item to the audio already played."""
         if not self.live:
             return
         self.live, self.cancelled = False, True
@@ -159,7 +159,7 @@ class Answer:
         await self._finish("cancelled", reason, heard_ms=heard_ms)
 
     def abandon(self) -> None:
-        """Stops without sending events (the client is gone); truncates the item to the sound already played."""
+        """Stops without sending events (the client is gone); truncates the item to the audio already played."""
         self.live, self.cancelled = False, True
         heard_ms = self._stop_playing()
         self.mouth.stop()
@@ -170,19 +170,19 @@ class Answer:
                 self.item.cut(heard_ms, self.items.vocabulary)
 
     def stop_playing(self, played_ms: float) -> None:
-        """The client says how much it has played, and that it plays no more."""
+        """Records the client's report that playback stopped after `played_ms`."""
         self.playback.stop(played_ms / 1000)
         if self.recorder is not None:
             self.recorder.cut(played_ms)
 
     def _stop_playing(self) -> float:
-        """How much of what was sent has been played by now, as far as the server can tell; no more is played."""
+        """Stops the playback clock and returns the milliseconds played, as estimated by the server."""
         played_s = self.playback.played_s(asyncio.get_running_loop().time())
         self.playback.stop(played_s)
         return 1000 * played_s
 
     async def cut(self) -> None:
-        """Cuts the history to what has been heard, after the response was over."""
+        """Truncates the item of a finished response to the audio already played."""
         if self.over.is_set():
             await self._cut(self._stop_playing())
 
@@ -205,10 +205,10 @@ class Answer:
                 if isinstance(event, events.ReplyDone):
                     await self._done(event)
                 elif self.live:
-                    await self._take(event)
+                    await self._handle_event(event)
 
     def _fit_prompt(self) -> Sampling:
-        """Makes the prompt, and the sampling that it leaves room for. Raises ValueError or ProtocolError where it does
+        """Builds the prompt and returns the sampling that fits behind it. Raises ValueError or ProtocolError if it does
         not fit."""
         spec, models = self.spec, self.mouth.models
         sampling = models.card.sampling
@@ -217,36 +217,36 @@ class Answer:
         self._prompt, sampling = reply_prompt(models, spec.context, self.mouth.modality, sampling)
         self._num_cached = models.engine.cached_prefix(self._prompt)
         if not spec.truncate:
-            whole = self.items.vocabulary.prompt_ids(spec.context, self.mouth.modality)
-            if len(whole) > len(self._prompt):
+            full_turn = self.items.vocabulary.prompt_ids(spec.context, self.mouth.modality)
+            if len(full_turn) > len(self._prompt):
                 raise ProtocolError(
-                    f"the conversation of {len(whole)} tokens does not fit the model, and session.truncation is "
+                    f"the conversation of {len(full_turn)} tokens does not fit the model, and session.truncation is "
                     "'disabled'",
                     "context_length_exceeded",
                 )
         return sampling
 
-    async def _take(self, event: events.Event) -> None:
+    async def _handle_event(self, event: events.Event) -> None:
         if self.item is None:
             await self._open()
-        if self.item is None:  # cancelled meanwhile
+        if self.item is None:  # cancelled in the meantime
             return
         if isinstance(event, events.TextDelta):
-            await self._tell_tokens("text", list(event.ids))
+            await self._notify_tokens("text", list(event.ids))
             self._ids += event.ids
             self._text += event.text
             if event.text:
                 kind = protocol.OutputTextDelta if self.spec.text_only else protocol.TranscriptDelta
                 await self._emit(kind(**self._place(), delta=event.text))
         elif isinstance(event, events.SpeechDelta):
-            await self._tell_tokens("speech", list(event.tokens))
+            await self._notify_tokens("speech", list(event.tokens))
             self._ids += self.items.vocabulary.speech_ids(event.tokens)
         elif isinstance(event, events.AudioDelta):
             self._sound.append(event.wav)
             await self._send_sound(event.wav)
 
     async def _send_sound(self, wav: NDArray[np.float32], last: bool = False) -> None:
-        if self.spec.speed == 1.0:  # 0.2 ms for each second: less than the way to a thread and back
+        if self.spec.speed == 1.0:  # 0.2 ms per second of audio: less than a thread switch
             pieces = self._outgoing.step(wav, last)
         else:
             pieces = await asyncio.to_thread(self._outgoing.step, wav, last)
@@ -260,13 +260,13 @@ class Answer:
             self.playback.sent(duration_ms / 1000, asyncio.get_running_loop().time())
 
     async def _emit(self, event: protocol.ServerEvent, when_sent: Callable[[], None] | None = None) -> None:
-        """Sends an event unless the response is cancelled before its turn comes."""
+        """Sends an event unless the response is cancelled before the event leaves the queue."""
         async with self._emitting:
             if self.live:
                 await self.queue.put(event, lambda: self.cancelled, when_sent)
 
     async def _open(self) -> None:
-        """The reply begins: its item and the one part of it."""
+        """Opens the reply's item and its single content part."""
         async with self._emitting:
             if not self.live:
                 return
@@ -282,9 +282,9 @@ class Answer:
             await self.queue.put(protocol.PartAdded(**self._place(), part=self._part()))
 
     async def _done(self, done: events.ReplyDone) -> None:
-        """The reply is complete, or what remained of a cancelled one has been dropped."""
+        """Handles the end of generation, also of a cancelled response."""
         timings = done.timings
-        status: Status = "incomplete" if done.reason is events.EndReason.LENGTH else "completed"
+        status: ResponseStatus = "incomplete" if done.reason is events.EndReason.LENGTH else "completed"
         if self.live:
             await self._flush_tokens()
             if self.item is None:
@@ -292,11 +292,11 @@ class Answer:
             if self.item is not None and not self.spec.text_only:
                 await self._send_sound(np.zeros(0, np.float32), last=True)
         if self.live:
-            await self._tell_timings(timings)
+            await self._notify_timings(timings)
             await self._finish(status, "max_output_tokens" if status == "incomplete" else None)
         else:
             status = "cancelled"
-            await self._tell_timings(timings)
+            await self._notify_timings(timings)
         self.metrics.reply("realtime", status, timings)
         self.metrics.underruns.inc(self.playback.underruns)
 
@@ -309,12 +309,12 @@ class Answer:
 
     async def _finish(
         self,
-        status: Status,
+        status: ResponseStatus,
         reason: Reason | None = None,
         error: ResponseError | None = None,
         heard_ms: float | None = None,
     ) -> None:
-        """Sends what closes the response, once."""
+        """Sends the closing events, once."""
         async with self._emitting:
             if self._finished:
                 return
@@ -336,12 +336,12 @@ class Answer:
             self.over.set()
 
     def _settle(self, item: Item, completed: bool) -> Message:
-        """The item's last form, with all of its ids and sound."""
+        """Fills the item with its final ids and audio; returns its body."""
         body = self._body("completed" if completed else "incomplete")
         item.body = body
-        item.turn = item.whole = Turn(Role.ASSISTANT, self.mouth.modality, tuple(self._ids), voice=self.spec.voice)
+        item.turn = item.full_turn = Turn(Role.ASSISTANT, self.mouth.modality, tuple(self._ids), voice=self.spec.voice)
         if not self.spec.text_only:
-            item.sound = Sound.of(self._sound, rates.SPEAK_SAMPLE_RATE)
+            item.sound = AudioClip.of(self._sound, rates.SPEAK_SAMPLE_RATE)
             item.spoken_ms = 1000 * item.sound.seconds / self.spec.speed
             self.items.forget_sound()
         return body
@@ -377,7 +377,7 @@ class Answer:
             return protocol.ContentPart(type="text", text=self._text)
         return protocol.ContentPart(type="audio", transcript=self._text)
 
-    def _place(self) -> _Place:
+    def _place(self) -> _PartIds:
         assert self.item is not None
         return {"response_id": self.id, "item_id": self.item.id}
 
@@ -395,13 +395,13 @@ class Answer:
             output_token_details=OutputTokens(text_tokens=len(self._ids) - spoken, audio_tokens=spoken),
         )
 
-    async def _tell_tokens(self, kind: Literal["text", "speech"], ids: list[int]) -> None:
+    async def _notify_tokens(self, kind: Literal["text", "speech"], ids: list[int]) -> None:
         if "duologue.tokens" not in self.spec.notify:
             return
         if kind != self._tokens[0]:
             await self._flush_tokens()
         self._tokens = (kind, [*self._tokens[1], *ids])
-        if len(self._tokens[1]) >= MAX_TOKENS_AT_ONCE:
+        if len(self._tokens[1]) >= MAX_TOKENS_PER_EVENT:
             await self._flush_tokens()
 
     async def _flush_tokens(self) -> None:
@@ -410,7 +410,7 @@ class Answer:
         if ids:
             await self._emit(protocol.Tokens(response_id=self.id, kind=kind, ids=ids, count=len(ids)))
 
-    async def _tell_timings(self, timings: events.Timings) -> None:
+    async def _notify_timings(self, timings: events.Timings) -> None:
         if "duologue.timings" in self.spec.notify:
             await self.queue.put(
                 protocol.ResponseTimings(

@@ -1,12 +1,12 @@
 """The web application: every route in one FastAPI app.
 
-GET  /                          the page to talk to
+GET  /                          the web page
 WS   /v1/realtime               live conversations
-POST /v1/audio/speech           a text, said
-POST /v1/audio/transcriptions   what is said, written
-POST /v1/chat/completions       one answer, text and sound in and out
-GET  /v1/models                 the one model
-GET  /healthz /readyz /metrics  for those who run it
+POST /v1/audio/speech           text to speech
+POST /v1/audio/transcriptions   speech to text
+POST /v1/chat/completions       one answer, text and audio in and out
+GET  /v1/models                 the served model
+GET  /healthz /readyz /metrics  for operators
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PAGE = Path(__file__).parent / "static"
 
 
 class ModelObject(BaseModel):
-    """The model that is served, with what clients may choose."""
+    """The served model and the choices it offers."""
 
     id: str
     object: Literal["model"] = "model"
@@ -54,30 +54,28 @@ class ModelObject(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models: there is one."""
+    """The list of models, which holds one."""
 
     object: Literal["list"] = "list"
     data: list[ModelObject]
 
 
-class Status(BaseModel):
-    """How the server is."""
-
+class ServerStatus(BaseModel):
     status: str
 
 
 class _Page(Mount):
-    """Files at the root, which leave the API to its routes: a wrong method there is told as such."""
+    """Static files at the root. Paths of the API are left to its routes, so that a wrong method gets a 405."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         return (Match.NONE, {}) if scope["path"].startswith("/v1/") else super().matches(scope)
 
 
 def create_app(bot: Chatbot, settings: Settings | None = None) -> FastAPI:
-    """The app that serves one chatbot.
+    """Builds the app that serves one chatbot.
 
-    `app.state.service` holds what the routes share; `app.state.service.admission.drain()` closes the door, and
-    `await app.state.service.admission.empty()` waits until everybody has left.
+    `app.state.service` holds the state that the routes share. `app.state.service.admission.drain()` refuses new
+    clients, and `await app.state.service.admission.wait_until_idle()` waits for the others.
     """
     service = Service(bot, settings or Settings())
 
@@ -101,7 +99,7 @@ def create_app(bot: Chatbot, settings: Settings | None = None) -> FastAPI:
     app.include_router(realtime_routes(service))
     app.router.routes.append(_Page("/", StaticFiles(directory=PAGE, html=True), name="page"))
     app.add_middleware(RequestGuard, settings=service.settings, admission=service.admission, metrics=service.metrics)
-    # Outermost, so that an allowed page can read a refusal.
+    # Outermost, so that an allowed page can read an error response.
     if service.settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -124,11 +122,11 @@ def _model_routes(service: Service) -> APIRouter:
         transcribes=models.recognizer is not None,
     )
 
-    @router.get("/v1/models", summary="The models", responses=documented())
+    @router.get("/v1/models", summary="List the models", responses=documented())
     async def all_models() -> ModelList:
         return ModelList(data=[served])
 
-    @router.get("/v1/models/{model}", summary="One model", responses=documented(404))
+    @router.get("/v1/models/{model}", summary="Describe one model", responses=documented(404))
     async def one_model(model: str) -> ModelObject:
         if model != served.id:
             raise ApiError(f"there is no model {model!r} here, only {served.id!r}", "model_not_found", "model", 404)
@@ -140,19 +138,19 @@ def _model_routes(service: Service) -> APIRouter:
 def _status_routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["server"])
 
-    @router.get("/healthz", summary="Does the process live?")
-    async def healthz() -> Status:
-        return Status(status="ok")
+    @router.get("/healthz", summary="Liveness")
+    async def healthz() -> ServerStatus:
+        return ServerStatus(status="ok")
 
-    @router.get("/readyz", summary="Does it take new conversations?", responses={503: {"model": Status}})
+    @router.get("/readyz", summary="Readiness for new conversations", responses={503: {"model": ServerStatus}})
     async def readyz() -> JSONResponse:
         if service.admission.draining.is_set():
-            return JSONResponse(Status(status="stopping").model_dump(), 503)
-        return JSONResponse(Status(status="ready").model_dump())
+            return JSONResponse(ServerStatus(status="stopping").model_dump(), 503)
+        return JSONResponse(ServerStatus(status="ready").model_dump())
 
     @router.get(
         "/metrics",
-        summary="Figures for Prometheus",
+        summary="Prometheus metrics",
         response_class=Response,
         dependencies=[Depends(service.key)],
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **documented()},
@@ -164,7 +162,7 @@ def _status_routes(service: Service) -> APIRouter:
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document: errors are ours (400), not FastAPI's own (422)."""
+    """Returns the OpenAPI document. Validation errors are 400 here, not FastAPI's 422."""
     if app.openapi_schema is None:
         document = get_openapi(
             title=app.title,

@@ -1,7 +1,7 @@
-"""What `/v1/chat/completions` takes and gives, as OpenAI's clients know it.
+"""Request and response types of `/v1/chat/completions`, as OpenAI's clients know them.
 
-Strict: what would change the answer and cannot be done here is an error that names its field. What changes nothing
-(`user`, `metadata`, `store` and the like) is taken.
+Unsupported fields that would change the answer are errors that name the field. Fields without effect (`user`,
+`metadata`, `store` ...) are accepted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class TextPart(Strict):
 
 
 class InputAudio(Strict):
-    """A sound file in base64; its own header tells what it is."""
+    """An audio file in base64. Its own header determines the format."""
 
     data: str = Field(repr=False)
     format: Literal["wav", "mp3", "flac", "opus"] = "wav"
@@ -37,7 +37,7 @@ UserPart: TypeAlias = Annotated[TextPart | AudioPart, Field(discriminator="type"
 
 
 class SystemMessage(Strict):
-    """Instructions: shown to a model that was trained to follow them, and to no other."""
+    """Instructions, given only to a model that was trained to follow them."""
 
     role: Literal["system", "developer"]
     content: str | list[TextPart]
@@ -55,7 +55,7 @@ class AudioReference(Strict):
 
 
 class AssistantMessage(Strict):
-    """An earlier answer: its text, or the id of its sound. A message that was received may be sent back as it is."""
+    """An earlier answer: its text, or the id of its audio. A received message may be sent back unchanged."""
 
     role: Literal["assistant"]
     content: str | list[TextPart] | None = None
@@ -73,7 +73,7 @@ class AssistantMessage(Strict):
     @model_validator(mode="after")
     def _says_something(self) -> AssistantMessage:
         if self.content is None and self.audio is None:
-            raise ValueError("an assistant's message needs content or audio")
+            raise ValueError("an assistant message needs content or audio")
         return self
 
 
@@ -95,16 +95,16 @@ class TextFormat(Strict):
 
 
 class ChatRequest(Strict):
-    """A conversation that ends with a message of the user."""
+    """A conversation that ends with a user message."""
 
     messages: list[Message] = Field(min_length=1, max_length=1000)
-    model: str | None = Field(None, description="Any name: the server has one model.")
+    model: str | None = Field(None, description="Ignored: the server has one model.")
     modalities: list[Literal["text", "audio"]] = Field(default=["text"], min_length=1, max_length=2)
     audio: AudioOptions | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_completion_tokens: int | None = Field(None, ge=1, le=100_000, description="Of text and speech together.")
-    max_tokens: int | None = Field(None, ge=1, le=100_000, description="The old name of max_completion_tokens.")
+    max_completion_tokens: int | None = Field(None, ge=1, le=100_000, description="Counts text and speech tokens.")
+    max_tokens: int | None = Field(None, ge=1, le=100_000, description="Deprecated name of max_completion_tokens.")
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -123,28 +123,28 @@ class ChatRequest(Strict):
     def _known_roles(cls, value: Any) -> Any:
         for message in value if isinstance(value, list) else []:
             if isinstance(message, dict) and message.get("role") in ("tool", "function"):
-                raise ValueError("messages of tools are not supported yet")
+                raise ValueError("tool messages are not supported yet")
         return value
 
     @property
     def token_limit(self) -> int | None:
-        """Ids of the answer at most, if the client said so."""
+        """Maximum number of answer ids, or None."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def file_format(self) -> FileFormat:
-        """Of the sound."""
-        asked = "wav" if self.audio is None else self.audio.format
-        return "pcm" if asked == "pcm16" else asked
+        """Format of the answer's audio."""
+        audio_format = "wav" if self.audio is None else self.audio.format
+        return "pcm" if audio_format == "pcm16" else audio_format
 
-    def sampling(self, usual: Sampling) -> Sampling:
-        """The model's own sampling with what the client wants otherwise."""
-        wanted: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
-        return dataclasses.replace(usual, **{name: value for name, value in wanted.items() if value is not None})
+    def sampling(self, default: Sampling) -> Sampling:
+        """Returns the model's default sampling with the client's changes."""
+        changes: dict[str, Any] = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed}
+        return dataclasses.replace(default, **{name: value for name, value in changes.items() if value is not None})
 
 
 class AssistantAudio(Strict):
-    """`data` is a sound file in base64."""
+    """Audio of an answer; `data` is a base64 audio file."""
 
     id: str
     data: str = Field(repr=False)
@@ -152,7 +152,7 @@ class AssistantAudio(Strict):
     expires_at: int
 
 
-class Answered(Strict):
+class CompletionMessage(Strict):
     role: Literal["assistant"]
     content: str | None = None
     audio: AssistantAudio | None = None
@@ -161,7 +161,7 @@ class Answered(Strict):
 
 class Choice(Strict):
     index: int = 0
-    message: Answered
+    message: CompletionMessage
     finish_reason: Literal["stop", "length"]
     logprobs: None = None
 
@@ -178,7 +178,7 @@ class CompletionDetails(Strict):
 
 
 class CompletionUsage(Strict):
-    """Token ids; control ids of the prompt are among its tokens."""
+    """Token counts; control ids of the prompt are included."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -188,8 +188,6 @@ class CompletionUsage(Strict):
 
 
 class ChatCompletion(Strict):
-    """One answer."""
-
     id: str
     object: Literal["chat.completion"] = "chat.completion"
     created: int

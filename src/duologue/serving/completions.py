@@ -1,7 +1,7 @@
-"""`/v1/chat/completions`: one answer to a conversation that the client holds, text and sound in, text and sound out.
+"""`/v1/chat/completions`: one answer to a conversation held by the client, text and audio in and out.
 
-What the assistant said aloud is referred to by `audio.id`, as OpenAI's clients do; the server keeps those turns as ids
-for an hour, so that the model remembers its own speech and not a transcript of it.
+Clients refer to spoken answers by `audio.id`, as in OpenAI's API. The server keeps the ids of those turns for an hour,
+so that the model sees its own speech tokens and not a transcript.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
-import json
 import secrets
 import time
 from collections import OrderedDict
@@ -41,45 +40,45 @@ from duologue.serving.chat_types import (
     UserMessage,
 )
 from duologue.serving.encoders import FileEncoder, encode
-from duologue.serving.errors import ApiError, documented, error_json, told
-from duologue.serving.service import Service, read_sound, streamed, unless_gone
+from duologue.serving.errors import ApiError, documented, sse, sse_with_errors
+from duologue.serving.service import Service, cancel_on_disconnect, read_audio, stream_response
 from duologue.turns import Conversation, Modality, Role, Turn
 
-AUDIO_KEPT_S = 3600
-MAX_AUDIO_KEPT = 1000
+AUDIO_TTL_S = 3600
+MAX_CACHED_TURNS = 1000
 
 
 @dataclass(eq=False)
-class SpokenAnswers:
-    """Turns that were spoken, by id and the name of the key that they belong to, for a while."""
+class SpokenReplyCache:
+    """Spoken turns by audio id and key name. Entries expire."""
 
     _turns: OrderedDict[str, tuple[float, str, Turn]] = field(default_factory=OrderedDict)
 
     def put(self, audio_id: str, key: str, turn: Turn) -> int:
-        """Keeps a turn; returns the Unix time until when."""
-        expires = time.time() + AUDIO_KEPT_S
+        """Stores a turn; returns its Unix expiry time."""
+        expires = time.time() + AUDIO_TTL_S
         self._turns[audio_id] = expires, key, turn
-        while len(self._turns) > MAX_AUDIO_KEPT or next(iter(self._turns.values()))[0] < time.time():
+        while len(self._turns) > MAX_CACHED_TURNS or next(iter(self._turns.values()))[0] < time.time():
             self._turns.popitem(last=False)
         return int(expires)
 
     def get(self, audio_id: str, key: str) -> Turn | None:
-        """The turn, if it is kept and belongs to this key."""
+        """Returns the turn, or None if it expired or belongs to another key."""
         expires, owner, turn = self._turns.get(audio_id, (0.0, "", None))
         return turn if expires >= time.time() and owner == key else None
 
 
 class Completion:
-    """One answer under way."""
+    """One chat completion in progress."""
 
-    def __init__(self, service: Service, asked: ChatRequest, spoken: SpokenAnswers, key: str) -> None:
-        self._service, self._asked, self._spoken, self._key = service, asked, spoken, key
-        self.text_only = "audio" not in asked.modalities
-        voice = service.voice(None if asked.audio is None else asked.audio.voice, "audio.voice")
+    def __init__(self, service: Service, body: ChatRequest, spoken: SpokenReplyCache, key: str) -> None:
+        self._service, self._body, self._spoken, self._key = service, body, spoken, key
+        self.text_only = "audio" not in body.modalities
+        voice = service.voice(None if body.audio is None else body.audio.voice, "audio.voice")
         card = service.bot.models.card
-        sampling = asked.sampling(card.sampling)
-        if asked.token_limit is not None:
-            sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, asked.token_limit))
+        sampling = body.sampling(card.sampling)
+        if body.token_limit is not None:
+            sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, body.token_limit))
         self._voice, self._sampling = voice, sampling
         self._prompt: list[int] = []
         self.id, self.audio_id = f"chatcmpl-{secrets.token_hex(12)}", f"audio_{secrets.token_hex(12)}"
@@ -89,16 +88,16 @@ class Completion:
         self.expires_at = 0
 
     async def prepare(self) -> None:
-        """Makes turns of the messages. Raises ApiError naming the message at fault."""
+        """Builds the prompt from the messages. Raises ApiError naming the faulty message."""
         turns: list[Turn] = []
         follows = self._service.bot.models.card.follows_instructions
-        for index, message in enumerate(self._asked.messages):
+        for index, message in enumerate(self._body.messages):
             turn = await self._turn(message, f"messages.{index}")
-            # A model that never saw a turn of the system takes its text for a question.
+            # A model trained without system turns would take the text for a question.
             if turn.role is not Role.SYSTEM or follows:
                 turns.append(turn)
         if not turns or turns[-1].role is not Role.USER:
-            raise ApiError("the last message must be one of the user", param="messages")
+            raise ApiError("the last message must be a user message", param="messages")
         vocabulary = self._service.bot.models.vocabulary
         conversation = Conversation(tuple(turns), vocabulary.hash)
         modality = Modality.TEXT if self.text_only else Modality.INTERLEAVED
@@ -113,13 +112,13 @@ class Completion:
         audio = sum(vocabulary.kind(token) is Kind.SPEECH for token in prompt)
         self.usage = CompletionUsage(prompt_tokens=len(prompt), prompt_tokens_details=PromptDetails(audio_tokens=audio))
 
-    async def _turn(self, message: Message, where: str) -> Turn:
+    async def _turn(self, message: Message, param: str) -> Turn:
         vocabulary, role = self._service.bot.models.vocabulary, Role(message.role.replace("developer", "system"))
         if isinstance(message, AssistantMessage) and message.audio is not None:
             turn = self._spoken.get(message.audio.id, self._key)
             if turn is None:
-                text = f"there is no sound {message.audio.id!r} any more; send the message's text instead"
-                raise ApiError(text, "audio_not_found", f"{where}.audio.id")
+                text = f"audio {message.audio.id!r} is unknown or expired; send the message's text instead"
+                raise ApiError(text, "audio_not_found", f"{param}.audio.id")
             return turn
         ids: list[int] = []
         content = message.content
@@ -130,32 +129,34 @@ class Completion:
             parts = list(content)
         for index, part in enumerate(parts):
             if isinstance(part, AudioPart):
-                ids += await self._heard(part, f"{where}.content.{index}.input_audio.data")
+                ids += await self._speech_ids(part, f"{param}.content.{index}.input_audio.data")
             else:
-                ids += self._read(part.text, where)
+                ids += self._text_ids(part.text, param)
         if not ids and isinstance(message, UserMessage):
-            raise ApiError(f"{where} says nothing", param=f"{where}.content")
+            raise ApiError(f"{param} is empty", param=f"{param}.content")
         return turn_of(role, ids, vocabulary)
 
-    def _read(self, text: str, where: str) -> list[int]:
+    def _text_ids(self, text: str, param: str) -> list[int]:
         most = self._service.settings.max_input_chars
         if len(text) > most:
-            raise ApiError(f"{where}: a text may have {most} characters, got {len(text)}", "input_too_long", where)
+            raise ApiError(
+                f"{param}: a text may have at most {most} characters, got {len(text)}", "input_too_long", param
+            )
         return self._service.bot.models.vocabulary.encode_text(text)
 
-    async def _heard(self, part: AudioPart, where: str) -> list[int]:
+    async def _speech_ids(self, part: AudioPart, param: str) -> list[int]:
         try:
             data = base64.b64decode(part.input_audio.data, validate=True)
         except ValueError:
-            raise ApiError(f"{where} is not base64", "invalid_audio", where) from None
-        wav = await asyncio.to_thread(read_sound, data, self._service.settings.audio_buffer_s, where)
+            raise ApiError(f"{param} is not base64", "invalid_audio", param) from None
+        wav = await asyncio.to_thread(read_audio, data, self._service.settings.audio_buffer_s, param)
         return self._service.bot.models.vocabulary.speech_ids(await self._service.tokenize(wav))
 
     async def events(self) -> AsyncGenerator[TextDelta | AudioDelta, None]:
-        """Text and sound as they are made; behind them usage, reason and what is kept are known."""
+        """Yields text and audio as they are generated. Afterwards `usage` and `finish_reason` are set."""
         bot = self._service.bot
         mouth = Mouth(bot.models, bot.worker, text_only=self.text_only)
-        reply = self._service.replying("chat", mouth, self._prompt, self._sampling)
+        reply = self._service.generate_reply("chat", mouth, self._prompt, self._sampling)
         async with aclosing(reply) as events:
             async for event in events:
                 if (isinstance(event, TextDelta) and event.text) or isinstance(event, AudioDelta):
@@ -178,8 +179,8 @@ class Completion:
             turn = dataclasses.replace(turn, voice=self._voice)
             self.expires_at = self._spoken.put(self.audio_id, self._key, turn)
 
-    async def whole(self) -> ChatCompletion:
-        """The answer at once."""
+    async def create(self) -> ChatCompletion:
+        """Returns the complete answer."""
         with self._service.admission.request():
             await self.prepare()
             texts: list[str] = []
@@ -193,7 +194,7 @@ class Completion:
             text = "".join(texts)
             message: dict[str, Any] = {"role": "assistant", "content": text}
             if not self.text_only:
-                file = await asyncio.to_thread(encode, np.concatenate(sound), self._asked.file_format)
+                file = await asyncio.to_thread(encode, np.concatenate(sound), self._body.file_format)
                 data = base64.b64encode(file).decode("ascii")
                 audio = AssistantAudio(id=self.audio_id, data=data, transcript=text, expires_at=self.expires_at)
                 message |= {"content": None, "audio": audio}
@@ -202,26 +203,16 @@ class Completion:
             id=self.id, created=self.created, model=self._service.model, choices=[choice], usage=self.usage
         )
 
-    async def chunks(self) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events."""
-        with self._service.admission.request():
-            await self.prepare()
-            begun = False
-            try:
-                async with aclosing(self._chunks()) as chunks:
-                    async for chunk in chunks:
-                        yield _event(chunk)
-                        begun = True
-            except Exception as error:
-                if not begun:
-                    raise
-                message, status, code, param = told(error)
-                yield _event(error_json(message, status, code, param))
-                return
-            yield b"data: [DONE]\n\n"
+    async def events_json(self) -> AsyncGenerator[bytes, None]:
+        """Yields the answer as server-sent events."""
+        await self.prepare()
+        async with aclosing(self._chunks()) as chunks:
+            async for chunk in chunks:
+                yield sse(chunk)
+        yield b"data: [DONE]\n\n"
 
     async def _chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        encoder = FileEncoder(self._asked.file_format)
+        encoder = FileEncoder(self._body.file_format)
         first: dict[str, Any] = {"role": "assistant", "content": "" if self.text_only else None}
         if not self.text_only:
             first["audio"] = {"id": self.audio_id}
@@ -242,7 +233,7 @@ class Completion:
                 yield self._sound(data)
             yield self._chunk({"audio": {"expires_at": self.expires_at}})
         yield self._chunk({}, self.finish_reason)
-        if self._asked.stream_options is not None and self._asked.stream_options.include_usage:
+        if self._body.stream_options is not None and self._body.stream_options.include_usage:
             yield {**self._chunk({}), "choices": [], "usage": self.usage.model_dump()}
 
     def _sound(self, data: bytes) -> dict[str, Any]:
@@ -254,14 +245,9 @@ class Completion:
         return {**head, "model": self._service.model, "choices": [choice]}
 
 
-def _event(data: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(data)}\n\n".encode()
-
-
 def completion_routes(service: Service) -> APIRouter:
-    """`/v1/chat/completions`."""
     router = APIRouter()
-    spoken = SpokenAnswers()
+    spoken = SpokenReplyCache()
 
     @router.post(
         "/v1/chat/completions",
@@ -273,11 +259,12 @@ def completion_routes(service: Service) -> APIRouter:
             **documented(400, 413, 429, 503),
         },
     )
-    async def completions(asked: ChatRequest, request: Request, key: str = Depends(service.key)) -> Response:
-        completion = Completion(service, asked, spoken, key)
-        if asked.stream:
-            return await streamed(completion.chunks(), "text/event-stream")
-        answer = await unless_gone(request, completion.whole())
+    async def completions(body: ChatRequest, request: Request, key: str = Depends(service.key)) -> Response:
+        completion = Completion(service, body, spoken, key)
+        if body.stream:
+            events = sse_with_errors(completion.events_json(), service.metrics)
+            return await stream_response(service.admitted(events), "text/event-stream")
+        answer = await cancel_on_disconnect(request, completion.create())
         return JSONResponse(answer.model_dump(exclude_none=False))
 
     return router

@@ -1,7 +1,7 @@
-"""Sound files that are sent while they are made: wav, pcm, flac, mp3 and opus, mono at 24 kHz, through libsndfile.
+"""Streaming encoders for audio files: wav, pcm, flac, mp3 and opus, mono at 24 kHz, through libsndfile.
 
-A file that is sent as it grows cannot say at its beginning how long it will be: WAV says "unknown" (all ones, as
-streaming servers do), the other formats do not need to know.
+The length of a streamed file is unknown at its start. A streamed WAV header holds 0xFFFFFFFF in its size fields; the
+other formats need no length.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from duologue.serving.tempo import Tempo
 
 FileFormat: TypeAlias = Literal["wav", "pcm", "flac", "mp3", "opus"]
 FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
-SAMPLE_RATE = 24_000  # of every format, as OpenAI's speech has it
+SAMPLE_RATE = 24_000  # for every format, as in OpenAI's API
 MEDIA_TYPES: dict[FileFormat, str] = {
     "wav": "audio/wav",
     "pcm": "audio/pcm",
@@ -40,22 +40,23 @@ _KBPS_2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 
 
 class FileEncoder:
-    """One file, from the sound of a reply as the decoder makes it. Work for a thread.
+    """An encoder of one file, fed with the decoder's audio. Call it in a thread.
 
     Args:
-        speed: see `Tempo`.
+        file_format: container and codec.
+        speed: playback speed, see `Tempo`.
     """
 
     def __init__(self, file_format: FileFormat, speed: float = 1.0) -> None:
-        self.num_samples = 0  # of the file, so far
+        self.num_samples = 0  # written so far
         self._format = file_format
         self._tempo = Tempo(speed, rates.SPEAK_SAMPLE_RATE)
         self._resampler = StreamingResampler(rates.SPEAK_SAMPLE_RATE, SAMPLE_RATE)
-        self._growing = _Growing()
+        self._growing = _GrowingFile()
         self._file: Any = None
         if file_format in _LIBSNDFILE:
             container, subtype = _LIBSNDFILE[file_format]
-            # MP3 at a constant 80 kbit/s: of a file of changing bitrate nobody can tell the length before its end.
+            # MP3 at a constant 80 kbit/s, so that players can estimate the duration of a partial file.
             mode, level = ("CONSTANT", 0.5) if file_format == "mp3" else (None, None)
             self._file = soundfile.SoundFile(
                 self._growing, "w", SAMPLE_RATE, 1, subtype, None, container, True, level, mode
@@ -64,7 +65,8 @@ class FileEncoder:
             self._growing.write(_wav_header(_UNKNOWN))
 
     def step(self, wav: NDArray[np.float32], last: bool = False) -> bytes:
-        """wav (S,) at the decoder's rate -> the bytes that are ready, possibly none; with `last` the rest."""
+        """Encodes wav (S,) at the decoder's rate; returns the bytes that are ready, possibly none. `last` flushes the
+        rest."""
         wav = self._resampler.step(self._tempo.step(wav, last), last)
         self.num_samples += len(wav)
         if self._file is None:
@@ -77,17 +79,17 @@ class FileEncoder:
             self._growing.taken = _tag_length(self._growing.getvalue())
         return self._growing.take()
 
-    def whole(self) -> bytes:
-        """All of the file at its end, with its length where the format tells it."""
+    def finished_file(self) -> bytes:
+        """Returns the complete file. Its header holds the length where the format stores one."""
         data = self._growing.getvalue()
         return data if self._format != "wav" else _wav_header(2 * self.num_samples) + data[44:]
 
 
 def encode(wav: NDArray[np.float32], file_format: FileFormat, speed: float = 1.0) -> bytes:
-    """A whole file of wav (S,) at the decoder's rate, with its length where the format tells it."""
+    """Returns a complete file of wav (S,) at the decoder's rate."""
     encoder = FileEncoder(file_format, speed)
     encoder.step(wav, last=True)
-    return encoder.whole()
+    return encoder.finished_file()
 
 
 def _wav_header(num_bytes: int) -> bytes:
@@ -99,9 +101,10 @@ def _wav_header(num_bytes: int) -> bytes:
 
 
 def _tag_length(data: bytes) -> int:
-    """Bytes of an MP3 file's first frame where that holds no sound but the length of a file that is not yet made.
+    """Returns the length in bytes of an MP3's Xing or Info frame, or 0 without one.
 
-    Read off the frame's header (ISO 11172-3 and 13818-3, layer III).
+    A streamed file drops this frame, because it states the length of an unfinished file. See ISO 11172-3 and 13818-3,
+    layer III.
     """
     if len(data) < 4 or not any(name in data[:64] for name in (b"Xing", b"Info")):
         return 0
@@ -111,8 +114,8 @@ def _tag_length(data: bytes) -> int:
     return (144_000 if version == 3 else 72_000) * kbps // sample_rate + padding
 
 
-class _Growing(io.BytesIO):
-    """A file in memory whose end is taken as it comes."""
+class _GrowingFile(io.BytesIO):
+    """A file in memory that is read while it is written."""
 
     taken = 0
 

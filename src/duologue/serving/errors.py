@@ -1,9 +1,11 @@
-"""Errors as OpenAI's clients know them: `{"error": {"message", "type", "param", "code"}}`, never a traceback."""
+"""Errors in OpenAI's format, without tracebacks: `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 from duologue.conversation.worker import WorkerFull
 from duologue.language.requests import EngineFull
-from duologue.serving.admission import Refused
+from duologue.serving.admission import AdmissionError
 from duologue.serving.metrics import Metrics
 
 logger = logging.getLogger("duologue.serving")
@@ -24,7 +26,7 @@ _CODES = {404: "not_found", 405: "method_not_allowed", 413: "too_large", 415: "u
 
 
 class ErrorDetails(BaseModel):
-    """What went wrong; `param` is the path of the field at fault."""
+    """Details of an error; `param` is the path of the faulty field."""
 
     message: str
     type: str
@@ -33,13 +35,13 @@ class ErrorDetails(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is an error."""
+    """The body of every error response."""
 
     error: ErrorDetails
 
 
 class ApiError(Exception):
-    """A request that cannot be fulfilled, told to its client."""
+    """A request that cannot be fulfilled. Its message is sent to the client."""
 
     def __init__(self, message: str, code: str = "invalid_value", param: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -47,14 +49,14 @@ class ApiError(Exception):
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The errors of a route, for its OpenAPI document. Those that every guarded route may give need no naming."""
+    """Returns the error responses of a route for OpenAPI. Those of every guarded route are included."""
     texts = {
-        400: "The request is not one that this route takes.",
-        401: "No API key, or a wrong one.",
+        400: "The request is invalid.",
+        401: "The API key is missing or wrong.",
         403: "The page or the host name is not allowed.",
-        404: "There is no such thing.",
-        413: "The body is larger than the server takes.",
-        429: "The server works on as many requests as it may.",
+        404: "Not found.",
+        413: "The body is too large.",
+        429: "The server is busy.",
         500: "The server failed.",
         503: "The server is stopping.",
     }
@@ -62,14 +64,12 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def error_json(message: str, status: int, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """The body of an error."""
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     kind = "authentication_error" if status == 401 else "permission_error" if status == 403 else kind
-    return {"error": {"message": _sendable(message), "type": kind, "param": param, "code": code}}
+    return {"error": {"message": _valid_utf8(message), "type": kind, "param": param, "code": code}}
 
 
 def error_response(message: str, status: int, code: str | None = None, param: str | None = None) -> JSONResponse:
-    """An error as an answer."""
     headers = {}
     if status in (429, 503):
         headers["Retry-After"] = str(RETRY_AFTER_S)
@@ -78,25 +78,43 @@ def error_response(message: str, status: int, code: str | None = None, param: st
     return JSONResponse(error_json(message, status, code, param), status, headers)
 
 
-def told(error: Exception) -> tuple[str, int, str | None, str | None]:
-    """message, status, code and param of any exception; what is not the client's fault is told without details."""
+def error_fields(error: Exception) -> tuple[str, int, str | None, str | None]:
+    """Returns message, status, code and param of any exception. Server errors reveal no details."""
     if isinstance(error, ApiError):
         return error.message, error.status, error.code, error.param
-    if isinstance(error, Refused):
+    if isinstance(error, AdmissionError):
         return error.message, error.status, error.code, None
-    if is_full(error):
+    if isinstance(error, EngineFull | WorkerFull):
         return str(error), 429, "server_busy", None
     logger.error("a request failed", exc_info=error)
-    return "the server failed to answer; its log says why", 500, "server_error", None
+    return "the server failed to answer; see its log", 500, "server_error", None
 
 
-def is_full(error: Exception) -> bool:
-    """Do the models have no room for more at the moment?"""
-    return isinstance(error, EngineFull | WorkerFull)
+def sse(data: dict[str, Any]) -> bytes:
+    """Returns one server-sent event."""
+    return f"data: {json.dumps(data)}\n\n".encode()
+
+
+async def sse_with_errors(
+    events: AsyncGenerator[bytes, None], metrics: Metrics, **head: str
+) -> AsyncGenerator[bytes, None]:
+    """Yields server-sent events. An error after the first one becomes the last event: the status has been sent."""
+    begun = False
+    async with aclosing(events):
+        try:
+            async for event in events:
+                yield event
+                begun = True
+        except Exception as error:
+            if not begun:
+                raise
+            message, status, code, param = error_fields(error)
+            metrics.errors.labels(code or "other").inc()
+            yield sse({**head, **error_json(message, status, code, param)})
 
 
 def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
-    """Every error of the app becomes one of ours."""
+    """Converts every error of the app to OpenAI's format."""
 
     def answer(message: str, status: int, code: str | None = None, param: str | None = None) -> JSONResponse:
         metrics.errors.labels(code or "other").inc()
@@ -104,11 +122,14 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(*_explained(error.errors()[0], error.body))
+        return answer(*_describe(error.errors()[0], error.body))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        message = {404: f"there is nothing at {request.url.path}", 405: f"{request.method} is not possible here"}
+        message = {
+            404: f"there is no page or route at {request.url.path}",
+            405: f"{request.method} is not allowed here",
+        }
         response = answer(
             message.get(error.status_code, str(error.detail)), error.status_code, _CODES.get(error.status_code)
         )
@@ -116,15 +137,15 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
         return response
 
     async def ours(request: Request, error: Exception) -> JSONResponse:
-        return answer(*told(error))
+        return answer(*error_fields(error))
 
-    for kind in (ApiError, Refused, EngineFull, WorkerFull, Exception):
+    for kind in (ApiError, AdmissionError, EngineFull, WorkerFull, Exception):
         app.add_exception_handler(kind, ours)
 
 
-def _explained(fault: dict[str, Any], body: Any) -> tuple[str, int, str, str | None]:
-    """A fault of a request, with the path of its field."""
-    param = _sendable(".".join(_path(fault["loc"][1:], body))) or None
+def _describe(fault: dict[str, Any], body: Any) -> tuple[str, int, str, str | None]:
+    """Returns message, status, code and param of a validation fault."""
+    param = _valid_utf8(".".join(_path(fault["loc"][1:], body))) or None
     if fault["type"] == "missing":
         return (f"{param} is missing" if param else "the request has no body"), 400, "missing_required_parameter", param
     if fault["type"] == "extra_forbidden":
@@ -136,7 +157,7 @@ def _explained(fault: dict[str, Any], body: Any) -> tuple[str, int, str, str | N
 
 
 def _path(location: Sequence[str | int], body: Any) -> list[str]:
-    """Keys and positions in the body: the location also holds names of a union's branches, which no client knows."""
+    """Returns the keys and positions inside the body. Skips pydantic's union branch names."""
     path, value = [], body
     for index, part in enumerate(location):
         inside = part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int)
@@ -147,6 +168,6 @@ def _path(location: Sequence[str | int], body: Any) -> list[str]:
     return path
 
 
-def _sendable(text: str) -> str:
-    """Without halves of characters, which no UTF-8 can hold."""
+def _valid_utf8(text: str) -> str:
+    """Replaces lone surrogates, which UTF-8 cannot encode."""
     return text.encode("utf-8", "replace").decode()

@@ -1,9 +1,9 @@
-"""Sound on the wire: base64 of pcm16 at 24 kHz or of G.711 at 8 kHz, and the waveforms of the models.
+"""Audio on the wire: base64 of pcm16 at 24 kHz or of G.711 at 8 kHz.
 
-    base64 -> samples at the wire's rate -> 16 kHz wav for the tokenizer      (Incoming)
-    wav of the decoder -> speed -> the wire's rate -> samples -> base64       (Outgoing)
+    base64 -> samples at the wire's rate -> 16 kHz wav for the tokenizer      (WireDecoder)
+    wav of the decoder -> speed -> the wire's rate -> samples -> base64       (WireEncoder)
 
-Waveforms are float32 (S,) in [-1, 1]. Everything here is work for a thread, not for the event loop.
+Waveforms are float32 (S,) in [-1, 1]. These functions belong in a thread, not on the event loop.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _EMPTY = np.zeros(0, np.float32)
 
 
 def unpack(audio: str, wire: Format, param: str = "audio") -> Wav:
-    """The samples in base64 text, at the format's rate.
+    """Decodes base64 text to samples (S,) at the format's rate.
 
     Raises:
-        ProtocolError: not base64, or half a sample.
+        ProtocolError: the text is not base64, or ends within a sample.
     """
     try:
         data = base64.b64decode(audio, validate=True)
@@ -46,7 +46,7 @@ def unpack(audio: str, wire: Format, param: str = "audio") -> Wav:
 
 
 def pack(wav: Wav, wire: Format) -> bytes:
-    """Samples at the format's rate as its bytes."""
+    """Encodes samples (S,) at the format's rate as bytes."""
     if isinstance(wire, Pcm):
         return to_int16(wav).tobytes()
     buffer = io.BytesIO()
@@ -63,27 +63,28 @@ def _g711(data: bytes, wire: Format) -> Wav:
     return np.asarray(wav, np.float32)
 
 
-class Incoming:
-    """One stretch of sound from the client, resampled as it comes. Holds back up to 40 ms until `end`."""
+class WireDecoder:
+    """A decoder of the client's audio stream, resampled to 16 kHz. Buffers up to 40 ms until `end`."""
 
     def __init__(self, wire: Format) -> None:
         self.wire = wire
         self._resampler = StreamingResampler(wire.rate, rates.LISTEN_SAMPLE_RATE)
 
     def step(self, audio: str) -> Wav:
-        """base64 text -> what is ready at 16 kHz. Raises ProtocolError as `unpack`; nothing is taken then."""
+        """Decodes base64 text; returns the 16 kHz samples that are ready. A ProtocolError (see `unpack`) leaves the
+        state unchanged."""
         wav = unpack(audio, self.wire)
         return self._resampler.step(wav) if len(wav) else _EMPTY
 
     def end(self) -> Wav:
-        """The rest; a new stretch begins."""
+        """Returns the buffered rest and resets the resampler."""
         wav = self._resampler.step(_EMPTY, last=True)
         self._resampler = StreamingResampler(self.wire.rate, rates.LISTEN_SAMPLE_RATE)
         return wav
 
 
-class Outgoing:
-    """The sound of one reply on its way to the client."""
+class WireEncoder:
+    """An encoder of one reply's audio for the client."""
 
     def __init__(self, wire: Format, speed: float = 1.0) -> None:
         self.wire = wire
@@ -91,7 +92,7 @@ class Outgoing:
         self._resampler = StreamingResampler(rates.SPEAK_SAMPLE_RATE, wire.rate)
 
     def step(self, wav: Wav, last: bool = False) -> list[tuple[str, float]]:
-        """wav of the decoder -> what is ready, in pieces of at most half a second: base64 text and milliseconds."""
+        """Encodes wav (S,) of the decoder; returns pairs of base64 text and milliseconds, at most 0.5 s each."""
         if self._tempo is not None:
             wav = self._tempo.step(wav, last)
         wav = self._resampler.step(wav, last)
@@ -100,8 +101,8 @@ class Outgoing:
         return [(_to_base64(pack(piece, self.wire)), 1000 * len(piece) / self.wire.rate) for piece in pieces]
 
 
-def whole(wav: Wav, sample_rate: int, wire: Format) -> str:
-    """A whole waveform as base64 text in a wire format."""
+def encode_wav(wav: Wav, sample_rate: int, wire: Format) -> str:
+    """Encodes a complete waveform (S,) as base64 text."""
     resampled = StreamingResampler(sample_rate, wire.rate).step(wav, last=True)
     return _to_base64(pack(resampled, wire))
 

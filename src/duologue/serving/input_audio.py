@@ -1,7 +1,7 @@
-"""The input audio buffer of one real-time session: sound of the client becomes the user's turn while it comes.
+"""The input audio buffer of a real-time session: turns the client's audio into user turns while it arrives.
 
-With turn detection the detector says where turns begin and end; sound outside of them waits for a while, because the
-beginning of a turn is known only after it. Without it everything belongs to the turn until the client commits.
+With turn detection, the detector decides where turns start and end. Audio outside turns is buffered for a while,
+because the start of a turn is detected late. Without it, all audio belongs to the turn until the client commits.
 """
 
 from __future__ import annotations
@@ -17,36 +17,42 @@ from numpy.typing import NDArray
 from duologue import rates
 from duologue.conversation.ear import Ear
 from duologue.conversation.history import turn_of
-from duologue.serving.formats import Incoming
-from duologue.serving.items import Sound
+from duologue.serving.formats import WireDecoder
+from duologue.serving.items import AudioClip
 from duologue.serving.objects import AudioInput, ProtocolError
 from duologue.serving.turn_detection import (
     Detection,
+    IdleTimedOut,
     SileroStream,
     SpeechProbability,
-    Started,
-    TimedOut,
     TurnDetector,
     TurnSettings,
+    TurnStarted,
 )
 from duologue.turns import Role, Turn
 
 RATE = rates.LISTEN_SAMPLE_RATE
-AT_ONCE = RATE  # samples whose probabilities are computed in one piece of work
-# What clients send at a time in live speech is worked on in the event loop, 0.2 ms for each 32 ms of sound: the way to
-# a thread and back costs more than that, and waits while the models' threads run.
+VAD_CHUNK = RATE  # samples per call of the detector
+# Short messages are processed on the event loop, in 0.2 ms per 32 ms of audio. A thread switch costs more and waits for
+# the models' threads.
 SHORT_MESSAGE = 16_384  # characters of base64
 SHORT_PIECE = RATE // 10  # samples
-WAITING_S = 30.0  # sound outside of turns that is kept for a client that commits by itself
+MAX_WAITING_S = 30.0  # audio outside turns, kept for clients that commit by themselves
 MIN_COMMIT_MS = 100
 
 
 @dataclass(frozen=True, eq=False)
 class UserTurn:
-    """A turn of the user: its ids, its sound, and the seconds that its end took."""
+    """A user's turn.
+
+    Attributes:
+        turn: its token ids.
+        sound: its audio.
+        commit_s: seconds spent on the last step.
+    """
 
     turn: Turn
-    sound: Sound
+    sound: AudioClip
     commit_s: float
 
 
@@ -54,13 +60,14 @@ def to_ms(samples: int) -> int:
     return samples * 1000 // RATE
 
 
-class Listener:
-    """One client's sound. Positions count samples at 16 kHz since the session began.
+class InputAudioBuffer:
+    """The audio of one client. Positions count samples at 16 kHz since the session started.
 
     Args:
-        ear: hears the user.
-        max_s: length of a turn.
-        on_sound: gets every wav (S,) and its rate, for recording.
+        ear: tokenizes the audio.
+        config: format and turn detection.
+        max_s: maximum length of a turn.
+        on_sound: receives every wav (S,) and its rate, for recording.
         probability: makes the state of one stream's speech probability.
     """
 
@@ -76,21 +83,21 @@ class Listener:
         self.detector: TurnDetector | None = None
         self._max_s, self._on_sound, self._new_probability = max_s, on_sound, probability
         self._probability = probability()
-        self._incoming = Incoming(config.format)
+        self._incoming = WireDecoder(config.format)
         self._total = 0
         self._waiting: deque[NDArray[np.float32]] = deque()  # ends at `_total`
         self._num_waiting = 0
         self._parts: list[NDArray[np.float32]] = []
-        self._open = 0  # samples of the open turn
+        self._open = 0  # samples in the open turn
         self.configure(config)
 
     def configure(self, config: AudioInput) -> None:
-        """Takes a new configuration. A turn under way goes on."""
+        """Applies a new configuration. A turn in progress continues."""
         if config.format != self._incoming.wire:
-            self._incoming = Incoming(config.format)
+            self._incoming = WireDecoder(config.format)
         if config.turn_detection is None:
             self.detector = None
-            self._drop_until(self._total)
+            self._take_until(self._total)
             return
         settings = TurnSettings.of(config.turn_detection, self._max_s)
         if self.detector is None:
@@ -99,15 +106,16 @@ class Listener:
             self.detector.settings = settings
 
     async def append(self, audio: str) -> AsyncIterator[Detection]:
-        """Takes sound as base64 text and yields what the detector finds, each at once: whoever gets `Stopped` or
-        `TimedOut` ends the turn with `commit` before going on.
+        """Takes audio as base64 text and yields each detection at once.
+
+        The caller ends the turn with `commit` on `TurnEnded` or `IdleTimedOut` before it continues.
 
         Raises:
-            ProtocolError: not sound of this format, or more of it than a turn may have; it is not heard then.
+            ProtocolError: the audio does not match the format, or exceeds the turn's limit. It is dropped.
         """
         if len(audio) <= SHORT_MESSAGE:
             wav = self._incoming.step(audio)
-            await asyncio.sleep(0)  # a client that sends faster than real time does not keep the loop to itself
+            await asyncio.sleep(0)  # yields to other sessions when a client sends faster than real time
         else:
             wav = await asyncio.to_thread(self._incoming.step, audio)
         if self.detector is None and self._open + len(wav) > self._max_s * RATE:
@@ -120,8 +128,8 @@ class Listener:
             self._total += len(wav)
             await self._hear(wav)
             return
-        for start in range(0, len(wav), AT_ONCE):
-            piece = wav[start : start + AT_ONCE]
+        for start in range(0, len(wav), VAD_CHUNK):
+            piece = wav[start : start + VAD_CHUNK]
             if len(piece) <= SHORT_PIECE:
                 probabilities = self._probability.step(piece)
             else:
@@ -131,24 +139,24 @@ class Listener:
             self._total += len(piece)
             for probability in probabilities:
                 detection = self.detector.step(probability)
-                if isinstance(detection, Started):
-                    self._drop_until(detection.sample)
-                if isinstance(detection, TimedOut):
-                    # The silence itself means nothing to the model and costs context; a little stands for it.
-                    self._drop_until(
+                if isinstance(detection, TurnStarted):
+                    self._take_until(detection.sample)
+                if isinstance(detection, IdleTimedOut):
+                    # Silence costs context and carries no meaning: only a short piece is kept.
+                    self._take_until(
                         detection.sample - max(self.detector.settings.prefix, MIN_COMMIT_MS * RATE // 1000)
                     )
                 if detection is not None:
                     yield detection
             if self.detector.speaking:
                 await self._hear_until(self.detector.sample)
-        self._drop_until(self._total - int(WAITING_S * RATE))
+        self._take_until(self._total - int(MAX_WAITING_S * RATE))
 
     async def commit(self, detection: Detection | None = None) -> UserTurn:
-        """Ends the turn: where the detector said, or here when the client does it.
+        """Ends the turn: at the detection, or at the last sample if the client commits.
 
         Raises:
-            ProtocolError: less than 100 ms are there.
+            ProtocolError: the turn is shorter than 100 ms.
         """
         if detection is not None:
             await self._hear_until(detection.sample)
@@ -170,23 +178,23 @@ class Listener:
         spoken = await self.ear.finish()
         vocabulary = self.ear.models.vocabulary
         turn = turn_of(Role.USER, vocabulary.speech_ids(spoken.codes), vocabulary)
-        return UserTurn(turn, Sound.of(parts, RATE), loop.time() - began)
+        return UserTurn(turn, AudioClip.of(parts, RATE), loop.time() - began)
 
     def clear(self) -> None:
-        """Forgets all sound that is not committed."""
+        """Drops all audio that is not committed."""
         self.ear.discard()
         self._parts, self._open = [], 0
-        self._incoming = Incoming(self._incoming.wire)
+        self._incoming = WireDecoder(self._incoming.wire)
         self._restart()
 
     def close(self) -> None:
-        """The conversation is over."""
+        """Ends the buffer with its conversation."""
         self.clear()
         self.ear.close()
 
     def _restart(self) -> None:
-        """Detection begins anew behind the last sample."""
-        self._drop_until(self._total)
+        """Restarts detection behind the last sample."""
+        self._take_until(self._total)
         if self.detector is not None:
             self._start_detector(self.detector.settings)
 
@@ -204,11 +212,8 @@ class Listener:
         if parts := self._take_until(sample):
             await self._hear(np.concatenate(parts))
 
-    def _drop_until(self, sample: int) -> None:
-        self._take_until(sample)
-
     def _take_until(self, sample: int) -> list[NDArray[np.float32]]:
-        """Takes out what waits from before this position."""
+        """Removes and returns the buffered pieces before this position."""
         parts, rest = [], sample - (self._total - self._num_waiting)
         while rest > 0 and self._waiting:
             piece = self._waiting.popleft()

@@ -1,7 +1,7 @@
-"""The items of a real-time conversation, as clients see it, and the turns of token ids that the model is shown.
+"""Items of a real-time conversation, as clients see them, and the turns of token ids given to the model.
 
-An item is one message; its turn holds its ids. A reply keeps all of its ids, whatever was heard of it, so that a client
-which knows better than the server what was played can still say so.
+An item is one message; its turn holds its ids. A reply keeps all its ids, so that a client that knows the true playback
+position can still truncate it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from duologue.conversation.ear import tokenize
 from duologue.conversation.history import heard_part, turn_of
 from duologue.interleave import Kind
 from duologue.pcm import from_int16, to_int16
-from duologue.serving.formats import unpack, whole
+from duologue.serving.formats import encode_wav, unpack
 from duologue.serving.objects import (
     AnyItem,
     Content,
@@ -34,20 +34,20 @@ from duologue.serving.protocol import new_id
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
 
-KEPT_SOUND_S = 300.0  # sound of a conversation's items that can be retrieved; the oldest goes first
-# Appended when the history does not end with a turn of the user, so that the prompt always asks for a reply.
+MAX_AUDIO_S = 300.0  # retrievable audio of a conversation; the oldest is dropped first
+# Appended when the history does not end with a user turn, so that the prompt always asks for a reply.
 EMPTY_USER_TURN = Turn(Role.USER, Modality.TEXT, ())
 
 
 @dataclass(frozen=True, eq=False)
-class Sound:
-    """int16 (S,) as it was heard or spoken."""
+class AudioClip:
+    """Audio of an item, int16 (S,)."""
 
     samples: NDArray[np.int16]
     sample_rate: int
 
     @classmethod
-    def of(cls, parts: Sequence[NDArray[np.float32]], sample_rate: int) -> Sound:
+    def of(cls, parts: Sequence[NDArray[np.float32]], sample_rate: int) -> AudioClip:
         wav = np.concatenate(parts) if parts else np.zeros(0, np.float32)
         return cls(to_int16(wav), sample_rate)
 
@@ -55,58 +55,62 @@ class Sound:
     def seconds(self) -> float:
         return len(self.samples) / self.sample_rate
 
-    def beginning(self, ms: float) -> Sound:
-        return Sound(self.samples[: int(ms * self.sample_rate / 1000)], self.sample_rate)
+    def beginning(self, ms: float) -> AudioClip:
+        return AudioClip(self.samples[: int(ms * self.sample_rate / 1000)], self.sample_rate)
 
     def to_wire(self, wire: Format) -> str:
-        """base64 text."""
-        return whole(from_int16(self.samples), self.sample_rate, wire)
+        """Returns the audio as base64 text."""
+        return encode_wav(from_int16(self.samples), self.sample_rate, wire)
 
 
 @dataclass(eq=False)
 class Item:
-    """One item.
+    """One item of a conversation.
 
     Attributes:
-        body: as clients see it, without sound.
-        turn: what the model is shown of it, or None for nothing: a call of a tool, a reply of which nothing was heard.
-        whole: of a reply, the turn with all of its ids.
-        sound: what was heard or spoken, as long as it is kept.
-        spoken_ms: of a reply, the length of its sound as it was sent.
-        heard_ms: how much of that was heard, where somebody interrupted it.
-        speed: of a reply, length of its sound as the model made it over that as it was sent.
+        body: the item as clients see it, without audio.
+        turn: the turn given to the model; None for tool calls and for replies that were not heard.
+        full_turn: the complete turn of a reply.
+        sound: the audio, while it is kept.
+        spoken_ms: duration of a reply's audio as sent.
+        heard_ms: milliseconds heard before an interruption, or None.
+        speed: duration of a reply's generated audio divided by its duration as sent.
     """
 
     body: AnyItem
     turn: Turn | None = None
-    whole: Turn | None = None
-    sound: Sound | None = None
+    full_turn: Turn | None = None
+    sound: AudioClip | None = None
     spoken_ms: float = 0.0
     heard_ms: float | None = None
     speed: float = 1.0
 
     @property
     def id(self) -> str:
-        assert self.body.id is not None  # every item of a conversation has one
+        assert self.body.id is not None
         return self.body.id
 
     def cut(self, heard_ms: float, vocabulary: Vocabulary) -> float:
-        """Shortens a reply to what was heard of it; returns the milliseconds of sound that stay."""
-        assert self.whole is not None
+        """Truncates a reply to the part that was heard; returns the milliseconds of audio kept."""
+        assert self.full_turn is not None
         assert isinstance(self.body, Message)
         self.heard_ms = min(heard_ms, self.spoken_ms)
         num_samples = int(self.heard_ms * self.speed * rates.SPEAK_SAMPLE_RATE / 1000)
-        heard = heard_part(self.whole, num_samples, vocabulary, finished=self.body.status == "completed")
+        heard = heard_part(self.full_turn, num_samples, vocabulary, finished=self.body.status == "completed")
         self.turn = heard.turn if heard.turn.ids else None
-        text_ids = [token for token in self.whole.ids if vocabulary.kind(token) is Kind.TEXT]
-        said = heard.text(vocabulary.decode_text(text_ids).lstrip())
-        content = [part.model_copy(update={"transcript": said}) for part in self.body.content]
+        text_ids = [token for token in self.full_turn.ids if vocabulary.kind(token) is Kind.TEXT]
+        transcript = heard.text(vocabulary.decode_text(text_ids).lstrip())
+        content = [part.model_copy(update={"transcript": transcript}) for part in self.body.content]
         self.body = self.body.model_copy(update={"content": content})
         return self.heard_ms
 
     def with_sound(self, heard: Format, spoken: Format) -> AnyItem:
-        """The body with its sound as base64 text, where it is kept: the user's in the format of the input, the model's
-        in that of the output. Work for a thread."""
+        """Returns the body with its audio as base64 text, if it is kept. Call it in a thread.
+
+        Args:
+            heard: format of the user's audio.
+            spoken: format of the model's audio.
+        """
         if self.sound is None or not isinstance(self.body, Message):
             return self.body
         sound = self.sound if self.heard_ms is None else self.sound.beginning(self.heard_ms * self.speed)
@@ -120,7 +124,7 @@ class Item:
 
 @dataclass(eq=False)
 class Items:
-    """The items of one conversation in order. What a dropped client comes back to."""
+    """The items of one conversation, in order. Resumed conversations keep them."""
 
     vocabulary: Vocabulary
     id: str
@@ -133,12 +137,12 @@ class Items:
         return iter(self.order)
 
     def turns(self, system: Turn | None = None) -> Conversation:
-        """What the model is shown, with its instructions first where there are any."""
+        """Returns the conversation given to the model; the instructions come first."""
         shown = [turn for turn in (system, *(item.turn for item in self.order)) if turn is not None]
         return Conversation(tuple(shown), self.vocabulary.hash)
 
     def get(self, item_id: str, action: str, param: str = "item_id") -> Item:
-        """The item with this id. Raises ProtocolError where there is none; `action` is what was to be done with it."""
+        """Returns the item with this id. Raises ProtocolError if there is none; `action` names the operation."""
         for item in self.order:
             if item.id == item_id:
                 return item
@@ -148,13 +152,8 @@ class Items:
             param,
         )
 
-    def before(self, item: Item) -> str | None:
-        """The id of the item before this one."""
-        index = self.order.index(item)
-        return self.order[index - 1].id if index else None
-
     def check_new(self, item_id: str | None, after: str | None = None) -> int:
-        """Where an item of this id would stand. Raises ProtocolError as `add`."""
+        """Returns the position for a new item of this id. Raises ProtocolError as `add`."""
         if any(item.id == item_id for item in self.order):
             raise ProtocolError(
                 f"there is an item {item_id!r} in the conversation already", "item_create_duplicate_item_id", "item.id"
@@ -164,10 +163,10 @@ class Items:
         return 0 if after == "root" else self.order.index(self.get(after, "create", "previous_item_id")) + 1
 
     def add(self, item: Item, after: str | None = None) -> str | None:
-        """Puts an item at the end, at the beginning (after "root") or after another one; returns the id before it.
+        """Inserts an item at the end, at the start (after "root") or after another one; returns the previous item's id.
 
         Raises:
-            ProtocolError: there is an item of this id, or none to put it after.
+            ProtocolError: the id exists already, or the item to insert after does not.
         """
         index = self.check_new(item.id, after)
         self.order.insert(index, item)
@@ -175,22 +174,23 @@ class Items:
         return self.order[index - 1].id if index else None
 
     def forget_sound(self) -> None:
-        """Drops the oldest sounds beyond what is kept."""
+        """Drops the oldest audio beyond the limit."""
         seconds = 0.0
         for item in reversed(self.order):
             if item.sound is None:
                 continue
             seconds += item.sound.seconds
-            if seconds > KEPT_SOUND_S:
+            if seconds > MAX_AUDIO_S:
                 item.sound = None
 
 
 @dataclass(eq=False)
 class SavedConversation:
-    """A conversation as a client that was dropped finds it again.
+    """The state of a conversation that a dropped client can resume.
 
     Attributes:
-        config: the session as clients see it.
+        config: the session configuration as clients see it.
+        items: the items.
     """
 
     config: SessionConfig
@@ -198,7 +198,7 @@ class SavedConversation:
 
 
 def answerable(vocabulary: Vocabulary, turns: Sequence[Turn | None]) -> Conversation:
-    """A conversation of these turns, ending with one that the model can answer."""
+    """Returns a conversation of these turns that ends with a turn the model can answer."""
     shown = [turn for turn in turns if turn is not None]
     if not shown or shown[-1].role not in (Role.USER, Role.OBSERVATION):
         shown.append(EMPTY_USER_TURN)
@@ -208,14 +208,16 @@ def answerable(vocabulary: Vocabulary, turns: Sequence[Turn | None]) -> Conversa
 async def new_item(
     bot: Chatbot, body: AnyItem, wire: Format, max_chars: int, max_audio_s: float, where: str = "item"
 ) -> Item:
-    """The item that a client described. Calls of tools and their results are kept, and not shown to the model.
+    """Creates the item that a client described. Tool calls and results are kept, but not given to the model.
 
     Args:
-        wire: format of its sound.
-        max_chars, max_audio_s: of one message.
-        where: its path in the event.
+        wire: format of its audio.
+        max_chars, max_audio_s: limits of one message.
+        where: path of the item in the event.
+
     Raises:
-        ProtocolError: a part that its role cannot have, without its value, too long, or not sound of this format.
+        ProtocolError: a part has the wrong type for its role, has no value, exceeds a limit, or is not audio of this
+            format.
     """
     item_id = body.id or new_id("item")
     if isinstance(body, FunctionCall | FunctionCallOutput):
@@ -223,7 +225,7 @@ async def new_item(
     if not body.content:
         raise ProtocolError(f"{where}.content must hold at least one part", param=f"{where}.content")
     ids: list[int] = []
-    sounds: list[Sound] = []
+    sounds: list[AudioClip] = []
     parts: list[Content] = []
     for index, part in enumerate(body.content):
         place = f"{where}.content.{index}"
@@ -231,19 +233,19 @@ async def new_item(
             wav = await _sound(part, wire, max_audio_s, place)
             codes = await tokenize(bot.models, bot.worker, wav, wire.rate)
             ids += bot.models.vocabulary.speech_ids(codes)
-            sounds.append(Sound.of([wav], wire.rate))
+            sounds.append(AudioClip.of([wav], wire.rate))
         else:
-            text = _written(part, body.role, place)
+            text = _part_text(part, body.role, place)
             if len(text) > max_chars:
                 raise ProtocolError(
                     f"{place}.text has {len(text)} characters; at most {max_chars} are taken", param=f"{place}.text"
                 )
             ids += bot.models.vocabulary.encode_text(text)
         parts.append(part.model_copy(update={"audio": None}))
-    kept = Message(type="message", id=item_id, status="completed", role=body.role, content=parts)
-    # One sound belongs to one part; of several there is none to give back.
+    message = Message(type="message", id=item_id, status="completed", role=body.role, content=parts)
+    # An item keeps the audio of a single part only.
     return Item(
-        kept, turn_of(Role(body.role), ids, bot.models.vocabulary), sound=sounds[0] if len(sounds) == 1 else None
+        message, turn_of(Role(body.role), ids, bot.models.vocabulary), sound=sounds[0] if len(sounds) == 1 else None
     )
 
 
@@ -259,8 +261,8 @@ async def _sound(part: Content, wire: Format, max_audio_s: float, place: str) ->
     return wav
 
 
-def _written(part: Content, role: str, where: str) -> str:
-    """The text of a part of a message of this role. Raises ProtocolError for a part that the role cannot have."""
+def _part_text(part: Content, role: str, where: str) -> str:
+    """Returns the text of a part. Raises ProtocolError for a part that the role cannot have."""
     wanted = "output_text" if role == "assistant" else "input_text"
     if part.type != wanted:
         also = " or input_audio" if role == "user" else ""

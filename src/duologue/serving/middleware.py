@@ -1,5 +1,5 @@
-"""What every HTTP request passes before its route: the address it came to, the page it came from, its key, the size of
-its body; and what every answer gets: headers that keep browsers careful, and a count."""
+"""Middleware for every HTTP request: checks host, origin, key and body size; adds security headers and counts
+responses."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from duologue.serving.admission import Admission, Refused
+from duologue.serving.admission import Admission, AdmissionError
 from duologue.serving.errors import error_response
 from duologue.serving.metrics import Metrics
 from duologue.serving.settings import Settings
 
-# Probes come under any name, and learn nothing but that the server lives.
+# Probes may use any host name; they reveal only that the server is alive.
 OPEN_PATHS = ("/healthz", "/readyz")
 
-# The page is whole in itself: nothing of it comes from elsewhere, and nobody frames it.
+# The page loads nothing from other origins and must not be framed.
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
@@ -33,7 +33,7 @@ HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"
 
 
 class RequestGuard:
-    """ASGI middleware around the app. WebSockets pass: their route refuses in their own words."""
+    """ASGI middleware around the app. WebSockets pass, because their route sends its own errors."""
 
     def __init__(self, app: ASGIApp, settings: Settings, admission: Admission, metrics: Metrics) -> None:
         self._app, self._settings, self._admission, self._metrics = app, settings, admission, metrics
@@ -64,21 +64,19 @@ class RequestGuard:
                 self._admission.check_address(headers.get("host"), headers.get("origin"))
             if scope["path"].startswith("/v1/") or scope["path"] == "/metrics":
                 self._admission.check_key(headers.get("authorization"))  # before a body is read
-            self._check_length(headers.get("content-length"))
-        except Refused as error:
+            length = headers.get("content-length", "")
+            if length.isdecimal() and int(length) > self._settings.max_upload_bytes:
+                raise AdmissionError(413, "too_large", self._too_large)
+        except AdmissionError as error:
             self._metrics.errors.labels(error.code).inc()
             await error_response(error.message, error.status, error.code)(scope, receive, counted)
             return
-        # A client that goes away or reads nothing is told nothing any more; its work has been cancelled.
+        # No error is sent to a client that is gone; its work has been cancelled.
         with suppress(ClientDisconnect):
             await self._app(scope, self._bounded(receive), counted)
 
-    def _check_length(self, length: str | None) -> None:
-        if length is not None and length.isdecimal() and int(length) > self._settings.max_upload_bytes:
-            raise Refused(413, "too_large", self._too_large)
-
     def _bounded(self, receive: Receive) -> Receive:
-        """Counts a body that did not tell its length."""
+        """Limits a body that did not declare its length."""
         received = 0
 
         async def bounded() -> Message:

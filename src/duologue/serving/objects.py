@@ -1,8 +1,7 @@
-"""Objects of the Realtime protocol: the session's configuration, items of a conversation, responses.
+"""Objects of the Realtime protocol: session configuration, conversation items, responses.
 
-They are read from what clients send, strictly: an unknown key or a value that is not supported is an error that names
-its field. What clients of other servers send and what changes nothing here (names of foreign models, tracing, tools) is
-taken and kept; `docs/protocol.md` lists it.
+Parsing is strict: an unknown key or an unsupported value is an error that names its field. Fields without effect here
+(foreign model names, tracing, tools) are accepted and kept; `docs/protocol.md` lists them.
 """
 
 from __future__ import annotations
@@ -27,23 +26,23 @@ Status: TypeAlias = Literal["in_progress", "completed", "cancelled", "incomplete
 ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
 OwnEvents: TypeAlias = Literal["duologue.tokens", "duologue.timings"]
 
-# Voices of the server whose clients come here; they are spoken in the model's own default voice.
+# OpenAI's voices; they map to the model's default voice.
 FOREIGN_VOICES = ("alloy", "ash", "ballad", "cedar", "coral", "echo", "marin", "sage", "shimmer", "verse")
 
-# Where null means "off"; anywhere else it means "as it is".
+# Fields where null means "off"; elsewhere null keeps the value.
 _MAY_BE_NULL = {"turn_detection", "transcription", "noise_reduction", "idle_timeout_ms", "include", "tracing", "prompt"}
 _MERGED = {"audio", "input", "output", "format", "turn_detection", "transcription", "noise_reduction"}
-_OF_THE_SERVER = {"id", "object", "expires_at"}  # clients that echo a whole session send them back
+_SERVER_FIELDS = {"id", "object", "expires_at"}  # clients that send a whole session back include them
 
 
 class ProtocolError(Exception):
-    """Something a client asked for cannot be done; it becomes an `error` event and the session goes on.
+    """A client request that cannot be fulfilled. It becomes an `error` event and the session continues.
 
     Attributes:
-        code: a word for programs.
-        param: path of the field that is at fault.
-        kind: whose fault it is, "invalid_request_error" or "server_error".
-        event_id: the client's own id of the event.
+        code: error code.
+        param: path of the faulty field.
+        kind: "invalid_request_error" or "server_error".
+        event_id: the client's id of the event.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class OmitUnset(Strict):
     """Serialized without unset fields, because some clients reject unknown keys even when null."""
 
     @model_serializer(mode="wrap")
-    def _given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_none(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {name: value for name, value in plain(self).items() if value is not None}
 
 
@@ -93,13 +92,13 @@ Format: TypeAlias = Annotated[Pcm | Pcmu | Pcma, Field(discriminator="type")]
 
 
 class ServerVad(Strict):
-    """Turns by silence.
+    """Turn detection by silence.
 
     Attributes:
-        threshold: probability of speech from which on a window counts as speech.
-        idle_timeout_ms: after so much silence behind a reply the model speaks again; None never.
+        threshold: minimum speech probability of a speech window.
+        idle_timeout_ms: silence after a reply until the model speaks again; None disables it.
         create_response: answer when the user stops.
-        interrupt_response: end the reply when the user speaks into it.
+        interrupt_response: end the reply on barge-in.
     """
 
     type: Literal["server_vad"] = "server_vad"
@@ -124,7 +123,7 @@ TurnDetection: TypeAlias = Annotated[ServerVad | SemanticVad, Field(discriminato
 
 
 class Transcription(OmitUnset):
-    """Wish for transcripts of what the user says. The model's own recognition head makes them, whatever the name."""
+    """Request for transcripts of the user's speech. The model's recognition head makes them, whatever the name."""
 
     model: str | None = None
     language: str | None = None
@@ -165,14 +164,14 @@ MaxTokens: TypeAlias = Annotated[int, Field(ge=1, le=4096)] | Literal["inf"]
 
 
 def _one_modality(value: list[Modality]) -> list[Modality]:
-    """Sound always comes with its transcript, so both at once are sound."""
+    """Reduces the modalities to one: audio always comes with its transcript."""
     if not value:
         raise ValueError("should be ['audio'] or ['text']")
     return ["audio"] if "audio" in value else ["text"]
 
 
 class SessionConfig(Strict):
-    """The configuration of a session, complete; `updated` takes a client's changes."""
+    """The complete configuration of a session; `updated` applies a client's changes."""
 
     type: Literal["realtime"] = "realtime"
     object: Literal["realtime.session"] = "realtime.session"
@@ -195,12 +194,12 @@ class SessionConfig(Strict):
     _modalities = field_validator("output_modalities")(_one_modality)
 
     def updated(self, changes: Mapping[str, Any]) -> SessionConfig:
-        """This configuration with what a client gave. Only what is given changes.
+        """Returns this configuration with the client's changes applied.
 
         Raises:
-            ProtocolError: naming the first field that is unknown or has a value that is not supported.
+            ProtocolError: a field is unknown or has an unsupported value; names the first one.
         """
-        changes = {name: value for name, value in changes.items() if name not in _OF_THE_SERVER}
+        changes = {name: value for name, value in changes.items() if name not in _SERVER_FIELDS}
         merged = _merge(self.model_dump(), changes)
         return read(SessionConfig, merged, "session")
 
@@ -236,9 +235,9 @@ class Content(OmitUnset):
     transcript: str | None = None
 
     @model_serializer(mode="wrap")
-    def _given(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        given = super()._given(plain)
-        # Of what the user said, "not written down" is told as null: @openai/agents for Node insists on it.
+    def _without_none(self, plain: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        given = super()._without_none(plain)
+        # @openai/agents for Node requires a null transcript for user audio.
         return {**given, "transcript": self.transcript} if self.type == "input_audio" else given
 
 
@@ -252,7 +251,7 @@ class _Item(Strict):
 
 
 class Message(_Item):
-    """What somebody said or wrote."""
+    """A message of one role."""
 
     type: Literal["message"]
     role: Literal["system", "user", "assistant"]
@@ -273,7 +272,7 @@ class FunctionCallOutput(_Item):
 
 
 class ItemReference(Strict):
-    """An item of the conversation, in the input of a response."""
+    """A reference to a conversation item, in the input of a response."""
 
     type: Literal["item_reference"]
     id: ItemId
@@ -293,12 +292,12 @@ class ResponseAudio(Strict):
     output: ResponseFormat = ResponseFormat()
 
 
-Label: TypeAlias = Annotated[str, Field(max_length=64)]
-Note: TypeAlias = Annotated[str, Field(max_length=512)]
+MetadataKey: TypeAlias = Annotated[str, Field(max_length=64)]
+MetadataValue: TypeAlias = Annotated[str, Field(max_length=512)]
 
 
 class ResponseParams(Strict):
-    """What a client asks for in `response.create`; None is as the session has it."""
+    """Parameters of `response.create`. None means the session's value."""
 
     conversation: Literal["auto", "none"] | None = None
     input: list[InputItem] | None = None
@@ -306,7 +305,7 @@ class ResponseParams(Strict):
     output_modalities: list[Modality] | None = None
     audio: ResponseAudio | None = None
     max_output_tokens: MaxTokens | None = None
-    metadata: Annotated[dict[Label, Note], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -332,7 +331,7 @@ class OutputTokens(Strict):
 
 
 class Usage(Strict):
-    """Token ids of a prompt and its reply; control ids count as text."""
+    """Token counts of a prompt and its reply; control ids count as text."""
 
     total_tokens: int
     input_tokens: int
@@ -354,7 +353,7 @@ class StatusDetails(Strict):
 
 
 class Response(Strict):
-    """A reply as clients see it."""
+    """A response as clients see it."""
 
     id: str
     object: Literal["realtime.response"] = "realtime.response"
@@ -370,10 +369,10 @@ class Response(Strict):
 
 
 def read(model: type[Model], data: Any, where: str = "") -> Model:
-    """`model` made of plain values.
+    """Parses plain values as `model`.
 
     Raises:
-        ProtocolError: the first fault, with the path of its field.
+        ProtocolError: names the path of the first faulty field.
     """
     try:
         return model.model_validate(data)
@@ -393,17 +392,17 @@ def _explained(error: ValidationError, data: Any, where: str) -> ProtocolError:
     if faults[0]["type"] == "union_tag_invalid":
         wanted = faults[0]["ctx"]["expected_tags"]
         return ProtocolError(f"{param} must be one of {wanted}, not {_short(value)}", param=param)
-    # Each branch of a union has a fault of its own at the same place.
+    # Each branch of a union reports its own fault at the same path.
     texts = [fault["msg"] for fault in faults if _place(fault, data, where)[0] == param]
     wanted = " or ".join(dict.fromkeys(text.removeprefix("Value error, ").removeprefix("Input ") for text in texts))
     return ProtocolError(f"{param} {wanted.replace('should be', 'must be')}, not {_short(value)}", param=param)
 
 
 def _place(fault: Any, data: Any, where: str) -> tuple[str, Any]:
-    """The path of a fault's field, as the client wrote it, and the value there."""
+    """Returns the path of a fault's field, as the client wrote it, and the value there."""
     path, value, loc = [where] if where else [], data, fault["loc"]
     for index, part in enumerate(loc):
-        # Besides keys and positions the path holds names of the union's branches, which no client knows.
+        # pydantic's location also names union branches, which are not part of the client's path.
         if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
             path.append(str(part))
             value = value[part]

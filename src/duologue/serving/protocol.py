@@ -1,7 +1,7 @@
-"""The events of the Realtime protocol (OpenAI's, in its generally available form): what clients send, what they get.
+"""Events of OpenAI's Realtime protocol (general availability), from clients and from the server.
 
-Fields and names are those of the `openai` package's types (3.54.0). Two events of ours come only to clients that ask
-for them by `session.include`: `duologue.tokens` and `duologue.timings`.
+Names and fields match the types of the `openai` package (3.54.0). The server adds `duologue.tokens` and
+`duologue.timings`, sent only to clients that request them in `session.include`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _numbers = itertools.count()
 
 
 def new_id(prefix: str) -> str:
-    """An id that no other object has, such as `item_5f0c...`."""
+    """Returns a unique id, such as `item_5f0c...`."""
     return f"{prefix}_{secrets.token_hex(10)}"
 
 
@@ -38,7 +38,7 @@ def _event_id() -> str:
     return f"event_{next(_numbers)}"
 
 
-# What clients send.
+# Client events.
 
 
 class _FromClient(Strict):
@@ -115,10 +115,10 @@ _NOT_ON_WEBSOCKETS = ("output_audio_buffer.clear",)
 
 
 def read_client_event(text: str | bytes) -> ClientEvent:
-    """The event in one message.
+    """Parses one message.
 
     Raises:
-        ProtocolError: naming the field that is at fault, with the client's id of the event.
+        ProtocolError: names the faulty field and the client's event id.
     """
     if isinstance(text, bytes):
         raise ProtocolError("events are JSON in text messages; binary messages are not used", "invalid_message")
@@ -140,32 +140,34 @@ def _read_event(data: dict[str, Any]) -> ClientEvent:
     name = data.get("type")
     if name in _NOT_ON_WEBSOCKETS:
         raise ProtocolError(
-            f"{name} belongs to WebRTC; here the client plays the sound: stop playing and send "
+            f"{name} belongs to WebRTC; here the client plays the audio: stop playing and send "
             "conversation.item.truncate",
             "unsupported_event",
             "type",
         )
     if not isinstance(name, str) or name not in CLIENT_EVENTS:
         shown = repr(name)[:60]
-        raise ProtocolError(f"there is no event {shown}; there are {', '.join(CLIENT_EVENTS)}", "unknown_event", "type")
+        raise ProtocolError(
+            f"there is no event {shown}; the choices are {', '.join(CLIENT_EVENTS)}", "unknown_event", "type"
+        )
     if _depth(data) > MAX_DEPTH:
         raise ProtocolError(f"an event may be nested at most {MAX_DEPTH} deep", "invalid_value")
     return read(CLIENT_EVENTS[name], data)
 
 
 def _depth(value: Any, limit: int = MAX_DEPTH) -> int:
-    """How deep plain values are nested; stops one beyond the limit."""
+    """Returns the nesting depth of plain values, at most one beyond the limit."""
     if limit < 0 or not isinstance(value, dict | list):
         return 0
     children = value.values() if isinstance(value, dict) else value
     return 1 + max((_depth(child, limit - 1) for child in children), default=0)
 
 
-# What clients get.
+# Server events.
 
 
 class ServerEvent(Strict):
-    """Every event of the server has an id of its own."""
+    """An event of the server, with a unique id."""
 
     event_id: str = Field(default_factory=_event_id)
     type: str
@@ -371,7 +373,7 @@ class AudioDone(_OfPart):
 
 
 class Tokens(ServerEvent):
-    """Tokens of a reply as they are made, in the order of the interleave: `count` of one kind."""
+    """Generated tokens of one kind, in interleaved order; `count` equals `len(ids)`."""
 
     type: Literal["duologue.tokens"] = "duologue.tokens"
     response_id: str
@@ -381,8 +383,11 @@ class Tokens(ServerEvent):
 
 
 class ResponseTimings(ServerEvent):
-    """Where the time of a reply went, in milliseconds from the end of the question; null where it did not come to
-    that. `stages` is the work by stage."""
+    """Timings of a reply in milliseconds since the end of the question; null for stages not reached.
+
+    Attributes:
+        stages: compute time by stage.
+    """
 
     type: Literal["duologue.timings"] = "duologue.timings"
     response_id: str

@@ -1,6 +1,6 @@
-"""The route `/v1/realtime`: one WebSocket from its request to the close and its reason.
+"""The route `/v1/realtime`: the life of a WebSocket from its request to the close and its reason.
 
-Here is decided who may open a conversation, which one is resumed, and what remains when it ends.
+Handles admission, resumption, and the end of a conversation.
 """
 
 from __future__ import annotations
@@ -17,63 +17,63 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from starlette.websockets import WebSocketState
 
-from duologue.serving.admission import ClientConnection, Refused, new_session_id
+from duologue.serving.admission import AdmissionError, ClientConnection, new_session_id
 from duologue.serving.errors import error_response
 from duologue.serving.items import Items, SavedConversation
 from duologue.serving.objects import Audio, AudioOutput, ProtocolError, SessionConfig
 from duologue.serving.protocol import Error, new_id
 from duologue.serving.realtime_session import RealtimeSession
 from duologue.serving.recording import SessionRecorder
-from duologue.serving.send_queue import Ended, Ending, SendQueue
+from duologue.serving.send_queue import SendQueue, SessionEnded
 from duologue.serving.service import Service
 from duologue.serving.settings import Settings
 
 log = logging.getLogger(__name__)
 
 SUBPROTOCOL = "realtime"
-LEAVE_S = 5.0
-CLOSE_S = 2.0  # a client that does not answer the close is left
+DISCONNECT_S = 5.0
+CLOSE_S = 2.0  # wait for the client's close frame
 MAX_REASON = 120  # bytes; a close frame holds 123
 
 
 @dataclass(eq=False)
-class _Open:
+class _OpenConnection:
     key: str
     task: asyncio.Task[None]
-    left: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(eq=False)
-class Conversations:
-    """The conversations of one server."""
+class ConnectionManager:
+    """The open connections of one server."""
 
     service: Service
-    _open: dict[str, _Open] = field(default_factory=dict)  # by session id
+    _open: dict[str, _OpenConnection] = field(default_factory=dict)  # by session id
 
     async def connect(self, socket: WebSocket, model: str, session_id: str) -> None:
-        """One WebSocket from its request to its end."""
+        """Handles one WebSocket from its request to its end."""
         service = self.service
         offered = socket.scope.get("subprotocols") or []
         try:
             service.admission.check_address(socket.headers.get("host"), socket.headers.get("origin"))
             key = service.admission.check_key(socket.headers.get("authorization"), offered)
-            await self._leave(session_id, key)
+            await self._disconnect_previous(session_id, key)
             with service.admission.session(key):
                 await socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-                await self._hold(socket, model or service.model, session_id, key)
-        except Refused as error:
+                await self._serve(socket, model or service.model, session_id, key)
+        except AdmissionError as error:
             await self._refuse(socket, error)
 
-    async def _leave(self, session_id: str, key: str) -> None:
-        """Ends the connection of a client that comes back before the server noticed that it was gone."""
-        there = self._open.get(session_id)
-        if there is not None and there.key == key:
-            there.task.cancel()
+    async def _disconnect_previous(self, session_id: str, key: str) -> None:
+        """Ends the earlier connection of a client that reconnects before the server noticed the drop."""
+        existing = self._open.get(session_id)
+        if existing is not None and existing.key == key:
+            existing.task.cancel()
             with suppress(TimeoutError):
-                async with asyncio.timeout(LEAVE_S):
-                    await there.left.wait()
+                async with asyncio.timeout(DISCONNECT_S):
+                    await existing.closed.wait()
 
-    async def _hold(self, socket: WebSocket, model: str, session_id: str, key: str) -> None:
+    async def _serve(self, socket: WebSocket, model: str, session_id: str, key: str) -> None:
         service, settings = self.service, self.service.settings
         saved = service.resumable.take(session_id, key) if session_id else None
         if saved is None:
@@ -83,16 +83,16 @@ class Conversations:
         else:
             service.metrics.sessions_resumed.inc()
         expires_at = int(time.time() + settings.session_s)
-        # Whatever model answers, the client is shown the name that it asked for.
+        # Clients see the model name that they requested.
         saved.config = saved.config.model_copy(update={"id": session_id, "model": model, "expires_at": expires_at})
         client = ClientConnection(session_id, service.admission.draining)
         if settings.record_folder is not None:
             client.recorder = await asyncio.to_thread(
                 SessionRecorder, settings.record_folder, session_id, service.model
             )
-        task = asyncio.create_task(_converse(socket, service, client, saved))
-        there = self._open[session_id] = _Open(key, task)
-        log.info("a conversation begins (%s), %d now", key or "no key", len(self._open))
+        task = asyncio.create_task(_run_session(socket, service, client, saved))
+        existing = self._open[session_id] = _OpenConnection(key, task)
+        log.info("conversation started (%s), %d open", key or "no key", len(self._open))
         try:
             await asyncio.wait([task])
         finally:
@@ -103,13 +103,17 @@ class Conversations:
             if client.recorder is not None:
                 await _finish_recording(client.recorder, saved)
             del self._open[session_id]
-            log.info("a conversation ends (%s), %d now", key or "no key", len(self._open))
-            there.left.set()
+            log.info("conversation ended (%s), %d open", key or "no key", len(self._open))
+            existing.closed.set()
             if not self._open:
-                asyncio.get_running_loop().run_in_executor(None, _give_memory_back)
+                asyncio.get_running_loop().run_in_executor(None, _trim_heap)
 
-    async def _refuse(self, socket: WebSocket, error: Refused) -> None:
-        """Says no. A browser's page cannot read an HTTP status, so it is let in to be told; strange pages are not."""
+    async def _refuse(self, socket: WebSocket, error: AdmissionError) -> None:
+        """Sends a refusal.
+
+        Browsers hide HTTP statuses from pages. A page is therefore accepted and receives an error event, unless its
+        origin or host is not allowed.
+        """
         self.service.metrics.errors.labels(error.code).inc()
         if socket.application_state is WebSocketState.CONNECTED:
             pass
@@ -125,14 +129,14 @@ class Conversations:
             await socket.close(error.close_code, error.message[:MAX_REASON])
 
 
-def _give_memory_back() -> None:
-    """What is free goes back to the system, where the C library does not do that by itself (glibc)."""
+def _trim_heap() -> None:
+    """Returns free memory to the system (glibc does not do so by itself)."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
 
 
 async def _finish_recording(recorder: SessionRecorder, saved: SavedConversation) -> None:
-    """Gives the recording its name, in a thread. The conversation is what the model was shown of it."""
+    """Completes the recording in a thread. The conversation holds the turns given to the model."""
     about = {
         "session": saved.config.model_dump(mode="json"),
         "items": [item.body.model_dump(mode="json", exclude_none=True) for item in saved.items],
@@ -144,15 +148,15 @@ async def _finish_recording(recorder: SessionRecorder, saved: SavedConversation)
         await asyncio.to_thread(recorder.discard)
 
 
-async def _converse(
+async def _run_session(
     socket: WebSocket, service: Service, client: ClientConnection, conversation: SavedConversation
 ) -> None:
-    """Holds one conversation over an accepted WebSocket until it closes; `conversation` is changed as it goes on."""
+    """Runs one conversation over an accepted WebSocket until it closes. Updates `conversation`."""
     settings, metrics = service.settings, service.metrics
     queue = SendQueue(socket, settings.outbound_events, settings.stall_s, metrics)
     session: RealtimeSession | None = None
-    # Unless one of the tasks says otherwise, somebody outside has cancelled them all.
-    ending = Ending(1012, "the server ended the connection", "draining")
+    # The default reason: the tasks were cancelled from outside.
+    ending = SessionEnded(1012, "the server ended the connection", "draining")
     try:
         async with asyncio.TaskGroup() as tasks:
             session = RealtimeSession(service.bot, settings, metrics, client, queue, tasks, conversation)
@@ -160,13 +164,13 @@ async def _converse(
             tasks.create_task(_end_after(settings.session_s))
             tasks.create_task(_end_when_draining(client, session, queue))
             await session.begin()
-            await _listen(socket, session, settings)
-    except* Ended as group:
-        ending = next(error.ending for error in _leaves(group) if isinstance(error, Ended))
-        # The frame of the TaskGroup refers to the group, and that to the frame: sound would wait for the collector.
+            await _receive_messages(socket, session, settings)
+    except* SessionEnded as group:
+        ending = next(error for error in _flatten(group) if isinstance(error, SessionEnded))
+        # Breaks the reference cycle between the group and its frame, so that audio is freed at once.
         traceback.clear_frames(group.__traceback__)
     except* Exception:
-        ending = Ending(1011, "the server failed; its log says why", "error")
+        ending = SessionEnded(1011, "the server failed; see its log", "error")
         log.exception("a conversation failed")
     finally:
         if session is not None:
@@ -177,49 +181,48 @@ async def _converse(
                 await socket.close(ending.code, ending.reason)
 
 
-async def _listen(socket: WebSocket, session: RealtimeSession, settings: Settings) -> None:
-    """Takes messages for ever. Raises Ended."""
+async def _receive_messages(socket: WebSocket, session: RealtimeSession, settings: Settings) -> None:
+    """Receives messages until it raises SessionEnded."""
     while True:
         try:
             async with asyncio.timeout(settings.idle_s):
                 message = await socket.receive()
         except TimeoutError:
-            raise Ended(1000, f"the client has sent nothing for {settings.idle_s:g} s", "idle") from None
+            raise SessionEnded(1000, f"the client has sent nothing for {settings.idle_s:g} s", "idle") from None
         except (WebSocketDisconnect, RuntimeError):
-            raise Ended(1000, "the client is gone", "client") from None
+            raise SessionEnded(1000, "the client disconnected", "client") from None
         if message["type"] == "websocket.disconnect":
-            raise Ended(1000, "the client is gone", "client")
+            raise SessionEnded(1000, "the client disconnected", "client")
         text = message.get("text")
         content: str | bytes = message.get("bytes") or b"" if text is None else text
         if len(content) > settings.max_message_bytes:
-            raise Ended(1009, f"a message may have at most {settings.max_message_bytes} bytes", "message_size")
+            raise SessionEnded(1009, f"a message may have at most {settings.max_message_bytes} bytes", "message_size")
         await session.take(content)
 
 
 async def _end_after(session_s: float) -> None:
     await asyncio.sleep(session_s)
-    raise Ended(1000, f"a session may last at most {session_s:g} s", "session_length")
+    raise SessionEnded(1000, f"a session may last at most {session_s:g} s", "session_length")
 
 
 async def _end_when_draining(client: ClientConnection, session: RealtimeSession, queue: SendQueue) -> None:
-    """When the server stops, the current answer is finished first."""
+    """Ends the session when the server stops, after the current answers."""
     await client.draining.wait()
     await session.finish_answers()
     await queue.empty()
-    raise Ended(1012, "the server is stopping; connect again later", "draining")
+    raise SessionEnded(1012, "the server is stopping; connect again later", "draining")
 
 
-def _leaves(group: BaseExceptionGroup[Ended]) -> list[BaseException]:
+def _flatten(group: BaseExceptionGroup[SessionEnded]) -> list[BaseException]:
     leaves: list[BaseException] = []
     for error in group.exceptions:
-        leaves += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+        leaves += _flatten(error) if isinstance(error, BaseExceptionGroup) else [error]
     return leaves
 
 
 def realtime_routes(service: Service) -> APIRouter:
-    """`/v1/realtime`."""
     router = APIRouter()
-    conversations = Conversations(service)
+    conversations = ConnectionManager(service)
 
     @router.websocket("/v1/realtime")
     async def realtime(socket: WebSocket, model: str = "", session_id: str = "") -> None:

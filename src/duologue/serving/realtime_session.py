@@ -1,7 +1,7 @@
-"""One live conversation: what each event of the client does, and what the user's voice does.
+"""One live conversation: handles the client's events and the user's speech.
 
-Events are handled one after the other, in the order in which they came. Replies run beside that: at most one in the
-conversation, and some out of band.
+Events are handled one at a time, in order. Replies run concurrently: at most one in the conversation, and a few out of
+band.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from duologue.conversation.mouth import Mouth
 from duologue.conversation.worker import WorkerFull
 from duologue.serving import protocol
 from duologue.serving.admission import STOPPING, ClientConnection
-from duologue.serving.answering import Answer, ResponseSpec
-from duologue.serving.input_audio import Listener, UserTurn, to_ms
+from duologue.serving.answering import ActiveResponse, ResponseSpec
+from duologue.serving.input_audio import InputAudioBuffer, UserTurn, to_ms
 from duologue.serving.items import Item, SavedConversation, answerable, new_item
 from duologue.serving.metrics import Metrics
 from duologue.serving.objects import (
@@ -36,21 +36,21 @@ from duologue.serving.objects import (
 from duologue.serving.protocol import ClientEvent, RealtimeError, new_id
 from duologue.serving.send_queue import SendQueue
 from duologue.serving.settings import Settings
-from duologue.serving.turn_detection import Detection, Started, TimedOut
+from duologue.serving.turn_detection import Detection, IdleTimedOut, TurnStarted
 from duologue.turns import Conversation, Modality, Role, Turn
 
 log = logging.getLogger(__name__)
 
-MAX_OUT_OF_BAND = 4  # responses at a time
-WIRE_MARGIN_S = 0.2  # sound is ready so long before the client needs it: what is on the line may be late
+MAX_OUT_OF_BAND = 4  # concurrent responses
+WIRE_MARGIN_S = 0.2  # lead of generated audio over playback, against network jitter
 
 
 class RealtimeSession:
-    """State of one live conversation: one ear, and a mouth for each response. Its methods run on the event loop.
+    """The state of one live conversation: one ear, and a mouth for each response. Runs on the event loop.
 
     Attributes:
-        conversation: the session as clients see it, and its items; it outlives the connection.
-        current: the response in the conversation, or the last one: it may still be heard.
+        conversation: the session configuration and items; outlives the connection.
+        current: the current or last response of the conversation; the last one may still be playing.
     """
 
     def __init__(
@@ -65,23 +65,22 @@ class RealtimeSession:
     ) -> None:
         self.bot, self.settings, self.metrics, self.client = bot, settings, metrics, client
         self.queue, self.tasks, self.conversation, self.items = queue, tasks, conversation, conversation.items
-        self.current: Answer | None = None
-        self._others: dict[str, Answer] = {}
-        self._speech_item = new_id("item")  # the turn that is being spoken
-        self._waits_for_user = False
+        self.current: ActiveResponse | None = None
+        self._others: dict[str, ActiveResponse] = {}
+        self._speech_item = new_id("item")  # id of the user's next item
+        self._idle_timer_runs = False
         self._instructions = ""
         self._instructions_turn: Turn | None = None
         on_sound = None if client.recorder is None else client.recorder.heard
         ear = Ear(bot.models, bot.worker, self._context)
-        self.listener = Listener(ear, self.config.audio.input, settings.audio_buffer_s, on_sound)
+        self.input_buffer = InputAudioBuffer(ear, self.config.audio.input, settings.audio_buffer_s, on_sound)
 
     @property
     def config(self) -> SessionConfig:
-        """The session as clients see it."""
         return self.conversation.config
 
     async def begin(self) -> None:
-        """Greets the client; one that comes back is told what was said before."""
+        """Sends `session.created`, followed by the items of a resumed conversation."""
         await self.queue.put(protocol.SessionCreated(session=self.config))
         previous = None
         for item in self.items:
@@ -90,7 +89,7 @@ class RealtimeSession:
             previous = item.id
 
     async def take(self, message: str | bytes) -> None:
-        """Handles one message; what is wrong with it is told to the client."""
+        """Handles one message. Errors are sent to the client."""
         event_id: str | None = None
         try:
             event = protocol.read_client_event(message)
@@ -98,11 +97,11 @@ class RealtimeSession:
             await self._handle(event)
         except ProtocolError as error:
             error.event_id = error.event_id or event_id
-            await self._tell(error)
-        except (ValueError, WorkerFull) as error:  # one sentence in the user's words
+            await self._send_error(error)
+        except (ValueError, WorkerFull) as error:  # the message is one sentence for the client
             refused = ProtocolError(str(error), "request_failed")
             refused.event_id = event_id
-            await self._tell(refused)
+            await self._send_error(refused)
 
     async def finish_answers(self) -> None:
         """Waits until every response is over."""
@@ -110,18 +109,18 @@ class RealtimeSession:
             await answer.over.wait()
 
     def end(self) -> None:
-        """The client is gone: what was not heard is forgotten."""
-        self.listener.close()
+        """Stops all responses; their items keep only the audio already played."""
+        self.input_buffer.close()
         for answer in self._answers():
             answer.abandon()
-        self.current, self._others = None, {}  # each answer refers to this session
+        self.current, self._others = None, {}  # breaks reference cycles
 
-    def _answers(self) -> list[Answer]:
-        """Responses that are not over."""
+    def _answers(self) -> list[ActiveResponse]:
+        """Returns the responses in progress."""
         current = [] if self.current is None else [self.current]
         return [answer for answer in [*current, *self._others.values()] if not answer.over.is_set()]
 
-    async def _tell(self, error: ProtocolError) -> None:
+    async def _send_error(self, error: ProtocolError) -> None:
         self.metrics.errors.labels(error.code).inc()
         await self.queue.put(protocol.Error.of(error))
 
@@ -130,11 +129,11 @@ class RealtimeSession:
             case protocol.AppendAudio():
                 await self._append(event.audio)
             case protocol.CommitAudio():
-                heard = await self.listener.commit()
+                heard = await self.input_buffer.commit()
                 item = await self._add_heard(heard)
                 self._transcribe(item, heard)
             case protocol.ClearAudio():
-                self.listener.clear()
+                self.input_buffer.clear()
                 self._speech_item = new_id("item")
                 await self.queue.put(protocol.AudioCleared())
             case protocol.SessionUpdate():
@@ -150,8 +149,8 @@ class RealtimeSession:
             case protocol.TruncateItem():
                 await self._truncate_item(event)
             case protocol.CreateResponse():
-                asked_at = asyncio.get_running_loop().time()
-                await self._respond(event.response or ResponseParams(), asked_at)
+                requested_at = asyncio.get_running_loop().time()
+                await self._respond(event.response or ResponseParams(), requested_at)
             case protocol.CancelResponse():
                 await self._cancel_response(event.response_id)
 
@@ -159,69 +158,69 @@ class RealtimeSession:
         updated = self.config.updated(event.session)
         self._voice(updated.audio.output.voice, "session.audio.output.voice")
         if updated.audio.input != self.config.audio.input:
-            self.listener.configure(updated.audio.input)
+            self.input_buffer.configure(updated.audio.input)
         self.conversation.config = updated
         await self.queue.put(protocol.SessionUpdated(session=updated))
 
-    def _voice(self, asked: str | VoiceId, param: str) -> str:
-        """The model's name of a voice; those of OpenAI's server are the first one. Raises ProtocolError for others."""
-        name, card = asked if isinstance(asked, str) else asked.id, self.bot.models.card
+    def _voice(self, requested: str | VoiceId, param: str) -> str:
+        """Returns the model's voice name. OpenAI's voices map to the first one. Raises ProtocolError for others."""
+        name, card = requested if isinstance(requested, str) else requested.id, self.bot.models.card
         if name in card.voices:
             return name
         if name and name not in FOREIGN_VOICES:
             raise ProtocolError(f"{card.name} has no voice {name[:60]!r}; it has {', '.join(card.voices)}", param=param)
         return card.voices[0]
 
-    # What the user says.
+    # User audio.
 
     def _context(self) -> Conversation | None:
-        """What the next prompt begins with, for the ear; unknown while a response is made."""
+        """Returns the beginning of the next prompt, or None while a response is in progress."""
         if self.current is not None and not self.current.over.is_set():
             return None
         return self.items.turns(self._system())
 
     async def _append(self, audio: str) -> None:
-        self._await_user()
-        async for detection in self.listener.append(audio):
+        self._start_idle_timer()
+        async for detection in self.input_buffer.append(audio):
             await self._detected(detection)
 
-    def _await_user(self) -> None:
-        """Silence of the user counts from when the last response has been played."""
-        answer, detector = self.current, self.listener.detector
-        if self._waits_for_user or answer is None or detector is None or not answer.over.is_set():
+    def _start_idle_timer(self) -> None:
+        """Starts the idle timeout once the last response has been played."""
+        answer, detector = self.current, self.input_buffer.detector
+        if self._idle_timer_runs or answer is None or detector is None or not answer.over.is_set():
             return
         if answer.playback.is_over(asyncio.get_running_loop().time()):
-            self._waits_for_user = True
-            detector.wait_for_user()
+            self._idle_timer_runs = True
+            detector.start_idle_timer()
 
     async def _detected(self, detection: Detection) -> None:
         vad = self.config.audio.input.turn_detection
-        assert vad is not None  # nothing is detected without
+        assert vad is not None  # without it there are no detections
         now = asyncio.get_running_loop().time()
         sample_ms = to_ms(detection.sample)
-        if isinstance(detection, Started):
+        if isinstance(detection, TurnStarted):
             await self.queue.put(protocol.SpeechStarted(item_id=self._speech_item, audio_start_ms=sample_ms))
             if vad.interrupt_response:
                 await self._interrupt(now)
             return
-        if isinstance(detection, TimedOut):
+        if isinstance(detection, IdleTimedOut):
             start_ms = to_ms(detection.start)
             await self.queue.put(
                 protocol.TimeoutTriggered(item_id=self._speech_item, audio_start_ms=start_ms, audio_end_ms=sample_ms)
             )
         else:
             await self.queue.put(protocol.SpeechStopped(item_id=self._speech_item, audio_end_ms=sample_ms))
-        heard = await self.listener.commit(detection)
+        heard = await self.input_buffer.commit(detection)
         item = await self._add_heard(heard)
         try:
             if vad.create_response:
                 await self._respond(ResponseParams(), now, heard.commit_s)
         except ProtocolError as error:
-            await self._tell(error)
+            await self._send_error(error)
         self._transcribe(item, heard)
 
     async def _interrupt(self, detected_at: float) -> None:
-        """The user speaks: the reply ends, and the history with what was heard of it."""
+        """Handles barge-in: ends the reply and truncates its item to the audio already played."""
         answer, clock = self.current, asyncio.get_running_loop().time
         if answer is None:
             return
@@ -245,10 +244,10 @@ class RealtimeSession:
 
     def _transcribe(self, item: Item, heard: UserTurn) -> None:
         if self.config.audio.input.transcription is not None:
-            self.tasks.create_task(self._write_down(item, heard))
+            self.tasks.create_task(self._transcribe_item(item, heard))
 
-    async def _write_down(self, item: Item, heard: UserTurn) -> None:
-        """Tells what the model's recognition head reads in the user's speech tokens."""
+    async def _transcribe_item(self, item: Item, heard: UserTurn) -> None:
+        """Sends the transcript that the recognition head reads from the user's speech tokens."""
         models = self.bot.models
         codes = models.vocabulary.speech_codes(heard.turn.ids)
         try:
@@ -279,16 +278,16 @@ class RealtimeSession:
 
     async def _create_item(self, event: protocol.CreateItem) -> None:
         settings = self.settings
-        self.items.check_new(event.item.id, event.previous_item_id)  # before the work on its sound
+        self.items.check_new(event.item.id, event.previous_item_id)  # before its audio is tokenized
         wire = self.config.audio.input.format
         item = await new_item(self.bot, event.item, wire, settings.max_input_chars, settings.audio_buffer_s)
         await self._announce(item, await self._add(item, event.previous_item_id))
 
     async def _delete_item(self, item_id: str) -> None:
         item = self.items.get(item_id, "delete")
-        if self._is_made(item):
+        if self.current is not None and self.current.live and self.current.item is item:
             raise ProtocolError(
-                f"item {item_id!r} is being made; cancel the response first", "item_delete_in_progress", "item_id"
+                f"item {item_id!r} is in progress; cancel the response first", "item_delete_in_progress", "item_id"
             )
         self.items.order.remove(item)
         await self.queue.put(protocol.ItemDeleted(item_id=item_id))
@@ -298,9 +297,9 @@ class RealtimeSession:
         answer = self.current if self.current is not None and self.current.item is item else None
         if answer is not None and answer.live:
             await answer.cancel("client_cancelled")
-        if item.whole is None or item.whole.modality is Modality.TEXT:
+        if item.full_turn is None or item.full_turn.modality is Modality.TEXT:
             raise ProtocolError(
-                f"item {item.id!r} is no spoken message of the assistant; only those can be truncated",
+                f"item {item.id!r} is not a spoken assistant message; only those can be truncated",
                 "item_truncate_not_audio",
                 "item_id",
             )
@@ -314,13 +313,10 @@ class RealtimeSession:
             answer.stop_playing(kept)
         await self.queue.put(protocol.ItemTruncated(item_id=item.id, content_index=0, audio_end_ms=round(kept)))
 
-    def _is_made(self, item: Item) -> bool:
-        return self.current is not None and self.current.live and self.current.item is item
-
     # Responses.
 
-    async def _respond(self, params: ResponseParams, asked_at: float, question_s: float = 0.0) -> None:
-        """Starts a response to a question that was over at `asked_at`, on the event loop's clock."""
+    async def _respond(self, params: ResponseParams, requested_at: float, question_s: float = 0.0) -> None:
+        """Starts a response to a question that ended at `requested_at`, on the event loop's clock."""
         in_conversation = params.conversation != "none"
         if self.client.draining.is_set():
             raise ProtocolError(STOPPING, "server_stopping", kind="server_error")
@@ -332,7 +328,7 @@ class RealtimeSession:
         self._others = {key: other for key, other in self._others.items() if not other.over.is_set()}
         if not in_conversation and len(self._others) >= MAX_OUT_OF_BAND:
             raise ProtocolError(
-                f"{MAX_OUT_OF_BAND} responses run out of band already; wait until one is done",
+                f"{MAX_OUT_OF_BAND} out-of-band responses are already active; wait until one is done",
                 "too_many_active_responses",
             )
         spec = await self._spec(params, question_s, in_conversation)
@@ -341,15 +337,15 @@ class RealtimeSession:
             self.bot.worker,
             text_only=spec.text_only,
             policy=BlockPolicy(margin_s=WIRE_MARGIN_S),
-            asked_at=asked_at,
+            asked_at=requested_at,
         )
         recorder = self.client.recorder if in_conversation else None
-        answer = Answer(spec, mouth, self.items, self.queue, self.metrics, recorder)
+        answer = ActiveResponse(spec, mouth, self.items, self.queue, self.metrics, recorder)
         if in_conversation:
             answer.on_item = self._add
-            self.current, self._waits_for_user = answer, False
-            if self.listener.detector is not None:
-                self.listener.detector.stop_waiting()
+            self.current, self._idle_timer_runs = answer, False
+            if self.input_buffer.detector is not None:
+                self.input_buffer.detector.stop_idle_timer()
         else:
             self._others[answer.id] = answer
         await answer.announce()
@@ -358,8 +354,8 @@ class RealtimeSession:
     async def _spec(self, params: ResponseParams, question_s: float, in_conversation: bool) -> ResponseSpec:
         config, output = self.config, self.config.audio.output
         given = params.audio.output if params.audio is not None else ResponseFormat()
-        asked_voice = output.voice if given.voice is None else given.voice
-        voice = self._voice(asked_voice, "response.audio.output.voice")
+        requested_voice = output.voice if given.voice is None else given.voice
+        voice = self._voice(requested_voice, "response.audio.output.voice")
         wire = given.format or output.format
         max_tokens = params.max_output_tokens or config.max_output_tokens
         system = self._system(params.instructions)
@@ -368,7 +364,7 @@ class RealtimeSession:
             id=new_id("resp"),
             conversation_id=self.items.id if in_conversation else None,
             output_modalities=params.output_modalities or config.output_modalities,
-            audio=ResponseAudio(output=ResponseFormat(format=wire, voice=asked_voice)),
+            audio=ResponseAudio(output=ResponseFormat(format=wire, voice=requested_voice)),
             max_output_tokens=max_tokens,
             metadata=params.metadata,
         )
@@ -386,7 +382,7 @@ class RealtimeSession:
         )
 
     async def _turns(self, params: ResponseParams) -> list[Turn | None]:
-        """What is answered: the conversation, or what the client gave instead."""
+        """Returns the turns to answer: those of the conversation, or the client's input."""
         if params.input is None:
             return [item.turn for item in self.items]
         turns, settings, wire = [], self.settings, self.config.audio.input.format
@@ -400,7 +396,7 @@ class RealtimeSession:
         return turns
 
     def _system(self, instructions: str | None = None) -> Turn | None:
-        """The instructions as a turn, if there are any and the model was trained to follow them."""
+        """Returns the instructions as a turn, if there are any and the model was trained to follow them."""
         text = self.config.instructions if instructions is None else instructions
         if not text or not self.bot.models.card.follows_instructions:
             return None

@@ -1,11 +1,11 @@
-"""A conversation on disk, only when asked for: one folder a session with the sound of both sides and what was said.
+"""Optional recordings of conversations: one folder per session with the audio of both sides and the turns.
 
     FOLDER/20261122T214310Z_sess_.../
         conversation.wav     left the user, right the answers as far as they were heard, one clock
-        conversation.json    the turns as ids, `Conversation.load` reads it
-        session.json         when, which model, how long, and what the caller adds (such as the items with their text)
+        conversation.json    the turns as ids, for `Conversation.load`
+        session.json         time, model, duration and the caller's fields (such as the items with their text)
 
-While the session lasts, everything lies in a hidden folder beside; it gets its name when it is whole.
+During the session, all files are in a hidden folder in FOLDER. It is renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from duologue.pcm import to_int16
 from duologue.turns import Conversation
 
 SAMPLE_RATE = 24_000
-MAX_DRIFT_S = 0.3  # sound that comes so much later than the sound before it ended was spoken after a pause
-_SECONDS_AT_ONCE = 60
+MAX_DRIFT_S = 0.3  # a longer gap between chunks is a pause in speech
+_COPY_S = 60
 
 
-class _Side:
-    """16-bit samples of one side in a file, at the times when they sounded."""
+class _Track:
+    """The 16-bit samples of one side in a file, placed on the session's clock."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._rate = 0
         self._resampler = StreamingResampler(SAMPLE_RATE, SAMPLE_RATE)
         self.num_samples = 0
-        self.start = 0  # of the stretch under way
+        self.start = 0  # first sample of the current stretch
 
     def add(self, wav: NDArray[np.float32], sample_rate: int, earliest: int) -> None:
-        """Adds sound that cannot have begun before the sample `earliest`; a pause before it is silence."""
+        """Adds audio that cannot start before the sample `earliest`; fills a pause with silence."""
         if sample_rate != self._rate:
             self._rate, self._resampler = sample_rate, StreamingResampler(sample_rate, SAMPLE_RATE)
         if earliest - self.num_samples > MAX_DRIFT_S * SAMPLE_RATE:
@@ -50,13 +50,13 @@ class _Side:
         self._write_wav(self._resampler.step(wav))
 
     def end(self) -> None:
-        """The stretch is over: writes what the resampler holds back."""
+        """Ends the reply or utterance; flushes the resampler."""
         if self._rate:
             self._write_wav(self._resampler.step(np.zeros(0, np.float32), last=True))
         self._rate = 0
 
     def cut(self, num_samples: int) -> None:
-        """Takes away what comes after `num_samples` of the stretch under way, which ends it."""
+        """Truncates the current stretch to `num_samples` and ends it."""
         self._rate = 0
         keep = min(self.start + num_samples, self.num_samples)
         self._file.seek(2 * keep)
@@ -72,11 +72,13 @@ class _Side:
 
 
 class SessionRecorder:
-    """Takes the sound of one session as it comes and goes. Writes go to the system's cache: they do not wait.
+    """Records the audio of one session. Writes go to the page cache and do not block.
 
     Args:
-        folder: where recordings lie; made when it is not there.
-        clock: seconds.
+        folder: folder of all recordings; created if missing.
+        session_id: id in the recording's name.
+        model: name of the model.
+        clock: returns seconds.
     """
 
     def __init__(self, folder: Path, session_id: str, model: str, clock: Callable[[], float] = time.monotonic) -> None:
@@ -87,55 +89,57 @@ class SessionRecorder:
         self._partial = folder / f".{self._name}.partial"
         self._partial.mkdir(0o700, parents=True)
         self._files = [(self._partial / name).open("w+b") for name in ("user.pcm", "assistant.pcm")]
-        self._user, self._assistant = map(_Side, self._files)
+        self._user, self._assistant = map(_Track, self._files)
         self._begins = True
 
     def heard(self, wav: NDArray[np.float32], sample_rate: int) -> None:
-        """Sound of the user, wav (S,), that ends now."""
+        """Adds user audio, wav (S,), that ends now."""
         self._user.add(wav, sample_rate, self._now() - int(len(wav) * SAMPLE_RATE / sample_rate))
 
     def begin_reply(self) -> None:
-        """A reply begins: `cut` counts from its first sound."""
+        """Starts a reply: `cut` counts from its first sample."""
         self._assistant.end()
         self._begins = True
 
     def spoke(self, wav: NDArray[np.float32], sample_rate: int) -> None:
-        """Sound of the reply, wav (S,), that is played now or when what is before it has been played."""
-        side = self._assistant
+        """Adds reply audio, wav (S,), played now or after the audio before it."""
+        track = self._assistant
         if self._begins:
-            side.start, self._begins = max(side.num_samples, self._now()), False
-        side.add(wav, sample_rate, side.start)
+            track.start, self._begins = max(track.num_samples, self._now()), False
+        track.add(wav, sample_rate, track.start)
 
     def cut(self, played_ms: float) -> None:
-        """The user interrupted the reply after so much of it: the rest was not heard."""
+        """Truncates the reply after `played_ms`, where the user interrupted it."""
         self._assistant.cut(int(played_ms * SAMPLE_RATE / 1000))
 
     def finish(self, conversation: Conversation, about: dict[str, Any] | None = None) -> Path:
-        """Writes everything and gives the recording its name. Takes a while: call it in a thread.
+        """Writes the files and renames the folder. Slow: call it in a thread.
 
         Args:
+            conversation: the turns.
             about: JSON values for `session.json`.
+
         Returns:
-            the recording's folder.
+            the folder of the recording.
         """
-        for side in (self._user, self._assistant):
-            side.end()
+        for track in (self._user, self._assistant):
+            track.end()
         seconds = max(self._user.num_samples, self._assistant.num_samples) / SAMPLE_RATE
         ended = datetime.now(UTC).isoformat()
-        told = {**self._about, "ended": ended, "audio_s": seconds, "sample_rate": SAMPLE_RATE, **(about or {})}
+        description = {**self._about, "ended": ended, "audio_s": seconds, "sample_rate": SAMPLE_RATE, **(about or {})}
         self._join(self._partial / "conversation.wav")
         for file in self._files:
             file.close()
             Path(file.name).unlink()
         conversation.save(self._partial / "conversation.json")
-        text = json.dumps(told, indent=1, ensure_ascii=False)
+        text = json.dumps(description, indent=1, ensure_ascii=False)
         (self._partial / "session.json").write_text(text, encoding="utf-8")
         final = self._folder / self._name
         self._partial.rename(final)
         return final
 
     def discard(self) -> None:
-        """Leaves nothing behind."""
+        """Deletes the unfinished recording."""
         for file in self._files:
             file.close()
         shutil.rmtree(self._partial, ignore_errors=True)
@@ -144,11 +148,11 @@ class SessionRecorder:
         for file in self._files:
             file.seek(0)
         with soundfile.SoundFile(path, "w", SAMPLE_RATE, 2, "PCM_16") as wav:
-            while any(rows := [file.read(2 * SAMPLE_RATE * _SECONDS_AT_ONCE) for file in self._files]):
-                sides = [np.frombuffer(row, "<i2") for row in rows]
-                both = np.zeros((max(map(len, sides)), 2), np.int16)
-                for column, side in enumerate(sides):
-                    both[: len(side), column] = side
+            while any(rows := [file.read(2 * SAMPLE_RATE * _COPY_S) for file in self._files]):
+                tracks = [np.frombuffer(row, "<i2") for row in rows]
+                both = np.zeros((max(map(len, tracks)), 2), np.int16)
+                for column, track in enumerate(tracks):
+                    both[: len(track), column] = track
                 wav.write(both)
 
     def _now(self) -> int:
@@ -156,7 +160,7 @@ class SessionRecorder:
 
 
 def remove_leftovers(folder: Path) -> int:
-    """Removes what a server left behind that was killed while it recorded; returns how many sessions that were."""
+    """Deletes unfinished recordings of a killed server; returns their number."""
     leftovers = list(folder.glob(".*_sess_*.partial"))
     for path in leftovers:
         shutil.rmtree(path, ignore_errors=True)

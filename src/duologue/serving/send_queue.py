@@ -1,10 +1,10 @@
-"""Events on their way to one client: a bounded queue and the task that empties it."""
+"""The bounded queue of events for one client, and the task that sends them."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from starlette.websockets import WebSocketDisconnect
 
@@ -14,23 +14,17 @@ from duologue.serving.protocol import ServerEvent
 STALLED_CODE = 1008
 
 
-class Ending(NamedTuple):
-    """Attributes:
-    code, reason: for the WebSocket's close.
-    label: for the metrics.
+class SessionEnded(Exception):
+    """The end of a session.
+
+    Attributes:
+        code, reason: for the WebSocket's close frame.
+        label: for the metrics.
     """
-
-    code: int
-    reason: str
-    label: str
-
-
-class Ended(Exception):
-    """The conversation is over."""
 
     def __init__(self, code: int, reason: str, label: str) -> None:
         super().__init__(reason)
-        self.ending = Ending(code, reason, label)
+        self.code, self.reason, self.label = code, reason, label
 
 
 class Socket(Protocol):
@@ -38,8 +32,7 @@ class Socket(Protocol):
 
 
 class SendQueue:
-    """Events in order. Whoever adds one waits while the queue is full; a client that reads nothing for so long that one
-    event cannot be sent within `stall_s` is given up."""
+    """Events in order. `put` waits while the queue is full. A client that blocks one event for `stall_s` is dropped."""
 
     def __init__(self, socket: Socket, max_events: int, stall_s: float, metrics: Metrics) -> None:
         self._socket, self._stall_s, self._metrics = socket, stall_s, metrics
@@ -55,14 +48,15 @@ class SendQueue:
         """Adds an event.
 
         Args:
-            unless: asked when the event's turn has come; it is dropped when this is true by then.
-            when_sent: called when the event has left.
+            event: the event.
+            unless: called before sending; if true, the event is dropped.
+            when_sent: called after sending.
         """
         self._metrics.outbound_events.observe(self._queue.qsize())
         await self._queue.put((event, unless, when_sent))
 
     async def send(self) -> None:
-        """Sends for ever. Raises Ended when the client has stalled or is gone."""
+        """Sends events until the client stalls or disconnects; then raises SessionEnded."""
         while True:
             event, unless, when_sent = await self._queue.get()
             try:
@@ -73,14 +67,14 @@ class SendQueue:
                 if when_sent is not None:
                     when_sent()
             except TimeoutError:
-                raise Ended(
+                raise SessionEnded(
                     STALLED_CODE, f"the client has read nothing for {self._stall_s:g} s while events waited", "stalled"
                 ) from None
             except WebSocketDisconnect:
-                raise Ended(1000, "the client is gone", "client") from None
+                raise SessionEnded(1000, "the client disconnected", "client") from None
             finally:
                 self._queue.task_done()
 
     async def empty(self) -> None:
-        """Waits until everything has been sent."""
+        """Waits until every event has been sent."""
         await self._queue.join()

@@ -1,10 +1,11 @@
-"""What the routes share: the chatbot, its limits, and the ways from a request to the models and back."""
+"""State and functions shared by the routes: the chatbot, its limits, audio upload and streamed responses."""
 
 from __future__ import annotations
 
 import asyncio
 import io
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
@@ -31,15 +32,15 @@ from duologue.serving.settings import Settings
 
 Result = TypeVar("Result")
 
-PATIENCE_S = 5.0  # what is not live may wait so long for what is
-FRAMES_AT_ONCE = 65_536
+PATIENCE_S = 5.0  # maximum delay of REST work in favor of live sessions
+FRAMES_PER_READ = 65_536
 MAX_CHANNELS = 8
-_BEARER = HTTPBearer(auto_error=False, description="One of the server's API keys, where it has any.")
+_BEARER = HTTPBearer(auto_error=False, description="An API key, if the server has keys.")
 
 
 @dataclass(eq=False)
 class Service:
-    """One chatbot as it is served."""
+    """A served chatbot with its admission control and metrics."""
 
     bot: Chatbot
     settings: Settings
@@ -51,31 +52,31 @@ class Service:
         worker, watch = self.bot.worker, self.metrics.watch
         watch("sessions_kept", "Dropped conversations that can be resumed.", lambda: len(self.resumable))
         watch("tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
-        watch("worker_waiting", "Jobs that wait for the device.", lambda: worker.stats().num_waiting)
-        watch("worker_batch_size", "Rows of a batch of steps on average.", lambda: worker.stats().mean_batch_size)
-        watch("worker_busy_seconds", "Work of the device so far.", lambda: worker.stats().busy_s)
+        watch("worker_waiting", "Jobs waiting for the device.", lambda: worker.stats().num_waiting)
+        watch("worker_batch_size", "Mean number of rows per batch.", lambda: worker.stats().mean_batch_size)
+        watch("worker_busy_seconds", "Busy time of the device.", lambda: worker.stats().busy_s)
         engine = self.bot.models.engine
-        watch("engine_running", "Replies that the engine makes now.", lambda: engine.running)
-        watch("engine_cached_tokens", "Ids whose keys and values are kept.", lambda: engine.cached_tokens)
+        watch("engine_running", "Replies in generation.", lambda: engine.running)
+        watch("engine_cached_tokens", "Token ids in the KV cache.", lambda: engine.cached_tokens)
 
     def key(
         self, request: Request, bearer: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)] = None
     ) -> str:
-        """The name of the caller's key, "" where there are no keys; a dependency of the guarded routes."""
+        """Returns the name of the caller's key, "" on a server without keys. A dependency of the guarded routes."""
         return self.admission.check_key(request.headers.get("authorization"))
 
     @property
     def model(self) -> str:
-        """The name that clients see. Any other name that they ask for is taken as this one."""
+        """The model's name. Requests for any other name are served by this model."""
         return self.bot.models.card.name
 
-    def voice(self, asked: str | VoiceId | None, param: str) -> str:
-        """The model's voice for what a client asks for; voices of other servers are its own first one.
+    def voice(self, requested: str | VoiceId | None, param: str) -> str:
+        """Returns the model's voice for a client's choice; OpenAI's voices map to "", the default.
 
         Raises:
             ApiError: there is no such voice.
         """
-        name = asked.id if isinstance(asked, VoiceId) else asked or ""
+        name = requested.id if isinstance(requested, VoiceId) else requested or ""
         voices = self.bot.models.card.voices
         if name in voices:
             return name
@@ -84,14 +85,21 @@ class Service:
         return ""
 
     async def tokenize(self, wav: NDArray[np.float32]) -> tuple[int, ...]:
-        """Speech tokens of wav (S,) at 16 kHz, in steps that wait for live conversations."""
+        """Returns the speech tokens of wav (S,) at 16 kHz. Live conversations take precedence."""
         bot = self.bot
         return await tokenize(bot.models, bot.worker, wav, rates.LISTEN_SAMPLE_RATE, PATIENCE_S)
 
-    async def replying(
+    async def admitted(self, parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """Yields the parts of a response, counted as one request while it lasts. Raises AdmissionError."""
+        with self.admission.request():
+            async with aclosing(parts):
+                async for part in parts:
+                    yield part
+
+    async def generate_reply(
         self, route: str, mouth: Mouth, prompt: list[int], sampling: Sampling
     ) -> AsyncGenerator[Event, None]:
-        """`mouth.speak`, counted under a route's name; ended at once when it is closed."""
+        """Yields the events of `mouth.speak` and counts the reply under a route's name. Closing it ends the reply."""
         status = "cancelled"
         stream = mouth.speak(prompt, sampling)
         try:
@@ -112,23 +120,23 @@ class Service:
             await stream.aclose()
 
 
-def read_sound(data: bytes, max_s: float, param: str) -> NDArray[np.float32]:
-    """The first channel of a sound file, (S,) float32 at 16 kHz. Work for a thread: memory is bounded by `max_s`.
+def read_audio(data: bytes, max_s: float, param: str) -> NDArray[np.float32]:
+    """Reads the first channel of an audio file, (S,) float32 at 16 kHz. Call it in a thread; `max_s` bounds its memory.
 
     Raises:
-        ApiError: not a sound file that can be read, empty, longer than `max_s` seconds, or not finite.
+        ApiError: the file is unreadable, empty, longer than `max_s` seconds, or not finite.
     """
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             if file.channels > MAX_CHANNELS or not 4000 <= file.samplerate <= 384_000:
                 raise ApiError(
                     f"{param} has {file.channels} channels at {file.samplerate} Hz; up to {MAX_CHANNELS} channels at "
-                    "4000 to 384000 Hz are taken",
+                    "4000 to 384000 Hz are accepted",
                     "invalid_audio",
                     param,
                 )
             resampler, parts, seconds = StreamingResampler(file.samplerate, rates.LISTEN_SAMPLE_RATE), [], 0.0
-            while len(block := file.read(FRAMES_AT_ONCE, dtype="float32", always_2d=True)[:, 0]):
+            while len(block := file.read(FRAMES_PER_READ, dtype="float32", always_2d=True)[:, 0]):
                 seconds += len(block) / file.samplerate
                 if seconds > max_s:
                     raise ApiError(f"{param} is longer than {max_s:.0f} s; cut it first", "audio_too_long", param)
@@ -136,17 +144,17 @@ def read_sound(data: bytes, max_s: float, param: str) -> NDArray[np.float32]:
             parts.append(resampler.step(np.zeros(0, np.float32), last=True))
         return check_wav(np.concatenate(parts), rates.LISTEN_SAMPLE_RATE, param)
     except (soundfile.LibsndfileError, MemoryError):
-        text = f"{param} is not a sound file that can be read: WAV, FLAC, OGG and MP3 are taken"
+        text = f"{param} is not a readable audio file; WAV, FLAC, OGG and MP3 are accepted"
         raise ApiError(text, "invalid_audio", param) from None
     except ValueError as error:
         raise ApiError(str(error), "invalid_audio", param) from None
 
 
-class StreamedFile(StreamingResponse):
-    """Sends what a generator gives, and closes it whatever happens, also when nothing was ever sent."""
+class StreamedResponse(StreamingResponse):
+    """A streaming response that always closes its generator, even if nothing was sent."""
 
     def __init__(self, parts: AsyncGenerator[bytes, None], first: bytes, media_type: str) -> None:
-        super().__init__(_behind(first, parts), media_type=media_type, headers={"Cache-Control": "no-store"})
+        super().__init__(_prepend(first, parts), media_type=media_type, headers={"Cache-Control": "no-store"})
         self._parts = parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -156,26 +164,26 @@ class StreamedFile(StreamingResponse):
             await self._parts.aclose()
 
 
-async def streamed(parts: AsyncGenerator[bytes, None], media_type: str) -> StreamedFile:
-    """A response that begins with the first part: what fails before it still gets a status of its own."""
+async def stream_response(parts: AsyncGenerator[bytes, None], media_type: str) -> StreamedResponse:
+    """Waits for the first part before the response starts, so that an early error still gets its own status."""
     try:
         first = await anext(parts, b"")
     except BaseException:
         await parts.aclose()
         raise
-    return StreamedFile(parts, first, media_type)
+    return StreamedResponse(parts, first, media_type)
 
 
-async def _behind(first: bytes, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+async def _prepend(first: bytes, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     yield first
     async for part in parts:
         yield part
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
-    """The result of work that is cancelled when the client goes away. The request's body has been read."""
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+    """Returns the result of `work`; cancels it if the client disconnects. The request body must have been read."""
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request.receive))
+    gone = asyncio.ensure_future(_wait_for_disconnect(request.receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -187,6 +195,6 @@ async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Re
             task.cancel()
 
 
-async def _gone(receive: Callable[[], Awaitable[Any]]) -> None:
+async def _wait_for_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

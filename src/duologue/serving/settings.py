@@ -1,4 +1,4 @@
-"""What a server allows: addresses, keys, limits, where recordings go. Safe by default: loopback only, nothing kept."""
+"""Settings of a server. The defaults are safe: loopback only, no recordings."""
 
 from __future__ import annotations
 
@@ -13,32 +13,31 @@ LOOPBACK_NAMES = ("localhost",)
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of one server.
+    """The settings of one server.
 
     Attributes:
-        host, port: where it listens; port 0 takes a free one. Any host but a loopback one needs `api_keys`.
-        api_keys: a client must show one of them where there are any; never printed.
-        allowed_origins: pages of other servers (`https://talk.example.org`) that may use this one; its own always may.
-        allowed_hosts: names that a request may be addressed to besides the loopback ones, while there are no keys: a
-            foreign name that points here is how a page of another server would pass as one of ours.
-        max_message_bytes: of one WebSocket message, as sent.
-        max_upload_bytes: of the body of one request.
-        max_input_chars: of a text to be spoken or answered.
-        max_request_audio_s: sound in one request to be transcribed or answered.
-        audio_buffer_s: sound that waits uncommitted in a session.
-        session_s: the longest session.
-        idle_s: a session in which the client sends nothing for so long is closed.
+        host, port: address to listen on; port 0 picks a free one. A host other than loopback needs `api_keys`.
+        api_keys: accepted keys, never printed. Empty admits every client.
+        allowed_origins: origins of other servers' pages (`https://talk.example.org`) that may use this server.
+        allowed_hosts: host names accepted besides loopback on a server without keys (guards against DNS rebinding).
+        max_message_bytes: size of one WebSocket message.
+        max_upload_bytes: size of one request body.
+        max_input_chars: length of a text to speak or answer.
+        max_request_audio_s: audio in one transcription or completion request.
+        audio_buffer_s: uncommitted audio of a session.
+        session_s: maximum duration of a session.
+        idle_s: a session without client events for this time is closed.
         max_items: items of a session's conversation.
-        max_sessions, max_sessions_per_key: conversations at a time; without keys all clients are one.
-        max_requests: requests at a time that the models work on; more are told to come back.
-        outbound_events: events that wait for a client that reads slowly.
-        stall_s: a client that reads nothing for so long while events wait is dropped.
-        record_folder: conversations are recorded there; None records nothing.
-        resume_s: a conversation whose client was dropped is kept so long; 0 keeps none.
-        drain_s: how long current answers may go on after SIGTERM.
+        max_sessions, max_sessions_per_key: concurrent sessions; without keys all clients share one key.
+        max_requests: concurrent requests that use the models; more are refused.
+        outbound_events: capacity of a client's send queue.
+        stall_s: a client that reads nothing for this time while events wait is dropped.
+        record_folder: folder of recordings; None records nothing.
+        resume_s: time to keep the conversation of a dropped client; 0 keeps none.
+        drain_s: maximum time for current answers after SIGTERM.
 
     Raises:
-        ValueError: one sentence that names the value and what it may be.
+        ValueError: names the value and the allowed range.
     """
 
     host: str = "127.0.0.1"
@@ -97,12 +96,12 @@ class Settings:
 
     @property
     def is_loopback(self) -> bool:
-        """Can only this machine reach the server?"""
+        """Whether only this machine can reach the server."""
         return is_loopback_host(self.host)
 
 
 def is_loopback_host(host: str) -> bool:
-    """Is this name or address (without a port) one of the machine itself?"""
+    """Returns whether a host name or address (without a port) is loopback."""
     if host.lower().rstrip(".") in LOOPBACK_NAMES:
         return True
     try:

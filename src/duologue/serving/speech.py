@@ -1,8 +1,7 @@
-"""`/v1/audio/speech`: a given text, said by the model.
+"""`/v1/audio/speech`: reads a text aloud.
 
-The model is a chatbot and no synthesizer: it speaks what it writes. So the text is given to it as the text of a reply
-(`language/reading.py`) to the request "say ...", and the speech is what it makes of it, in its own voice. How well a
-text is said depends on what the model has learned to say.
+The model is a chatbot, not a synthesizer. The text is forced as the text of a reply to "say ..."
+(`language/reading.py`), and the model generates the speech tokens. Quality depends on the model's training.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
-import json
 import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -25,25 +23,27 @@ from duologue.conversation.history import reply_prompt, turn_of
 from duologue.conversation.mouth import Mouth
 from duologue.language.reading import ReadingEngine
 from duologue.serving.encoders import MEDIA_TYPES, FileEncoder, FileFormat
-from duologue.serving.errors import ApiError, documented, error_json, told
+from duologue.serving.errors import ApiError, documented, sse, sse_with_errors
 from duologue.serving.objects import Strict, VoiceId
-from duologue.serving.service import Service, streamed
+from duologue.serving.service import Service, stream_response
 from duologue.turns import Conversation, Modality, Role
 
-MAX_CHUNK_IDS = 60  # text that is said in one breath: one reply of the model
-SPEECH_PER_TEXT = 8  # ids of speech that one id of text may take at most
+MAX_CHUNK_IDS = 60  # text ids per reply of the model
+SPEECH_PER_TEXT = 8  # maximum speech ids per text id
 SPARE_IDS = 64
 _SENTENCE_END = re.compile(r"(?<=[.!?;:。！？；])\s*")
 
 
 class SpeechRequest(Strict):
-    """What is to be said, and how."""
+    """The body of a speech request."""
 
-    input: str = Field(min_length=1, description="The text to be said.")
-    model: str | None = Field(None, description="Any name: the server has one model.")
-    voice: str | VoiceId | None = Field(None, description="A voice of the model; a voice of OpenAI's is its own voice.")
+    input: str = Field(min_length=1, description="The text to speak.")
+    model: str | None = Field(None, description="Ignored: the server has one model.")
+    voice: str | VoiceId | None = Field(
+        None, description="A voice of the model; OpenAI's voices map to its default voice."
+    )
     instructions: str | None = Field(
-        None, max_length=1000, description="Added to the request `say ...`, such as `slowly`; understood if learned."
+        None, max_length=1000, description="Appended to the prompt `say ...`, such as `slowly`; depends on training."
     )
     response_format: FileFormat = "mp3"
     speed: float = Field(1.0, ge=0.25, le=4.0)
@@ -51,10 +51,12 @@ class SpeechRequest(Strict):
 
 
 def chunks(text: str, count: Any, limit: int) -> list[str]:
-    """A text in pieces of at most `limit` ids where that is possible: sentences, and words of long sentences.
+    """Splits a text into sentences, and long sentences into words, then joins them up to `limit` ids per chunk.
 
     Args:
-        count: text -> number of its ids.
+        text: the text.
+        count: returns the number of ids of a text.
+        limit: maximum ids per chunk, unless a single word is longer.
     """
     pieces: list[str] = []
     for sentence in (part.strip() for part in _SENTENCE_END.split(text)):
@@ -70,33 +72,33 @@ def chunks(text: str, count: Any, limit: int) -> list[str]:
 
 
 class Narrator:
-    """One text on its way to sound.
+    """Synthesizes one text.
 
     Raises:
-        ApiError: nothing to say, a text with a word that is too long, an unknown voice.
+        ApiError: the text is empty or holds a word that is too long, or the voice is unknown.
     """
 
-    def __init__(self, service: Service, asked: SpeechRequest) -> None:
-        if len(asked.input) > service.settings.max_input_chars:
+    def __init__(self, service: Service, body: SpeechRequest) -> None:
+        if len(body.input) > service.settings.max_input_chars:
             most = service.settings.max_input_chars
-            raise ApiError(f"input may have {most} characters, got {len(asked.input)}", "input_too_long", "input")
-        self._service, self._asked = service, asked
+            raise ApiError(f"input may have {most} characters, got {len(body.input)}", "input_too_long", "input")
+        self._service, self._body = service, body
         self._models = service.bot.models
-        service.voice(asked.voice, "voice")  # an unknown one is refused
-        self._instructions = " ".join((asked.instructions or "").split())
+        service.voice(body.voice, "voice")  # raises for an unknown voice
+        self._instructions = " ".join((body.instructions or "").split())
         self.num_text = self.num_speech = 0
         encode = self._models.vocabulary.encode_text
         room = self._models.engine.max_positions - SPARE_IDS - 2 * len(encode(self._instructions))
         limit = min(MAX_CHUNK_IDS, room // (SPEECH_PER_TEXT + 2))
-        self._chunks = chunks(asked.input, lambda text: len(encode(text)), limit)
+        self._chunks = chunks(body.input, lambda text: len(encode(text)), limit)
         if not self._chunks:
-            raise ApiError("input holds nothing that can be said", param="input")
+            raise ApiError("input holds no speakable text", param="input")
         if max(len(encode(chunk)) for chunk in self._chunks) > limit:
-            raise ApiError("input holds a word that is too long to be said", "input_too_long", "input")
+            raise ApiError("input holds a word that is too long to speak", "input_too_long", "input")
 
     async def sound(self) -> AsyncGenerator[bytes, None]:
-        """The bytes of the file as they are made."""
-        encoder = FileEncoder(self._asked.response_format, self._asked.speed)
+        """Yields the bytes of the audio file as they are generated."""
+        encoder = FileEncoder(self._body.response_format, self._body.speed)
         for chunk in self._chunks:
             async with aclosing(self._reply(chunk)) as events:
                 async for event in events:
@@ -109,59 +111,31 @@ class Narrator:
         yield await asyncio.to_thread(encoder.step, np.zeros(0, np.float32), True)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """The same as server-sent events."""
+        """Yields the audio as server-sent events."""
         async with aclosing(self.sound()) as sound:
             async for data in sound:
-                yield _event({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode("ascii")})
+                yield sse({"type": "speech.audio.delta", "audio": base64.b64encode(data).decode("ascii")})
         total = self.num_text + self.num_speech
         usage = {"input_tokens": self.num_text, "output_tokens": self.num_speech, "total_tokens": total}
-        yield _event({"type": "speech.audio.done", "usage": usage})
+        yield sse({"type": "speech.audio.done", "usage": usage})
 
     def _reply(self, chunk: str) -> AsyncGenerator[Event, None]:
-        """The reply to "say ...", whose text is the chunk."""
+        """Generates the reply to "say ..." with the chunk as its text."""
         bot, vocabulary = self._service.bot, self._models.vocabulary
         ids = tuple(vocabulary.encode_text(chunk))
         models = dataclasses.replace(self._models, engine=ReadingEngine(self._models.engine, vocabulary, ids))
         most = len(ids) * (1 + SPEECH_PER_TEXT) + SPARE_IDS
-        asked = turn_of(Role.USER, vocabulary.encode_text(f"say {chunk} {self._instructions}".strip()), vocabulary)
+        body = turn_of(Role.USER, vocabulary.encode_text(f"say {chunk} {self._instructions}".strip()), vocabulary)
         prompt, sampling = reply_prompt(
             models,
-            Conversation((asked,), vocabulary.hash),
+            Conversation((body,), vocabulary.hash),
             Modality.INTERLEAVED,
             dataclasses.replace(models.card.sampling, max_tokens=most),
         )
-        return self._service.replying("speech", Mouth(models, bot.worker), prompt, sampling)
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(data)}\n\n".encode()
-
-
-async def _ending_in_an_event(parts: AsyncGenerator[bytes, None], service: Service) -> AsyncGenerator[bytes, None]:
-    """Events whose failure is the last event: the status was sent long ago."""
-    begun = False
-    async with aclosing(parts):
-        try:
-            async for part in parts:
-                yield part
-                begun = True
-        except Exception as error:
-            if not begun:
-                raise
-            message, status, code, param = told(error)
-            service.metrics.errors.labels(code or "other").inc()
-            yield _event({"type": "error", **error_json(message, status, code, param)})
-
-
-async def _admitted(parts: AsyncGenerator[bytes, None], service: Service) -> AsyncGenerator[bytes, None]:
-    with service.admission.request():
-        async with aclosing(parts):
-            async for part in parts:
-                yield part
+        return self._service.generate_reply("speech", Mouth(models, bot.worker), prompt, sampling)
 
 
 def speech_routes(service: Service) -> APIRouter:
-    """`/v1/audio/speech`."""
     router = APIRouter()
     content = {media: {"schema": {"type": "string", "format": "binary"}} for media in MEDIA_TYPES.values()}
     content["text/event-stream"] = {}
@@ -169,18 +143,18 @@ def speech_routes(service: Service) -> APIRouter:
     @router.post(
         "/v1/audio/speech",
         tags=["audio"],
-        summary="Say a text",
+        summary="Speak a text",
         response_class=Response,
         responses={
-            200: {"description": "The sound, as it is made.", "content": content},
+            200: {"description": "The audio, streamed.", "content": content},
             **documented(400, 413, 429, 503),
         },
     )
-    async def speech(asked: SpeechRequest, request: Request) -> Response:
-        narrator = Narrator(service, asked)
-        if asked.stream_format == "sse":
-            events = _ending_in_an_event(narrator.events(), service)
-            return await streamed(_admitted(events, service), "text/event-stream")
-        return await streamed(_admitted(narrator.sound(), service), MEDIA_TYPES[asked.response_format])
+    async def speech(body: SpeechRequest, request: Request) -> Response:
+        narrator = Narrator(service, body)
+        if body.stream_format == "sse":
+            events = sse_with_errors(narrator.events(), service.metrics, type="error")
+            return await stream_response(service.admitted(events), "text/event-stream")
+        return await stream_response(service.admitted(narrator.sound()), MEDIA_TYPES[body.response_format])
 
     return router

@@ -1,13 +1,12 @@
-"""`/v1/audio/transcriptions`: what is said in a sound file, as far as the model's own recognizer can read it.
+"""`/v1/audio/transcriptions`: transcribes an audio file with the model's own recognition head.
 
-The file is cut into utterances where nobody speaks (the voice activity detection of the live server). Each becomes
-speech tokens and then text, so that a long file comes line by line, and silence or noise gives no words.
+The server's voice activity detector splits the file into utterances. Each is tokenized and transcribed by itself, so
+long files stream, and silence or noise gives no text.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -20,19 +19,19 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from duologue import rates
-from duologue.serving.errors import ApiError, documented, error_json, told
+from duologue.serving.errors import ApiError, documented, sse, sse_with_errors
 from duologue.serving.objects import ServerVad
-from duologue.serving.service import Service, read_sound, streamed, unless_gone
-from duologue.serving.turn_detection import SileroStream, Started, Stopped, TurnDetector, TurnSettings
+from duologue.serving.service import Service, cancel_on_disconnect, read_audio, stream_response
+from duologue.serving.turn_detection import SileroStream, TurnDetector, TurnEnded, TurnSettings, TurnStarted
 
 TranscriptFormat: TypeAlias = Literal["json", "text", "verbose_json", "srt", "vtt"]
-MAX_UTTERANCE_S = 15.0  # the recognizer's work on one utterance is not interrupted
-_AT_ONCE = 10 * rates.LISTEN_SAMPLE_RATE
+MAX_UTTERANCE_S = 15.0  # one utterance is transcribed without interruption
+_VAD_CHUNK = 10 * rates.LISTEN_SAMPLE_RATE
 
 
 @dataclass(frozen=True)
 class TranscribedUtterance:
-    """What was said from `start` to `end`, in seconds."""
+    """The text spoken from `start` to `end`, in seconds."""
 
     start: float
     end: float
@@ -40,21 +39,21 @@ class TranscribedUtterance:
 
 
 class DurationUsage(BaseModel):
-    """Seconds of sound that were listened to."""
+    """Seconds of transcribed audio."""
 
     type: Literal["duration"] = "duration"
     seconds: float
 
 
 class Transcript(BaseModel):
-    """The answer in `json`."""
+    """The response in `json`."""
 
     text: str
     usage: DurationUsage
 
 
 class Segment(BaseModel):
-    """One utterance, times in seconds. The numbers that only Whisper has are those of a sure result."""
+    """One utterance, times in seconds. Fields that only Whisper computes hold constants."""
 
     id: int
     start: float
@@ -69,7 +68,7 @@ class Segment(BaseModel):
 
 
 class VerboseTranscript(Transcript):
-    """The answer in `verbose_json`."""
+    """The response in `verbose_json`."""
 
     task: Literal["transcribe"] = "transcribe"
     language: str
@@ -78,17 +77,17 @@ class VerboseTranscript(Transcript):
 
 
 def utterances(wav: NDArray[np.float32]) -> list[tuple[int, int]]:
-    """Where somebody speaks in wav (S,) at 16 kHz, as (start, stop) in samples. Work for a thread."""
+    """Returns the (start, stop) samples of speech in wav (S,) at 16 kHz. Call it in a thread."""
     stream = SileroStream()
     detector = TurnDetector(TurnSettings.of(ServerVad(), MAX_UTTERANCE_S))
     found: list[tuple[int, int]] = []
     start: int | None = None
-    for at in range(0, len(wav), _AT_ONCE):
-        for probability in stream.step(wav[at : at + _AT_ONCE]):
+    for at in range(0, len(wav), _VAD_CHUNK):
+        for probability in stream.step(wav[at : at + _VAD_CHUNK]):
             detection = detector.step(probability)
-            if isinstance(detection, Started):
+            if isinstance(detection, TurnStarted):
                 start = detection.sample
-            elif isinstance(detection, Stopped) and start is not None:
+            elif isinstance(detection, TurnEnded) and start is not None:
                 found.append((start, detection.sample))
                 start = None
     if start is not None:
@@ -97,7 +96,7 @@ def utterances(wav: NDArray[np.float32]) -> list[tuple[int, int]]:
 
 
 async def transcribe(service: Service, wav: NDArray[np.float32]) -> AsyncGenerator[TranscribedUtterance, None]:
-    """The utterances of wav (S,) at 16 kHz, one by one."""
+    """Yields the utterances of wav (S,) at 16 kHz."""
     bot, rate = service.bot, rates.LISTEN_SAMPLE_RATE
     for start, stop in await asyncio.to_thread(utterances, wav):
         codes = await service.tokenize(wav[start:stop])
@@ -108,26 +107,15 @@ async def transcribe(service: Service, wav: NDArray[np.float32]) -> AsyncGenerat
 
 
 async def _events(service: Service, wav: NDArray[np.float32]) -> AsyncGenerator[bytes, None]:
-    """The transcript as server-sent events."""
+    """Yields the transcript as server-sent events."""
     texts: list[str] = []
-    try:
-        async with aclosing(transcribe(service, wav)) as spoken:
-            async for utterance in spoken:
-                delta = f" {utterance.text}" if texts else utterance.text
-                texts.append(utterance.text)
-                yield _event({"type": "transcript.text.delta", "delta": delta})
-    except Exception as error:
-        if not texts:
-            raise
-        message, status, code, param = told(error)
-        yield _event({"type": "error", **error_json(message, status, code, param)})
-        return
+    async with aclosing(transcribe(service, wav)) as spoken:
+        async for utterance in spoken:
+            delta = f" {utterance.text}" if texts else utterance.text
+            texts.append(utterance.text)
+            yield sse({"type": "transcript.text.delta", "delta": delta})
     usage = {"type": "duration", "seconds": len(wav) / rates.LISTEN_SAMPLE_RATE}
-    yield _event({"type": "transcript.text.done", "text": " ".join(texts), "usage": usage})
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(data)}\n\n".encode()
+    yield sse({"type": "transcript.text.done", "text": " ".join(texts), "usage": usage})
 
 
 def _clock(seconds: float, comma: str) -> str:
@@ -136,7 +124,7 @@ def _clock(seconds: float, comma: str) -> str:
 
 
 def subtitles(spoken: list[TranscribedUtterance], kind: Literal["srt", "vtt"]) -> str:
-    """Subtitles in SubRip's format or WebVTT."""
+    """Formats utterances as SubRip or WebVTT."""
     comma = "," if kind == "srt" else "."
     cues = [f"{_clock(one.start, comma)} --> {_clock(one.end, comma)}\n{one.text}\n" for one in spoken]
     if kind == "vtt":
@@ -144,22 +132,23 @@ def subtitles(spoken: list[TranscribedUtterance], kind: Literal["srt", "vtt"]) -
     return "\n".join(f"{number}\n{cue}" for number, cue in enumerate(cues, 1))
 
 
-def _answer(service: Service, spoken: list[TranscribedUtterance], seconds: float, wanted: TranscriptFormat) -> Response:
+def _answer(
+    service: Service, spoken: list[TranscribedUtterance], seconds: float, response_format: TranscriptFormat
+) -> Response:
     text, usage = " ".join(one.text for one in spoken), DurationUsage(seconds=seconds)
-    if wanted == "text":
+    if response_format == "text":
         return PlainTextResponse(f"{text}\n")
-    if wanted in ("srt", "vtt"):
-        return PlainTextResponse(subtitles(spoken, wanted))
-    if wanted == "json":
+    if response_format in ("srt", "vtt"):
+        return PlainTextResponse(subtitles(spoken, response_format))
+    if response_format == "json":
         return JSONResponse(Transcript(text=text, usage=usage).model_dump())
     segments = [Segment(id=i, start=one.start, end=one.end, text=one.text) for i, one in enumerate(spoken)]
     language = service.bot.models.card.languages[0]
-    told = VerboseTranscript(text=text, usage=usage, language=language, duration=seconds, segments=segments)
-    return JSONResponse(told.model_dump())
+    verbose = VerboseTranscript(text=text, usage=usage, language=language, duration=seconds, segments=segments)
+    return JSONResponse(verbose.model_dump())
 
 
 def transcription_routes(service: Service) -> APIRouter:
-    """`/v1/audio/transcriptions`."""
     router = APIRouter()
     content = {
         "application/json": {"schema": {"anyOf": [_schema(Transcript), _schema(VerboseTranscript)]}},
@@ -170,66 +159,60 @@ def transcription_routes(service: Service) -> APIRouter:
     @router.post(
         "/v1/audio/transcriptions",
         tags=["audio"],
-        summary="Write down what is said",
+        summary="Transcribe an audio file",
         response_class=Response,
         responses={200: {"description": "The transcript.", "content": content}, **documented(400, 404, 413, 429, 503)},
     )
     async def transcriptions(
         request: Request,
         file: Annotated[UploadFile, File(description="WAV, FLAC, OGG (Vorbis, Opus) or MP3.")],
-        model: Annotated[str | None, Form(description="Any name: the server has one model.")] = None,
+        model: Annotated[str | None, Form(description="Ignored: the server has one model.")] = None,
         language: Annotated[str | None, Form(description="A language of the model.")] = None,
-        prompt: Annotated[str | None, Form(description="Taken and not used.")] = None,
-        temperature: Annotated[float | None, Form(description="Taken and not used.", ge=0, le=1)] = None,
+        prompt: Annotated[str | None, Form(description="Accepted and ignored.")] = None,
+        temperature: Annotated[float | None, Form(description="Accepted and ignored.", ge=0, le=1)] = None,
         response_format: Annotated[TranscriptFormat, Form()] = "json",
         stream: Annotated[bool, Form(description="Server-sent events, as `json` or `text` only.")] = False,
     ) -> Response:
         await _refuse_unsupported(request, service, language)
         if stream and response_format not in ("json", "text"):
-            raise ApiError(f"a stream has no {response_format}; take json or text", param="response_format")
+            raise ApiError(
+                f"response_format {response_format} cannot be streamed; use json or text", param="response_format"
+            )
         data = await file.read()
         with service.admission.request():
-            wav = await asyncio.to_thread(read_sound, data, service.settings.max_request_audio_s, "file")
+            wav = await asyncio.to_thread(read_audio, data, service.settings.max_request_audio_s, "file")
         if stream:
-            return await streamed(_admitted(service, wav), "text/event-stream")
+            events = sse_with_errors(_events(service, wav), service.metrics, type="error")
+            return await stream_response(service.admitted(events), "text/event-stream")
 
         async def whole() -> list[TranscribedUtterance]:
             with service.admission.request():
                 return [one async for one in transcribe(service, wav)]
 
-        spoken = await unless_gone(request, whole())
+        spoken = await cancel_on_disconnect(request, whole())
         return _answer(service, spoken, len(wav) / rates.LISTEN_SAMPLE_RATE, response_format)
 
     return router
 
 
-async def _admitted(service: Service, wav: NDArray[np.float32]) -> AsyncGenerator[bytes, None]:
-    with service.admission.request():
-        async with aclosing(_events(service, wav)) as events:
-            async for event in events:
-                yield event
-
-
-# Parameters of OpenAI's route that would change the answer here: refused rather than forgotten.
+# Parameters of OpenAI's route that would change the result are refused.
 _UNSUPPORTED = ("keywords", "known_speaker_names", "known_speaker_references", "include")
-_TAKEN = ("file", "model", "language", "prompt", "temperature", "response_format", "stream", "chunking_strategy")
+_ACCEPTED = ("file", "model", "language", "prompt", "temperature", "response_format", "stream", "chunking_strategy")
 _GRANULARITY = ("timestamp_granularities", "timestamp_granularities[]")
 
 
 async def _refuse_unsupported(request: Request, service: Service, language: str | None) -> None:
     card = service.bot.models.card
     if service.bot.models.recognizer is None:
-        raise ApiError(
-            f"{card.name} has no recognizer: it cannot write down what it hears", "no_recognizer", status=404
-        )
+        raise ApiError(f"{card.name} has no recognizer and cannot transcribe", "no_recognizer", status=404)
     form = await request.form()
     for name in form:
         if name.removesuffix("[]") in _UNSUPPORTED:
             raise ApiError(f"{name} is not supported by this server", "unsupported_parameter", name)
         if name in _GRANULARITY:
             if set(form.getlist(name)) - {"segment"}:
-                raise ApiError(f"{name}: only segment is supported, words have no times here", param=name)
-        elif name not in _TAKEN:
+                raise ApiError(f"{name}: only segment is supported", param=name)
+        elif name not in _ACCEPTED:
             raise ApiError(f"{name} is not a parameter of this route", "unknown_parameter", name)
     if language and language.partition("-")[0].lower() not in card.languages:
         raise ApiError(
@@ -238,7 +221,7 @@ async def _refuse_unsupported(request: Request, service: Service, language: str 
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:
-    """Inline, without references to definitions that a document of its own would need."""
+    """Returns a model's JSON schema with its references inlined."""
     schema = model.model_json_schema(mode="serialization")
     definitions = schema.pop("$defs", {})
 

@@ -1,5 +1,7 @@
-"""Who is speaking: the probability of speech in each 32 ms of sound (Silero VAD), and a state machine that makes turns
-of them. The machine knows no clock and no model: it counts samples at 16 kHz."""
+"""Turn detection: Silero VAD gives a speech probability per 32 ms window, and a state machine derives turns.
+
+The state machine has no clock and no model: it counts samples at 16 kHz.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,17 @@ WINDOW = 512  # samples at 16 kHz
 CONTEXT = 64
 MODEL_FILE = Path(__file__).parent / "silero_vad.onnx"
 
-START_WINDOWS = 2  # windows of speech in a row that begin a turn: a click is shorter
-HYSTERESIS = 0.15  # speech that has begun goes on down to this far below the threshold
+START_WINDOWS = 2  # consecutive speech windows that start a turn; a click is shorter
+HYSTERESIS = 0.15  # an open turn continues down to threshold - HYSTERESIS
 PER_MS = rates.LISTEN_SAMPLE_RATE // 1000
 
-# What `semantic_vad` waits for beyond the silence of `server_vad`, by eagerness.
+# Additional silence of `semantic_vad` over `server_vad`, by eagerness.
 SEMANTIC_WAIT_MS = {"high": 0, "medium": 300, "auto": 300, "low": 1000}
 
 
 @dataclass(frozen=True)
 class TurnSettings:
-    """`server_vad` in samples; a turn of more than `max_samples` is ended."""
+    """Settings of `server_vad` in samples. A turn longer than `max_samples` is ended."""
 
     threshold: float
     prefix: int
@@ -56,51 +58,51 @@ class TurnSettings:
 
 
 @dataclass(frozen=True)
-class Started:
-    """The user speaks; the turn begins at this sample, the prefix padding included."""
+class TurnStarted:
+    """The start of a turn, at `sample`, including the prefix padding."""
 
     sample: int
 
 
 @dataclass(frozen=True)
-class Stopped:
-    """The user has stopped; the turn ends at this sample, the silence included."""
+class TurnEnded:
+    """The end of a turn, at `sample`, including the silence."""
 
     sample: int
 
 
 @dataclass(frozen=True)
-class TimedOut:
-    """Nobody spoke from `start` to `sample`."""
+class IdleTimedOut:
+    """Silence of the user from `start` to `sample`."""
 
     start: int
     sample: int
 
 
-Detection: TypeAlias = Started | Stopped | TimedOut
+Detection: TypeAlias = TurnStarted | TurnEnded | IdleTimedOut
 
 
 class TurnDetector:
-    """Turns one probability after the other into the beginning and end of turns.
+    """Derives turns from a stream of speech probabilities.
 
     Attributes:
         settings: may be changed at any time.
-        sample: samples seen so far.
-        speaking: is a turn under way?
+        sample: number of samples seen.
+        speaking: whether a turn is open.
     """
 
     def __init__(self, settings: TurnSettings, sample: int = 0) -> None:
         self.settings = settings
         self.sample = sample
         self.speaking = False
-        self._earliest = sample  # sound before it belongs to an earlier turn
-        self._run = 0  # windows of speech in a row
+        self._earliest = sample  # earlier samples belong to the previous turn
+        self._run = 0  # consecutive speech windows
         self._turn_start = sample
         self._last_speech = sample
         self._idle_from: int | None = None
 
     def step(self, probability: float) -> Detection | None:
-        """Takes the next window."""
+        """Takes the probability of the next window."""
         self.sample += WINDOW
         settings = self.settings
         if self.speaking:
@@ -109,44 +111,43 @@ class TurnDetector:
             silent = self.sample - self._last_speech >= settings.silence
             if silent or self.sample - self._turn_start >= settings.max_samples:
                 self.end_turn()
-                return Stopped(self.sample)
+                return TurnEnded(self.sample)
             return None
         self._run = self._run + 1 if probability >= settings.threshold else 0
         if self._run >= START_WINDOWS:
             begin = self.sample - self._run * WINDOW - settings.prefix
             self._turn_start, self._last_speech = max(begin, self._earliest), self.sample
             self.speaking, self._idle_from = True, None
-            return Started(self._turn_start)
+            return TurnStarted(self._turn_start)
         if self._idle_from is not None and settings.idle is not None and self.sample - self._idle_from >= settings.idle:
             started, self._idle_from = self._idle_from, None
             self._earliest = self.sample
-            return TimedOut(started, self.sample)
+            return IdleTimedOut(started, self.sample)
         return None
 
     def end_turn(self) -> None:
-        """The turn is over: here, or because a client ended it. What comes next is another turn's."""
+        """Ends the turn at the current sample, by silence or by the client."""
         self.speaking, self._run = False, 0
         self._earliest = self.sample
 
-    def wait_for_user(self) -> None:
-        """The reply has been played: from here on the user is expected to speak."""
+    def start_idle_timer(self) -> None:
+        """Starts the idle timeout, when the reply has been played."""
         if not self.speaking:
             self._idle_from = self.sample
 
-    def stop_waiting(self) -> None:
-        """The model speaks: silence of the user means nothing."""
+    def stop_idle_timer(self) -> None:
+        """Stops the idle timeout, when the model speaks."""
         self._idle_from = None
 
 
 class SpeechProbability(Protocol):
-    """How likely each whole window of a stream is speech; keeps what does not fill a window. One object is one stream's
-    state."""
+    """The state of one stream: returns the speech probability of each complete window, buffers the rest."""
 
     def step(self, wav: NDArray[np.float32]) -> list[float]: ...
 
 
 class SileroStream:
-    """Silero VAD on one stream of 16 kHz sound."""
+    """Silero VAD on one stream of 16 kHz audio."""
 
     def __init__(self) -> None:
         self._rest = np.zeros(0, np.float32)
@@ -154,7 +155,7 @@ class SileroStream:
         self._state = np.zeros((2, 1, 128), np.float32)
 
     def step(self, wav: NDArray[np.float32]) -> list[float]:
-        """(S,) float32 -> a probability for each window that is now whole. Work for a thread."""
+        """Takes wav (S,) float32; returns a probability for each complete window. Call it in a thread."""
         model = _model()
         wav = np.concatenate([self._rest, wav])
         whole = len(wav) - len(wav) % WINDOW
@@ -183,8 +184,8 @@ def _model() -> Any:
 
 @functools.cache
 def _load_model() -> Any:
-    """One set of weights for all streams; running it changes nothing in it."""
-    # Otherwise onnxruntime reports its use to its maker. Has to be set before it is imported.
+    """Loads the weights, which all streams share. Inference does not change them."""
+    # Disables telemetry; must be set before onnxruntime is imported.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 

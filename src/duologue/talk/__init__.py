@@ -1,1 +1,1 @@
-"""A spoken conversation in the terminal, or from one sound file into another: a client of the real-time server."""
+"""A spoken conversation in the terminal or between audio files: a client of the real-time server."""

@@ -1,4 +1,4 @@
-"""What a conversation shows: levels and transcript on a terminal, lines of text in a pipe, JSON for programs."""
+"""Displays of a conversation: level meters and transcript on a terminal, plain lines in a pipe, JSON for programs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from collections.abc import AsyncIterator, Callable
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -23,40 +22,36 @@ QUIETEST_DB = -50.0
 REDRAWS_PER_S = 12
 
 
-class Meter:
-    """The level of what passes through."""
+class LevelMeter:
+    """Measures the peak level of an audio stream."""
 
     def __init__(self) -> None:
         self.level = 0.0
 
     async def through(self, source: AsyncIterator[NDArray[np.int16]]) -> AsyncIterator[NDArray[np.int16]]:
-        """The source itself, measured on the way."""
+        """Yields the chunks of the source and updates `level`."""
         async for pcm in source:
             self.level = float(np.abs(pcm.astype(np.int32)).max(initial=0)) / 32768
             yield pcm
 
 
 class Display(Protocol):
-    """What shows a conversation while it lasts."""
+    """Shows a conversation."""
 
     def __enter__(self) -> Display: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     def observe(self, event: ServerEvent) -> None: ...
 
 
-class JsonLines:
-    """Every event as one line of JSON on stdout; sound as its number of bytes."""
+class JsonDisplay:
+    """Prints every event as one line of JSON. Audio is replaced by its number of bytes."""
 
-    def __enter__(self) -> JsonLines:
+    def __enter__(self) -> JsonDisplay:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         return None
 
     def observe(self, event: ServerEvent) -> None:
@@ -65,14 +60,13 @@ class JsonLines:
         print(json.dumps(event), flush=True)
 
 
-class Screen:
-    """Transcript and, on a terminal, level meters below it."""
+class TerminalDisplay:
+    """Prints the transcript and, on a terminal, level meters below it."""
 
     def __init__(self, name: str, you: Callable[[], float], answer: Callable[[], float]) -> None:
-        """
-        Args:
-            name: of who answers.
-            you, answer: levels in [0, 1] of microphone and loudspeaker.
+        """Args:
+        name: name of the model.
+        you, answer: return the levels of microphone and loudspeaker, in [0, 1].
         """
         from rich.console import Console
         from rich.live import Live
@@ -84,14 +78,12 @@ class Screen:
             console=self._console, get_renderable=self._bars, refresh_per_second=REDRAWS_PER_S, transient=True
         )
 
-    def __enter__(self) -> Screen:
+    def __enter__(self) -> TerminalDisplay:
         if self._console.is_terminal:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end_answer("")
         if self._console.is_terminal:
             self._live.stop()
@@ -105,9 +97,9 @@ class Screen:
             case "input_audio_buffer.speech_stopped":
                 self._state = "thinking"
             case "conversation.item.input_audio_transcription.completed":
-                self._print(f"you: {plain(event['transcript']).strip()}")
+                self._print(f"you: {strip_control(event['transcript']).strip()}")
             case "response.output_audio_transcript.delta" | "response.output_text.delta":
-                self._said += plain(event["delta"])
+                self._said += strip_control(event["delta"])
             case "response.output_audio.delta":
                 self._state = "speaking"
             case "response.done":
@@ -117,7 +109,7 @@ class Screen:
             case "talk.interrupted":
                 self._print(f"(interrupted after {event['played_ms'] / 1000:.1f} s)")
             case "error":
-                self._print(f"the server: {plain(event['error']['message'])}", to_stderr=True)
+                self._print(f"the server: {strip_control(event['error']['message'])}", to_stderr=True)
 
     def _end_answer(self, remark: str) -> None:
         if self._said.strip() or remark:
@@ -138,12 +130,12 @@ class Screen:
 
 
 def bar(level: float) -> str:
-    """A level in [0, 1] as a bar of fixed width, in decibels."""
+    """Formats a level in [0, 1] as a bar of fixed width, on a decibel scale."""
     decibels = 20 * math.log10(max(level, 1e-6))
     filled = round(BAR_WIDTH * min(1.0, max(0.0, 1 - decibels / QUIETEST_DB)))
     return "█" * filled + "·" * (BAR_WIDTH - filled)
 
 
-def plain(text: str) -> str:
-    """Random weights say anything, control sequences of the terminal too."""
+def strip_control(text: str) -> str:
+    """Replaces control characters by spaces. Untrained models can emit terminal escape sequences."""
     return "".join(char if char.isprintable() else " " for char in text)

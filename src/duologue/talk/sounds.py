@@ -16,21 +16,21 @@ from duologue.client.connection import WIRE_RATE
 from duologue.client.playback import Playback
 
 CHUNK_S = 0.02
-MAX_WAITING = 100  # chunks of the microphone: 2 s
+MAX_WAITING = 100  # microphone chunks: 2 s
 DIRECTIONS = {"microphone": "input", "loudspeaker": "output"}
 
 
 def devices(*kinds: Literal["microphone", "loudspeaker"]) -> Any:
-    """sounddevice, when this machine has it and devices of these kinds.
+    """Imports sounddevice and checks that devices of these kinds exist.
 
     Raises:
-        ValueError: one sentence that says what is missing and what mends it.
+        ValueError: names what is missing and how to install it.
     """
     try:
         import sounddevice
     except ImportError:
         raise ValueError('sounddevice is not installed: pip install "duologue[talk]"') from None
-    except OSError as error:  # the package is there, the library is not
+    except OSError as error:  # the package is installed, PortAudio is not
         raise ValueError(
             f"{error}: install it (Debian: apt install libportaudio2; macOS: brew install portaudio)"
         ) from None
@@ -39,16 +39,16 @@ def devices(*kinds: Literal["microphone", "loudspeaker"]) -> Any:
             sounddevice.query_devices(kind=DIRECTIONS[kind])
         except (ValueError, sounddevice.PortAudioError):
             raise ValueError(
-                f"this machine has no {kind}; give sound files instead: duologue talk --input a.wav --output b.wav"
+                f"this machine has no {kind}; use audio files instead: duologue talk --input a.wav --output b.wav"
             ) from None
     return sounddevice
 
 
 class Microphone:
-    """Chunks of 20 ms at `WIRE_RATE`. When nobody takes them the oldest are lost, and counted.
+    """A source of 20 ms chunks at `WIRE_RATE`. When the queue is full, the oldest chunk is dropped.
 
     Attributes:
-        num_lost: chunks that were lost, by us or by the device.
+        num_lost: chunks dropped by the queue or the device.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -59,11 +59,11 @@ class Microphone:
 
     @contextlib.contextmanager
     def open(self, sounddevice: Any) -> Iterator[None]:
-        """Listens. Raises ValueError when the device refuses."""
+        """Opens the device. Raises ValueError if it cannot be opened."""
         rate = _rate(sounddevice, "input")
         if rate != WIRE_RATE:
             self._resampler = soxr.ResampleStream(rate, WIRE_RATE, 1, dtype="int16")
-        with _refusals(sounddevice, "microphone"):
+        with _device_errors(sounddevice, "microphone"):
             stream = sounddevice.InputStream(
                 samplerate=rate,
                 blocksize=round(rate * CHUNK_S),
@@ -77,16 +77,16 @@ class Microphone:
             yield
 
     def hear(self, samples: NDArray[np.int16], num: int, when: object, status: Any) -> None:
-        """Called by the device's thread: samples (S, 1)."""
+        """Receives samples (S, 1) on the device's thread."""
         pcm = samples[:, 0].copy()
         if self._resampler is not None:
             pcm = self._resampler.resample_chunk(pcm)
         lost = bool(status and status.input_overflow)
-        with contextlib.suppress(RuntimeError):  # the loop has just been closed
+        with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._put, pcm, lost)
 
     async def chunks(self) -> AsyncIterator[NDArray[np.int16]]:
-        """What is heard, without end."""
+        """Yields the recorded chunks without end."""
         while True:
             yield await self._waiting.get()
 
@@ -99,22 +99,22 @@ class Microphone:
 
 
 class Loudspeaker:
-    """Plays what a `Playback` holds."""
+    """Plays the queue of a `Playback`."""
 
     def __init__(self, playback: Playback) -> None:
         self._playback = playback
         self._resampler: soxr.ResampleStream | None = None
-        self._rest = np.zeros(0, np.int16)  # resampled and not taken by the device yet
+        self._rest = np.zeros(0, np.int16)  # resampled samples for the next call
         self._rate = WIRE_RATE
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def open(self, sounddevice: Any) -> Iterator[None]:
-        """Plays. Raises ValueError when the device refuses."""
+        """Opens the device. Raises ValueError if it cannot be opened."""
         self._rate = _rate(sounddevice, "output")
         if self._rate != WIRE_RATE:
             self._resampler = soxr.ResampleStream(WIRE_RATE, self._rate, 1, dtype="int16")
-        with _refusals(sounddevice, "loudspeaker"):
+        with _device_errors(sounddevice, "loudspeaker"):
             stream = sounddevice.OutputStream(
                 samplerate=self._rate,
                 blocksize=round(self._rate * CHUNK_S),
@@ -128,7 +128,7 @@ class Loudspeaker:
             yield
 
     def play(self, out: NDArray[np.int16], num: int, when: Any, status: object) -> None:
-        """Called by the device's thread: fills out (S, 1)."""
+        """Fills out (S, 1) on the device's thread."""
         delay_s = max(0.0, when.outputBufferDacTime - when.currentTime)
         if self._resampler is None:
             out[:, 0] = self._playback.take(num, delay_s)
@@ -141,7 +141,7 @@ class Loudspeaker:
 
 
 def _rate(sounddevice: Any, kind: str) -> int:
-    """That of the wire where the device takes it, else the device's own."""
+    """Returns `WIRE_RATE` if the device supports it, else the device's default rate."""
     check = sounddevice.check_input_settings if kind == "input" else sounddevice.check_output_settings
     try:
         check(samplerate=WIRE_RATE, channels=1, dtype="int16")
@@ -151,7 +151,7 @@ def _rate(sounddevice: Any, kind: str) -> int:
 
 
 @contextlib.contextmanager
-def _refusals(sounddevice: Any, name: str) -> Iterator[None]:
+def _device_errors(sounddevice: Any, name: str) -> Iterator[None]:
     try:
         yield
     except sounddevice.PortAudioError as error:

@@ -1,4 +1,4 @@
-"""Puts a conversation together: a connection, something to hear with, something to play with, something to look at."""
+"""Runs a conversation: connects a microphone or file, a loudspeaker or file, and a display to the server."""
 
 from __future__ import annotations
 
@@ -9,29 +9,63 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from duologue.audio import load_audio, resample, save_audio
 from duologue.client.connection import WIRE_RATE, open_connection
-from duologue.client.conversation import Summary, Talk, TalkSettings
-from duologue.client.pace import Pace, paced, silence
-from duologue.client.playback import Playback
-from duologue.talk.files import PlaybackRecorder, read_pcm
-from duologue.talk.screen import Display, JsonLines, Meter, Screen
+from duologue.client.conversation import TalkClient, TalkSettings, TalkSummary
+from duologue.client.playback import CHUNK, Playback, Ticker, in_real_time, silence
+from duologue.pcm import from_int16, to_int16
+from duologue.talk.screen import Display, JsonDisplay, LevelMeter, TerminalDisplay
 from duologue.talk.sounds import Loudspeaker, Microphone, devices
 
 
+def read_pcm(path: str | Path) -> NDArray[np.int16]:
+    """Reads an audio file as (S,) int16 at `WIRE_RATE`. Raises ValueError as `load_audio`."""
+    wav, sample_rate = load_audio(path)
+    return to_int16(resample(wav, sample_rate, WIRE_RATE))
+
+
+class PlaybackRecorder:
+    """A virtual loudspeaker that records the answers, without the pauses between them."""
+
+    def __init__(self, playback: Playback) -> None:
+        self._playback = playback
+        self._played: list[NDArray[np.int16]] = []
+
+    async def run(self, ticker: Ticker) -> None:
+        """Plays in real time until cancelled."""
+        while True:
+            await ticker.tick()
+            if self._playback.active:
+                self._played.append(self._playback.take(CHUNK))
+
+    @property
+    def num_samples(self) -> int:
+        return sum(map(len, self._played))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the recording; the suffix selects the format. Raises ValueError if nothing was played."""
+        if not self._played:
+            raise ValueError(f"{path} is not written: nothing was played")
+        save_audio(path, from_int16(np.concatenate(self._played)), WIRE_RATE)
+
+
 @dataclass(frozen=True)
-class Ends:
-    """Where sound comes from and goes to.
+class AudioEndpoints:
+    """Source and target of the audio.
 
     Attributes:
-        source: a sound file; None is the microphone.
-        target: a sound file; None is the loudspeaker.
+        source: an audio file, or None for the microphone.
+        target: an audio file, or None for the loudspeaker.
     """
 
     source: Path | None = None
     target: Path | None = None
 
     def check(self) -> None:
-        """Raises ValueError, one sentence, when a file cannot be read or a device is not there."""
+        """Raises ValueError if a file is unreadable or a device is missing."""
         if self.source is not None:
             read_pcm(self.source)
         else:
@@ -40,46 +74,51 @@ class Ends:
             devices("loudspeaker")
 
 
-async def converse(server: str, model: str, key: str, ends: Ends, settings: TalkSettings, as_json: bool) -> Summary:
+async def converse(
+    server: str, model: str, key: str, endpoints: AudioEndpoints, settings: TalkSettings, as_json: bool
+) -> TalkSummary:
     """Holds one conversation; Ctrl-C ends it.
 
     Args:
         server, model, key: see `open_connection`.
-        as_json: print every event as a line of JSON instead of a transcript.
+        endpoints: source and target of the audio.
+        settings: settings of the conversation.
+        as_json: print events as JSON lines instead of a transcript.
+
     Raises:
-        ValueError: one sentence: a file or a device that cannot be used, a server that is not there or refuses.
+        ValueError: one sentence: a file or device is unusable, or the server is missing or refused.
     """
-    playback, meter = Playback(WIRE_RATE), Meter()
-    display: Display = JsonLines() if as_json else Screen(model, lambda: meter.level, lambda: playback.level)
-    heard = read_pcm(ends.source) if ends.source is not None else None
+    playback, meter = Playback(WIRE_RATE), LevelMeter()
+    display: Display = JsonDisplay() if as_json else TerminalDisplay(model, lambda: meter.level, lambda: playback.level)
+    heard = read_pcm(endpoints.source) if endpoints.source is not None else None
     recorder = PlaybackRecorder(playback)
     async with open_connection(server, model, key) as connection:
-        talk = Talk(connection, playback, settings, display.observe)
+        talk = TalkClient(connection, playback, settings, display.observe)
         with contextlib.ExitStack() as stack:
-            if ends.target is None:
+            if endpoints.target is None:
                 stack.enter_context(Loudspeaker(playback).open(devices("loudspeaker")))
             else:
-                playing = asyncio.create_task(recorder.run(Pace()))
+                playing = asyncio.create_task(recorder.run(Ticker()))
                 stack.callback(playing.cancel)
             stack.enter_context(display)
             stack.enter_context(_ends_on_ctrl_c(talk))
             if heard is not None:
-                pace = Pace()
-                summary = await talk.run(meter.through(paced(heard, pace)), silence(pace))
+                ticker = Ticker()
+                summary = await talk.run(meter.through(in_real_time(heard, ticker)), silence(ticker))
             else:
                 microphone = Microphone(asyncio.get_running_loop())
                 stack.enter_context(microphone.open(devices("microphone")))
                 summary = await talk.run(meter.through(microphone.chunks()))
                 summary.num_lost = microphone.num_lost
-    if ends.target is not None and recorder.num_samples:
-        recorder.save(ends.target)
-        summary.output = str(ends.target)
+    if endpoints.target is not None and recorder.num_samples:
+        recorder.save(endpoints.target)
+        summary.output = str(endpoints.target)
     return summary
 
 
 @contextlib.contextmanager
-def _ends_on_ctrl_c(talk: Talk) -> Iterator[None]:
-    """Ctrl-C is the way to end a conversation: the summary comes and the file is written."""
+def _ends_on_ctrl_c(talk: TalkClient) -> Iterator[None]:
+    """Makes Ctrl-C end the conversation, so that the summary and the output file are still written."""
     loop = asyncio.get_running_loop()
     try:
         loop.add_signal_handler(signal.SIGINT, talk.stop)

@@ -1,4 +1,4 @@
-// Joins the parts of the page: line, microphone, player, transcript. What is to be seen is `view.js` and `inside.js`.
+// Connects the parts of the page: connection, microphone, player, transcript. `view.js` and `inside.js` draw them.
 
 import { Conversation } from "./conversation.js";
 import * as dialogs from "./dialogs.js";
@@ -12,9 +12,9 @@ import { base64Of, pcmOf, Recording, SentSound } from "./sound.js";
 import { Timeline } from "./timeline.js";
 import { View } from "./view.js";
 
-const KEEP_OPEN_MS = 30000; // the microphone stays open so long after push-to-talk: the next press loses no word
+const KEEP_OPEN_MS = 30000; // keeps the microphone open after push-to-talk, so that the next press loses no audio
 const HARMLESS = "response_cancel_not_active";
-const BUSY = "conversation_already_has_active_response"; // an answer began that the page had not heard of when it asked
+const BUSY = "conversation_already_has_active_response"; // an answer started before the page knew
 
 const began = new Date();
 const zero = performance.now();
@@ -33,21 +33,21 @@ const recordings = { you: new Recording(RATE), they: new Recording(RATE) };
 
 const state = {
   mode: "off", // "off" | "hands-free" | "holding" | "releasing"
-  speaking: false, // sound of an answer is being played
-  sending: false, // a question is on its way
-  waiting: false, // it is asked again when the answer under way has ended
+  speaking: false, // an answer is playing
+  sending: false, // a question is being sent
+  waiting: false, // resend the question when the active answer ends
   model: "",
-  transcribes: true, // can the server write down what is said?
+  transcribes: true, // whether the server transcribes
 };
-const silenced = new Set(); // items whose further sound is not to be heard
-const ended = new Map(); // item -> when the question before it ended, ms of the page's clock
-let question = null; // {endedMs, pauseMs} of the newest question
-let early = []; // sound held back while the line is opened for push-to-talk
+const silenced = new Set(); // items whose remaining audio is dropped
+const ended = new Map(); // item -> end of its question, ms on the page's clock
+let question = null; // {endedMs, pauseMs} of the latest question
+let early = []; // audio buffered while the connection opens
 let closing = 0;
 const sent = new SentSound(RATE);
-const purposes = new Map(); // event id of an update -> what it was for
+const purposes = new Map(); // event id of an update -> its purpose
 
-// --- The line -------------------------------------------------------------------------------------------------------
+// --- Connection -------------------------------------------------------------------------------------------------------
 
 function configure(handsFree = state.mode === "hands-free") {
   for (const { what, session } of settingsOf.updates(settings, handsFree, state.transcribes)) {
@@ -79,7 +79,7 @@ connection.addEventListener("state", ({ detail }) => {
   if (line === "connecting") view.line("Connecting", "connecting");
   if (line === "closed") {
     view.line(state.model || "Ready", "ready");
-    // Who is still talking goes on at once; a session may have reached its longest length.
+    // Reconnect at once during speech; the session may have reached its maximum duration.
     if (state.mode === "hands-free") words ? connection.open().catch(() => {}) : quiet();
     else if (words) view.notice(`${words} The conversation goes on when you do.`, { mild: true });
   }
@@ -125,8 +125,8 @@ function done({ output }) {
 
 function refused({ message, code, event_id: id, param }) {
   const what = purposes.get(id);
-  if (code === HARMLESS) return done({}); // the answer that was to end has just ended
-  if (code?.startsWith("item_truncate")) return; // nothing of it had been heard
+  if (code === HARMLESS) return done({}); // the answer ended by itself
+  if (code?.startsWith("item_truncate")) return; // none of it had been played
   if (code === BUSY) {
     state.waiting = true;
     connection.send({ type: "response.cancel" });
@@ -158,13 +158,13 @@ function sound({ item_id: id, delta }) {
   turn.spoken = true;
 }
 
-// The end of the person's turn on the page's clock: the server tells it in sound that was sent, silence included.
+// Returns the end of the user's turn on the page's clock. The server reports a position in the audio sent, silence included.
 function stopped({ audio_end_ms: endMs }) {
   const endedMs = sent.when(endMs - settingsOf.silenceMs(settings)) ?? now();
   question = { endedMs, pauseMs: now() - endedMs };
 }
 
-// --- The person's voice ---------------------------------------------------------------------------------------------
+// --- User audio ---------------------------------------------------------------------------------------------
 
 function append(pcm) {
   if (connection.send({ type: "input_audio_buffer.append", audio: base64Of(pcm) })) sent.add(pcm, now());
@@ -212,7 +212,7 @@ async function handsFree() {
   return phase();
 }
 
-/** Ends hands-free talk: the microphone is given back. */
+/** Ends hands-free mode and releases the microphone. */
 function quiet() {
   if (state.mode === "hands-free" && connection.state === "open") {
     connection.send({ type: "input_audio_buffer.clear" });
@@ -227,7 +227,7 @@ function quiet() {
   phase();
 }
 
-let press = 0; // counts presses, so that a late permission does not open what was let go
+let press = 0; // counts presses, so that a late permission does not reopen a released one
 let held = 0; // samples of this press
 
 async function hold() {
@@ -252,7 +252,7 @@ async function hold() {
 
 async function release() {
   if (state.mode !== "holding") return;
-  state.mode = "releasing"; // the last chunk still belongs to it
+  state.mode = "releasing"; // the last chunk still belongs to the turn
   press += 1;
   const endedMs = now();
   find("hold").setAttribute("aria-pressed", "false");
@@ -262,7 +262,7 @@ async function release() {
   clearTimeout(closing);
   closing = setTimeout(() => state.mode === "off" && microphone.stop(), KEEP_OPEN_MS);
   phase();
-  if (!microphone.open) microphone.stop(); // let go before the browser had opened it
+  if (!microphone.open) microphone.stop(); // released before the browser opened it
   if (held < 0.1 * RATE) {
     early = [];
     view.notice("That was too short. Hold the button or the space bar while you speak.", { mild: true });
@@ -283,7 +283,7 @@ function ask() {
 
 // --- Interrupting ---------------------------------------------------------------------------------------------------
 
-/** Silence at once, and the server is told to the millisecond what was heard. */
+/** Stops playback at once and reports the played milliseconds to the server. */
 async function hush() {
   for (const turn of conversation.turns) if (turn.status === "answering") silenced.add(turn.id);
   const cut = await player.clear();
@@ -297,14 +297,14 @@ async function hush() {
   phase();
 }
 
-/** The person ends the answer by hand; server-side detection of speech does the first half itself. */
+/** Interrupts the answer manually. With turn detection, the server cancels the response by itself. */
 function interrupt() {
   const answering = conversation.answering;
   if (answering?.responseId) connection.send({ type: "response.cancel", response_id: answering.responseId });
   if (answering || state.speaking) hush();
 }
 
-// --- The answer's sound ---------------------------------------------------------------------------------------------
+// --- Answer audio ---------------------------------------------------------------------------------------------
 
 player.addEventListener("started", ({ detail: { id, latencyMs } }) => {
   state.speaking = true;
@@ -340,7 +340,7 @@ player.addEventListener("heard", ({ detail: { pcm, at, stream, peak, level, wait
   inside.playback({ gaps: player.gaps, gapMs: player.gapMs, jitterMs: player.jitterMs, waitingMs });
 });
 
-// --- The page -------------------------------------------------------------------------------------------------------
+// --- Page -------------------------------------------------------------------------------------------------------
 
 conversation.addEventListener("turn", ({ detail: { turn } }) => {
   if (turn.role === "user" && turn.spoken && turn.status !== "listening" && !turn.peaks) {
@@ -386,7 +386,7 @@ function phase() {
 find("talk").addEventListener("click", handsFree);
 find("stop").addEventListener("click", () => {
   interrupt();
-  find("talk").focus({ preventScroll: true }); // this button goes away
+  find("talk").focus({ preventScroll: true }); // this button is removed
 });
 find("notice-close").addEventListener("click", () => view.notice(""));
 
@@ -427,7 +427,7 @@ find("write").addEventListener("submit", async (event) => {
   ask();
 });
 
-// --- Settings and a new beginning -----------------------------------------------------------------------------------
+// --- Settings and new conversation -----------------------------------------------------------------------------------
 
 dialogs.setUpInside();
 dialogs.setUpSave(conversation, recordings, () => ({
@@ -470,7 +470,7 @@ function voices(names) {
   dialogs.offerVoices([...known], settings.voice);
 }
 
-/** Shows what stands behind this page; asks again until it knows. */
+/** Shows the server's model; retries until the server answers. */
 async function look(attempt = 0) {
   try {
     const model = await modelOf(settings.key);

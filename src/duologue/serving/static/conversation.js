@@ -1,16 +1,16 @@
-// What was said, as the events of the server tell it: turns in their order. Knows nothing of the page or of sound.
+// The turns of a conversation, in order, built from server events. Independent of the page and of audio.
 
 /**
  * One turn: {id, role: "user" | "assistant", text, spoken, status, startedMs, endedMs, responseId, audioMs, playedMs, cutMs,
  * runs: [{kind: "text" | "speech", count, ids}], timings, heardAfterMs, gaps, usage, note}.
  * Status: "listening" | "heard" | "done" | "answering" | "interrupted" | "incomplete" | "failed".
- * Events: "turn" {turn, fresh}; "moved" {turn, previous}: it belongs behind that one.
+ * Events: "turn" {turn, fresh}; "moved" {turn, previous}: the new position is after `previous`.
  */
 export class Conversation extends EventTarget {
   turns = [];
   #byItem = new Map();
   #byResponse = new Map();
-  #waiting = new Map(); // tokens and timings that came before their item
+  #waiting = new Map(); // tokens and timings that arrived before their item
 
   /** @param {() => number} now milliseconds on the clock of the conversation */
   constructor(now) {
@@ -26,7 +26,7 @@ export class Conversation extends EventTarget {
     return this.#byResponse.get(responseId);
   }
 
-  /** The reply that the server is working on, or undefined. */
+  /** The active reply, or undefined. */
   get answering() {
     return this.turns.findLast((turn) => turn.status === "answering");
   }
@@ -52,12 +52,12 @@ export class Conversation extends EventTarget {
     return turn;
   }
 
-  /** A typed turn, shown before the server has it. */
+  /** Adds a typed turn before the server confirms it. */
   typed(id, text) {
     return this.#add(id, "user", "done", { text, endedMs: this.now() });
   }
 
-  /** Ends every turn that a lost line left open. @param {boolean} asked was a question still on its way? */
+  /** Ends every open turn after a lost connection. @param {boolean} asked whether a question was still being sent */
   lost(asked) {
     const last = this.turns.at(-1);
     if (asked && last?.role === "user") this.#update(last, { note: "The line dropped before this was answered." });
@@ -77,7 +77,7 @@ export class Conversation extends EventTarget {
     this.changed(turn);
   }
 
-  // The server knows the order: what was typed stands here before it has heard what was said a moment earlier.
+  // The server's order wins: a typed turn is shown before earlier speech has been committed.
   #order(turn, previousId) {
     const previous = this.#byItem.get(previousId);
     if (!previous || this.turns.indexOf(turn) > this.turns.indexOf(previous)) return;
@@ -140,7 +140,7 @@ export class Conversation extends EventTarget {
     this.#update(turn, values);
   }
 
-  /** Takes one event of the server. */
+  /** Handles one server event. */
   take(event) {
     const turn = this.#byItem.get(event.item_id);
     switch (event.type) {

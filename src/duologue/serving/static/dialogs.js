@@ -1,4 +1,4 @@
-// What opens over the page: the inside of an answer on narrow screens, saving, settings.
+// Dialogs: inside of an answer (narrow screens), save, settings.
 
 import { download, soundOf, wordsOf } from "./save.js";
 import * as settingsOf from "./settings.js";
@@ -16,7 +16,7 @@ export function openInside(open) {
 export const insideIsOver = () => find("room").classList.contains("over");
 export const insideIsClosed = () => find("room").classList.contains("closed");
 
-/** The button of the panel; it begins closed where it would cover the transcript. */
+/** Sets up the panel's button. The panel starts closed where it would cover the transcript. */
 export function setUpInside() {
   find("inside-button").addEventListener("click", () => openInside(insideIsClosed()));
   find("inside-close").addEventListener("click", () => openInside(false));
@@ -25,7 +25,7 @@ export function setUpInside() {
   find("inside-button").setAttribute("aria-expanded", "false");
 }
 
-/** @param {() => object} about what `wordsOf` needs besides the conversation, asked for when something is saved */
+/** @param {() => object} about returns the further arguments of `wordsOf` when saving */
 export function setUpSave(conversation, recordings, about) {
   const { you, they } = recordings;
   const stem = () => `duologue-${about().began.toISOString().slice(0, 19).replaceAll(":", "")}`;
@@ -54,14 +54,14 @@ export function setUpSave(conversation, recordings, about) {
 
 const fields = () => find("settings-form").elements;
 
-/** @param {string} name of the field to begin with, if not the first */
+/** @param {string} name field to focus, if not the first */
 export function openSettings(name = "") {
   offerDevices();
   find("settings").showModal();
   if (name) fields()[name].focus();
 }
 
-/** What can be chosen with this model, and whether its answers mean something. */
+/** Shows the model's choices and whether it is trained. */
 export function showModel({ id, trained, transcribes }, words) {
   find("transcribe-row").hidden = !transcribes;
   find("server-words").textContent = `Model: ${words}`;

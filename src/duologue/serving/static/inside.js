@@ -1,4 +1,4 @@
-// Inside one answer: the tokens in the order in which they were made, and where the time went.
+// The inside of one answer: its tokens in order of generation, and its timings.
 
 const CELL = { text: 7, speech: 4 };
 const SPACE = 1.5;
@@ -12,7 +12,7 @@ export const STAGES = {
   vocoder: "Vocoder",
   decoder: "Speech decoder",
 };
-const COLOURS = { tokenizer: "s1", language: "s2", flow: "s3", vocoder: "s4", decoder: "s3" };
+const COLORS = { tokenizer: "s1", language: "s2", flow: "s3", vocoder: "s4", decoder: "s3" };
 
 export function seconds(ms) {
   if (!Number.isFinite(ms)) return "–";
@@ -20,25 +20,25 @@ export function seconds(ms) {
 }
 
 /**
- * What passes between the person's last sound and the first sound of the answer, one after the other: [{name, ms, colour}].
- * The page measures the whole (`heardAfterMs`) and the pause (`pauseMs`), the server what it did in between.
+ * Returns the phases between the end of the user's speech and the first audio of the answer: [{name, ms, color}].
+ * The page measures the total (`heardAfterMs`) and the pause (`pauseMs`), the server the phases in between.
  */
 export function waiting(turn) {
   const parts = [];
-  const add = (name, ms, colour) => Number.isFinite(ms) && ms >= 0.5 && parts.push({ name, ms, colour });
+  const add = (name, ms, color) => Number.isFinite(ms) && ms >= 0.5 && parts.push({ name, ms, color });
   const timings = turn.timings ?? {};
   add("Pause that ends the turn", turn.pauseMs, "s6");
-  let told = 0;
-  const until = (name, ms, colour) => {
-    if (!Number.isFinite(ms) || ms <= told) return;
-    add(name, ms - told, colour);
-    told = ms;
+  let elapsed = 0;
+  const until = (name, ms, color) => {
+    if (!Number.isFinite(ms) || ms <= elapsed) return;
+    add(name, ms - elapsed, color);
+    elapsed = ms;
   };
   until("Rest of the tokens heard", timings.tokenize_ms, "s1");
-  until("Prefill", told + (timings.prefill_ms ?? NaN), "s2");
+  until("Prefill", elapsed + (timings.prefill_ms ?? NaN), "s2");
   until("First text token", timings.first_text_ms, "s3");
   until("First speech block", timings.first_audio_ms, "s4");
-  if (Number.isFinite(turn.heardAfterMs)) add("Line and jitter buffer", turn.heardAfterMs - (turn.pauseMs ?? 0) - told, "s5");
+  if (Number.isFinite(turn.heardAfterMs)) add("Line and jitter buffer", turn.heardAfterMs - (turn.pauseMs ?? 0) - elapsed, "s5");
   return parts;
 }
 
@@ -49,10 +49,10 @@ function cell(tag, text, className = "") {
   return node;
 }
 
-/** Rows of a table: a name, a bar from `from` to `from + ms` of `whole`, and the figure in words. */
+/** Fills a table: name, bar from `from` to `from + ms` of `whole`, and duration. */
 function bars(body, rows, whole) {
   body.replaceChildren(
-    ...rows.map(({ name, ms, from = 0, colour, total }) => {
+    ...rows.map(({ name, ms, from = 0, color, total }) => {
       const row = document.createElement("tr");
       if (total) row.className = "total";
       const head = cell("th", name);
@@ -60,7 +60,7 @@ function bars(body, rows, whole) {
       const middle = document.createElement("td");
       if (!total) {
         const track = cell("div", "", "track");
-        const bar = cell("i", "", colour);
+        const bar = cell("i", "", color);
         bar.style.left = `${(100 * from) / whole}%`;
         bar.style.width = `${Math.min(100, (100 * ms) / whole)}%`;
         track.append(bar);
@@ -100,7 +100,7 @@ export class Inside {
     this.#later();
   }
 
-  /** Called when a turn changed; drawn once a frame at most. */
+  /** Redraws a changed turn, at most once per frame. */
   update(turn) {
     if (turn === this.#turn) this.#later();
   }
@@ -142,9 +142,9 @@ export class Inside {
   #stages(timings) {
     const stages = Object.entries(timings?.stages ?? {});
     const total = stages.reduce((sum, [, ms]) => sum + ms, 0);
-    const rows = stages.map(([name, ms]) => ({ name: STAGES[name] ?? name, ms, colour: COLOURS[name] ?? "s5" }));
+    const rows = stages.map(([name, ms]) => ({ name: STAGES[name] ?? name, ms, color: COLORS[name] ?? "s5" }));
     const sound = timings?.audio_ms ?? 0;
-    if (sound > 0) rows.push({ name: "Length of the sound", ms: sound, colour: "s6" });
+    if (sound > 0) rows.push({ name: "Length of the sound", ms: sound, color: "s6" });
     bars(this.work, rows, Math.max(1, ...rows.map(({ ms }) => ms)));
     const rate = sound > 0 ? `, ${(timings.total_ms / sound).toFixed(2)} × its length` : "";
     this.parts["work-words"].textContent = timings
@@ -152,7 +152,7 @@ export class Inside {
       : "";
   }
 
-  // Every text run begins a row, as far as there is room: then each row is one round of the interleave.
+  // If there is room, each text run starts a row, so that a row is one round of the interleave.
   #place(runs, width) {
     const cells = [];
     let x = 0;
@@ -189,10 +189,10 @@ export class Inside {
     const pen = canvas.getContext("2d");
     pen.scale(scale, scale);
     const style = getComputedStyle(canvas);
-    const colour = { text: style.getPropertyValue("--token-text"), speech: style.getPropertyValue("--token-speech") };
+    const color = { text: style.getPropertyValue("--token-text"), speech: style.getPropertyValue("--token-speech") };
     for (const { x, y, size, kind, id } of cells) {
-      pen.fillStyle = colour[kind];
-      // The shade of a speech token is its code: equal codes look equal.
+      pen.fillStyle = color[kind];
+      // The shade of a speech token is its code.
       pen.globalAlpha = kind === "speech" && id !== undefined ? 0.42 + 0.58 * ((id * 0.6180339887) % 1) : 1;
       pen.beginPath();
       pen.roundRect(x, y, size, HIGH, kind === "text" ? 2 : 1.2);

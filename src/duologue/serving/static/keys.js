@@ -13,7 +13,7 @@ export function setUpKeys(button, { hold, release, isHolding, escape }) {
   });
   for (const name of ["pointerup", "pointercancel"]) button.addEventListener(name, release);
   button.addEventListener("contextmenu", (event) => event.preventDefault());
-  // A click without a press before it comes from a screen reader or the enter key: it switches.
+  // A click without a press comes from a screen reader or the enter key: it toggles.
   button.addEventListener("click", () => {
     if (!pressed) (isHolding() ? release : hold)();
     pressed = false;

@@ -14,7 +14,7 @@ const REFUSALS = {
   NotReadableError: "Another program holds the microphone. Close that program and press Talk again, or type below.",
 };
 
-/** Why a microphone cannot be used, in words for the person in front of it. */
+/** A microphone error with a message for the user. */
 export class MicrophoneError extends Error {
   constructor(cause) {
     super(REFUSALS[cause.name] ?? `The microphone could not be opened (${cause.message}). You can type below.`);
@@ -34,7 +34,7 @@ export class Microphone extends EventTarget {
     return this.#node !== null;
   }
 
-  /** @throws {MicrophoneError} in words that can be shown */
+  /** @throws {MicrophoneError} */
   async start({ deviceId = "", noiseSuppression = true } = {}) {
     if (this.open) return;
     const generation = (this.#generation += 1);
@@ -84,7 +84,7 @@ export class Microphone extends EventTarget {
     context.createMediaStreamSource(stream).connect(this.#node);
   }
 
-  /** Sends the chunk that is not full yet. */
+  /** Sends the partial chunk. */
   async flush() {
     if (!this.#node) return;
     const done = new Promise((resolve) => {

@@ -1,10 +1,10 @@
-// Sound of the server, played without gaps by an AudioWorklet; knows to the sample what was heard of every item.
+// Plays the server's audio through an AudioWorklet and counts the played samples of every item.
 
 import { samplesOf } from "./sound.js";
 
 export const RATE = 24000;
 
-const START_MS = 3000; // a browser without a loudspeaker does not say so, it never begins
+const START_MS = 3000; // without a loudspeaker the browser never starts, and reports no error
 
 /**
  * Events: "broken"; "silent"; "started" {id, latencyMs}, "finished" {id, playedMs}, "gap" {id, ms}; and "heard" {pcm:
@@ -20,7 +20,7 @@ export class Player extends EventTarget {
   gapMs = 0;
   jitterMs = 0;
 
-  /** Milliseconds held back before the first sample, and the most that repeated gaps may raise it to. */
+  /** Jitter buffer in milliseconds, and its maximum after repeated gaps. */
   constructor({ jitterMs = 80, jitterMaxMs = 600 } = {}) {
     super();
     this.options = { jitter: (jitterMs * RATE) / 1000, jitterMax: (jitterMaxMs * RATE) / 1000 };
@@ -28,8 +28,8 @@ export class Player extends EventTarget {
   }
 
   /**
-   * Must be called from a press or a key: browsers allow sound only then. Without sound ("silent") what is pushed is dropped
-   * until a later start succeeds.
+   * Must be called from a user gesture, as browsers require. Without a device ("silent"), pushed audio is dropped until a
+   * later start succeeds.
    */
   async start() {
     const late = new Promise((resolve) => setTimeout(resolve, START_MS, false));
@@ -57,12 +57,12 @@ export class Player extends EventTarget {
       outputChannelCount: [1],
       processorOptions: this.options,
     });
-    this.#node.port.onmessage = ({ data }) => this.#told(data);
+    this.#node.port.onmessage = ({ data }) => this.#report(data);
     this.#node.onprocessorerror = () => this.#tell("broken");
     this.#node.connect(this.#context.destination);
   }
 
-  /** Of the worklet; nothing while no sound is played, for it may not even read its messages then. */
+  /** Posts to the worklet, but not while it is suspended: it would not read its messages. */
   get #port() {
     return this.#silent ? undefined : this.#node?.port;
   }
@@ -71,7 +71,7 @@ export class Player extends EventTarget {
     this.dispatchEvent(new CustomEvent(name, { detail }));
   }
 
-  #told(data) {
+  #report(data) {
     if ("heard" in data) {
       let peak = 0;
       let energy = 0;
@@ -91,7 +91,7 @@ export class Player extends EventTarget {
       this.#cuts.get(data.token)(data.cleared);
       this.#cuts.delete(data.token);
     } else if ("started" in data) {
-      // What was rendered now leaves the loudspeaker a little later.
+      // Rendered audio is audible after the output latency.
       const latencyMs = 1000 * (this.#context.outputLatency || this.#context.baseLatency || 0);
       this.#tell("started", { id: data.started, latencyMs });
     } else if ("finished" in data) {
@@ -99,7 +99,7 @@ export class Player extends EventTarget {
     }
   }
 
-  /** More of an item; items play one after the other. `base64` is 16-bit little-endian PCM at 24 kHz. Returns its ms. */
+  /** Queues audio of an item. `base64` is 16-bit little-endian PCM at 24 kHz. Returns its milliseconds. */
   push(id, base64) {
     const samples = samplesOf(base64);
     const ms = (samples.length * 1000) / RATE;
@@ -111,7 +111,7 @@ export class Player extends EventTarget {
     this.#port?.postMessage({ do: "end", id });
   }
 
-  /** Silence at once. Resolves to what was cut: [{id, playedMs, waitingMs}], the item that was playing first. */
+  /** Stops at once. Resolves to the cut items: [{id, playedMs, waitingMs}], the playing one first. */
   async clear() {
     if (!this.#port) return [];
     const token = (this.#tokens += 1);

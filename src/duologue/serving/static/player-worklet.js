@@ -1,5 +1,5 @@
-// Runs on the audio thread: plays what is pushed without gaps, counts every sample of every item that was played, and
-// waits for a small jitter buffer before it begins and after it ran dry.
+// Runs on the audio thread: plays pushed audio, counts the played samples of every item, and fills a small jitter buffer
+// before it starts and after an underrun.
 
 const FADE = 96; // 4 ms at 24 kHz: a cut without a click
 const REPORT = 1024; // 43 ms: whole blocks of the audio thread
@@ -13,7 +13,7 @@ class PlayerProcessor extends AudioWorkletProcessor {
     this.items = []; // {id, parts: Float32Array[], offset, waiting, played, ended}
     this.tail = [];
     this.playing = false;
-    this.gap = 0; // samples of the gap that is under way
+    this.gap = 0; // samples of the current gap
     this.dry = false;
     this.report = new Float32Array(REPORT);
     this.filled = 0;
@@ -37,7 +37,7 @@ class PlayerProcessor extends AudioWorkletProcessor {
 
   end({ id }) {
     const item = this.items.find((one) => one.id === id);
-    if (item) item.ended = true; // or it was cleared, or never had a sound
+    if (item) item.ended = true; // otherwise it was cleared or had no audio
   }
 
   clear({ token }) {
@@ -72,7 +72,7 @@ class PlayerProcessor extends AudioWorkletProcessor {
     return at;
   }
 
-  // Fills the output from the items in their order.
+  // Fills the output from the items, in order.
   fill(output) {
     let at = 0;
     while (at < output.length && this.items.length > 0) {

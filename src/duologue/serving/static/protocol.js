@@ -1,10 +1,10 @@
-// The WebSocket to /v1/realtime of this server: opens when needed, comes back by itself, goes on with the same conversation
-// where the server still has it. Speaks the events of OpenAI's Realtime API.
+// The WebSocket to /v1/realtime: opens on demand, reconnects, and resumes the conversation if the server still holds it.
+// Uses the events of OpenAI's Realtime API.
 
-const KEY_SUBPROTOCOL = "openai-insecure-api-key."; // how a browser, which cannot set headers, shows a key
+const KEY_SUBPROTOCOL = "openai-insecure-api-key."; // browsers cannot set headers on a WebSocket
 const BACK_OFF_S = [0.5, 1, 2, 4, 8, 15];
 const OPEN_TIMEOUT_MS = 10000;
-const MAX_BUFFERED = 512 * 1024; // some 8 s of microphone: the line is too slow to talk
+const MAX_BUFFERED = 512 * 1024; // about 8 s of audio: the connection is too slow
 const NORMAL = 1000;
 const WORDS = {
   1001: "The server was closed.",
@@ -15,12 +15,11 @@ const WORDS = {
   1012: "The server is being restarted",
   1013: "The server is full",
 };
-// What trying again cannot mend: the person has to act first.
+// Close codes after which a retry is useless.
 const FINAL = new Set([1008, 4401, 4403]);
 
 /**
- * The model behind this page: {id, trained, voices, transcribes}; null where the server wants a (different) key. Takes no
- * place in the server.
+ * Returns the server's model: {id, trained, voices, transcribes}; null if the API key is missing or wrong.
  */
 export async function modelOf(key) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
@@ -34,8 +33,8 @@ export async function modelOf(key) {
 function sentence(code, reason) {
   const words = WORDS[code] ?? "The server closed the connection";
   if (!reason) return words.endsWith(".") ? words : `${words}.`;
-  const told = reason.charAt(0).toUpperCase() + reason.slice(1);
-  return told.endsWith(".") ? told : `${told}.`;
+  const text = reason.charAt(0).toUpperCase() + reason.slice(1);
+  return text.endsWith(".") ? text : `${text}.`;
 }
 
 /**
@@ -48,7 +47,7 @@ export class Connection extends EventTarget {
   #timer = 0;
   #number = 0;
   #opened = null;
-  #since = 0; // when this session began
+  #since = 0; // start of this session
   state = "closed";
   sessionId = "";
   key = "";
@@ -66,13 +65,13 @@ export class Connection extends EventTarget {
     this.dispatchEvent(new CustomEvent("state", { detail: { state, ...detail } }));
   }
 
-  /** Resolves when a session is open, at once if it is; rejects when the person gives up or the server refuses. */
+  /** Resolves when a session is open; rejects when the user cancels or the server refuses. */
   open() {
     if (this.state === "open") return Promise.resolve();
     if (!this.#opened) {
       let settle;
       const promise = new Promise((resolve, reject) => (settle = { resolve, reject }));
-      promise.catch(() => {}); // nobody has to wait for it
+      promise.catch(() => {}); // avoids an unhandled rejection
       this.#opened = { promise, ...settle };
     }
     const { promise } = this.#opened;
@@ -83,14 +82,14 @@ export class Connection extends EventTarget {
     return promise;
   }
 
-  /** Ends the session on purpose; nothing comes back by itself. */
+  /** Closes the session without reconnecting. */
   close() {
     this.#drop();
     this.#settle(new Error("closed"));
     this.#become("closed", { words: "" });
   }
 
-  /** Forgets the conversation that the server keeps, so that the next connection begins a new one. */
+  /** Drops the session id, so that the next connection starts a new conversation. */
   forget() {
     this.sessionId = "";
     this.close();
@@ -152,7 +151,7 @@ export class Connection extends EventTarget {
       return;
     }
     if (wasOpen && code === NORMAL && performance.now() - this.#since > 5000) {
-      this.#become("closed", { words: reason ? words : "", code }); // idle for too long, for example: the next use opens it again
+      this.#become("closed", { words: reason ? words : "", code }); // such as an idle timeout: the next use reconnects
       return;
     }
     const retryS = BACK_OFF_S[Math.min(this.#attempt, BACK_OFF_S.length - 1)] * (0.8 + 0.4 * Math.random());
@@ -161,12 +160,12 @@ export class Connection extends EventTarget {
     this.#timer = setTimeout(() => this.#connect(), retryS * 1000);
   }
 
-  /** Tries now instead of after the pause. */
+  /** Retries at once. */
   retry() {
     if (this.state !== "open" && this.state !== "connecting") this.#connect();
   }
 
-  /** Sends an event of the client; returns its id, or "" when there is no line. */
+  /** Sends a client event; returns its id, or "" without a connection. */
   send(event) {
     if (this.state !== "open" || this.#socket?.readyState !== WebSocket.OPEN) return "";
     if (this.#socket.bufferedAmount > MAX_BUFFERED) {

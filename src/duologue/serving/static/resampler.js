@@ -1,5 +1,5 @@
-// A streaming resampler for any two whole rates: windowed sinc, one row of taps for each phase of the ratio, so nothing drifts.
-// Every way of cutting the input into chunks gives the same output. Used inside the microphone's worklet.
+// A streaming resampler for two integer rates: polyphase windowed sinc, without drift. The output does not depend on the
+// chunking. Used by the microphone's worklet.
 
 const ZERO_CROSSINGS = 16;
 
@@ -16,7 +16,7 @@ export class Resampler {
     const cutoff = Math.min(1, rateOut / rateIn) * 0.95;
     this.half = Math.ceil(ZERO_CROSSINGS / cutoff);
     this.taps = Array.from({ length: this.up }, (_, phase) => this.#row(phase / this.up, cutoff));
-    this.waiting = new Float32Array(this.half); // silence before the first sample centres the first row on it
+    this.waiting = new Float32Array(this.half); // silence before the first sample centers the first row on it
     this.phase = 0;
   }
 
@@ -34,7 +34,7 @@ export class Resampler {
     return row.map((tap) => tap / sum);
   }
 
-  /** @param {Float32Array} input  @returns {Float32Array} what can be told from the input so far */
+  /** @param {Float32Array} input  @returns {Float32Array} the output that is ready */
   process(input) {
     if (this.up === 1 && this.down === 1) return input.slice();
     const samples = new Float32Array(this.waiting.length + input.length);

@@ -1,4 +1,4 @@
-// A conversation as files: what was said and measured as JSON, the sound of both sides as one stereo WAV.
+// Saves a conversation: transcript and timings as JSON, audio of both sides as one stereo WAV.
 
 import { RATE } from "./playback.js";
 import { wavOf } from "./sound.js";
@@ -39,7 +39,7 @@ function begins(you, they) {
   return Number.isFinite(first) ? first / RATE : null;
 }
 
-/** Blob of a stereo WAV, the person left and Duologue right, or null without sound. */
+/** Returns a stereo WAV blob, user left and Duologue right, or null without audio. */
 export function soundOf(you, they) {
   const from = Math.min(you.start, they.start);
   return Number.isFinite(from) ? wavOf(you.flat(from), they.flat(from), RATE) : null;

@@ -1,4 +1,4 @@
-// What the person chose, kept in this browser; and what it means in the words of the protocol.
+// The user's settings, stored in the browser, and their translation to the protocol.
 
 const PLACE = "duologue.settings";
 const KEY_PLACE = "duologue.key"; // only while the tab is open
@@ -35,7 +35,7 @@ export function keep({ key, ...settings }) {
   sessionStorage.setItem(KEY_PLACE, key);
 }
 
-/** `turn_detection` of hands-free talk. */
+/** Returns `turn_detection` for hands-free mode. */
 export function detection(settings) {
   const both = { create_response: true, interrupt_response: settings.interrupt };
   if (settings.detection === "semantic_vad") return { type: "semantic_vad", eagerness: settings.eagerness, ...both };
@@ -49,8 +49,8 @@ export function detection(settings) {
 }
 
 /**
- * The updates that bring a fresh session to these settings: {what, session}. They go out one by one, so that a server that
- * refuses one of them still takes the others.
+ * Returns the updates that configure a new session: {what, session}. They are sent separately, so that one refused update
+ * does not block the others.
  */
 export function updates(settings, handsFree, transcribes) {
   const format = { type: "audio/pcm", rate: 24000 };
@@ -77,12 +77,12 @@ export function updates(settings, handsFree, transcribes) {
   return list.map(({ what, session }) => ({ what, session: { type: "realtime", ...session } }));
 }
 
-/** How much silence the server's voice detector waits for, as far as the page can know. */
+/** Returns the pause that ends a turn, in milliseconds; an estimate for semantic_vad. */
 export function silenceMs(settings) {
   return settings.detection === "server_vad" ? settings.silence : DEFAULTS.silence;
 }
 
-/** Fills the form and calls `changed(settings, name)` with every change. */
+/** Fills the form and calls `changed(settings, name)` on every change. */
 export function bind(form, settings, changed) {
   const words = {
     speed: (value) => `${Number(value).toFixed(2)} ×`,
@@ -108,7 +108,7 @@ export function bind(form, settings, changed) {
   show();
 }
 
-/** Offers these values in a select, keeping what was chosen. */
+/** Fills a select and keeps the chosen value. */
 export function offer(select, values, chosen) {
   const options = [...new Map(values).entries()].map(([value, words]) => new Option(words, value, false, value === chosen));
   select.replaceChildren(...options);

@@ -1,4 +1,4 @@
-// Between sound in memory, base64 on the wire and WAV files.
+// Conversions between samples, base64 on the wire and WAV files.
 
 /** 16-bit little-endian PCM in base64 -> samples in [-1, 1]. */
 export function samplesOf(base64) {
@@ -50,9 +50,9 @@ export function wavOf(left, right, rate) {
   return new Blob([view.buffer], { type: "audio/wav" });
 }
 
-const ADRIFT_S = 1; // a stream that stood still (a machine asleep, a page stopped) is put in its place again
+const ADRIFT_S = 1; // realigns a stream after a pause (sleep, suspended page)
 
-/** One side of a conversation on its clock, kept in pieces; the oldest go when there are more than `maxSeconds` of sound. */
+/** The audio of one side on the conversation's clock. The oldest pieces beyond `maxSeconds` are dropped. */
 export class Recording {
   #stream = null;
   #offset = 0; // from samples of the stream to samples of the clock
@@ -70,8 +70,8 @@ export class Recording {
   }
 
   /**
-   * Sound that came to an end about `endS` seconds after the beginning. `at` counts the samples of its stream before it: pieces
-   * of one stream lie as they were, however late a busy page hears of them.
+   * Adds audio that ended at about `endS` seconds. `at` is its sample position in its stream, so that pieces of one stream
+   * stay contiguous even if a busy page receives them late.
    */
   add(pcm, { endS, at, stream }) {
     const about = Math.round(endS * this.rate) - pcm.length;
@@ -89,12 +89,12 @@ export class Recording {
     }
   }
 
-  /** Where its first kept sample stands, in samples; Infinity without sound. */
+  /** Position of the first sample; Infinity without audio. */
   get start() {
     return this.pieces.length ? this.pieces[0].start : Infinity;
   }
 
-  /** Int16Array from sample `from` of the clock on. */
+  /** Returns the samples from position `from` as an Int16Array. */
   flat(from) {
     const last = this.pieces.at(-1);
     const flat = new Int16Array(last ? Math.max(0, last.start + last.pcm.length - from) : 0);
@@ -103,7 +103,7 @@ export class Recording {
   }
 }
 
-/** When the sound was sent that a server counts in milliseconds from the first of its connection. */
+/** Maps the server's audio positions (milliseconds of the connection) to the time of sending. */
 export class SentSound {
   #ms = 0;
   #marks = []; // {ms, at}
@@ -120,10 +120,10 @@ export class SentSound {
   add(pcm, at) {
     this.#ms += (pcm.length * 1000) / this.rate;
     this.#marks.push({ ms: this.#ms, at });
-    if (this.#marks.length > 2000) this.#marks.splice(0, 1000); // a minute is there at any time
+    if (this.#marks.length > 2000) this.#marks.splice(0, 1000); // keeps at least a minute
   }
 
-  /** On the clock of `add`; undefined where it was not sent or is forgotten. */
+  /** Returns the time on the clock of `add`, or undefined. */
   when(ms) {
     const mark = this.#marks.find((one) => one.ms >= ms);
     return mark && mark.at - (mark.ms - ms);

@@ -1,9 +1,9 @@
-// The waveform of both sides on one clock, the person above the line and Duologue below, and their level meters.
+// The waveforms of both sides on one clock, user above and Duologue below, and their level meters.
 
 const SPAN_MS = 10000;
 const BAR = 3;
 const STEP = 5; // pixels from one bar to the next
-const QUIET_MS = 700; // drawing stops when the picture stands still
+const QUIET_MS = 700; // stops drawing when nothing changes
 
 const decibels = (level) => Math.max(-60, Math.round(20 * Math.log10(Math.max(level, 1e-6))));
 
@@ -22,7 +22,7 @@ export class Timeline {
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.wake());
   }
 
-  /** Sound of one side ("you" or "they") that has just ended: its highest sample and its level, both in [0, 1]. */
+  /** Adds audio of one side ("you" or "they") that has just ended: peak and level, in [0, 1]. */
   add(side, peak, level) {
     const t = performance.now();
     this.#peaks[side].push({ t, peak });
@@ -30,7 +30,7 @@ export class Timeline {
     this.wake();
   }
 
-  /** The peaks of one side since `from` (milliseconds of performance.now). */
+  /** Returns the peaks of one side since `from` (milliseconds of performance.now). */
   since(side, from) {
     return this.#peaks[side].filter(({ t }) => t >= from).map(({ peak }) => peak);
   }
@@ -105,7 +105,7 @@ export class Timeline {
   }
 }
 
-/** A small picture of a spoken turn: an SVG path through at most `count` bars. */
+/** Returns a thumbnail of a spoken turn: an SVG path of at most `count` bars. */
 export function shapeOf(peaks, count = 28) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("class", "shape");

@@ -1,4 +1,4 @@
-// What the person sees and what a screen reader hears: the transcript, the status, the notice.
+// The transcript, the status and the notice, on screen and for screen readers.
 
 import { seconds, waiting } from "./inside.js";
 import { shapeOf } from "./timeline.js";
@@ -19,7 +19,7 @@ export class View extends EventTarget {
   #asked = 0;
   #chosen = null;
   #longest = 1;
-  #told = new WeakSet();
+  #announced = new WeakSet();
   #passing = false;
   #atEnd = true;
 
@@ -40,7 +40,7 @@ export class View extends EventTarget {
     this.find("welcome").hidden = false;
   }
 
-  /** A line between two turns, such as "A new conversation". */
+  /** Adds a divider between two turns, such as "A new conversation". */
   seam(words) {
     this.list.append(node("li", "seam", words));
     this.announce(words);
@@ -52,7 +52,7 @@ export class View extends EventTarget {
     for (const one of this.#rows.keys()) this.update(one);
   }
 
-  /** Draws a turn again, once a frame at most. */
+  /** Redraws a turn, at most once per frame. */
   update(turn) {
     this.#dirty.add(turn);
     this.#asked ||= requestAnimationFrame(() => {
@@ -63,12 +63,12 @@ export class View extends EventTarget {
     });
   }
 
-  // Who has scrolled up to read is left there.
+  // Keeps the position of a user who has scrolled up.
   #follow() {
     if (this.#atEnd) this.scroll.scrollTop = this.scroll.scrollHeight;
   }
 
-  /** Puts a turn behind another. */
+  /** Moves a turn after another. */
   move(turn, previous) {
     this.#row(previous).item.after(this.#row(turn).item);
   }
@@ -119,9 +119,9 @@ export class View extends EventTarget {
     row.note.textContent = notes.join(" ");
     row.note.hidden = notes.length === 0;
     this.#about(turn, row);
-    // What is heard anyway is not read out a second time.
-    if (!busy && turn.text && turn.role === "assistant" && !turn.audioMs && !this.#told.has(turn)) {
-      this.#told.add(turn);
+    // Spoken answers are not announced again.
+    if (!busy && turn.text && turn.role === "assistant" && !turn.audioMs && !this.#announced.has(turn)) {
+      this.#announced.add(turn);
       this.announce(`Duologue: ${turn.text}`);
     }
   }
@@ -149,14 +149,14 @@ export class View extends EventTarget {
       about.append(mini);
     }
     if (steps.length) {
-      // One scale for all turns, so that they can be compared down the page.
+      // One scale for all turns makes them comparable.
       if (total > this.#longest) {
         this.#longest = total;
         for (const one of this.#rows.keys()) if (one !== turn && one.timings) this.update(one);
       }
       const mini = node("span", "mini");
-      for (const { ms, colour } of steps) {
-        const bar = node("i", colour);
+      for (const { ms, color } of steps) {
+        const bar = node("i", color);
         bar.style.width = `${(99 * ms) / this.#longest}%`;
         mini.append(bar);
       }
@@ -179,19 +179,19 @@ export class View extends EventTarget {
     this.find("line").dataset.state = state;
   }
 
-  /** Takes a passing message away: the line is there again. */
+  /** Removes a transient message when the connection is back. */
   settled() {
     if (this.#passing) this.notice("");
   }
 
-  /** A message that stays until it is dismissed, or `settled` if it is passing; `action` is {words, run}. */
+  /** Shows a message until it is dismissed, or `settled` if transient; `action` is {words, run}. */
   notice(words, { action = null, mild = false, passing = false } = {}) {
     this.#passing = passing;
     const box = this.find("notice");
     const button = this.find("notice-action");
     box.classList.toggle("mild", mild);
     box.hidden = words === "";
-    // A screen reader hears an alert when its words change.
+    // Screen readers announce an alert when its text changes.
     if (this.find("notice-words").textContent !== words) this.find("notice-words").textContent = words;
     button.hidden = !action;
     button.textContent = action?.words ?? "";

@@ -1,29 +1,45 @@
-"""`duologue tokenize` and `duologue synthesize`: sound to speech tokens and back."""
+"""Commands on model folders and their parts: `tokenize`, `synthesize`, `convert`, `init-random` and `doctor`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from duologue.cli.parser import add_command, add_decoder_dtype, checked_output, say_if_untrained
+from duologue.cli.parser import DTYPES, FAILED, add_command, add_decoder_dtype, checked_output, warn_if_untrained
+
+RANDOM_PRESETS = ("tiny", "9b")
 
 
 def add(commands: Any) -> None:
-    """Adds `tokenize` and `synthesize`."""
-    tokenize = add_command(commands, "tokenize", _tokenize, "sound -> speech tokens", model=True)
-    tokenize.add_argument("audio", type=Path, help="a sound file")
+    """Adds the commands."""
+    tokenize = add_command(commands, "tokenize", _tokenize, "audio -> speech tokens", model=True)
+    tokenize.add_argument("audio", type=Path, help="an audio file")
     tokenize.add_argument("-o", "--output", type=Path, metavar="TOKENS", help="a JSON file for `synthesize`")
 
-    synthesize = add_command(commands, "synthesize", _synthesize, "speech tokens -> sound", model=True)
-    synthesize.add_argument(
-        "tokens", help="a JSON file with a list of tokens or as `tokenize` writes it; - reads stdin"
-    )
-    synthesize.add_argument("-o", "--output", type=Path, required=True, metavar="SOUND", help="a sound file")
-    synthesize.add_argument("--seed", type=int, default=0, help="of the decoder's noise")
+    synthesize = add_command(commands, "synthesize", _synthesize, "speech tokens -> audio", model=True)
+    synthesize.add_argument("tokens", help="a JSON list of tokens or the output of `tokenize`; - reads stdin")
+    synthesize.add_argument("-o", "--output", type=Path, required=True, metavar="AUDIO", help="an audio file")
+    synthesize.add_argument("--seed", type=int, default=0, help="seed of the decoder's noise")
     add_decoder_dtype(synthesize)
+
+    convert = add_command(commands, "convert", _convert, "convert a released language model for plain transformers")
+    convert.add_argument("folder", type=Path, help="folder of the language model or of the whole released set")
+    convert.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="a new folder")
+    convert.add_argument("--dtype", choices=DTYPES, help="dtype of the new weights (default: unchanged)")
+
+    random = add_command(
+        commands, "init-random", _init_random, "write a released set with random weights, for load tests"
+    )
+    random.add_argument("preset", choices=RANDOM_PRESETS, metavar="PRESET", help="tiny, or 9b: the published sizes")
+    random.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    random.add_argument("--seed", type=int, default=0)
+
+    doctor = add_command(commands, "doctor", _doctor, "check this machine and suggest fixes")
+    doctor.add_argument("--model", default="pocket", help="a preset or a model folder (default: pocket)")
 
 
 def _tokenize(args: argparse.Namespace) -> None:
@@ -40,9 +56,9 @@ def _tokenize(args: argparse.Namespace) -> None:
     wav, sample_rate = load_audio(args.audio)
     folder = open_folder(model_folder(args.model))
     tokenizer = folder.load_tokenizer(args.device)
-    heard = torch.from_numpy(resample(wav, sample_rate, rates.LISTEN_SAMPLE_RATE))[None].to(args.device)
+    samples = torch.from_numpy(resample(wav, sample_rate, rates.LISTEN_SAMPLE_RATE))[None].to(args.device)
     with torch.inference_mode():
-        tokens = tokenizer(Padded.full(heard)).rows()[0].tolist()
+        tokens = tokenizer(Padded.full(samples)).rows()[0].tolist()
     result = {
         "kind": "SpeechTokens",
         "version": 1,
@@ -77,10 +93,10 @@ def _synthesize(args: argparse.Namespace) -> None:
     if tokenizer is not None and tokenizer != (own := file_hash(folder.tokenizer_path)):
         raise ValueError(
             f"{args.tokens} was made with another tokenizer than that of {card.name} "
-            f"({tokenizer[:12]} and {own[:12]}): its tokens mean something else there"
+            f"({tokenizer[:12]} and {own[:12]}): its tokens have another meaning there"
         )
     decoder = folder.load_decoder(args.device, args.decoder_dtype)
-    say_if_untrained(card)
+    warn_if_untrained(card)
     with torch.inference_mode():
         state = decoder.init_state(1, card.num_steps, card.guidance_scale, args.seed)
         wav = decoder(Padded.full(torch.tensor([tokens], device=args.device)), state).rows()[0]
@@ -95,7 +111,7 @@ def _synthesize(args: argparse.Namespace) -> None:
 
 
 def _read_tokens(source: str) -> tuple[list[int], str | None]:
-    """Tokens of a JSON file, and the hash of the tokenizer that made them, where it stands there."""
+    """Reads the tokens of a JSON file, and the hash of their tokenizer if the file holds it."""
     name = "stdin" if source == "-" else source
     try:
         data = json.loads(sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8"))
@@ -104,7 +120,7 @@ def _read_tokens(source: str) -> tuple[list[int], str | None]:
     except IsADirectoryError:
         raise ValueError(f"{source} is a folder; give one file with tokens") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{source} is not a text file; `duologue tokenize` makes tokens from sound") from None
+        raise ValueError(f"{source} is not a text file; `duologue tokenize` makes tokens from audio") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{name} is not JSON (line {error.lineno}: {error.msg})") from None
     tokens = data.get("tokens") if isinstance(data, dict) else data
@@ -113,3 +129,34 @@ def _read_tokens(source: str) -> tuple[list[int], str | None]:
     if not tokens:
         raise ValueError(f"{name} holds no tokens")
     return tokens, data.get("tokenizer") if isinstance(data, dict) else None
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from duologue.released.convert import convert
+    from duologue.released.folder import ReleasedFolder
+
+    released = ReleasedFolder.find(args.folder)
+    folder = args.folder if released is None else released.language_path
+    convert(folder, args.output, args.dtype, progress=sys.stderr.isatty())
+    if args.json:
+        print(json.dumps({"folder": str(args.output)}))
+    else:
+        print(f"{folder} -> {args.output}")
+
+
+def _init_random(args: argparse.Namespace) -> None:
+    from duologue.released.random_weights import init_random
+
+    init_random(args.preset, args.output, args.seed, progress=sys.stderr.isatty())
+    if args.json:
+        print(json.dumps({"folder": str(args.output), "preset": args.preset}))
+    else:
+        print(f"{args.preset}, random weights, meaningless answers -> {args.output}")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from duologue.doctor import CheckState, examine, format_checks
+
+    checks = examine(args.model)
+    print(json.dumps([asdict(check) for check in checks]) if args.json else format_checks(checks))
+    return FAILED if any(check.state is CheckState.BROKEN for check in checks) else 0
