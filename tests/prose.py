@@ -1,7 +1,7 @@
 """Reads the prose of the repository: Markdown, docstrings and comments, cut into sentences.
 
-`python -m tests.prose` prints every fault that `tests/test_house.py` counts, with its file. With `--lower` it also writes the
-counts of today into `tests/known_offenders.json`, where they are lower than what stands there.
+`python -m tests.prose` prints every fault that `tests/test_house.py` counts, with its file. With `--lower` it also writes
+the counts of today into `tests/known_offenders.json`, where they are lower than the listed ones.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import tokenize
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -82,8 +82,8 @@ def is_list_of_names(sentence: str) -> bool:
 def markdown_blocks(text: str) -> Iterator[str]:
     """Paragraphs and list items of a Markdown text.
 
-    Left out are code (fenced, or indented by four after a blank line and outside a list), rows of tables, headings, HTML
-    comments, and everything below a heading that begins with a date, as the entries of a log do.
+    Left out are code (fenced, or indented by four after a blank line and outside a list), rows of tables, headings and
+    HTML comments. So is everything below a heading that begins with a date, as the entries of a log do.
     """
     lines: list[str] = []
     fenced = dated = in_list = code = False
@@ -145,9 +145,14 @@ def docstring_blocks(docstring: str) -> Iterator[str]:
         before_blank = not stripped
 
 
+@lru_cache(maxsize=1)  # a source is read for several rules in a row
+def _nodes(source: str) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(source)))
+
+
 def docstrings(source: str) -> Iterator[tuple[ast.AST, str]]:
     """The modules, classes and functions of a source that have a docstring, with it as it is written."""
-    for node in ast.walk(ast.parse(source)):
+    for node in _nodes(source):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node, clean=False)
             if docstring:
@@ -260,15 +265,14 @@ def _tracked(suffixes: tuple[str, ...], *tops: str) -> list[str]:
     return sorted(name for name in repository()[0] if name.endswith(suffixes) and name.startswith(tops))
 
 
-# A page that the suite excludes would be missed silently: these are all of them.
 PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "docs/")
 
 
 def faults() -> dict[str, dict[str, list[str]]]:
     """Every fault, by rule and file.
 
-    The rules are `long sentences` (pages, and docstrings of src/), `docstring style` (src/), `British spelling` (src/ and
-    docs/), `references` (pages, and docstrings and comments everywhere) and `class names` (a name that src/ defines twice).
+    The rules are `long sentences` (pages, and docstrings of src/), `docstring style` (src/), `British spelling` (src/
+    and pages), `references` (pages, and docstrings and comments everywhere) and `class names` (defined twice in src/).
     """
     found: dict[str, dict[str, list[str]]] = {
         rule: {} for rule in ("long sentences", "docstring style", "British spelling", "references", "class names")
@@ -288,7 +292,7 @@ def faults() -> dict[str, dict[str, list[str]]]:
                 block for docstring in texts for block in docstring_blocks(docstring)
             )
             found["docstring style"][name] = style_faults(source)
-            defined[name] = [node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+            defined[name] = [node.name for node in _nodes(source) if isinstance(node, ast.ClassDef)]
             classes.update(defined[name])
     for name in _tracked((".py", ".md", ".js", ".html", ".css"), "src/", *PAGES):
         found["British spelling"][name] = british_words((ROOT / name).read_text(encoding="utf-8"))

@@ -1,11 +1,11 @@
 """The language of the repository: sentences, docstrings, spelling, references and names of classes.
 
-Long sentences: none above 30 words in the pages (README.md, ARCHITECTURE.md, docs/) and in the docstrings of src/. Not counted
-are tables, code, headings, lists of names (a third of the words or more are inline code), and the dated entries of a log.
-README_zh.md is checked for its references only, because its words are not divided by blanks.
+Long sentences: none above 30 words in the pages (README.md, ARCHITECTURE.md, docs/) and in the docstrings of src/. Not
+counted are tables, code, headings, lists of names (a third of the words or more are inline code), and the dated entries
+of a log. README_zh.md is checked for references only, because no blanks divide its words.
 
-`known_offenders.json` holds the faults that are still there, as counts by rule and file. They may only fall: a file that is not
-in the list has none. `python -m tests.prose` prints all faults, and with `--lower` takes those that are gone off the list.
+`tests/known_offenders.json` holds the remaining faults, as counts by rule and file. The counts may only fall, and a file
+that is not listed has none. `python -m tests.prose` prints all faults; with `--lower` it removes the mended ones.
 """
 
 import itertools
@@ -147,7 +147,7 @@ The end.
 
 
 def test_docstring_blocks() -> None:
-    docstring = '''A head.
+    docstring = """A head.
 
     A paragraph
     of two lines.
@@ -168,7 +168,7 @@ def test_docstring_blocks() -> None:
         of two axes.
 
     The end.
-    '''
+    """
     assert list(prose.docstring_blocks(docstring)) == [
         "A head.",
         "A paragraph of two lines.",
@@ -182,7 +182,7 @@ def test_docstring_blocks() -> None:
 
 
 def test_style_of_docstrings() -> None:
-    bad = '"""M."""\nclass A:\n    """Attributes:\n    a: one.\n    """\n\ndef f():\n    """F.\n    Raises:\n        X: y.\n    """\n'
+    bad = 'class A:\n    """Attributes:\n    a: one.\n    """\n\ndef f():\n    """F.\n    Raises:\n        X: y.\n    """\n'
     assert [fault.split(":")[0] for fault in prose.style_faults(bad)] == ["A", "f"]
     good = 'class A:\n    """What it is.\n\n    Attributes:\n        a: one.\n    """\n'
     assert prose.style_faults(good) == []
