@@ -1,7 +1,7 @@
 """Reads the prose of the repository: Markdown, docstrings and comments, cut into sentences.
 
-`python -m tests.prose` prints every fault that `tests/test_house.py` counts, with its file. With `--lower` it also writes
-the counts of today into `tests/known_offenders.json`, where they are lower than the listed ones.
+`python -m tests.prose` prints every fault that `tests/test_house.py` counts, with its file. With `--lower` it also
+writes the counts of today into `tests/known_offenders.json`, where they are lower than the listed ones.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import io
+import itertools
 import json
 import re
 import subprocess
@@ -103,7 +104,7 @@ def markdown_blocks(text: str) -> Iterator[str]:
             in_list = True
         elif not blank and not line.startswith(" "):
             in_list = in_list and not before_blank
-        code = indented and not in_list and (before_blank or code) or (code and blank)
+        code = (indented and not in_list and (before_blank or code)) or (code and blank)
         item = _ITEM.match(line) if in_list else None
         if (blank or item or line.lstrip().startswith("|") or code) and lines:
             yield " ".join(lines)
@@ -130,7 +131,7 @@ def docstring_blocks(docstring: str) -> Iterator[str]:
         if not stripped:
             in_section = in_section and base is None
         row = " | " in line or stripped.startswith("|") or bool(re.search(r"\S {2,}\S", line))
-        code = indent >= 4 and not in_section and (before_blank or code) or (code and not stripped)
+        code = (indent >= 4 and not in_section and (before_blank or code)) or (code and not stripped)
         entry = False
         if in_section and stripped:
             base = indent if base is None else base
@@ -186,7 +187,7 @@ def style_faults(source: str) -> list[str]:
             found.append(f"{name}: the docstring opens with {lines[0].strip()!r} and does not say what the class is")
         found += [
             f"{name}: no blank line before {line.strip()!r}"
-            for before, line in zip(lines, lines[1:], strict=False)
+            for before, line in itertools.pairwise(lines)
             if _SECTION.match(line.strip()) and before.strip()
         ]
     return found

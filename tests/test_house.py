@@ -4,8 +4,8 @@ Long sentences: none above 30 words in the pages (README.md, ARCHITECTURE.md, do
 counted are tables, code, headings, lists of names (a third of the words or more are inline code), and the dated entries
 of a log. README_zh.md is checked for references only, because no blanks divide its words.
 
-`tests/known_offenders.json` holds the remaining faults, as counts by rule and file. The counts may only fall, and a file
-that is not listed has none. `python -m tests.prose` prints all faults; with `--lower` it removes the mended ones.
+`tests/known_offenders.json` holds the remaining faults, as counts by rule and file. The counts may only fall, and a
+file that is not listed has none. `python -m tests.prose` prints all faults; with `--lower` it removes the mended ones.
 """
 
 import itertools
@@ -182,7 +182,7 @@ def test_docstring_blocks() -> None:
 
 
 def test_style_of_docstrings() -> None:
-    bad = 'class A:\n    """Attributes:\n    a: one.\n    """\n\ndef f():\n    """F.\n    Raises:\n        X: y.\n    """\n'
+    bad = 'class A:\n    """Attributes:\n    a: one.\n    """\n\ndef f():\n    """F.\n    Raises:\n        X: y."""\n'
     assert [fault.split(":")[0] for fault in prose.style_faults(bad)] == ["A", "f"]
     good = 'class A:\n    """What it is.\n\n    Attributes:\n        a: one.\n    """\n'
     assert prose.style_faults(good) == []

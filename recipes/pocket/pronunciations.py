@@ -1,8 +1,8 @@
-"""How every word of the corpus is said, as phones of flite: what the tokenizer's frames are taught beside spelling.
+"""Pronunciations of all words of the corpus, as phones of flite: a second training target of the tokenizer's frames.
 
     python -m recipes.pocket.pronunciations --corpora runs/pocket/corpus/free ... --out runs/pocket/pronunciations.json
 
-English spelling is irregular; phones are nearly one to one with sound, so an encoder finds them sooner.
+English spelling is irregular, but phones are nearly one to one with sound, so an encoder learns them sooner.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PAUSE = "pau"
 
 
 def words_of(text: str) -> list[str]:
-    """The words of an English text in small letters, apostrophes inside them kept."""
+    """The words of an English text in lower case, with inner apostrophes."""
     return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
 
 

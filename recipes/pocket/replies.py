@@ -1,10 +1,10 @@
-"""What replies can say, for the recogniser of the evaluation that listens for just that (`curriculum.json`).
+"""Sentences of the replies, for the recognizer of the evaluation that knows only them (`curriculum.json`).
 
     python -m recipes.pocket.replies --pronunciations runs/pocket/pronunciations.json \\
         --out runs/pocket/corpus/test/curriculum.json
 
-Replies to questions in the training's wordings, as often as they come there, and every fact. Their words in no order at
-all follow, so that no word of the curriculum is impossible anywhere.
+The sentences are replies to questions in the wordings of the training, at its frequencies, and every fact. Their words
+in random order follow, so that every word of the curriculum is possible anywhere.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def replies(num_dialogues: int, seed: int = 0) -> list[str]:
 
 
 def arpabet(phones: list[str]) -> str:
-    """Phones of flite as the recogniser's dictionary writes them."""
+    """Phones of flite in the notation of the recognizer's dictionary."""
     return " ".join(_TO_ARPABET.get(phone, phone.upper()) for phone in phones)
 
 

@@ -1,9 +1,9 @@
 """Stage `chat`: the model answers spoken questions aloud (arXiv:2412.02612, stage 2).
 
-Every reply comes in two copies. One trains its text, with the loss on speech masked; the other trains its speech, with the
-loss on text masked. The modality of each turn is drawn for every example: users speak or write, replies are spoken or only
-written. Some replies of the history are interrupted. A share of stage 1 stays in the mixture, so that the model does not
-forget to listen.
+Every reply comes in two copies. One trains its text, with the loss on speech masked; the other trains its speech, with
+the loss on text masked. The modality of each turn is drawn for every example: users speak or write, replies are spoken
+or only written. Some replies of the history are interrupted. A share of stage 1 stays in the mixture, so that the model
+does not forget to listen.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class ChatStage:
         return losses(self.model, batch)
 
     def evaluate(self) -> dict[str, float]:
-        """Nats per id of validation replies, and the accuracy of greedy text answers to spoken and written questions."""
+        """Nats per id of validation replies; accuracy of greedy text answers to spoken and written questions."""
         plain = DialogueAugmentation(written_question=0.0, written_reply=0.0, interrupted=0.0, joined=0.0)
         chats = Chats(self.valid, self.vocabulary, LossMix(0.0, 0.0, 1.0), plain, self.recipe.length)
         rows = fill(partial(chats, np.random.default_rng(0)), self.recipe.num_valid_rows, self.recipe.length)

@@ -6,8 +6,8 @@
 
 A sample is a spoken dialogue (`task` "chat"), one clip with its transcript ("clip"), or a written text or dialogue
 ("text"). The modality of a turn tells whether its ids are text, speech, or both in the runs of a reply. `transcript`
-holds the text ids of a turn of pure speech. The whole corpus is read at once into flat arrays: an hour of speech is 45000
-numbers.
+holds the text ids of a turn of pure speech. The whole corpus is read at once into flat arrays: an hour of speech is
+45000 numbers.
 """
 
 from __future__ import annotations

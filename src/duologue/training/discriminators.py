@@ -1,8 +1,8 @@
 """Discriminators of the vocoder's GAN training, and its spectral losses.
 
-The multi-period discriminator follows HiFi-GAN (arXiv 2010.05646). The multi-resolution one over complex spectra follows
-the Descript audio codec (arXiv 2306.06546). Both use the least-squares losses of HiFi-GAN. They are small, because the
-generator has only 2 M parameters and the crops are short.
+The multi-period discriminator follows HiFi-GAN (arXiv 2010.05646). The multi-resolution one over complex spectra
+follows the Descript audio codec (arXiv 2306.06546). Both use the least-squares losses of HiFi-GAN. They are small,
+because the generator has only 2 M parameters and the crops are short.
 
 Shapes: B batch, S samples, F bins, T frames, C channels.
 """

@@ -1,8 +1,8 @@
 """Stage `flow`: the flow decoder learns to turn speech tokens into mels (arXiv:2412.02612).
 
-The first run trains many voices, each with a learned speaker vector; the reply voice has the zero vector. The second run
-starts from the first and trains the reply voice alone, with truncated utterances (the first n blocks of 10 tokens). The
-flow is pocket's, or one of the released architecture (`released`).
+The first run trains many voices, each with a learned speaker vector; the reply voice has the zero vector. The second
+run starts from the first and trains the reply voice alone, with truncated utterances (the first n blocks of 10 tokens).
+The flow is pocket's, or one of the released architecture (`released`).
 
 Shapes: B batch, T tokens, F mel frames, M mels, S speaker channels.
 """
@@ -48,7 +48,8 @@ class FlowRecipe:
         start_from: folder of an earlier run of this stage (`final`) to start from; empty for random weights.
         vocoder: folder of a vocoder for the written samples; empty for pictures only.
         flow: sizes; codebook size, mean and deviation of the mel come from tokenizer and corpus.
-        released: sizes of a flow of the released architecture, which replaces `flow`; the codebook size is set likewise.
+        released: sizes of a flow of the released architecture, which replaces `flow`; the codebook size is set
+            likewise.
         joined_tokens: clips of one voice are joined to utterances of at most this many tokens; 0 for no joining.
         roles: roles of the clips; empty for all.
         max_hours: maximum hours of each corpus and these roles; None for all.
@@ -340,7 +341,7 @@ def join(utterances: Sequence[TrainingUtterance], max_tokens: int) -> list[Train
 
 
 def _begin_released(config: ReleasedFlowConfig, mean: Tensor) -> ReleasedFlow:
-    """A flow with random weights whose output starts at the mean mel (M,): its mels are not normalized and far from zero."""
+    """A random flow whose output starts at the mean mel (M,), because its mels are not normalized."""
     flow = ReleasedFlow(config)
     for layer in (flow.length_regulator.model[-1], flow.decoder["estimator"].get_submodule("final_proj")):
         assert isinstance(layer, nn.Conv1d)

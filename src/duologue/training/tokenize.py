@@ -1,8 +1,8 @@
 """Step `tokens`: an audio corpus becomes a token corpus, by a frozen speech tokenizer and the vocabulary.
 
-Every shard of clips becomes a shard of samples of one turn. Every table of dialogues becomes a shard of chat samples made
-of those clips, or of written ones where nothing is spoken. Text files become a shard of written samples. Existing shards
-are kept, so a stopped run resumes. Ids are computed in float32, as in a conversation.
+Every shard of clips becomes a shard of samples of one turn. Every table of dialogues becomes a shard of chat samples
+made of those clips, or of written ones where nothing is spoken. Text files become a shard of written samples. Existing
+shards are kept, so a stopped run resumes. Ids are computed in float32, as in a conversation.
 """
 
 from __future__ import annotations

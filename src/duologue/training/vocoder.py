@@ -160,7 +160,7 @@ class VocoderStage:
         return losses
 
     def evaluate(self) -> dict[str, float]:
-        """L1 between the log-mels of held-out clips and of their resynthesis, for all voices and for the reply voice."""
+        """L1 between the log-mels of held-out clips and of their resynthesis, for all voices and the reply voice."""
         errors: dict[str, list[float]] = {"mel_l1": [], "mel_l1_reply": []}
         for i in self._valid_indices():
             wav = self._valid_wav(i)
