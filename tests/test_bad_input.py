@@ -226,7 +226,6 @@ def test_five_minutes_of_speech(tmp_path: Path, tiny_folder: Path, capsys: Captu
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (("chat",), "no question"),
         (("chat", "--text", "", "--model", "TINY"), "nothing was said"),
         (("chat", "--text", "Hello", "-o", "answer.txt", "--model", "TINY"), ".wav"),
         (

@@ -13,6 +13,7 @@ import pytest
 import soundfile
 
 from duologue.cli import main
+from duologue.conversation.chatbot import model_folder
 from duologue.rates import speak_samples_for_tokens, tokens_for_samples
 from recipes.pocket.whisper import write_random_whisper
 
@@ -65,6 +66,19 @@ def test_chat_json(question: Path, tiny_folder: Path, tmp_path: Path, capsys: Ca
     assert turn["audio"] == str(answer)
     assert soundfile.info(answer).frames == speak_samples_for_tokens(len(turn["speech_tokens"]))
     assert turn["timings"]["real_time_factor"] > 0
+
+
+def test_chat_without_a_question_asks_the_bundled_one(tiny_folder: Path, capsys: Capture) -> None:
+    bundled = model_folder("pocket") / "question.wav"
+    command = ("chat", "--text-only", "--temperature", "0", "--max-tokens", "20", "--model", str(tiny_folder))
+    assert main(list(command)) == 0
+    out, err = capsys.readouterr()
+    assert f"you: {bundled}\ntiny: " in out
+    assert f"no question was given; asking the bundled one, {bundled}" in err
+    (turn,) = run_json(capsys, *command)["turns"]
+    (asked,) = run_json(capsys, *command, bundled)["turns"]
+    assert turn["question"] == str(bundled)
+    assert turn["text"] == asked["text"]
 
 
 def test_several_turns_are_one_conversation(question: Path, tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -1,4 +1,4 @@
-"""Puts the trained parts of pocket into one model folder, in half precision: what ships in the package.
+"""Puts the trained parts of pocket into one model folder in half precision, which ships in the package.
 
 python -m recipes.pocket.assemble --runs runs/pocket --out src/duologue/pocket
 """
@@ -32,14 +32,14 @@ MAX_BYTES = 40 * 2**20
 
 
 def assemble(runs: Path, out: Path, untrained: bool = False, max_tokens: int = 600) -> int:
-    """Writes the model folder and returns its size in bytes. Recorded questions that lie in `out` stay.
+    """Writes the model folder and returns its size in bytes. Recorded questions in `out` are kept.
 
     Args:
         untrained: flow and language model may be missing; small random ones take their place, and the card says so.
-        max_tokens: of a reply at most, unless somebody asks for more.
+        max_tokens: default maximum tokens of a reply.
 
     Raises:
-        ValueError: a part is missing or damaged, or all together weigh more than 40 MB.
+        ValueError: a part is missing or damaged, or their total size exceeds 40 MB.
     """
     for part in (
         "tokenizer",

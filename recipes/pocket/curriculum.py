@@ -1,8 +1,8 @@
 """The shape of the curriculum: intents, their phrasings, and the split that keeps the test honest.
 
-An `Intent` is a way of asking (phrasings) about items (an entity, operands, a word sequence) with replies. What a
-spoken sentence may be used for is decided here and nowhere else: a phrasing marked for testing is never heard in
-training, and neither is a pair (item, training phrasing) that the hash of both holds out.
+An `Intent` has phrasings of a question about items (an entity, operands, a word sequence), and replies. Only this
+module decides how a spoken sentence may be used. A phrasing marked for testing is never spoken in training. Neither is
+a pair (item, training phrasing) that the hash of both holds out.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a spoken sentence used up of the split: the phrasing of an intent about one item."""
+    """What a spoken sentence uses of the split: the phrasing of an intent about one item."""
 
     intent: str
     key: str
@@ -38,7 +38,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One question and its answer, as text. `answers` are accepted normalised key answers; `style` is of the reply."""
+    """One question and its answer, as text. `answers` are accepted normalized key answers; `style` is of the reply."""
 
     user: str
     reply: str
@@ -59,7 +59,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Intent:
-    """One kind of question, whose wordings stand in `PHRASINGS` under its name.
+    """One kind of question. Its wordings are in `PHRASINGS` under its name.
 
     `decorate` allows polite forms and fillers around the phrasing.
     """
@@ -90,8 +90,8 @@ def held_out(intent: str, key: str, phrasing: str) -> bool:
 def choose_phrasing(name: str, key: str, split: str, rng: Random) -> str | None:
     """A phrasing of `PHRASINGS[name]` that a split may use about the item `key`; None when there is none.
 
-    "train" is spoken training; "test" is what training never speaks; "text" is training that nobody speaks (stage 1
-    has every fact as text), so nothing but the test phrasings is kept from it.
+    "train" is spoken training, and "test" is never spoken in training. "text" is written training. Stage 1 has every
+    fact as text, so only the test phrasings are kept from it.
     """
     phrasings = PHRASINGS[name]
     known = (*phrasings.train, *phrasings.wider)
@@ -116,12 +116,12 @@ def decorated(text: str, rng: Random) -> str:
 
 
 def sentence(text: str) -> str:
-    """The text with a capital at its beginning, and the word "I" as one."""
+    """The text with a capital first letter and a capital "I"."""
     return re.sub(r"\bi\b", "I", text[:1].upper() + text[1:])
 
 
 def exchange(intent: Intent, split: str, rng: Random) -> Exchange:
-    """Draw one question of the intent and its answer for a split."""
+    """Draws one question of the intent and its answer for a split."""
     while True:
         item = intent.draw(rng)
         phrasing = choose_phrasing(intent.name, item.key, split, rng)
@@ -170,7 +170,7 @@ def ask(
 
 
 def until(make: Callable[[], tuple[Exchange | None, ...]]) -> tuple[Exchange, ...]:
-    """Draw turns until the split allows every one of them."""
+    """Draws turns until the split allows all of them."""
     while True:
         turns = make()
         complete_turns = tuple(turn for turn in turns if turn is not None)

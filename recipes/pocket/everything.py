@@ -23,14 +23,14 @@ INTENTS: tuple[Intent, ...] = (
 
 
 def _sound(split: str, rng: Random) -> Dialogue:
-    """A user who makes a sound that is no speech."""
+    """A dialogue in which the user makes a sound without speech."""
     del split
     reply = rng.choice(SOUND_REPLIES)
     return Dialogue("not_speech", (Exchange("", reply, ("sorry",), sound=rng.choice(SOUNDS)),))
 
 
 def _several(split: str, rng: Random) -> Dialogue:
-    """Two or three questions one after another that have nothing to do with each other."""
+    """Two or three unrelated questions in a row."""
     turns = tuple(exchange(pick(INTENTS, rng), split, rng) for _ in range(rng.choice((2, 2, 3))))
     return Dialogue("several", turns)
 
@@ -97,7 +97,7 @@ def facts() -> list[str]:
 
 
 def texts(seed: int = 0, count: int = 60000) -> Iterator[str]:
-    """Sentences that show everything the text tokenizer has to write: facts, dialogues, free words, Mandarin."""
+    """Sentences with everything that the text tokenizer must encode: facts, dialogues, free words, Mandarin."""
     rng = Random(f"texts|{seed}")
     yield from facts()
     for _ in range(20):  # a small file beside a large one would leave the other script in single bytes

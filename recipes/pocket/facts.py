@@ -1,4 +1,4 @@
-"""The tables behind the facts of the curriculum: countries, calendar, opposites, animals, colours.
+"""The tables behind the facts of the curriculum: countries, calendar, opposites, animals, colors.
 
 Every table is plain data; the questions about them are in `questions.py`.
 """

@@ -1,8 +1,8 @@
-"""Freezes the speech tokenizer: everything behind it is trained on its codes, so it changes never again.
+"""Freezes the speech tokenizer. All later stages are trained on its codes, so it never changes again.
 
     python -m recipes.pocket.freeze --run runs/pocket/tokenizer --out runs/pocket/frozen
 
-The weights are rounded to half precision here, before any code is made, so that what ships gives the same codes.
+The weights are rounded to half precision here, before any code is computed, so the shipped model gives the same codes.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ def freeze(run: Path, out: Path, max_wer: float | None = None, min_usage: float 
 
     Args:
         max_wer: one bound for every validation folder, instead of `MAX_WER`.
+
     Raises:
-        ValueError: a word error rate or the use of the codebook is not good enough.
+        ValueError: a word error rate or the codebook usage misses the gate.
     """
     last = {name.removeprefix("valid/"): points[-1][1] for name, points in read_log(run).items() if "valid/" in name}
     rates = {name.removeprefix("wer/"): value for name, value in last.items() if name.startswith("wer/")}

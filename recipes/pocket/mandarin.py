@@ -1,6 +1,6 @@
 """A little Mandarin as text, so that the text tokenizer and the vocabulary know the script from the beginning.
 
-(question, answer) pairs; no audio is made of them yet.
+The data are (question, answer) pairs, which have no audio yet.
 """
 
 from __future__ import annotations

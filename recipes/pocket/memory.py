@@ -1,4 +1,4 @@
-"""Memory over turns: follow-ups that need the turn before, and things told earlier."""
+"""Memory over turns: follow-ups that need the turn before, and facts that the user stated earlier."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _again(split: str, rng: Random) -> Dialogue:
 
 @dataclass(frozen=True)
 class _Told:
-    """A thing that the user tells (`tell_NAME` in the phrasings) and asks for later (`recall_NAME`)."""
+    """A fact that the user states (`tell_NAME` in the phrasings) and asks for later (`recall_NAME`)."""
 
     name: str
     values: Sequence[str]
@@ -160,7 +160,7 @@ _MEMORIES = (
 
 
 def _remember(split: str, rng: Random) -> Dialogue:
-    """Tell something, perhaps talk of another thing, ask for it."""
+    """The user states a fact, possibly changes the subject, and asks for it."""
     memory = rng.choice(_MEMORIES)
 
     def turns() -> tuple[Exchange | None, ...]:
@@ -172,7 +172,7 @@ def _remember(split: str, rng: Random) -> Dialogue:
 
 
 def _remember_two(split: str, rng: Random) -> Dialogue:
-    """Tell two things, ask for one or both."""
+    """The user states two facts and asks for one or both."""
     first, second = rng.sample(_MEMORIES, 2)
 
     def turns() -> tuple[Exchange | None, ...]:

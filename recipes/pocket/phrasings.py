@@ -1,6 +1,6 @@
-"""The wordings of the curriculum, which are data: `wordings/*.yaml`, read here and nowhere else.
+"""Reads the wordings of the curriculum, the data in `wordings/*.yaml`.
 
-Each file maps the name of an intent, or of a turn inside a dialogue, to its phrasings. A name stands in one file only.
+Each file maps the name of an intent, or of a turn inside a dialogue, to its phrasings. A name occurs in one file only.
 Braces are slots that an item of the curriculum fills.
 """
 
@@ -21,9 +21,9 @@ class Phrasings:
     Attributes:
         train: spoken in training; a pair of one of these and an item may be held out for the test.
         test: spoken in the test only.
-        wider: further wordings for training alone: the more wordings a model has heard, the better it understands a
-            new one. They were written with the words of `test` in view, but none of them is one of `test`.
-        replies: one is drawn for a question; none where the dialogue makes the reply.
+        wider: further wordings for training alone, because more wordings help with new ones. They were written with the
+            words of `test` in view, but none of them is in `test`.
+        replies: one is drawn for each question; empty where the dialogue makes the reply.
         answers: accepted key answers where the item has none of its own.
     """
 
@@ -38,7 +38,7 @@ def load_phrasings(folder: Path = FOLDER) -> dict[str, Phrasings]:
     """All phrasings by name.
 
     Raises:
-        ValueError: a file is not of this form, or two files have the same name in them.
+        ValueError: a file does not have this form, or two files define the same name.
     """
     found: dict[str, Phrasings] = {}
     for path in sorted(folder.glob("*.yaml")):

@@ -1,4 +1,4 @@
-"""Questions with one turn about facts: countries, calendar, opposites, animals, colours."""
+"""Questions with one turn about facts: countries, calendar, opposites, animals, colors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _continent(rng: Random) -> Item:
 
 
 def _member(rng: Random) -> Item:
-    """A country of a continent: any country of the table that lies there is right."""
+    """A country of a continent: any country of the table in that continent is right."""
     continent = rng.choice(sorted({entry[2] for entry in COUNTRIES}))
     inside = [entry[0] for entry in COUNTRIES if entry[2] == continent]
     answers = tuple(name.removeprefix("the ").lower() for name in inside)

@@ -1,4 +1,4 @@
-"""The recorded questions that ship with pocket, for demo, evaluation and tests: rendered once, kept as files.
+"""Renders the recorded questions that ship with pocket, for demo, evaluation and tests.
 
 python -m recipes.pocket.recorded_questions --out src/duologue/pocket
 """
@@ -19,7 +19,7 @@ LIST = Path(__file__).with_suffix(".yaml")
 
 @dataclass(frozen=True)
 class RecordedQuestion:
-    """One entry of the list: `file` below the output folder, what `voice` says in it, and the accepted answers."""
+    """One entry of the list: `file` in the output folder, its text, its `voice`, and the accepted answers."""
 
     file: str
     text: str

@@ -1,4 +1,4 @@
-"""Saying it: free word sequences, which no table can hold, to say and to repeat."""
+"""Free word sequences to say and to repeat."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _PATTERNS = (
 
 
 def free_sentence(rng: Random) -> str:
-    """A sentence with grammar but without sense."""
+    """A grammatical sentence without meaning."""
     text = rng.choice(_PATTERNS).format(
         adjective=rng.choice(ADJECTIVES),
         noun=rng.choice(NOUNS),
@@ -61,7 +61,7 @@ def free_sentence(rng: Random) -> str:
 
 
 def free_text(rng: Random) -> str:
-    """What free speech says: mostly word sequences of 2 to 12 words, else nonsense sentences."""
+    """A text for free speech: mostly sequences of 2 to 12 words, else nonsense sentences."""
     if rng.random() < 0.35:
         return free_sentence(rng)
     return free_words(rng, 2, 12)

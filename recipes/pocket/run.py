@@ -2,9 +2,9 @@
 
     python -m recipes.pocket.run [--hours 100] [--turns 72000] [--workers 2] [--list] [--smoke]
 
-Stop it whenever you like and start it again: a step that is done is passed over, and a training goes on from its last
-checkpoint. Everything lies under `runs/pocket`; delete a step's folder to have it made anew. `--smoke` runs every step
-for moments on next to nothing: to see whether all of it works on this machine, and in the tests.
+It can be stopped and started again at any time: finished steps are skipped, and a training resumes from its last
+checkpoint. All results are under `runs/pocket`; delete a step's folder to repeat the step. `--smoke` runs every step
+for moments on minimal data. It shows whether everything works on this machine, and the tests use it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROOT = RECIPES.parent.parent
 
 @dataclass(frozen=True)
 class Step:
-    """One command of Python, and the file that is there once it has come to its end."""
+    """One Python command, and the file that exists once it has finished."""
 
     name: str
     command: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Small talk, and what is not understood: greetings, thanks, who are you; questions outside the list; sounds."""
+"""Small talk, questions outside the curriculum, and sounds without speech."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a microphone hears when nobody speaks to it: silence, noise, hum, tones and clicks, made from a seed."""
+"""Microphone sound without speech, from a seed: silence, noise, hum, tones and clicks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _TOP_DBFS = {"silence": -65.0, "noise": -32.0, "hum": -30.0, "tones": -26.0, "cl
 
 
 def sound(kind: str, seed: int, sample_rate: int) -> NDArray[np.float32]:
-    """Samples (S,) float32 of 0.6 to 3 s, levelled within 12 dB below the usual level of its kind.
+    """Samples (S,) float32 of 0.6 to 3 s, with a random level within 12 dB below the usual one of its kind.
 
     Babble is made of voices and is not made here. Raises `ValueError` when the kind is unknown.
     """

@@ -2,11 +2,13 @@
 
     python -m recipes.pocket.text --texts FILE... --out FOLDER [--vocab-size N]
 
-Small, since every row costs weights, and coarse, since text has to stay ahead of speech: a full run of text tokens must
-take at least a full run of speech tokens to say. So a word with its blank is one token wherever the size allows,
-and runs of Han characters may join. Measured on 4 h of free speech, fast renditions included: with 2560 ids 5 % of the
-clips with more text than one run break the rule, with 4096 three of 771, with 5120 none of 280. Keeping punctuation at
-its word costs ids and is worse at each of these sizes.
+The vocabulary is small, because every row costs weights. It is coarse, because text has to stay ahead of speech: a full
+run of text tokens must take at least a full run of speech tokens to say. A word with its blank is therefore one token
+wherever the size allows, and runs of Han characters may join.
+
+The rule was measured on 4 h of free speech, with fast renditions, on clips with more text than one run. With 2560 ids 5
+% of them break the rule, with 4096 three of 771, with 5120 none of 280. Keeping punctuation at its word costs ids and
+is worse at each of these sizes.
 """
 
 import argparse
@@ -33,8 +35,9 @@ WORDS = "|".join(
 
 
 def train_text_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` ids, 256 of them the bytes: every text can be written, and comes back
-    exactly. The result depends on how often each word occurs, not on the order of the texts.
+    """A byte-level BPE of at most `vocab_size` ids, 256 of which are the bytes: it encodes every text without loss.
+
+    The result depends on the word counts, not on the order of the texts.
 
     Raises:
         ValueError: fewer ids than bytes.
@@ -61,7 +64,7 @@ def train_text_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB_SIZE) -> 
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train on files with one text a line, and write the whole vocabulary."""
+    """Trains on files with one text per line, and writes the whole vocabulary."""
     parser = argparse.ArgumentParser(prog="python -m recipes.pocket.text", description=__doc__)
     parser.add_argument("--texts", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the vocabulary")

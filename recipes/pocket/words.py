@@ -1,4 +1,4 @@
-"""The open word list for "say ...", "repeat after me ..." and free speech, and the names people go by."""
+"""The open word list for "say ...", "repeat after me ..." and free speech, and first names."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What pocket reads: the facts of the curriculum as statements in every direction, and dialogues as text.
+"""Pocket's written training data: the facts of the curriculum as statements in every direction, and dialogues as text.
 
-Writing may speak of every pair of an item and a phrasing; what the test holds out is their spoken combination.
+Written data may use every pair of an item and a phrasing; the test holds out only spoken pairs.
 
     python -m recipes.pocket.writing --out FOLDER --dialogues 150000 --seed 1
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,17 @@ if TYPE_CHECKING:
     from duologue.language.sampling import Sampling
     from duologue.models import Card
 
+BUNDLED_QUESTION = "question.wav"  # in the folder of pocket; it asks for the capital of France
+
 
 def add(commands: Any) -> None:
     chat = add_command(commands, "chat", _chat, "ask spoken or written questions and get spoken answers", model=True)
     chat.add_argument(
-        "questions", nargs="*", type=Path, metavar="QUESTION", help="audio files, the turns of a conversation"
+        "questions",
+        nargs="*",
+        type=Path,
+        metavar="QUESTION",
+        help="sound files, the turns of a conversation (default: the bundled question)",
     )
     chat.add_argument("--text", action="append", default=[], help="a written question, after the spoken ones")
     chat.add_argument("-o", "--output", type=Path, metavar="ANSWER", help="audio file of the answer (.wav, .flac, ...)")
@@ -34,12 +41,13 @@ def add(commands: Any) -> None:
 
 
 def _chat(args: argparse.Namespace) -> None:
-    """Asks the questions in one conversation and prints the answers while they are generated."""
-    if not args.questions and not args.text:
-        raise ValueError("there is no question; give an audio file or --text")
+    """Asks the questions in one conversation and prints each answer while it is generated."""
     from duologue.audio import load_audio, save_audio
-    from duologue.conversation.chatbot import load
+    from duologue.conversation.chatbot import load, model_folder
 
+    if not args.questions and not args.text:
+        args.questions = [model_folder("pocket") / BUNDLED_QUESTION]
+        print(f"duologue: no question was given; asking the bundled one, {args.questions[0]}", file=sys.stderr)
     outputs = _numbered(args.output, len(args.questions) + len(args.text))
     recorded = [
         load_audio(path) for path in args.questions

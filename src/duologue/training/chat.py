@@ -1,9 +1,9 @@
 """Stage `chat`: the model answers spoken questions aloud (arXiv:2412.02612, stage 2).
 
-Every reply comes in two copies: one trains its text, with the loss on speech masked, the other its speech, with the
-loss on text masked. Who speaks how is drawn anew each time: users speak or write, replies are spoken or only written,
-some replies of the history were interrupted. A share of stage 1 stays in the mixture, so that the model does not forget
-to listen.
+Every reply comes in two copies. One trains its text, with the loss on speech masked; the other trains its speech, with
+the loss on text masked. The modality of each turn is drawn for every example: users speak or write, replies are spoken
+or only written. Some replies of the history are interrupted. A share of stage 1 stays in the mixture, so that the model
+does not forget to listen.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ WHOLE = TEXT | SPEECH
 
 @dataclass(frozen=True)
 class LossMix:
-    """Shares of the ways in which a reply is trained; the defaults are the epochs of the GLM-4-Voice paper.
+    """Shares of the ways in which a reply is trained; the defaults are the epochs of arXiv:2412.02612.
 
     Attributes:
         text, speech: the loss is on the ids of this modality alone.
@@ -73,7 +73,7 @@ class DialogueAugmentation:
     Attributes:
         written_question: a turn of the user is text.
         written_reply: all replies of a dialogue are text alone.
-        interrupted: a reply of the history was interrupted; a dialogue without one gets another before it.
+        interrupted: a reply of the history is interrupted; a dialogue without history gets another dialogue before it.
         joined: another dialogue stands before this one.
     """
 
@@ -85,14 +85,16 @@ class DialogueAugmentation:
 
 @dataclass(frozen=True)
 class ChatRecipe:
-    """Attributes:
-    corpus, vocabulary: folders of the token corpus and of the vocabulary it was made with.
-    start_from: folder of the language model that stage 1 made.
-    pretrain_share: of the examples that are jobs of stage 1, drawn from `mixture`.
-    length, num_rows: ids in a row, rows in a batch; `num_valid_rows` in the one batch of the validation.
-    text_weight, speech_weight: of the loss on every text id and every speech id.
-    corrupt_heard_speech: share of the user's speech ids that are replaced by random ones.
-    num_questions: of the validation that are answered for the accuracy.
+    """Recipe of the stage `chat`.
+
+    Attributes:
+        corpus, vocabulary: folders of the token corpus and of the vocabulary it was made with.
+        start_from: folder of the language model from stage 1.
+        pretrain_share: share of the examples that are jobs of stage 1, drawn from `mixture`.
+        length, num_rows: ids in a row, rows in a batch; `num_valid_rows` in the one validation batch.
+        text_weight, speech_weight: loss weight of every text id and every speech id.
+        corrupt_heard_speech: share of the user's speech ids that are replaced by random ones.
+        num_questions: number of validation questions that are answered for the accuracy.
     """
 
     corpus: str
@@ -113,7 +115,7 @@ class ChatRecipe:
 
 
 def as_text(labeled: LabeledTurn, vocabulary: Vocabulary) -> LabeledTurn:
-    """The turn in writing; one that has no words, as noise has none, stays as it is."""
+    """The turn as text; a turn without words, such as noise, is returned unchanged."""
     text, _ = both(labeled, vocabulary)
     if not text:
         return labeled
@@ -121,8 +123,9 @@ def as_text(labeled: LabeledTurn, vocabulary: Vocabulary) -> LabeledTurn:
 
 
 class Chats:
-    """Random training examples of dialogues. Histories that do not fit are shortened, dialogues that do not are left
-    out."""
+    """Random training examples of dialogues.
+
+    Histories that do not fit a row are shortened. Dialogues that do not fit even then are left out."""
 
     def __init__(
         self,
@@ -183,12 +186,12 @@ class Chats:
             )
         spread = np.zeros(len(sample.ids), np.int64)
         spread[trained] = trains
-        # Nothing is learned behind the last trained id: a copy for the text ends where the text does.
+        # Ids after the last trained one have no effect, so the text copy ends where the text does.
         end = int(np.flatnonzero(spread)[-1]) + 1 if spread.any() else 1
         return Example(sample.ids[:end], spread[:end].tolist())
 
     def _reply(self, labeled: LabeledTurn, way: int) -> list[int]:
-        """What each id of a reply trains, and its end where the model made it."""
+        """The loss of each id of a reply, and of its end unless the reply was interrupted."""
         turn = labeled.turn
         kinds = self._vocabulary.kinds[list(turn.ids)].tolist()
         if not turn.interrupted:
@@ -244,8 +247,7 @@ class ChatStage:
         return losses(self.model, batch)
 
     def evaluate(self) -> dict[str, float]:
-        """Nats per id of validation replies, and the share of spoken and of written questions whose greedy answer in
-        text is right."""
+        """Nats per id of validation replies; accuracy of greedy text answers to spoken and written questions."""
         plain = DialogueAugmentation(written_question=0.0, written_reply=0.0, interrupted=0.0, joined=0.0)
         chats = Chats(self.valid, self.vocabulary, LossMix(0.0, 0.0, 1.0), plain, self.recipe.length)
         rows = fill(partial(chats, np.random.default_rng(0)), self.recipe.num_valid_rows, self.recipe.length)
@@ -294,7 +296,7 @@ class ChatStage:
         return self.vocabulary.prompt_ids(Conversation(tuple(turn.turn for turn in turns)))
 
     def _answer(self, engine: PlainEngine, question: CorpusSample, written: bool) -> list[int]:
-        """Text ids of the greedy reply, up to where its text is finished."""
+        """Text ids of the greedy reply, up to the end of its text."""
         state, text = InterleaveState(), []
         for token in engine.stream(self._prompt(question, written), replace(GREEDY, max_tokens=120)):
             kind = self.vocabulary.kind(token)

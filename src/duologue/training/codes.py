@@ -1,11 +1,11 @@
 """Speech codes and mels of a corpus, computed once for a frozen tokenizer and kept on disk.
 
-A store is a folder of parts, each for `PART_CLIPS` clips in the order of the corpus: `part-00000.json` (the clips' ids
-and lengths), `part-00000.codes.npy` uint16 (T,) and `part-00000.mels.npy` float16 (F, M), all clips one after another.
-`store.json` names the tokenizer by its hash: a store of another tokenizer is refused. Parts that exist are kept, so a
-stopped run goes on, and a corpus that has grown costs only what is new.
+A store is a folder of parts, each for `PART_CLIPS` clips in the order of the corpus. A part is three files, with its
+clips one after another: `part-00000.json` (ids and lengths of the clips), `part-00000.codes.npy` uint16 (T,), and
+`part-00000.mels.npy` float16 (F, M). `store.json` holds the hash of the tokenizer, and a store of another tokenizer is
+refused. Existing parts are kept, so a stopped run resumes, and a larger corpus costs only its new clips.
 
-The token corpus of `corpus.py` cannot take its place: it holds the codes of augmented sound, and no mels.
+The token corpus of `corpus.py` cannot replace the store: it holds the codes of augmented sound, and no mels.
 
 Shapes: S samples, T tokens, F mel frames, M mels.
 """
@@ -34,7 +34,7 @@ _BATCH_S = 60.0
 
 
 class CodeStore:
-    """The codes and mels of the first clips of a corpus; memory maps, read where asked for."""
+    """Codes and mels of the first clips of a corpus, as memory maps."""
 
     def __init__(self, folder: str | Path, tokenizer_hash: str) -> None:
         self.folder = Path(folder)
@@ -74,13 +74,14 @@ def build_store(
     roles: Collection[str] | None = None,
     max_hours: float | None = None,
 ) -> CodeStore:
-    """Computes what is missing of the store of a corpus, and opens it.
+    """Completes the store of a corpus and opens it.
 
     Args:
         corpus: a folder of clips, see `duologue.training.data`.
         tokenizer: folder of a frozen `SpeechTokenizer`.
-        roles: only clips of these; a folder is for one choice of roles.
-        max_hours: only the first clips, which last so long at most.
+        roles: only clips of these roles; a folder is for one choice of roles.
+        max_hours: maximum duration of the first clips to take, in hours.
+
     Raises:
         ValueError: the store was made with another tokenizer.
     """
@@ -134,7 +135,7 @@ def _is_complete(part: Path, ids: list[str]) -> bool:
 
 @torch.no_grad()
 def _write_part(part: Path, clips: Clips, chosen: list[int], tokenizer: SpeechTokenizer) -> None:
-    """The json is written last: it says that the part is complete."""
+    """Writes a part. The JSON file comes last and marks the part as complete."""
     part.unlink(missing_ok=True)
     codes: dict[int, NDArray[np.uint16]] = {}
     batch: list[int] = []
@@ -153,7 +154,7 @@ def _write_part(part: Path, clips: Clips, chosen: list[int], tokenizer: SpeechTo
 
 
 def _save(path: Path, values: NDArray[np.uint16] | NDArray[np.float16]) -> None:
-    """Whole or not at all: the processes of one training may all be writing the same."""
+    """Writes a file atomically, because all processes of one training may write the same file."""
     scratch = path.with_name(f".{path.stem}.{os.getpid()}.npy")
     np.save(scratch, values)
     scratch.replace(path)

@@ -1,12 +1,12 @@
-"""Token corpora: what was said, as ids of the joint vocabulary, in parquet shards beside a manifest.
+"""Token corpora: speech and text as ids of the joint vocabulary, in parquet shards with a manifest.
 
     manifest.json            counts, and the hashes of the speech tokenizer and the vocabulary that made the ids
     <name>.parquet           one sample a row: {id, task, split, intent, answers, turns: [{role, modality, ids,
                              transcript, loss, language, voice, style}]}
 
-A sample is a spoken dialogue (`task` "chat"), one clip with its transcript ("clip") or writing, a text or a dialogue
-("text"). The ids of a turn are text, speech, or both in the runs of a reply, as its modality tells; `transcript` holds
-the text ids of what a turn of pure speech says. All of it is read at once and kept as flat arrays: an hour of speech is
+A sample is a spoken dialogue (`task` "chat"), one clip with its transcript ("clip"), or a written text or dialogue
+("text"). The modality of a turn tells whether its ids are text, speech, or both in the runs of a reply. `transcript`
+holds the text ids of a turn of pure speech. The whole corpus is read at once into flat arrays: an hour of speech is
 45000 numbers.
 """
 
@@ -62,7 +62,7 @@ class LabeledTurn:
     """One turn of a sample.
 
     Attributes:
-        transcript: text ids of what a turn of pure speech says; empty where nobody knows or nothing is said.
+        transcript: text ids of a turn of pure speech; empty where it is unknown or nothing is said.
         loss: whether a model may be trained to say this turn.
     """
 
@@ -73,7 +73,7 @@ class LabeledTurn:
 
 @dataclass(frozen=True)
 class CorpusSample:
-    """One row. `answers` are the accepted normalised answers of the last reply."""
+    """One row. `answers` are the accepted normalized answers of the last reply."""
 
     id: str
     task: Task
@@ -88,7 +88,7 @@ class Manifest:
     """What a corpus holds: samples by task, by split and by shard, and ids by kind.
 
     Attributes:
-        siblings: the provenance, under the key that the files of corpora have.
+        siblings: the provenance, under the key of the corpus files.
     """
 
     siblings: Provenance
@@ -104,7 +104,7 @@ class Manifest:
 def write_shard(
     folder: str | Path, name: str, samples: Iterable[CorpusSample], provenance: Provenance, speech_offset: int
 ) -> None:
-    """Writes `<name>.parquet`, whole or not at all. `speech_offset` tells text and speech ids apart for the counts."""
+    """Writes `<name>.parquet` atomically. For the counts, ids from `speech_offset` on are speech."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [_row(sample) for sample in samples]
@@ -161,7 +161,7 @@ def write_manifest(folder: str | Path, provenance: Provenance) -> Manifest:
 
 
 def read_provenance(shard: Path) -> Provenance:
-    """What one shard was made with."""
+    """The tokenizer and vocabulary that made one shard."""
     return _about(shard)[0]
 
 
@@ -175,10 +175,10 @@ def read_manifest(folder: str | Path) -> Manifest:
 
 
 class TokenCorpus:
-    """The samples of a corpus folder that are of the given splits and tasks.
+    """The samples of a corpus folder that belong to the given splits and tasks.
 
     Args:
-        provenance: of the model that will be trained, when there is one.
+        provenance: of the model to train, where one exists.
 
     Raises:
         ValueError: the folder is no token corpus, was made with another tokenizer or vocabulary, lacks a shard that its
@@ -212,7 +212,7 @@ class TokenCorpus:
         if not len(table):
             raise ValueError(f"{folder} holds no samples of splits {splits} and tasks {tasks}")
         self._head = {name: table[name].to_pylist() for name in ("id", "task", "split", "intent", "answers")}
-        # One array for everything of a kind, and where each sample and turn begins in it.
+        # One flat array per kind, with the offset of each sample and turn.
         turns = pa.concat_arrays(table["turns"].chunks)
         self._turn_at = turns.offsets.to_numpy()
         fields = turns.values
@@ -283,7 +283,7 @@ def _row(sample: CorpusSample) -> dict[str, Any]:
 
 
 def _about(path: Path) -> tuple[Provenance, dict[str, Any]]:
-    """Hashes and counts that a shard carries in itself."""
+    """Hashes and counts in the metadata of a shard."""
     data = json.loads((pq.read_schema(path).metadata or {}).get(b"duologue", b"{}"))
     if "siblings" not in data or "counts" not in data:
         raise ValueError(f"{path} is no shard of a token corpus")

@@ -71,7 +71,7 @@ def plot(folder: str | Path, out: str | Path | None = None) -> Path:
 
 
 def _smooth(values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], share: float = 0.05) -> list[float]:
-    """Running mean over about this share of the curve, only of what is finite."""
+    """Running mean over about this share of the curve, without values that are not finite."""
     keep = 1 - 1 / max(share * len(values), 1.0)
     smooth: list[float] = []
     for value in values:

@@ -1,8 +1,8 @@
-"""Discriminators of the vocoder's GAN training, and the spectral losses beside them.
+"""Discriminators of the vocoder's GAN training, and its spectral losses.
 
-Multi-period after HiFi-GAN (arXiv 2010.05646), multi-resolution over complex spectra after the Descript audio codec
-(arXiv 2306.06546), both with the least-squares losses of HiFi-GAN; small, because they only have to outwit a 2 M
-generator on short crops.
+The multi-period discriminator follows HiFi-GAN (arXiv 2010.05646). The multi-resolution one over complex spectra
+follows the Descript audio codec (arXiv 2306.06546). Both use the least-squares losses of HiFi-GAN. They are small,
+because the generator has only 2 M parameters and the crops are short.
 
 Shapes: B batch, S samples, F bins, T frames, C channels.
 """
@@ -22,11 +22,13 @@ from duologue import rates
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """Attributes:
-    periods: of the multi-period discriminator (MPD), in samples.
-    period_channels: of its convolutions, each of stride 3 but the last.
-    resolutions: n_fft of the multi-resolution discriminator (MRD); its hop is a quarter of that.
-    resolution_channels: of its convolutions.
+    """Sizes of the discriminators.
+
+    Attributes:
+        periods: of the multi-period discriminator (MPD), in samples.
+        period_channels: channels of its convolutions; all but the last have stride 3.
+        resolutions: n_fft of the multi-resolution discriminator (MRD); the hop is a quarter of it.
+        resolution_channels: channels of its convolutions.
     """
 
     periods: tuple[int, ...] = (2, 3, 5, 7, 11)
@@ -37,7 +39,7 @@ class DiscriminatorConfig:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What one discriminator says: scores (B, ...), 1 for real and 0 for made, and its features on the way."""
+    """Output of one discriminator: scores (B, ...), 1 for real and 0 for generated, and its intermediate features."""
 
     scores: Tensor
     features: list[Tensor]
@@ -78,7 +80,7 @@ class ResolutionDiscriminator(nn.Module):
 
     def forward(self, wav: Tensor) -> Judgement:
         spectrum = torch.stft(wav.float(), self.n_fft, self.n_fft // 4, window=self.window, return_complex=True)
-        # Loudness falls by 60 dB and more over the bins: the square root lets the quiet ones be seen too.
+        # Loudness falls by 60 dB and more over the bins; the square root keeps the quiet ones visible.
         magnitude = (torch.view_as_real(spectrum).square().sum(-1) + 1e-9).sqrt()
         x = torch.view_as_real(spectrum / magnitude.sqrt()).permute(0, 3, 2, 1)  # (B, 2, T, F)
         return _judge(self.convs, self.out, x)
@@ -93,7 +95,7 @@ def _judge(convs: nn.ModuleList, out: nn.Module, x: Tensor) -> Judgement:
 
 
 class Discriminators(nn.Module):
-    """All of them: wav (B, S) -> one judgement each."""
+    """All discriminators: wav (B, S) -> one judgement each."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
@@ -108,7 +110,7 @@ class Discriminators(nn.Module):
 
 
 def discriminator_loss(real: list[Judgement], made: list[Judgement]) -> Tensor:
-    """Least squares: real towards 1, made towards 0; the mean over discriminators."""
+    """Least squares: real toward 1, generated toward 0; the mean over discriminators."""
     losses = [
         (1 - r.scores.float()).square().mean() + m.scores.float().square().mean()
         for r, m in zip(real, made, strict=True)
@@ -117,12 +119,12 @@ def discriminator_loss(real: list[Judgement], made: list[Judgement]) -> Tensor:
 
 
 def adversarial_loss(made: list[Judgement]) -> Tensor:
-    """Least squares: made towards 1; the mean over discriminators."""
+    """Least squares: generated toward 1; the mean over discriminators."""
     return torch.stack([(1 - m.scores.float()).square().mean() for m in made]).mean()
 
 
 def feature_matching_loss(real: list[Judgement], made: list[Judgement]) -> Tensor:
-    """L1 between features, relative to the size of the real ones; the mean over layers and discriminators."""
+    """L1 between features, relative to the magnitude of the real ones; the mean over layers and discriminators."""
     losses = [
         (a.float() - b.float()).abs().mean() / (a.float().abs().mean() + 1e-4)
         for r, m in zip(real, made, strict=True)
@@ -142,7 +144,7 @@ class SpectralDistance:
 class SpectralLoss(nn.Module):
     """Distance of two waves (B, S) at several resolutions, computed in float32.
 
-    The mels reach up to half the sample rate, so that nothing may sound where `SpeakMel` does not look.
+    The mels reach up to half the sample rate, so the loss also covers frequencies above the range of `SpeakMel`.
     """
 
     def __init__(self, resolutions: tuple[int, ...], mels: tuple[int, ...]) -> None:

@@ -1,8 +1,8 @@
 """Stage `flow`: the flow decoder learns to turn speech tokens into mels (arXiv:2412.02612).
 
-First many voices with a learned speaker vector each, the reply voice being the zero vector; then, started from that,
-the reply voice alone with truncated utterances (the first n blocks of 10 tokens). The flow is pocket's, or one of the
-released architecture (`released`).
+The first run trains many voices, each with a learned speaker vector; the reply voice has the zero vector. The second
+run starts from the first and trains the reply voice alone, with truncated utterances (the first n blocks of 10 tokens).
+The flow is pocket's, or one of the released architecture (`released`).
 
 Shapes: B batch, T tokens, F mel frames, M mels, S speaker channels.
 """
@@ -39,25 +39,28 @@ _STATISTICS_CLIPS = 500
 
 @dataclass(frozen=True)
 class FlowRecipe:
-    """Attributes:
-    corpora: folders of clips.
-    tokenizer: folder of the frozen tokenizer.
-    store: folder for its codes and the mels of the corpora, made where it is missing.
-    start_from: a folder of an earlier run of this stage (`final`) to start from; empty for random weights.
-    vocoder: folder of a vocoder for the written samples; empty for pictures only.
-    flow: sizes; codebook size, mean and deviation of the mel are filled in from tokenizer and corpus.
-    released: sizes of a flow of the released architecture to train in its place, codebook size filled in likewise.
-    joined_tokens: clips of one voice are joined one after the other to utterances of up to so many tokens; 0 for none.
-    roles: which clips; empty for all.
-    max_hours: of each corpus and these roles; None for all of it.
-    batch_s: seconds of speech in a batch.
-    max_tokens: longer clips are cut to this, from a random block on.
-    prefix_probability: of a batch being cut to the first n blocks, n uniform.
-    prompt_probability: of the mel's beginning being given, of uniform length up to `max_prompt` of the clip.
-    guidance_dropout: of the whole condition being hidden.
-    speaker_dropout: of the zero speaker in place of a voice's own.
-    coarse_weight: of the encoder's first guess of the mel.
-    compare_guidance: the evaluation generates with this guidance and with none.
+    """Recipe of the stage `flow`.
+
+    Attributes:
+        corpora: folders of clips.
+        tokenizer: folder of the frozen tokenizer.
+        store: folder for its codes and the mels of the corpora; created where it is missing.
+        start_from: folder of an earlier run of this stage (`final`) to start from; empty for random weights.
+        vocoder: folder of a vocoder for the written samples; empty for pictures only.
+        flow: sizes; codebook size, mean and deviation of the mel come from tokenizer and corpus.
+        released: sizes of a flow of the released architecture, which replaces `flow`; the codebook size is set
+            likewise.
+        joined_tokens: clips of one voice are joined to utterances of at most this many tokens; 0 for no joining.
+        roles: roles of the clips; empty for all.
+        max_hours: maximum hours of each corpus and these roles; None for all.
+        batch_s: seconds of speech in a batch.
+        max_tokens: longer clips are cut to this length, from a random block on.
+        prefix_probability: probability that a batch is cut to the first n blocks, n uniform.
+        prompt_probability: probability that the beginning of the mel is given; uniform length up to `max_prompt`.
+        guidance_dropout: probability that the whole condition is hidden.
+        speaker_dropout: probability of the zero speaker instead of a voice's own.
+        coarse_weight: weight of the loss on the encoder's coarse mel.
+        compare_guidance: whether the evaluation generates with this guidance and with none.
     """
 
     corpora: tuple[str, ...]
@@ -95,7 +98,7 @@ class FlowRecipe:
 
 
 class FlowModel(nn.Module):
-    """The flow and the speaker vectors of the corpus's voices, as one set of weights."""
+    """The flow and the speaker vectors of the corpus, as one set of weights."""
 
     def __init__(self, flow: Flow | ReleasedFlow, num_voices: int) -> None:
         super().__init__()
@@ -109,8 +112,7 @@ class FlowModel(nn.Module):
 
 @dataclass(frozen=True)
 class TrainingUtterance:
-    """One clip, or clips of one voice joined: the number of their corpus, their places there, what is known of the
-    first."""
+    """One clip, or joined clips of one voice: number of the corpus, indices in it, and the record of the first clip."""
 
     store: int
     indices: tuple[int, ...]
@@ -132,7 +134,7 @@ class FlowStage:
         valid = [one for one in utterances if one.clip.split == "valid"]
         if not self.train or not valid:
             raise ValueError(f"corpora {', '.join(recipe.corpora)} lack clips of split 'train' or 'valid'")
-        # The reply voice first: it is what pictures and generated mels are about.
+        # The reply voice first: pictures and generated mels are made from it.
         self.valid = sorted(valid, key=lambda one: one.clip.role != "reply")[: recipe.num_valid_clips]
         reply_voices = {one.clip.voice for one in utterances if one.clip.role == "reply"}
         self.voices = sorted({one.clip.voice for one in self.train} - reply_voices)
@@ -172,7 +174,7 @@ class FlowStage:
         mask = torch.arange(mel.shape[1], device=mel.device) < batch["num_frames"][:, None]
         frame = torch.arange(mel.shape[1], device=mel.device)
         prompted = frame < batch["prompt"][:, None]
-        # Where a clip is cut, the first frame may belong to the token before the cut, which is not there.
+        # At a cut, the first frame may belong to the token before the cut, which is missing.
         mask = mask & (token_of_frame(frames_for_tokens(start)[:, None] + frame) >= start[:, None])
         speaker = self.model.speaker(batch["voice"])
         x0 = torch.randn_like(mel)
@@ -189,7 +191,7 @@ class FlowStage:
         }
 
     def evaluate(self) -> dict[str, float]:
-        """Losses on validation clips with fixed noise and times, and L1 of generated natural-log mels."""
+        """Losses on validation clips with fixed noise and times, and the L1 distance of generated natural-log mels."""
         sums = dict.fromkeys(self.weights, 0.0)
         ordered = sorted(self.valid, key=lambda one: one.num_tokens)
         parts = [ordered[at : at + 16] for at in range(0, len(ordered), 16)]
@@ -212,7 +214,7 @@ class FlowStage:
         return sums
 
     def sample(self, folder: Path) -> None:
-        """Pictures of wanted and generated mels, and both as sound where the recipe names a vocoder."""
+        """Writes pictures of target and generated mels, and both as sound where the recipe names a vocoder."""
         chosen = self.valid[:3]
         made, wanted = self._generate(chosen, None), [self._mel(one) for one in chosen]
         _draw(folder / "mels.png", made, wanted, [one.clip.text for one in chosen])
@@ -225,7 +227,7 @@ class FlowStage:
                 save_audio(folder / f"{number}-{name}.wav", wav.numpy(), rates.SPEAK_SAMPLE_RATE)
 
     def save(self, folder: Path) -> None:
-        """`flow` is the component; `speakers` holds one vector (S,) per voice of the corpus."""
+        """Writes `flow`, the component, and `speakers`, one vector (S,) per voice of the corpus."""
         save_component(folder / "flow", self.flow, self.flow.config, extra={"tokenizer": self.tokenizer_hash})
         if self.voices:
             table = self.model.speakers.weight.detach()
@@ -275,7 +277,7 @@ class FlowStage:
         )
 
     def _collate(self, utterances: Sequence[TrainingUtterance], starts: Sequence[int], num_tokens: int) -> Batch:
-        """Tokens [start, start + num_tokens) of each clip and the frames that are theirs."""
+        """Tokens [start, start + num_tokens) of each clip and the frames that belong to them."""
         tokens, mels, voices = [], [], []
         for one, start in zip(utterances, starts, strict=True):
             end = min(start + num_tokens, one.num_tokens)
@@ -310,7 +312,7 @@ class FlowStage:
         return Padded(batch["tokens"], batch["num_tokens"]), [self._mel(one) for one in utterances]
 
     def _mel(self, one: TrainingUtterance) -> Tensor:
-        """(F, M) of F = 441 T // 64 frames; where clips join, a frame may have to be there twice for that."""
+        """(F, M) with F = 441 T // 64 frames; where clips join, a frame may be repeated to reach F."""
         parts, num_frames, num_tokens = [], 0, 0
         for index in one.indices:
             mel = self.stores[one.store].mel(index)
@@ -322,7 +324,7 @@ class FlowStage:
 
 
 def join(utterances: Sequence[TrainingUtterance], max_tokens: int) -> list[TrainingUtterance]:
-    """Joins clips of one corpus, voice, role and split, in their order, as long as they have at most so many tokens."""
+    """Joins clips of one corpus, voice, role and split, in their order, up to a maximum number of tokens."""
     open_ones: dict[tuple[object, ...], TrainingUtterance] = {}
     joined = []
     for one in utterances:
@@ -339,7 +341,7 @@ def join(utterances: Sequence[TrainingUtterance], max_tokens: int) -> list[Train
 
 
 def _begin_released(config: ReleasedFlowConfig, mean: Tensor) -> ReleasedFlow:
-    """Random weights; what it gives begins at the mean mel (M,), for it works on mels as they are, far from zero."""
+    """A random flow whose output starts at the mean mel (M,), because its mels are not normalized."""
     flow = ReleasedFlow(config)
     for layer in (flow.length_regulator.model[-1], flow.decoder["estimator"].get_submodule("final_proj")):
         assert isinstance(layer, nn.Conv1d)

@@ -1,7 +1,7 @@
 """The loop under every training stage: step, log, evaluate, sample, save, resume.
 
-A batch is a pure function of its index, and the random generator is set from the index before each use, so a resumed
-run needs only weights, optimizer and step to equal an uninterrupted one.
+A batch is a pure function of its index, and the random generator is seeded from the index before each use. A resumed
+run therefore needs only weights, optimizer and step to equal an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How to train, whatever is trained.
+    """Settings of the loop, the same for every stage.
 
     Attributes:
-        num_steps: optimizer steps in all; the schedule ends there.
-        schedule: fall of the learning rate after the warm-up, down to `learning_rate * min_lr_ratio`.
+        num_steps: total optimizer steps; the schedule ends there.
+        schedule: decay of the learning rate after the warm-up, down to `learning_rate * min_lr_ratio`.
         accumulate: batches per optimizer step and process.
         checkpoint_every_s: seconds between checkpoints.
     """
@@ -66,22 +66,22 @@ class LoopConfig:
 
 
 class TrainingStage(Protocol):
-    """What one training stage tells the loop.
+    """The interface of a training stage to the loop.
 
     Attributes:
         phases: what is optimized, one optimizer each, in order (a GAN has two).
-        weights: of the losses, by the same names.
+        weights: weights of the losses, by name.
     """
 
     phases: Mapping[str, nn.Module]
     weights: Mapping[str, float]
 
     def batch(self, index: int) -> Batch:
-        """The batch of that number, on the CPU: a pure function of the index."""
+        """The batch with this index, on the CPU; a pure function of the index."""
         ...
 
     def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Named scalar losses of one phase; none when it is idle in this step."""
+        """Named scalar losses of one phase; empty when the phase is idle in this step."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -191,7 +191,7 @@ def _optimize(
 
 
 def _quiet(stage: TrainingStage, work: Any) -> Any:
-    """Runs work in evaluation mode without gradients, and puts the stage back."""
+    """Runs work in evaluation mode without gradients, then restores training mode."""
     for module in stage.phases.values():
         module.eval()
     with torch.no_grad():
@@ -204,7 +204,7 @@ def _quiet(stage: TrainingStage, work: Any) -> Any:
 def _prefetch(
     stage: TrainingStage, config: LoopConfig, step: int, rank: int, world: int
 ) -> Iterator[tuple[int, Batch]]:
-    """Batches with their indices, the next one made while one is used."""
+    """Batches with their indices; the next one is prepared while one is in use."""
     first = step * config.accumulate * world + rank
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(stage.batch, first)
@@ -235,7 +235,7 @@ def _start_distributed() -> tuple[int, int]:
 def _checkpoint(
     stage: TrainingStage, optimizers: Mapping[str, torch.optim.Optimizer], step: int, folder: Path, max_shard_bytes: int
 ) -> None:
-    """Writes weights and optimizers beside the older checkpoint, then removes the older one."""
+    """Writes weights and optimizers as a new checkpoint, then removes the older one."""
     unfinished = folder / f"step-{step:07d}.part"
     unfinished.mkdir(parents=True, exist_ok=True)
     for name, module in stage.phases.items():

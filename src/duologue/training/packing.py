@@ -1,7 +1,7 @@
 """Training sequences of a language model: packed into rows of one length, and the loss over them.
 
-Several sequences share a row. Their position ids begin anew at 0, from which transformers makes a block-diagonal mask,
-so a sequence never sees its neighbours: packing equals separate runs.
+Several sequences share a row. The position ids of each start at 0, from which transformers makes a block-diagonal mask.
+No sequence attends to another one, so packing equals separate runs.
 
 Shapes: B rows, L ids of a row, N trained ids of a batch, V ids of the vocabulary.
 """
@@ -22,7 +22,7 @@ from duologue.interleave import InterleaveState, Kind, Schedule
 from duologue.training.loop import Batch
 from duologue.vocabulary import Vocabulary
 
-# What predicting an id trains; 0 where it is not trained.
+# The loss of predicting an id, as flags; 0 for none.
 UNTRAINED, TEXT, SPEECH = 0, 1, 2
 LOSSES = {"text": TEXT, "speech": SPEECH}
 
@@ -32,8 +32,8 @@ class Example:
     """One training sequence.
 
     Attributes:
-        ids: joint ids.
-        trains: as long as ids; UNTRAINED, TEXT or SPEECH for predicting that id from those before it.
+        ids: ids of the joint vocabulary.
+        trains: for each id, the loss of predicting it from the earlier ones: UNTRAINED, TEXT or SPEECH.
     """
 
     ids: Sequence[int]
@@ -45,10 +45,10 @@ class Example:
 
 @lru_cache(maxsize=4096)  # replies with as many ids of each kind look alike
 def decisions(kinds: tuple[int, ...], schedule: Schedule) -> tuple[int, ...]:
-    """TEXT for every id of a reply that stands where a text id could stand, SPEECH for the others; `kinds` as integers.
+    """TEXT for every id of a reply at a position where a text id is legal, SPEECH for the others; `kinds` as integers.
 
-    The first speech id after the text says that the text is finished, and the end after a full speech run says so too:
-    both are decisions about the text. So copies that train one and copies that train the other cover every id once.
+    The first speech id after the text decides that the text is finished. So does the end after a full speech run. Both
+    are decisions about the text. The copy that trains text and the copy that trains speech thus cover every id once.
     """
     state = InterleaveState(schedule)
     trains = []
@@ -59,10 +59,10 @@ def decisions(kinds: tuple[int, ...], schedule: Schedule) -> tuple[int, ...]:
 
 
 def corrupt_heard_speech(example: Example, share: float, vocabulary: Vocabulary, rng: np.random.Generator) -> Example:
-    """The example with `share` of the speech ids that it only listens to replaced by random ones.
+    """The example with `share` of its untrained speech ids replaced by random ones.
 
-    A model that sees the same clips several times would otherwise learn their exact tokens, which another voice or room
-    never gives.
+    A model that sees the same clips several times would otherwise learn their exact tokens. Another voice or room never
+    gives the same tokens.
     """
     if not share:
         return example
@@ -74,7 +74,7 @@ def corrupt_heard_speech(example: Example, share: float, vocabulary: Vocabulary,
 
 
 def fill(draw: Callable[[], Example], num_rows: int, length: int, patience: int = 3) -> list[list[Example]]:
-    """Draws examples into rows, each into the first row that has room, until `patience` of them found none."""
+    """Draws examples into rows, each into the first row with room, until `patience` of them did not fit."""
     rows: list[list[Example]] = [[] for _ in range(num_rows)]
     room = [length] * num_rows
     missed = 0
@@ -93,9 +93,10 @@ def pack(rows: Sequence[Sequence[Example]], length: int, padding_id: int) -> Bat
     """Rows of examples as tensors.
 
     Returns:
-        `input_ids` (B, L) int64, with `padding_id` behind the last example of a row; `position_ids` (B, L) int64,
-        from 0 in each example and in the padding; `targets` (B, L) int64, the id that follows within the same example;
-        `trains` (B, L) int64, what predicting the target trains.
+        input_ids: (B, L) int64, with `padding_id` after the last example of a row.
+        position_ids: (B, L) int64, from 0 in each example and in the padding.
+        targets: (B, L) int64, the next id within the same example.
+        trains: (B, L) int64, the loss of predicting the target.
     """
     shape = (len(rows), length)
     input_ids, positions = np.full(shape, padding_id), np.zeros(shape, np.int64)
@@ -120,14 +121,15 @@ def losses(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
     """Cross-entropy of a packed batch.
 
     Returns:
-        `text` and `speech`: the sums over the ids that train each, both over the number of all trained ids, so that
-        every id weighs the same; `text_nll` and `speech_nll` without gradient: nats per id, for the log.
+        text, speech: the sum over the ids that train each, divided by the number of all trained ids. Every id thus has
+            the same weight.
+        text_nll, speech_nll: nats per id without gradient, for the log.
     """
     hidden = model.base_model(
         input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
     ).last_hidden_state  # (B, L, D)
     chosen = batch["trains"] > UNTRAINED
-    # Only ids that are trained meet the whole vocabulary.
+    # Only trained ids need logits over the whole vocabulary.
     scores = model.get_output_embeddings()(hidden[chosen]).float()  # (N, V)
     nll = functional.cross_entropy(scores, batch["targets"][chosen], reduction="none")
     values: dict[str, Tensor] = {}
@@ -141,7 +143,7 @@ def losses(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def mean_losses(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[str, float]:
-    """Nats per id over several batches, `text_nll` and `speech_nll`; a kind that never comes is left out."""
+    """Nats per id over several batches, `text_nll` and `speech_nll`; a kind without ids is left out."""
     totals, counts = dict.fromkeys(LOSSES, 0.0), dict.fromkeys(LOSSES, 0)
     for batch in batches:
         values = losses(model, {name: value.to(model.device) for name, value in batch.items()})

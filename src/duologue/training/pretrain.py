@@ -1,7 +1,7 @@
 """Stage `pretrain`: speech and text become one language (arXiv:2412.02612, stage 1; arXiv:2411.17607).
 
-A mixture of jobs over the token corpus, packed into rows. Reading aloud (TTS) and weaving are learned from the reply
-voice alone, because that is the voice the model answers in; listening (ASR) from every voice.
+The training data is a mixture of jobs over the token corpus, packed into rows. Reading aloud (TTS) and interleaving are
+learned from the reply voice alone, because the model answers in it. Listening (ASR) is learned from every voice.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Mixture:
     Attributes:
         asr: speech of any voice -> its text.
         tts: text -> its speech in the reply voice.
-        woven: what the reply voice says, text and speech in the runs of a reply.
+        woven: speech of the reply voice with its text, interleaved in the runs of a reply.
         spans: the turns of a dialogue as one document, each in text or in speech.
         speech: speech of any voice by itself.
         text: writing by itself.
@@ -76,13 +76,16 @@ class Mixture:
 
 @dataclass(frozen=True)
 class PretrainRecipe:
-    """Attributes:
-    corpus, vocabulary: folders of the token corpus and of the vocabulary it was made with.
-    start_from: folder of a causal LM of any architecture to start from; empty for a new Glm of the sizes in `language`.
-    tokenizer: folder of the frozen tokenizer, whose codebook a new Glm starts its speech embeddings from; may be empty.
-    length, num_rows: ids in a row, rows in a batch; `num_valid_rows` in the one batch of each job's validation.
-    text_weight, speech_weight: of the loss on every text id and every speech id.
-    corrupt_heard_speech: share of the speech ids without a loss that are replaced by random ones.
+    """Recipe of the stage `pretrain`.
+
+    Attributes:
+        corpus, vocabulary: folders of the token corpus and of the vocabulary it was made with.
+        start_from: folder of a causal LM of any architecture; empty for a new Glm of the sizes in `language`.
+        tokenizer: folder of the frozen tokenizer; its codebook initializes the speech embeddings of a new Glm. May be
+            empty.
+        length, num_rows: ids in a row, rows in a batch; `num_valid_rows` in the one validation batch of each job.
+        text_weight, speech_weight: loss weight of every text id and every speech id.
+        corrupt_heard_speech: share of the speech ids without a loss that are replaced by random ones.
     """
 
     corpus: str
@@ -101,7 +104,7 @@ class PretrainRecipe:
 
 
 class Jobs:
-    """Random examples of the mixture. Samples that do not fit a row of `length` ids are left out.
+    """Random examples of the mixture, without samples that do not fit a row of `length` ids.
 
     Raises:
         ValueError: the mixture asks for a job that the corpus has no sample for.
@@ -135,7 +138,7 @@ class Jobs:
         self._pools: dict[str, NDArray[np.int64]] = pools
 
     def __call__(self, rng: np.random.Generator) -> Example:
-        """An example of a job drawn by its share."""
+        """An example of a job that is drawn by its share."""
         while True:
             name = self._names[int(rng.choice(len(self._names), p=self._shares))]
             pool = self._pools[name]
@@ -175,7 +178,7 @@ class Jobs:
         return by_kind(made, vocabulary)
 
     def _spans(self, parts: list[tuple[Sequence[int], Sequence[int]]], rng: np.random.Generator) -> list[int]:
-        """The turns one after another, each in one modality; neighbours differ where they can."""
+        """The turns in order, each in one modality; adjacent turns differ in modality where possible."""
         ids: list[int] = []
         spoken = bool(rng.integers(2))
         for text, speech in parts:
@@ -199,7 +202,7 @@ def both(labeled: LabeledTurn, vocabulary: Vocabulary) -> tuple[Sequence[int], S
 
 
 def by_kind(sample: Sample, vocabulary: Vocabulary) -> Example:
-    """A sample whose text ids train text and whose speech ids train speech; its end counts as what it ends."""
+    """A sample whose text ids train text and whose speech ids train speech; the end counts as the kind before it."""
     kinds = vocabulary.kinds[sample.ids]
     trains = np.where(kinds == Kind.SPEECH, SPEECH, TEXT)
     ends = ~np.isin(kinds, (Kind.SPEECH, Kind.TEXT))
@@ -212,10 +215,10 @@ def by_kind(sample: Sample, vocabulary: Vocabulary) -> Example:
 def open_corpora(
     corpus: str, vocabulary: str, model_folder: str
 ) -> tuple[Vocabulary, Provenance, TokenCorpus, TokenCorpus]:
-    """The vocabulary, what the corpus was made with, and its samples for training and for validation.
+    """The vocabulary, the provenance of the corpus, and its samples for training and for validation.
 
     Raises:
-        ValueError: corpus, vocabulary and, where it tells, the model in `model_folder` do not belong together.
+        ValueError: corpus, vocabulary and the model in `model_folder` were not made with each other.
     """
     owner = Vocabulary.load(vocabulary)
     train = TokenCorpus(corpus, splits=("train",))
@@ -283,7 +286,7 @@ class PretrainStage:
         return metrics
 
     def sample(self, folder: Path) -> None:
-        """Writes what the model hears in validation clips beside what was said, as transcripts.jsonl."""
+        """Writes the model's transcripts of validation clips with the reference texts, as transcripts.jsonl."""
         engine = PlainEngine(self.model, self.vocabulary)
         lines = []
         clips = self.valid.where("task", "clip")

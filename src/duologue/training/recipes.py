@@ -1,6 +1,7 @@
 """From a stage's name and a recipe file to a training.
 
-A recipe is YAML read as data into the frozen dataclass of its stage: an unknown key is an error, nothing is executed.
+A recipe is YAML that is read as data into the frozen dataclass of its stage. An unknown key is an error, and nothing is
+executed.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ STAGES = {
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run of a stage came to.
+    """Result of a run of a stage.
 
     Attributes:
-        folder: where the finished component lies, or the token corpus.
+        folder: folder of the finished component, or of the token corpus.
         metrics: the last evaluation; counts for a token corpus.
     """
 
@@ -41,10 +42,10 @@ class Trained:
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping in a recipe file, with `section.key=value` overrides put in; values are read as YAML.
+    """The mapping in a recipe file, with `section.key=value` overrides applied; values are read as YAML.
 
     Raises:
-        ValueError: the file is no plain YAML, or an override is not of that form.
+        ValueError: the file is not plain YAML, or an override does not have that form.
     """
     recipe = read_yaml(path)
     for override in overrides:
@@ -64,7 +65,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 def train(
     stage: str, recipe: str | Path, out: str | Path | None = None, overrides: Sequence[str] = (), device: str = "cpu"
 ) -> Trained:
-    """Runs a stage to its end, or on from its last checkpoint.
+    """Runs a stage to its end, resuming from its last checkpoint.
 
     Args:
         stage: one of `STAGES`.

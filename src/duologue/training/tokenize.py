@@ -1,8 +1,8 @@
 """Step `tokens`: an audio corpus becomes a token corpus, by a frozen speech tokenizer and the vocabulary.
 
-Every shard of clips becomes a shard of samples of one turn; every table of dialogues becomes a shard of chat samples
-made of those, or of writing where nothing is spoken; text files become a shard of writing. A shard that is there
-already is left as it is, so a stopped run goes on where it was. Ids are computed in float32, as in a conversation.
+Every shard of clips becomes a shard of samples of one turn. Every table of dialogues becomes a shard of chat samples
+made of those clips, or of written ones where nothing is spoken. Text files become a shard of written samples. Existing
+shards are kept, so a stopped run resumes. Ids are computed in float32, as in a conversation.
 """
 
 from __future__ import annotations
@@ -43,16 +43,18 @@ from duologue.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class TokensRecipe:
-    """Attributes:
-    corpora: folders of clips and, where they have them, dialogues; each folder has a name of its own.
-    texts: files with one text a line.
-    tokenizer, vocabulary: folders of the frozen speech tokenizer and of the vocabulary.
-    out: folder of the token corpus.
-    splits: clips and dialogues of other splits are left out.
-    variants: times each clip of a user is heard, each time in another room, noise and level; replies are heard once,
-        as they are.
-    clean_probability: share of the user's clips that are left as they are.
-    batch_s: seconds of sound in a batch.
+    """Recipe of the step `tokens`.
+
+    Attributes:
+        corpora: folders of clips and, where they have them, dialogues; the folder names differ.
+        texts: files with one text per line.
+        tokenizer, vocabulary: folders of the frozen speech tokenizer and of the vocabulary.
+        out: folder of the token corpus.
+        splits: clips and dialogues of other splits are left out.
+        variants: number of augmented variants of each clip of a user, with another room, noise and level each. Replies
+            have one, without augmentation.
+        clean_probability: share of the user's clips without augmentation.
+        batch_s: seconds of sound in a batch.
     """
 
     corpora: tuple[str, ...]
@@ -79,8 +81,8 @@ def run_tokens(recipe: TokensRecipe) -> Manifest:
     """Makes or completes the token corpus of a recipe.
 
     Raises:
-        ValueError: a folder is missing or not what it should be, the vocabulary has another codebook than the
-            tokenizer, or the corpus that is there was made with another tokenizer or vocabulary.
+        ValueError: a folder is missing or of another kind; the codebook of the vocabulary is not the tokenizer's. Or
+            the existing corpus was made with another tokenizer or vocabulary.
     """
     tokenizer = load_component(recipe.tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
     vocabulary = Vocabulary.load(recipe.vocabulary)
@@ -113,7 +115,7 @@ def run_tokens(recipe: TokensRecipe) -> Manifest:
 
 
 def _clips(shard: Path, tokenizer: SpeechTokenizer, vocabulary: Vocabulary, recipe: TokensRecipe) -> list[CorpusSample]:
-    """The clips of one shard as samples of one turn; variants after the first have "#1", "#2" behind their id."""
+    """The clips of one shard as samples of one turn; ids of variants after the first end in "#1", "#2"."""
     clips = Clips(shard.parent, splits=recipe.splits, shards=shard.stem)
     todo = [
         (index, variant)
@@ -142,9 +144,9 @@ def _clips(shard: Path, tokenizer: SpeechTokenizer, vocabulary: Vocabulary, reci
 def _ahead(
     todo: list[tuple[int, int]], clips: Clips, recipe: TokensRecipe
 ) -> Iterator[tuple[list[tuple[int, int]], Padded]]:
-    """Batches of like lengths that hold `batch_s` seconds with their padding, the next one made while one is used."""
+    """Batches of similar lengths of `batch_s` seconds with padding; the next one is prepared while one is in use."""
     batches: list[list[tuple[int, int]]] = [[]]
-    for one in todo:  # sorted by length: the new one is the longest
+    for one in todo:  # sorted by length, so the new one is the longest
         clip = clips.records[one[0]]
         if batches[-1] and (len(batches[-1]) + 1) * clip.num_samples > recipe.batch_s * clip.sample_rate:
             batches.append([])
@@ -163,7 +165,7 @@ def _ahead(
 
 
 def _heard(clips: Clips, index: int, variant: int, recipe: TokensRecipe) -> Wav:
-    """One clip as the tokenizer hears it: a pure function of the clip's id, the variant and the seed."""
+    """One augmented clip: a pure function of the clip's id, the variant and the seed."""
     clip: Clip = clips.records[index]
     wav = clips.wav(index)
     if clip.role == "reply":
@@ -176,7 +178,7 @@ def _heard(clips: Clips, index: int, variant: int, recipe: TokensRecipe) -> Wav:
 
 
 class _Spoken:
-    """Clips of a corpus by their id, read from its shards when first asked for."""
+    """Clips of a corpus by id, read from its shards on first access."""
 
     def __init__(self, shards: list[Path]) -> None:
         self._shards = shards
@@ -192,7 +194,7 @@ class _Spoken:
         return self._turns[clip]
 
     def variants(self, clip: str) -> int:
-        """How often the clip was heard."""
+        """Number of variants of the clip."""
         self[clip]
         count = 1
         while f"{clip}#{count}" in self._turns:
@@ -201,7 +203,7 @@ class _Spoken:
 
 
 def _dialogues(table: Path, spoken: _Spoken, vocabulary: Vocabulary, recipe: TokensRecipe) -> list[CorpusSample]:
-    """The dialogues of one table, each as often as its clips have renditions and variants."""
+    """The dialogues of one table, once for each rendition and variant of its clips."""
     samples, too_fast = [], 0
     for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
         row = json.loads(line)
@@ -230,7 +232,7 @@ def _dialogues(table: Path, spoken: _Spoken, vocabulary: Vocabulary, recipe: Tok
 
 
 def _renditions(turn: Mapping[str, Any], spoken: _Spoken) -> list[str]:
-    """Ids of everything that was heard of a turn; none for a turn that was only written."""
+    """Ids of all renditions of a turn; empty for a turn that was only written."""
     return [
         f"{clip}#{variant}" if variant else clip
         for clip in turn.get("clip", ())
@@ -243,7 +245,7 @@ class _TooFast(ValueError):
 
 
 def _labeled(turn: Mapping[str, Any], clip: Mapping[str, Any], language: str, vocabulary: Vocabulary) -> LabeledTurn:
-    """One turn of a dialogue: a user's as speech with its transcript, a reply in runs; text where there is no clip."""
+    """One turn of a dialogue: a user's as speech with its transcript, a reply interleaved; text without a clip."""
     role, text = Role(turn["role"]), vocabulary.encode_text(turn["text"])
     style = turn.get("style") or clip.get("style", "")
     if not clip:
@@ -258,7 +260,7 @@ def _labeled(turn: Mapping[str, Any], clip: Mapping[str, Any], language: str, vo
 
 
 def _texts(file: Path, vocabulary: Vocabulary) -> list[CorpusSample]:
-    """The lines of a text file as writing."""
+    """The lines of a text file as written samples."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -32,18 +32,20 @@ _MARGIN_S = 0.025  # cut away after resampling: the filter's ringing at the cuts
 
 @dataclass(frozen=True)
 class VocoderRecipe:
-    """Attributes:
-    corpora: folders of clips.
-    start_from: a folder of an earlier run of this stage (`final`) to start from; empty for random weights.
-    batch_size: crops in a batch.
-    crop_frames: mel frames of each crop that are compared; 48 are 0.56 s.
-    context_frames: mel frames before them, which only fill the network's past.
-    gain_db: range of the level, relative to the clip; never so loud that it clips.
-    reply_share: share of crops from the reply voice; the rest is from all other clips.
-    resolutions, mels: n_fft and number of mels of each spectral loss.
-    adversarial_from_step: the discriminators begin to learn.
-    adversarial_warmup_steps: for so long they learn alone, before the vocoder listens to them.
-    adversarial_frames: mel frames of each crop that the discriminators see.
+    """Recipe of the stage `vocoder`.
+
+    Attributes:
+        corpora: folders of clips.
+        start_from: folder of an earlier run of this stage (`final`) to start from; empty for random weights.
+        batch_size: crops in a batch.
+        crop_frames: mel frames of each crop that are compared; 48 are 0.56 s.
+        context_frames: mel frames before them, which only fill the network's past.
+        gain_db: range of the level, relative to the clip, limited so that no sample clips.
+        reply_share: share of crops from the reply voice; the rest is from all other clips.
+        resolutions, mels: n_fft and number of mels of each spectral loss.
+        adversarial_from_step: step at which the training of the discriminators begins.
+        adversarial_warmup_steps: number of steps in which they train before the vocoder gets their loss.
+        adversarial_frames: mel frames of each crop that the discriminators get.
     """
 
     corpora: tuple[str, ...]
@@ -125,7 +127,7 @@ class VocoderStage:
 
     @property
     def tail_frames(self) -> int:
-        """Mel frames after those compared: their windows and the lookahead need them, free of the crop's edge."""
+        """Mel frames after the compared ones, which their windows and the lookahead need."""
         return 4 + self.vocoder.config.lookahead_frames
 
     def batch(self, index: int) -> Batch:
@@ -158,7 +160,7 @@ class VocoderStage:
         return losses
 
     def evaluate(self) -> dict[str, float]:
-        """L1 between the log-mels of held-out clips and of their resynthesis, of all and of the reply voice."""
+        """L1 between the log-mels of held-out clips and of their resynthesis, for all voices and the reply voice."""
         errors: dict[str, list[float]] = {"mel_l1": [], "mel_l1_reply": []}
         for i in self._valid_indices():
             wav = self._valid_wav(i)
@@ -192,7 +194,7 @@ class VocoderStage:
             return mel
 
     def _crop(self, rng: np.random.Generator) -> Wav:
-        """One crop (S,) at 22.05 kHz, at a random level. It may begin before its clip and end after it."""
+        """One crop (S,) at 22.05 kHz, at a random level. It may extend beyond its clip on both sides."""
         recipe = self.recipe
         pool = self.reply if rng.random() < recipe.reply_share else self.others
         corpus, i = pool[int(rng.integers(len(pool)))]
@@ -210,7 +212,7 @@ class VocoderStage:
         return crop * np.float32(min(gain, 0.98 / (float(np.abs(crop).max()) + 1e-6)))
 
     def _valid_indices(self) -> list[int]:
-        """Held-out clips, those of the reply voice and others in turn."""
+        """Indices of held-out clips, alternating between the reply voice and others."""
         reply = [i for i, clip in enumerate(self.valid.records) if clip.role == "reply"]
         others = [i for i, clip in enumerate(self.valid.records) if clip.role != "reply"]
         half = self.recipe.num_valid_clips // 2
