@@ -10,24 +10,25 @@
 ARG BASE=python:3.11-slim
 FROM ${BASE}
 
-# libsndfile comes with the soundfile wheel. A CUDA base has no Python of its own; the Python images have.
+# libsndfile comes with the soundfile wheel. A CUDA base has no Python; the versions of its packages belong to the base.
+# hadolint ignore=DL3008
 RUN if ! command -v python3 >/dev/null || ! python3 -c "import venv, ensurepip" 2>/dev/null; then \
         apt-get update && \
         DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends python3 python3-venv && \
         rm -rf /var/lib/apt/lists/*; \
     fi
 
-RUN useradd --system --create-home --shell /usr/sbin/nologin duologue && python3 -m venv /opt/duologue
+RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin duologue && python3 -m venv /opt/duologue
 ENV PATH=/opt/duologue/bin:$PATH PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 OMP_WAIT_POLICY=PASSIVE
 
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src ./src
-# TORCH_INDEX names a package index with the builds of torch for the base, such as https://download.pytorch.org/whl/cpu.
+# TORCH_INDEX is the address of a package index with other builds of torch, such as the smaller ones for CPUs alone.
 ARG TORCH_INDEX=
 RUN pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}} ".[serve]"
 
-USER duologue
+USER 10001
 WORKDIR /home/duologue
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=120s \

@@ -117,7 +117,7 @@ class PageServer:
         self._do(end())
 
     def _do(self, work: Any) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(300)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[PageServer]:
