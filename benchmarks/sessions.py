@@ -267,7 +267,7 @@ class _User:
         session = self.bot.session(sampling=sampling)
         # They have not all begun at the same moment.
         await asyncio.sleep(rng.uniform(0, min(4.0, seconds / 2)))
-        while time.perf_counter() - self.start < seconds:
+        while not (self.exchanges or self.refused) or time.perf_counter() - self.start < seconds:
             question = self.asked[int(rng.integers(len(self.asked)))]
             try:
                 self.exchanges.append(await self._ask(session, question))

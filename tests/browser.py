@@ -31,7 +31,8 @@ from playwright.sync_api import (
     expect,
 )
 
-expect.set_options(timeout=20_000)  # a busy machine is not a failing test
+TIMEOUT_S = 120.0  # a busy machine is not a failing test
+expect.set_options(timeout=1000 * TIMEOUT_S)
 
 CHROMIUM = os.environ.get("DUOLOGUE_CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -69,6 +70,7 @@ class Visit:
         """A new page; `options` are playwright's of a context."""
         permissions = ["microphone"] if microphone else []
         context = browser.new_context(**{"viewport": DESKTOP, "permissions": permissions, **options})
+        context.set_default_timeout(1000 * TIMEOUT_S)
         visit = cls(context.new_page(), context, url)
         visit.page.on("console", visit.said)
         visit.page.on("pageerror", visit.threw)
@@ -99,6 +101,18 @@ class Visit:
         self.page.get_by_label("Message").fill(words)
         self.page.keyboard.press("Enter")
 
+    def record_status(self) -> Callable[[], list[str]]:
+        """From now on notes each text of the status line, however short it stands; returns what reads the notes."""
+        self.page.evaluate(
+            """() => {
+              const line = document.querySelector("#status");
+              window.shownStatus = [line.textContent];
+              const note = () => window.shownStatus.push(line.textContent);
+              new MutationObserver(note).observe(line, { childList: true, characterData: true, subtree: true });
+            }"""
+        )
+        return lambda: list(self.page.evaluate("window.shownStatus"))
+
     def turn(self, who: str, words: str) -> Any:
         return self.page.locator(f".turn.{who}").filter(has_text=words)
 
@@ -122,7 +136,7 @@ class Visit:
         return json.loads((tmp_path / "talk.json").read_text()), wav
 
 
-def wait_for(found: Callable[[], Any], page: Page, seconds: float = 20.0) -> Any:
+def wait_for(found: Callable[[], Any], page: Page, seconds: float = TIMEOUT_S) -> Any:
     end = time.monotonic() + seconds
     while not (result := found()):
         assert time.monotonic() < end, "nothing came"

@@ -36,7 +36,7 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[ServerPro
     from tests.live import write_greedy_chatbot
 
     folder = write_greedy_chatbot(tmp_path_factory.mktemp("greedy"))
-    with start_server(str(folder), ("--resume-s", "0", "--stall-s", "2")) as server:
+    with start_server(str(folder), ("--resume-s", "0")) as server:
         yield server
 
 

@@ -31,7 +31,7 @@ from duologue.serving.service import Service
 from duologue.serving.settings import Settings
 from duologue.vocabulary import Vocabulary
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 300.0  # a busy machine is not a failing test
 TEXT = "Seven plus five is twelve."
 NUM_SPEECH = 45
 QUESTION = Path(duologue.__file__).parent / "pocket" / "question.wav"
@@ -223,8 +223,8 @@ def sound(events: Sequence[Event]) -> bytes:
 
 def kept(server: LiveServer, session_id: str) -> SavedConversation:
     """What the server keeps of a conversation whose client has gone."""
-    for _ in range(2000):
-        if session_id in server.service.resumable._stored:
-            return server.service.resumable._stored[session_id].conversation
+    deadline = time.monotonic() + TIMEOUT_S
+    while session_id not in server.service.resumable._stored:
+        assert time.monotonic() < deadline, "the server has not noticed that its client is gone"
         time.sleep(0.005)
-    raise AssertionError("the server has not noticed that its client is gone")
+    return server.service.resumable._stored[session_id].conversation

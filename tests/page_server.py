@@ -117,7 +117,7 @@ class PageServer:
         self._do(end())
 
     def _do(self, work: Any) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(5)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(300)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[PageServer]:
@@ -133,12 +133,12 @@ class PageServer:
 
         thread = threading.Thread(target=lambda: self._loop.run_until_complete(main()), daemon=True)
         thread.start()
-        self.port = started.result(10)
+        self.port = started.result(300)
         try:
             yield self
         finally:
             self._loop.call_soon_threadsafe(stop.set)
-            thread.join(10)
+            thread.join(300)
 
     def _page(self, connection: ServerConnection, request: Request) -> Response | None:
         path = urlsplit(request.path).path

@@ -109,10 +109,10 @@ async def fate(socket: ClientConnection, frames: list[str | bytes]) -> list[dict
     for event in seen:
         assert isinstance(event["event_id"], str)
         if event["type"] == "error":
-            error = event["error"]
-            assert error["message"].strip(), error
-            assert error["type"] == "invalid_request_error", error  # never the server's own fault
-            assert len(error["message"]) < 2000, "an attacker's value comes back whole"
+            refusal = event["error"]
+            assert refusal["message"].strip(), refusal
+            assert refusal["type"] == "invalid_request_error", refusal  # never the server's own fault
+            assert len(refusal["message"]) < 2000, "an attacker's value comes back whole"
     return seen
 
 

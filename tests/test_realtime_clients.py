@@ -14,7 +14,7 @@ from duologue import rates
 from tests.live_server import NUM_SPEECH, TEXT, LiveServer, question, scripted_bot, serving
 
 KEY = "a-key-of-enough-length"
-TIMEOUT_S = 60.0
+TIMEOUT_S = 300.0  # a busy machine is not a failing test
 
 
 @pytest.fixture(scope="module")

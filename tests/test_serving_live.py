@@ -23,11 +23,12 @@ from duologue.audio import load_audio, resample
 from duologue.conversation.chatbot import Chatbot, load, model_folder
 from duologue.serving.recording import SAMPLE_RATE, SessionRecorder, remove_leftovers
 from duologue.turns import Conversation, Role
+from tests.clock import pass_time
 from tests.serving import Running, running
 from tests.tiny import write_tiny_chatbot
 
 KEYS = ("first-key-of-the-tests", "second-key-of-the-tests")
-WAIT_S = 60.0
+WAIT_S = 300.0  # a busy machine is not a failing test
 
 
 @pytest.fixture(scope="module")
@@ -163,14 +164,13 @@ def test_a_full_server_refuses(bot: Chatbot) -> None:
 
 
 def test_limits_of_time_and_size_close_with_a_reason(bot: Chatbot) -> None:
-    with running(bot, idle_s=0.3, max_message_bytes=5000) as server:
-        with Client(server) as client:
-            client.until("session.created")
-            code, reason = client.closed()
-            assert (code, "has sent nothing for 0.3 s" in reason) == (1000, True)
-        with Client(server) as client:
-            client.send("input_audio_buffer.append", audio="A" * 8000)
-            assert client.closed()[0] == 1009
+    with running(bot, idle_s=0.3) as server, Client(server) as client:
+        client.until("session.created")
+        code, reason = client.closed()
+        assert (code, "has sent nothing for 0.3 s" in reason) == (1000, True)
+    with running(bot, max_message_bytes=5000) as server, Client(server) as client:
+        client.send("input_audio_buffer.append", audio="A" * 8000)
+        assert client.closed()[0] == 1009
     with running(bot, session_s=0.3) as server, Client(server) as client:
         assert "may last at most 0.3 s" in client.closed()[1]
 
@@ -210,10 +210,11 @@ def test_a_reconnecting_client_replaces_its_connection(bot: Chatbot) -> None:
 
 
 def test_saved_conversations_expire(bot: Chatbot) -> None:
-    with running(bot, resume_s=0.2) as server:
+    with running(bot, resume_s=1e5) as server:
         with Client(server) as client:
             session = client.until("session.created")["session"]["id"]
         eventually(lambda: len(server.service.resumable) == 1)
+        pass_time(server.loop, 1e5)
         eventually(lambda: len(server.service.resumable) == 0)
         with Client(server, f"?session_id={session}") as client:
             assert client.until("session.created")["session"]["id"] != session
@@ -381,7 +382,6 @@ def test_a_stalled_reader_is_dropped(bot: Chatbot) -> None:
         body = json.dumps({"input": "Hello, how are you? " * 60, "response_format": "wav"}).encode()
         head = f"POST /v1/audio/speech HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        eventually(lambda: server.service.admission.num_active == 1)
         stalled = server.service.metrics.errors.labels("stalled")
         eventually(lambda: stalled._value.get() == 1)
         eventually(lambda: server.service.admission.num_active == 0)

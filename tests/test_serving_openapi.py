@@ -66,7 +66,7 @@ def test_routes_match_the_document(server: Running, document: Any, method: str, 
     @given(case=operation.as_strategy(generation_mode=wanted))
     def check(case: Any) -> None:
         case.call_and_validate(
-            base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=unsaid, timeout=60
+            base_url=server.url, headers={"Authorization": f"Bearer {KEY}"}, excluded_checks=unsaid, timeout=300
         )
 
     check()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from duologue.conversation.chatbot import Chatbot, Reply, Session, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Chatbot", "Reply", "Session", "load"]
 
 
