@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from duologue.audio import LogMelConfig
-from duologue.checkpoint import load_component
+from duologue.checkpoint import load_component, load_tensors
 from duologue.layers import Padded
+from duologue.released.tokenizer import load_released_tokenizer, save_released_tokenizer
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import Quantizer, QuantizerConfig
 from duologue.tokenizer.speech_recognizer import load_speech_recognizer
@@ -138,6 +139,22 @@ def test_clips_bypass_the_quantizer_less_and_less(audio_corpus: Path, whisper: P
     stage = TokenizerStage(recipe(audio_corpus, whisper, quantize_from_step=10, bypass_until_step=30, bypass=0.5))
     assert [stage._bypass(step) for step in (0, 9, 10, 20, 30, 99)] == [1.0, 1.0, 0.5, 0.25, 0.0, 0.0]
     assert "commitment" not in stage.losses("model", stage.batch(0), 9)
+
+
+def test_released_sizes_are_saved_in_the_released_layout(audio_corpus: Path, whisper: Path, tmp_path: Path) -> None:
+    plain = SpeechTokenizerConfig(LogMelConfig(floor="utterance"), EncoderConfig(num_layers=2), QuantizerConfig(16))
+    stage = TokenizerStage(recipe(audio_corpus, whisper, tokenizer=plain))
+    run(stage, stage.recipe.loop, tmp_path / "run")
+    saved = load_released_tokenizer(tmp_path / "run" / "final" / "released")
+    wav = Padded.full(0.1 * torch.randn(1, 40_000))
+    torch.testing.assert_close(saved(wav).values, stage.tokenizer.eval()(wav).values)
+    torch.testing.assert_close(saved.embed_positions2.weight, stage.recognizer.embed_positions2.weight)
+    keys = load_tensors(tmp_path / "run" / "final" / "released")
+    assert "model.encoder.layers.2.fc1.weight" in keys
+    assert "model.encoder.layer_norm.bias" in keys
+    other = TokenizerStage(recipe(audio_corpus, whisper))
+    with pytest.raises(ValueError, match=r"quantizer\.normalize=false"):
+        save_released_tokenizer(tmp_path / "no", other.tokenizer, other.recognizer)
 
 
 def test_without_distillation_there_is_no_teacher(audio_corpus: Path, whisper: Path) -> None:

@@ -1,5 +1,6 @@
 """A speech tokenizer that starts from a whole Whisper folder, here a tiny random one written by transformers."""
 
+import json
 import struct
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch.nn import functional
 from transformers import WhisperForConditionalGeneration
 
+from duologue.cli import main
 from duologue.layers import Padded
 from duologue.tokenizer.ctranslate2 import convert_whisper_ct2
 from duologue.tokenizer.encoder import pool
@@ -219,6 +221,14 @@ def test_ctranslate2_folders_are_converted(folder: Path, tmp_path: Path) -> None
     assert not info["unexpected_keys"]
     tokenizer, _ = from_whisper(converted, 2)
     assert tokenizer(Padded.full(torch.randn(1, 16000))).lengths.tolist() == [13]
+
+
+def test_the_command_converts(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = _write_ct2(folder, tmp_path / "ct2")
+    assert main(["convert", "whisper-ct2", str(source), "-o", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["d_model"] == 32
+    assert main(["convert", "whisper-ct2", str(tmp_path / "none"), "-o", str(tmp_path / "out")]) == 2
+    assert "tokenizer.json is missing" in capsys.readouterr().err
 
 
 def test_bad_ctranslate2_folders_are_refused(folder: Path, tmp_path: Path) -> None:

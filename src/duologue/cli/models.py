@@ -12,6 +12,7 @@ from typing import Any
 from duologue.cli.parser import DTYPES, FAILED, add_command, add_decoder_dtype, checked_output, warn_if_untrained
 
 RANDOM_PRESETS = ("tiny", "9b")
+FORMATS = ("glm-4-voice", "whisper-ct2")
 
 
 def add(commands: Any) -> None:
@@ -26,8 +27,11 @@ def add(commands: Any) -> None:
     synthesize.add_argument("--seed", type=int, default=0, help="seed of the decoder's noise")
     add_decoder_dtype(synthesize)
 
-    convert = add_command(commands, "convert", _convert, "convert a released language model for plain transformers")
-    convert.add_argument("folder", type=Path, help="folder of the language model or of the whole released set")
+    convert = add_command(commands, "convert", _convert, "convert a released language model, or a CTranslate2 Whisper")
+    convert.add_argument(
+        "format", nargs="?", choices=FORMATS, default=FORMATS[0], help=f"format of the folder (default: {FORMATS[0]})"
+    )
+    convert.add_argument("folder", type=Path, help="folder of the language model, the whole released set, or Whisper")
     convert.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="a new folder")
     convert.add_argument("--dtype", choices=DTYPES, help="dtype of the new weights (default: unchanged)")
 
@@ -132,6 +136,12 @@ def _read_tokens(source: str) -> tuple[list[int], str | None]:
 
 
 def _convert(args: argparse.Namespace) -> None:
+    if args.format == "whisper-ct2":
+        from duologue.tokenizer.ctranslate2 import convert_whisper_ct2
+
+        sizes = convert_whisper_ct2(args.folder, args.output)
+        print(json.dumps({"folder": str(args.output), **sizes}) if args.json else f"{args.folder} -> {args.output}")
+        return
     from duologue.released.convert import convert
     from duologue.released.folder import ReleasedFolder
 

@@ -23,12 +23,13 @@ from torch.nn import functional
 
 from duologue import rates
 from duologue.audio import LogMel, LogMelConfig, resample
-from duologue.checkpoint import StoredTensor, stored_tensors
-from duologue.config import read_json
+from duologue.checkpoint import StoredTensor, save_tensors, stored_tensors
+from duologue.config import read_json, write_json
 from duologue.layers import Padded
 from duologue.released.weights import check_plain, check_stored
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import Quantized, QuantizerConfig
+from duologue.tokenizer.speech_recognizer import SpeechRecognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 
 Resampler = Literal["soxr", "released"]
@@ -231,6 +232,80 @@ def released_shapes(module: ReleasedSpeechTokenizer) -> dict[str, tuple[int, ...
     return {_released_key(key): tuple(value.shape) for key, value in module.state_dict().items()}
 
 
+def save_released_tokenizer(folder: str | Path, tokenizer: SpeechTokenizer, recognizer: SpeechRecognizer) -> None:
+    """Writes a tokenizer that was trained here in the released layout (docs/checkpoints.md 1.1 and 1.3).
+
+    The encoder layers after the quantizer are stored too, as in the released checkpoint; the text decoder is not.
+
+    Raises:
+        ValueError: the quantizer normalizes its input, or the feature floor is not that of the utterance; the released
+            format has neither.
+    """
+    config = tokenizer.config
+    if config.quantizer.normalize or config.features.floor != "utterance":
+        raise ValueError(
+            "the released format has no normalization before the quantizer, and a feature floor of each utterance: "
+            "train with quantizer.normalize=false and features.floor=utterance"
+        )
+    tensors = {_released_key(key): value for key, value in tokenizer.state_dict().items()}
+    tensors["embed_positions2.weight"] = recognizer.embed_positions2.weight
+    for key, value in recognizer.layers.state_dict().items():
+        number, _, rest = key.partition(".")
+        tensors[f"layers.{int(number) + config.encoder.num_layers}.{rest}"] = value
+    tensors |= {f"layer_norm.{key}": value for key, value in recognizer.layer_norm.state_dict().items()}
+    save_tensors(folder, {PREFIX + key: value.detach().contiguous() for key, value in tensors.items()})
+    write_tokenizer_configs(folder, config, {"encoder_layers": config.encoder.num_layers + len(recognizer.layers)})
+
+
+def write_tokenizer_configs(
+    folder: str | Path, config: SpeechTokenizerConfig, more: Mapping[str, object] | None = None
+) -> None:
+    """Writes `config.json` and `preprocessor_config.json` of a released tokenizer; `more` goes into the former."""
+    folder, encoder = Path(folder), config.encoder
+    features = {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "feature_size": encoder.num_mels,
+        "sampling_rate": rates.LISTEN_SAMPLE_RATE,
+        "hop_length": rates.LISTEN_HOP,
+        "n_fft": LogMel.n_fft,
+        "chunk_length": _chunk_length(encoder.max_positions),
+        "padding_side": "right",
+        "padding_value": 0.0,
+    }
+    write_json(folder / "preprocessor_config.json", features)
+    description = {
+        "architectures": ["WhisperVQEncoder"],
+        "model_type": "whisper",
+        "torch_dtype": "float32",
+        "d_model": encoder.width,
+        "encoder_layers": encoder.num_layers,
+        "encoder_attention_heads": encoder.num_heads,
+        "encoder_ffn_dim": encoder.ffn_dim,
+        "num_mel_bins": encoder.num_mels,
+        "max_source_positions": encoder.max_positions,
+        "activation_function": "gelu",
+        "scale_embedding": False,
+        "encoder_causal_convolution": True,
+        "encoder_causal_attention": False,
+        "quantize_causal_encoder": False,
+        "quantize_causal_block_size": encoder.block_frames,
+        "quantize_position": encoder.num_layers,
+        "quantize_vocab_size": config.quantizer.codebook_size,
+        "quantize_encoder_only": True,
+        "quantize_ema_decay": config.quantizer.ema_decay,
+        "pooling_kernel_size": rates.POOL,
+        "pooling_type": "avg",
+        "pooling_position": encoder.num_layers,
+        **(more or {}),
+    }
+    write_json(folder / "config.json", description)
+
+
+def _chunk_length(max_positions: int) -> int:
+    """Returns the seconds of a piece."""
+    return max_positions * rates.ENCODER_STRIDE * rates.LISTEN_HOP // rates.LISTEN_SAMPLE_RATE
+
+
 def resample_released(wav: Tensor, from_rate: int, to_rate: int) -> Tensor:
     """Resamples as torchaudio's default: windowed sinc, six zero crossings, roll-off 0.99, Hann window.
 
@@ -275,7 +350,7 @@ def _check_features(path: Path, num_mels: int, max_positions: int) -> None:
     wanted = {
         **_FEATURES,
         "feature_size": num_mels,
-        "chunk_length": max_positions * rates.ENCODER_STRIDE * rates.LISTEN_HOP // rates.LISTEN_SAMPLE_RATE,
+        "chunk_length": _chunk_length(max_positions),
     }
     for key, value in wanted.items():
         if config.get(key, value) != value:

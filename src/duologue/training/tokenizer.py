@@ -22,6 +22,7 @@ from duologue.augmentation import AugmentConfig, corrupt, place
 from duologue.checkpoint import load_component, save_component
 from duologue.evaluation.scoring import normalize, word_errors
 from duologue.layers import Padded
+from duologue.released.tokenizer import save_released_tokenizer
 from duologue.tokenizer.encoder import pool
 from duologue.tokenizer.quantizer import Quantized
 from duologue.tokenizer.speech_recognizer import SpeechRecognizer, load_speech_recognizer, save_speech_recognizer
@@ -242,6 +243,9 @@ class TokenizerStage:
     def save(self, folder: Path) -> None:
         save_component(folder / "tokenizer", self.tokenizer, self.tokenizer.config)
         save_speech_recognizer(folder / "recognizer", self.recognizer)
+        config = self.tokenizer.config
+        if config.features.floor == "utterance" and not config.quantizer.normalize:
+            save_released_tokenizer(folder / "released", self.tokenizer, self.recognizer)
 
     def _hidden(self, batch: Batch) -> Padded:
         """Vectors before quantization; clips begin anywhere in a 30 s piece, so that every position is learned."""
