@@ -195,11 +195,12 @@ def style_faults(source: str) -> list[str]:
 
 # Beginnings of words in British spelling. "Cancelled" is not among them: it is a word of the real-time protocol.
 _BRITISH = re.compile(
-    r"(?i)(recognis|normalis|initialis|optimis|organis|summaris|quantis|tokenis|vocalis|generalis|specialis|serialis"
-    r"|synchronis|synthesis(?=e[ds]?\b|ing\b)|realis(?=e|ing|ation)|minimis|maximis|memoris|visualis|utilis|apologis"
-    r"|finalis|randomis|parallelis|categoris|emphasis(?=ed|es\b|ing)|analys(?=e[ds]?\b|ing\b)|colour|centre|behaviour|honour|favour"
-    r"|flavour|neighbour|labour(?!er)|licence|defence|grey(?!hound)|metres?\b|catalogue|programmes?\b|labell(?=ed(?!by)|ing)"
-    r"|modell(?=ed|ing)|travell(?=ed|ing|er)|signall(?=ed|ing)|fulfil\b|artefact)"
+    r"(?i)(?:recognis|normalis|initialis|optimis|organis|summaris|quantis|tokenis|vocalis|generalis|specialis"
+    r"|serialis|synchronis|realis|minimis|maximis|memoris|visualis|utilis|apologis|finalis|randomis|parallelis"
+    r"|categoris)(?=[ei]|ation)"
+    r"|synthesis(?=e[ds]?\b|ing\b)|emphasis(?=ed|ing)|analys(?=e[ds]?\b|ing\b)"
+    r"|colour|centre|behaviour|honour|favour|flavour|neighbour|labour(?!er)|licence|defence|grey(?!hound)|metres?\b"
+    r"|catalogue|programmes?\b|fulfil\b|artefact|(?:label|model|travel|signal)l(?:ed(?!by)|ing|er)"
 )
 
 
