@@ -66,6 +66,7 @@ def test_every_page_is_in_the_index() -> None:
         ["Sums, days ... and more.", "pocket knows them."],
         ["A. Zeng and others wrote it.", "It is cited as Zeng et al. 2024."],
         ["**The kind comes first.**", "Then the id."],
+        ["It is among the last 300 s.", "At time t.", "Then it goes."],
         ["One idea: it has a colon; and a semicolon."],
     ],
 )
@@ -112,6 +113,8 @@ Behind it.
 - item two
 
   its second paragraph
+
+      code = of(the, item)
 
 ```sh
 fenced code
