@@ -259,7 +259,8 @@ def dangling(text: str, place: Path) -> list[str]:
             found.append(name)
     for match in _PATH.finditer(_URL.sub(" ", text)):
         name = match.group()
-        checked = name.endswith((".md", ".py")) or name.split("/")[0] in tops
+        placeholder = any(part.isupper() and "." not in part for part in name.split("/"))  # examples/NAME
+        checked = name.endswith((".md", ".py")) or (name.split("/")[0] in tops and not placeholder)
         if checked and name not in _ELSEWHERE and not exists(name):
             found.append(name)
     return sorted(set(found))
