@@ -55,11 +55,11 @@ def sentences(text: str) -> list[str]:
     hidden = _URL.sub(hide, _CODE.sub(hide, " ".join(text.split())))
     found, start = [], 0
     for end in _END.finditer(hidden):
-        word = hidden[: end.end()].rsplit(" ", 1)[-1].lstrip("(\"'*_[").lower()
+        word = hidden[: end.end()].rsplit(" ", 1)[-1].lstrip("(\"'*_[")
         rest = hidden[end.end() :].lstrip()
-        if end.group().startswith("..") or word in _NEVER_LAST or re.fullmatch(r"[a-z]\.", word):
+        if end.group().startswith("..") or word.lower() in _NEVER_LAST or re.fullmatch(r"[A-Z]\.", word):
             continue
-        if word in _SOMETIMES_LAST and not rest[:1].isupper():
+        if word.lower() in _SOMETIMES_LAST and not rest[:1].isupper():
             continue
         found.append(hidden[start : end.end()])
         start = end.end()
@@ -83,12 +83,13 @@ def is_list_of_names(sentence: str) -> bool:
 def markdown_blocks(text: str) -> Iterator[str]:
     """Paragraphs and list items of a Markdown text.
 
-    Left out are code (fenced, or indented by four after a blank line and outside a list), rows of tables, headings and
+    Left out are code (fenced, or indented by four more than its list after a blank line), rows of tables, headings and
     HTML comments. So is everything below a heading that begins with a date, as the entries of a log do.
     """
     lines: list[str] = []
     fenced = dated = in_list = code = False
     before_blank = True
+    margin = 0  # indentation of the text of a list's items
     for line in [*re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL).splitlines(), ""]:
         if _FENCE.match(line):
             fenced = not fenced
@@ -99,13 +100,14 @@ def markdown_blocks(text: str) -> Iterator[str]:
             dated = bool(_DATED_HEADING.match(line)) or (dated and line.startswith("###"))
             in_list, line = False, ""
         blank = not line.strip()
-        indented = line.startswith("    ")
-        if _ITEM.match(line) and not (indented and not in_list):
-            in_list = True
+        indent = len(line) - len(line.lstrip())
+        item = _ITEM.match(line)
+        if item and (in_list or indent < 4):
+            in_list, margin = True, item.end()
         elif not blank and not line.startswith(" "):
             in_list = in_list and not before_blank
-        code = (indented and not in_list and (before_blank or code)) or (code and blank)
-        item = _ITEM.match(line) if in_list else None
+        code = (indent >= 4 + margin * in_list and (before_blank or code)) or (code and blank)
+        item = item if in_list else None
         if (blank or item or line.lstrip().startswith("|") or code) and lines:
             yield " ".join(lines)
             lines = []
@@ -195,11 +197,12 @@ def style_faults(source: str) -> list[str]:
 
 # Beginnings of words in British spelling. "Cancelled" is not among them: it is a word of the real-time protocol.
 _BRITISH = re.compile(
-    r"(?i)(recognis|normalis|initialis|optimis|organis|summaris|quantis|tokenis|vocalis|generalis|specialis|serialis"
-    r"|synchronis|synthesis(?=e[ds]?\b|ing\b)|realis(?=e|ing|ation)|minimis|maximis|memoris|visualis|utilis|apologis"
-    r"|finalis|randomis|parallelis|categoris|emphasis(?=ed|es\b|ing)|analys(?=e[ds]?\b|ing\b)|colour|centre|behaviour|honour|favour"
-    r"|flavour|neighbour|labour(?!er)|licence|defence|grey(?!hound)|metres?\b|catalogue|programmes?\b|labell(?=ed(?!by)|ing)"
-    r"|modell(?=ed|ing)|travell(?=ed|ing|er)|signall(?=ed|ing)|fulfil\b|artefact)"
+    r"(?i)(?:recognis|normalis|initialis|optimis|organis|summaris|quantis|tokenis|vocalis|generalis|specialis"
+    r"|serialis|synchronis|realis|minimis|maximis|memoris|visualis|utilis|apologis|finalis|randomis|parallelis"
+    r"|categoris)(?=[ei]|ation)"
+    r"|synthesis(?=e[ds]?\b|ing\b)|emphasis(?=ed|ing)|analys(?=e[ds]?\b|ing\b)"
+    r"|colour|centre|behaviour|honour|favour|flavour|neighbour|labour(?!er)|licence|defence|grey(?!hound)|metres?\b"
+    r"|catalogue|programmes?\b|fulfil\b|artefact|(?:label|model|travel|signal)l(?:ed(?!by)|ing|er)"
 )
 
 
@@ -256,7 +259,8 @@ def dangling(text: str, place: Path) -> list[str]:
             found.append(name)
     for match in _PATH.finditer(_URL.sub(" ", text)):
         name = match.group()
-        checked = name.endswith((".md", ".py")) or name.split("/")[0] in tops
+        placeholder = any(part.isupper() and "." not in part for part in name.split("/"))  # examples/NAME
+        checked = name.endswith((".md", ".py")) or (name.split("/")[0] in tops and not placeholder)
         if checked and name not in _ELSEWHERE and not exists(name):
             found.append(name)
     return sorted(set(found))

@@ -16,7 +16,7 @@ class AugmentConfig:
 
     Attributes:
         gain_db: range of the level, relative to the clip.
-        snr_db: range of the noise's level under the voice; noise is white, coloured, or another clip.
+        snr_db: range of the noise's level under the voice; noise is white, colored, or another clip.
         speed: range of the playing speed, which moves pitch and formants too.
         edge_s: up to this much room tone before and after the voice.
         room_decay_s, room_db: range of the time in which a room dies down by 60 dB, and of how far its tail lies below
@@ -122,7 +122,7 @@ def _in_room(wav: Wav, sample_rate: int, config: AugmentConfig, rng: np.random.G
 
 
 def _noise(num_samples: int, rng: np.random.Generator, babble: Callable[[], Wav]) -> Wav:
-    """White, coloured (falling by 3 to 6 dB an octave) or other voices."""
+    """White, colored (falling by 3 to 6 dB an octave) or other voices."""
     kind = rng.integers(3)
     if kind == 2:
         return np.resize(babble() + np.float32(1e-4), num_samples)

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         nargs="*",
         type=Path,
         metavar="QUESTION",
-        help="sound files, the turns of a conversation (default: the bundled question)",
+        help="audio files, the turns of a conversation (default: the bundled question)",
     )
     chat.add_argument("--text", action="append", default=[], help="a written question, after the spoken ones")
     chat.add_argument("-o", "--output", type=Path, metavar="ANSWER", help="audio file of the answer (.wav, .flac, ...)")

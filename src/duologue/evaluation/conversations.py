@@ -46,8 +46,8 @@ class ScoredExchange:
             history.
         heard: what the recognizer reads in the reply's sound; None where no recognizer listened.
         heard_reference: the same of the reference reply.
-        change: how far the style moved its measure; None where no style was asked for, NaN where the reply could not be
-            compared with a plain rendition of the same words.
+        change: effect of the style on its measure; None where no style was requested. It is NaN where the reply could
+            not be compared with a plain rendition of the same words.
         transcript: what the tokenizer's recognition head reads in the question; None where there is no head.
         quality: DNSMOS of the reply, where it was judged.
         question_sound, reply_sound: kept for the page of players.
@@ -197,8 +197,9 @@ def _ask(bot: Chatbot, dialogue: TestDialogue, clips: dict[str, TestClip]) -> It
 
 
 def _change(bot: Chatbot, dialogue: TestDialogue, replies: Sequence[Reply], index: int) -> float:
-    """How far a reply in a style moved against the same words said plainly: by the reply before it where the words are
-    the same, else by asking for them in writing."""
+    """Effect of the style on a reply, against a plain reply with the same words.
+
+    The plain reply is the previous one where its words are the same; otherwise it is requested in writing."""
     styled = replies[index]
     words = normalize(styled.text)
     if not words:

@@ -43,7 +43,7 @@ class ErrorRate:
 
     @property
     def value(self) -> float | None:
-        """None where there was no word to recognise."""
+        """None where there was no word to recognize."""
         return self.num_edits / self.num_words if self.num_words else None
 
 

@@ -29,6 +29,7 @@ def bootstrap(values: Sequence[float], weights: Sequence[float], units: Sequence
     Args:
         values, weights: of each observation, such as edits and reference words of a text.
         units: what each observation belongs to, such as the dialogue of a text.
+
     Raises:
         ValueError: no observation, unequal lengths, or weights that sum to 0.
     """

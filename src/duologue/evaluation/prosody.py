@@ -30,10 +30,12 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Prosody:
-    """Attributes:
-    word_s: seconds of speech, silence at both ends left out, per word.
-    f0: median fundamental frequency in Hz of the voiced frames; NaN where there are none.
-    level_db: RMS of the frames with speech, dB under full scale; NaN in silence.
+    """Speed, pitch and level of an utterance.
+
+    Attributes:
+        word_s: seconds of speech per word, without silence at both ends.
+        f0: median fundamental frequency in Hz of the voiced frames; NaN where there are none.
+        level_db: RMS of the frames with speech, dB under full scale; NaN in silence.
     """
 
     word_s: float
@@ -104,7 +106,7 @@ def probe(
 ) -> float:
     """How well a number per token can be read from the tokens: R2 of a linear probe on clips that it was not fitted on.
 
-    The probe sees the codebook vectors of the token and of its two neighbours, and is fitted on every clip with an even
+    The probe sees the codebook vectors of the token and of its two neighbors, and is fitted on every clip with an even
     index, judged on the others. 1 is perfect, 0 no better than the mean.
 
     Args:
@@ -119,7 +121,7 @@ def probe(
         raise ValueError(f"a probe needs at least 2 clips, got {len(codes)}")
     sides = []
     for first in (0, 1):
-        x = np.concatenate([_neighbourhood(codebook[clip]) for clip in codes[first::2]])
+        x = np.concatenate([_neighborhood(codebook[clip]) for clip in codes[first::2]])
         y = np.concatenate(targets[first::2])
         sides.append((x[~np.isnan(y)], y[~np.isnan(y)]))
     (x, y), (x_test, y_test) = sides
@@ -132,7 +134,7 @@ def probe(
     return float(1 - np.square(error).sum() / np.square(y_test - y_test.mean()).sum())
 
 
-def _neighbourhood(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+def _neighborhood(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
     """(T, D) -> (T, 3 D): the vector before, the own one, the one after."""
     padded = np.pad(vectors.astype(np.float64), ((1, 1), (0, 0)))
     return np.concatenate([padded[:-2], padded[1:-1], padded[2:]], 1)

@@ -1,6 +1,6 @@
 """A CTranslate2 Whisper folder (what faster-whisper reads) -> a Whisper folder in transformers' format.
 
-`model.bin` is little endian: uint32 version, string specification, uint32 revision, uint32 number of variables; each
+`model.bin` is little endian: uint32 version, string specification, uint32 revision, uint32 number of variables. Each
 variable is a string name, uint8 rank, uint32 per dimension, uint8 type, uint32 number of bytes, the bytes. A string is
 a uint16 length with its closing zero byte. Aliases follow and are not needed: the output layer is tied.
 """
@@ -29,6 +29,7 @@ def convert_whisper_ct2(folder: str | Path, out: str | Path) -> dict[str, int]:
 
     Returns:
         the sizes that were found, as in `config.json`.
+
     Raises:
         ValueError: one sentence: a file is missing or truncated, not Whisper, or its weights are quantized to integers.
     """

@@ -84,6 +84,7 @@ class TextDecoderLayer(nn.Module):
             sound: from `sound`.
             audible: (B, 1, 1, T) bool, speech tokens that count.
             past: keys and values of earlier positions.
+
         Returns:
             (B, N, D) and the keys and values of all positions so far.
         """
@@ -161,9 +162,11 @@ class TextDecoder(nn.Module):
 
 @dataclass(frozen=True)
 class RecognitionLosses:
-    """Attributes:
-    asr: mean cross-entropy of the text ids, the end included.
-    prosody: mean squared error of level, pitch and voicing.
+    """Losses of the recognition side.
+
+    Attributes:
+        asr: mean cross-entropy of the text ids, with the end.
+        prosody: mean squared error of level, pitch and voicing.
     """
 
     asr: Tensor

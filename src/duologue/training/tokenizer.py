@@ -1,8 +1,9 @@
 """Stage `tokenizer`: codes are learned by recognizing speech through them, from Whisper (arXiv 2412.02612, 2.1).
 
-Whisper's encoder is cut in two with a quantizer between the halves. Four losses train it: recognition by Whisper's own
-decoder, distance to the codes (commitment), distance to the untouched Whisper encoder (distillation, which needs no
-transcripts), and level and pitch, which recognition alone would discard.
+Whisper's encoder is cut in two with a quantizer between the halves. Four losses train it. The first is recognition by
+Whisper's own decoder, the second the distance to the codes (commitment). The third is the distance to the untouched
+Whisper encoder (distillation), which needs no transcripts. The fourth is level and pitch, which recognition alone would
+discard.
 """
 
 from __future__ import annotations
