@@ -99,7 +99,7 @@ def test_nothing_is_cut_when_everything_was_heard() -> None:
 def test_more_than_the_stated_most_is_refused() -> None:
     playback = Playback(RATE, max_s=1.0)
     playback.add("a", sound(0, 900))
-    with pytest.raises(ValueError, match="more than 1 s of sound ahead"):
+    with pytest.raises(ValueError, match="more than 1 s of audio ahead"):
         playback.add("a", sound(0, 101))
 
 

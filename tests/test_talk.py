@@ -349,7 +349,7 @@ def test_no_file_without_playback(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--manual"], "--manual ends the turn with the file of --input"),
+        (["--manual"], "--manual needs --input, whose end is the end of the turn"),
         (["--input", "missing.wav", "--output", "b.wav"], "missing.wav: there is no such file"),
         (["--input", "a.wav", "--output", "b.txt"], "b.txt cannot be written"),
         (["--silence", "0"], "'0' is not a positive whole number"),

@@ -107,7 +107,7 @@ def test_no_device_is_one_sentence(
     monkeypatch.setitem(sys.modules, "sounddevice", FakeDevice(kinds=found))
     assert main(["talk", "--server", "http://127.0.0.1:1"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"duologue: this machine has no {missing}; give sound files instead")
+    assert error.startswith(f"duologue: this machine has no {missing}; use audio files instead")
     assert error.count("\n") == 1
 
 
