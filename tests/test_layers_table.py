@@ -1,6 +1,7 @@
 """The rules that keep the house a house, held by reading the source."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -157,6 +158,26 @@ def test_no_circle() -> None:
 
     for module in sorted(graph):
         visit(module, ())
+
+
+# Rooms on the longest chain of imports between rooms, both ends included. The number may only become smaller.
+MAX_FLOORS = 10
+
+
+def test_the_floors_of_imports_are_few() -> None:
+    """A room is a file or folder of the package. Its floor is one above the highest room that it imports."""
+    below: dict[str, set[str]] = {name: set() for name in LAYERS}
+    for path in SOURCES:
+        own = module_name(path)
+        for target in imports(path.read_text(encoding="utf-8"), own, is_package(path), KNOWN):
+            if target.split(".")[0] == "duologue" and room(target) != room(own):
+                below[room(own)].add(room(target))
+
+    @functools.cache
+    def floor(name: str) -> int:
+        return 1 + max(map(floor, below[name]), default=0)
+
+    assert max(map(floor, LAYERS)) == MAX_FLOORS, {name: floor(name) for name in sorted(LAYERS, key=floor)}
 
 
 def test_the_runs_of_the_interleave_stand_in_one_place() -> None:
