@@ -1,5 +1,6 @@
 """Every file in examples/ runs as a user runs it, and stays short."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -61,9 +62,9 @@ def test_streaming_answers_twice_and_is_interrupted_once(
     run_example(monkeypatch, "streaming.py", question, "-o", answers, "--model", tiny_folder)
     wav, sample_rate = load_audio(answers)
     assert len(wav) > sample_rate
-    told = capsys.readouterr().out
-    assert told.count("; heard: ") == 2
-    assert told.index("[length") < told.index("[interrupted")
+    first, second = re.findall(r"\[(\w+); heard: ", capsys.readouterr().out)
+    assert first in ("end", "length")
+    assert second == "interrupted"
 
 
 def test_client_writes_the_answer_of_a_server(
