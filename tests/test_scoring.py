@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duologue.evaluation.scoring import is_correct, normalize, word_errors
+from duologue.scoring import is_correct, normalize, word_errors
 from recipes.pocket.everything import KINDS, dialogue
 from recipes.pocket.numbers import spell
 

@@ -15,8 +15,8 @@ from duologue.conversation.chatbot import Chatbot, Reply
 from duologue.evaluation.intelligibility import Naturalness
 from duologue.evaluation.prosody import PLAIN, Prosody, measure_prosody, style_change
 from duologue.evaluation.recognition import Judge
-from duologue.evaluation.scoring import is_correct, normalize
 from duologue.evaluation.testset import TestClip, TestDialogue, TestSet, TestTurn, spread
+from duologue.scoring import is_correct, normalize
 
 TYPED = "typed"
 MAX_TYPED = 400  # dialogues

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from duologue.audio import resample
 from duologue.evaluation.intervals import bootstrap
 from duologue.evaluation.report import Row
-from duologue.evaluation.scoring import word_errors
+from duologue.scoring import word_errors
 
 _MOS_SAMPLES = int(9.01 * 16_000)
 

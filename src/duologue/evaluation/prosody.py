@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from duologue import rates
 from duologue.audio import pitch, resample
-from duologue.evaluation.scoring import normalize
+from duologue.scoring import normalize
 
 PLAIN = "plain"  # no style was asked for
 _FRAME_S = 0.02

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from duologue.evaluation.scoring import is_correct
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Kind, legal_prefix
 from duologue.language.backbone import load_language, save_language
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import GREEDY, Sampling
+from duologue.scoring import is_correct
 from duologue.training.corpus import CorpusSample, LabeledTurn, TokenCorpus
 from duologue.training.loop import Batch, LoopConfig
 from duologue.training.packing import (

@@ -21,9 +21,9 @@ from duologue import rates
 from duologue.audio import pitch
 from duologue.augmentation import AugmentConfig, corrupt, place
 from duologue.checkpoint import load_component, save_component
-from duologue.evaluation.scoring import normalize, word_errors
 from duologue.layers import Padded
 from duologue.released.tokenizer import save_released_tokenizer
+from duologue.scoring import normalize, word_errors
 from duologue.tokenizer.encoder import pool
 from duologue.tokenizer.quantizer import Quantized
 from duologue.tokenizer.speech_recognizer import SpeechRecognizer, load_speech_recognizer, save_speech_recognizer
