@@ -1,11 +1,9 @@
 """Gives pocket another voice: trains its flow on your recordings (needs `pip install "duologue[train]"`).
 
-python examples/finetune_voice.py OUT one.wav two.wav ... [--steps 2000], then: duologue chat --model OUT/model
-"""
+python examples/finetune_voice.py OUT one.wav two.wav ... [--steps 2000], then: duologue chat --model OUT/model"""
 
 import argparse
 import json
-from dataclasses import asdict
 from pathlib import Path
 from shutil import copytree
 
@@ -24,7 +22,6 @@ parser.add_argument("out", type=Path)
 parser.add_argument("recordings", nargs="+", help="one speaker, at least 8 s together; minutes are better")
 parser.add_argument("--steps", type=int, default=2000)
 args = parser.parse_args()
-
 pocket, corpus, size = model_folder("pocket"), args.out / "corpus", 4 * LISTEN_SAMPLE_RATE
 wav = np.concatenate([resample(*load_audio(path), LISTEN_SAMPLE_RATE) for path in args.recordings])
 corpus.mkdir(parents=True, exist_ok=True)
@@ -33,7 +30,7 @@ with (corpus / "clips-00000.jsonl").open("w") as lines:  # clips of 4 s; every t
     for i in range(len(wav) // size):
         split = "train" if i % 10 else "valid"
         clip = Clip(f"clip-{i}", "", "reply", "mine", "en", "plain", split, "free", LISTEN_SAMPLE_RATE, i * size, size)
-        lines.write(json.dumps(asdict(clip)) + "\n")
+        lines.write(json.dumps(vars(clip)) + "\n")
 
 loop = LoopConfig(args.steps, learning_rate=5e-4, evaluate_every=200)
 tokenizer, store, start_from = (str(path) for path in (pocket / "tokenizer", args.out / "store", pocket / "decoder"))

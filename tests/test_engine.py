@@ -271,7 +271,7 @@ def test_a_reader_that_leaves_frees_the_id_too(engine: PlainEngine) -> None:
     async def run() -> None:
         stream = engine.generate(PROMPT, GREEDY.__class__(max_tokens=100), request_id="b")
         await anext(stream)
-        with pytest.raises(ValueError, match="'b' is running"):
+        with pytest.raises(ValueError, match="'b' is already running"):
             await anext(engine.generate(PROMPT, Sampling(max_tokens=3), request_id="b"))
         await stream.aclose()  # type: ignore[attr-defined]
         await engine.warm(PROMPT)  # behind the closing of the stream

@@ -167,7 +167,7 @@ def test_beyond_the_limits_a_request_is_refused_in_one_sentence(make: Callable[.
         first, second = engine.generate(*job, "first"), engine.generate(*job, "second")
         await anext(first), await anext(second)
         assert engine.running == 2
-        with pytest.raises(EngineFull, match="2 replies are under way.* at most 2 at a time"):
+        with pytest.raises(EngineFull, match="2 replies are running.* at most 2 at a time"):
             await collect(engine, job)
         await second.aclose()  # type: ignore[attr-defined]
         assert engine.running == 1
@@ -311,7 +311,7 @@ def test_same_name_twice_and_bad_prompts_are_refused(make: Callable[..., PlainEn
         stream = engine.generate(PROMPT, Sampling(max_tokens=100), SPEECH_ONLY, "b")
         await anext(stream)
         for prompt, sampling, match in (
-            (PROMPT, Sampling(max_tokens=3), "'b' is running"),
+            (PROMPT, Sampling(max_tokens=3), "'b' is already running"),
             ([], Sampling(max_tokens=3), "at least one id"),
             ([10**6], Sampling(max_tokens=3), "outside of the vocabulary"),
             (PROMPT, Sampling(max_tokens=500), "do not fit the 512 positions"),

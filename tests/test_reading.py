@@ -97,7 +97,7 @@ def test_an_end_before_the_text_is_over_is_not_taken(bot: Chatbot) -> None:
     first = split(ids, vocabulary.kind).runs[1]
     assert (first.kind, first.stop - first.start) == (Kind.SPEECH, INTERLEAVED.speech_run)
     assert vocabulary.end_id not in ids
-    with pytest.raises(RuntimeError, match="before the text is over"):
+    with pytest.raises(RuntimeError, match="before the end of the text"):
         read(ReadingEngine(ScriptedEngine(vocabulary, dict.fromkeys(range(200), 0)), vocabulary, tuple(text)), SAMPLING)
 
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_read_is_refused(bot: Chatbot) -> None:
         async for _ in engine.generate([1], sampling, schedule):
             pass
 
-    with pytest.raises(ValueError, match="not in one of either alone"):
+    with pytest.raises(ValueError, match="needs a reply of text and speech"):
         asyncio.run(work(SAMPLING, TEXT_ONLY))
     with pytest.raises(ValueError, match="do not fit a reply of 20 ids"):
         asyncio.run(work(replace(SAMPLING, max_tokens=20), INTERLEAVED))

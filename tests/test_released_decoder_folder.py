@@ -135,10 +135,13 @@ BAD_CONFIGS = {
     ),
     "other solver": (replaced("solver: euler", "solver: heun"), "solver.solver .* is 'heun'; the choices are 'euler'"),
     "other rate": (replaced("input_frame_rate: 12.5", "input_frame_rate: 25"), "input_frame_rate is 25.0; only 12.5"),
-    "other channels": (replaced("in_channels: 240", "in_channels: 320"), "in_channels in .* is 320; .* ask for 240"),
+    "other channels": (
+        replaced("in_channels: 240", "in_channels: 320"),
+        "in_channels in .* is 320; the other sizes require 240",
+    ),
     "sizes disagree": (
         replaced("in_channels: 320", "in_channels: 300"),
-        "estimator.in_channels is 300; .* ask for 320",
+        "estimator.in_channels is 300; the other sizes require 320",
     ),
     "heads": (replaced("attention_heads: 2", "attention_heads: 3"), "a multiple of attention_heads 3"),
     "ratios": (replaced(r"sampling_ratios: \[1, 1", "sampling_ratios: [1, 2"), "only ratios of 1 are known"),

@@ -282,7 +282,7 @@ def test_a_prompt_needs_somebody_who_spoke() -> None:
 
 
 def test_a_conversation_of_another_vocabulary_is_refused() -> None:
-    with pytest.raises(ValueError, match="held in another vocabulary"):
+    with pytest.raises(ValueError, match="uses another vocabulary"):
         vocabulary().prompt_ids(Conversation((spoken(1),), vocabulary="other"))
 
 

@@ -192,7 +192,7 @@ def test_the_queue_is_bounded(stage: Sum) -> None:
     worker = Worker(max_waiting=2)
     go = held_up(worker)
     futures = [worker.step(stage, torch.ones(1), stage.init_state(factor=float(i))) for i in range(2)]
-    with pytest.raises(WorkerFull, match="2 jobs wait"):
+    with pytest.raises(WorkerFull, match="2 jobs are already queued"):
         worker.step(stage, torch.ones(1), stage.init_state())
     futures.pop().cancel()  # makes room
     futures.append(worker.step(stage, torch.ones(1), stage.init_state()))

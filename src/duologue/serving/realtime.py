@@ -166,7 +166,7 @@ async def _run_session(
             await session.begin()
             await _receive_messages(socket, session, settings)
     except* SessionEnded as group:
-        ending = next(error for error in _flatten(group) if isinstance(error, SessionEnded))
+        ending = _ending_of(group)
         # Breaks the reference cycle between the group and its frame, so that audio is freed at once.
         traceback.clear_frames(group.__traceback__)
     except* Exception:
@@ -213,11 +213,12 @@ async def _end_when_draining(client: ClientConnection, session: RealtimeSession,
     raise SessionEnded(1012, "the server is stopping; connect again later", "draining")
 
 
-def _flatten(group: BaseExceptionGroup[SessionEnded]) -> list[BaseException]:
-    leaves: list[BaseException] = []
-    for error in group.exceptions:
-        leaves += _flatten(error) if isinstance(error, BaseExceptionGroup) else [error]
-    return leaves
+def _ending_of(group: BaseExceptionGroup[SessionEnded]) -> SessionEnded:
+    """Returns a copy of the first end in the group, without the traceback, which would keep the session alive."""
+    first = group.exceptions[0]
+    if isinstance(first, BaseExceptionGroup):
+        return _ending_of(first)
+    return SessionEnded(first.code, first.reason, first.label)
 
 
 def realtime_routes(service: Service) -> APIRouter:
