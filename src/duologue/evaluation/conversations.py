@@ -119,7 +119,8 @@ def converse(
         keep_sound: ids of the dialogues whose sound the exchanges keep.
     """
     references: dict[str, str] = {}
-    judged = {dialogue.id for dialogue in spread(test_set.dialogues, MAX_JUDGED)} if naturalness else set()
+    by_group = sorted(test_set.dialogues, key=lambda one: one.split)  # an even spread of alternating groups skips some
+    judged = {dialogue.id for dialogue in spread(by_group, MAX_JUDGED)} if naturalness else set()
 
     def read_reference(clip: TestClip) -> str | None:
         if judge is not None and clip.id not in references:
