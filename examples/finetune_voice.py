@@ -1,6 +1,7 @@
 """Gives pocket another voice: trains its flow on your recordings (needs `pip install "duologue[train]"`).
 
-python examples/finetune_voice.py OUT one.wav two.wav ... [--steps 2000], then: duologue chat --model OUT/model"""
+python examples/finetune_voice.py OUT one.wav two.wav ... [--steps 2000], then: duologue chat --model OUT/model
+"""
 
 import argparse
 import json
@@ -12,7 +13,7 @@ import numpy as np
 from duologue.audio import load_audio, resample
 from duologue.conversation.chatbot import model_folder
 from duologue.pcm import to_int16
-from duologue.rates import LISTEN_SAMPLE_RATE
+from duologue.rates import LISTEN_SAMPLE_RATE as RATE
 from duologue.training.data import Clip
 from duologue.training.flow import FlowRecipe, FlowStage
 from duologue.training.loop import LoopConfig, run
@@ -22,19 +23,18 @@ parser.add_argument("out", type=Path)
 parser.add_argument("recordings", nargs="+", help="one speaker, at least 8 s together; minutes are better")
 parser.add_argument("--steps", type=int, default=2000)
 args = parser.parse_args()
-pocket, corpus, size = model_folder("pocket"), args.out / "corpus", 4 * LISTEN_SAMPLE_RATE
-wav = np.concatenate([resample(*load_audio(path), LISTEN_SAMPLE_RATE) for path in args.recordings])
+
+pocket, corpus, size = model_folder("pocket"), args.out / "corpus", 4 * RATE
+wav = np.concatenate([resample(*load_audio(path), RATE) for path in args.recordings])
 corpus.mkdir(parents=True, exist_ok=True)
 to_int16(wav).tofile(corpus / "clips-00000.pcm")
 with (corpus / "clips-00000.jsonl").open("w") as lines:  # clips of 4 s; every tenth, and the first, is for validation
     for i in range(len(wav) // size):
         split = "train" if i % 10 else "valid"
-        clip = Clip(f"clip-{i}", "", "reply", "mine", "en", "plain", split, "free", LISTEN_SAMPLE_RATE, i * size, size)
+        clip = Clip(str(i), "", "reply", "mine", "en", "plain", split, "free", RATE, i * size, size)
         lines.write(json.dumps(vars(clip)) + "\n")
-
-loop = LoopConfig(args.steps, learning_rate=5e-4, evaluate_every=200)
 tokenizer, store, start_from = (str(path) for path in (pocket / "tokenizer", args.out / "store", pocket / "decoder"))
-recipe = FlowRecipe((str(corpus),), tokenizer, store, loop, start_from, batch_s=30.0, max_tokens=30)
-print(run(FlowStage(recipe), loop, args.out / "run"))
+loop = LoopConfig(args.steps, learning_rate=5e-4)
+print(run(FlowStage(FlowRecipe((str(corpus),), tokenizer, store, loop, start_from)), loop, args.out / "run"))
 copytree(pocket, args.out / "model", dirs_exist_ok=True)
 copytree(args.out / "run" / "final" / "flow", args.out / "model" / "decoder" / "flow", dirs_exist_ok=True)

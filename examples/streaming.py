@@ -9,19 +9,17 @@ import numpy as np
 
 import duologue
 from duologue.audio import load_audio, save_audio
-from duologue.conversation.chatbot import model_folder
 from duologue.conversation.events import AudioDelta, ReplyDone, TextDelta
 
 parser = argparse.ArgumentParser(description="Holds a conversation of two turns.")
-parser.add_argument("question", nargs="?", default=model_folder("pocket") / "question.wav")
+parser.add_argument("question", nargs="?", default=f"{duologue.__path__[0]}/pocket/question.wav")
 parser.add_argument("-o", "--output", default="answers.wav")
 parser.add_argument("--model", default="pocket")
 args = parser.parse_args()
-bot = duologue.load(args.model)
 
 
 async def main() -> None:
-    session, sounds = bot.session(), []
+    session, sounds = duologue.load(args.model).session(), []
     wav, sample_rate = load_audio(args.question)
     for interrupts in (False, True):  # the user asks twice, and speaks into the second answer
         for start in range(0, len(wav), chunk := sample_rate // 50):
@@ -31,12 +29,12 @@ async def main() -> None:
             if isinstance(event, TextDelta):
                 print(event.text, end="", flush=True)
             elif isinstance(event, AudioDelta):
-                sounds.append(event.wav)
+                sounds.append(event)
                 if interrupts:
                     session.interrupt(played_ms=400)  # how much the loudspeaker has played so far
             elif isinstance(event, ReplyDone):
                 print(f" [{event.reason}; heard: {event.text.strip()!r}]")
-    save_audio(args.output, np.concatenate(sounds), bot.sample_rate)
+    save_audio(args.output, np.concatenate([sound.wav for sound in sounds]), sounds[0].sample_rate)
 
 
 asyncio.run(main())

@@ -19,7 +19,7 @@ MAX_LINES = 40
 
 
 def run_example(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
-    """`python examples/NAME arguments` in this process."""
+    """Runs an example as a user does, in this process."""
     path = EXAMPLES / name
     monkeypatch.setattr("sys.argv", [str(path), *map(str, arguments)])
     runpy.run_path(str(path), run_name="__main__")
