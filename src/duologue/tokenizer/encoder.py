@@ -35,20 +35,25 @@ class EncoderConfig:
     max_positions: int = 1500
 
 
+def attention_weights(width: int) -> nn.ModuleDict:
+    """Returns the four projections of one attention of Whisper; `k_proj` has no bias."""
+    return nn.ModuleDict(
+        {
+            "q_proj": nn.Linear(width, width),
+            "k_proj": nn.Linear(width, width, bias=False),
+            "v_proj": nn.Linear(width, width),
+            "out_proj": nn.Linear(width, width),
+        }
+    )
+
+
 class EncoderLayer(nn.Module):
     """Whisper's pre-norm transformer layer; `k_proj` has no bias."""
 
     def __init__(self, width: int, num_heads: int, ffn_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.self_attn = nn.ModuleDict(
-            {
-                "q_proj": nn.Linear(width, width),
-                "k_proj": nn.Linear(width, width, bias=False),
-                "v_proj": nn.Linear(width, width),
-                "out_proj": nn.Linear(width, width),
-            }
-        )
+        self.self_attn = attention_weights(width)
         self.self_attn_layer_norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, width)

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from duologue.checkpoint import load_component, save_component
 from duologue.layers import Padded, attention_mask, sinusoids, weigh
-from duologue.tokenizer.encoder import EncoderLayer
+from duologue.tokenizer.encoder import EncoderLayer, attention_weights
 
 TEXT_FILE = "tokenizer.json"
 _MULTILINGUAL_VOCAB = 51865  # OpenAI's rule: a smaller vocabulary belongs to an English-only model
@@ -60,9 +60,9 @@ class TextDecoderLayer(nn.Module):
     def __init__(self, width: int, num_heads: int, ffn_dim: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.self_attn = _attention_weights(width)
+        self.self_attn = attention_weights(width)
         self.self_attn_layer_norm = nn.LayerNorm(width)
-        self.encoder_attn = _attention_weights(width)
+        self.encoder_attn = attention_weights(width)
         self.encoder_attn_layer_norm = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, ffn_dim)
         self.fc2 = nn.Linear(ffn_dim, width)
@@ -298,17 +298,6 @@ class WhisperText:
         if found is None:
             raise ValueError(f"{self._path} has no id for {name!r}, which Whisper's prompts need")
         return int(found)
-
-
-def _attention_weights(width: int) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {
-            "q_proj": nn.Linear(width, width),
-            "k_proj": nn.Linear(width, width, bias=False),
-            "v_proj": nn.Linear(width, width),
-            "out_proj": nn.Linear(width, width),
-        }
-    )
 
 
 def _joined(x: Tensor) -> Tensor:
