@@ -77,6 +77,12 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, max_shard_bytes: int) -> N
     assert first == second
 
 
+def test_worker_processes_prepare_the_same_batches(tmp_path: Path) -> None:
+    run(Line(), CONFIG, tmp_path / "thread")
+    run(Line(), replace(CONFIG, num_workers=2), tmp_path / "workers")
+    assert torch.equal(weights_of(tmp_path / "thread"), weights_of(tmp_path / "workers"))
+
+
 def test_logs_evaluates_samples(tmp_path: Path) -> None:
     stage = Line()
     metrics = run(stage, CONFIG, tmp_path)

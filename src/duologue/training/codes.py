@@ -73,6 +73,7 @@ def build_store(
     *,
     roles: Collection[str] | None = None,
     max_hours: float | None = None,
+    device: str = "cpu",
 ) -> CodeStore:
     """Completes the store of a corpus and opens it.
 
@@ -81,6 +82,7 @@ def build_store(
         tokenizer: folder of a frozen `SpeechTokenizer`.
         roles: only clips of these roles; a folder is for one choice of roles.
         max_hours: maximum duration of the first clips to take, in hours.
+        device: where the tokenizer runs.
 
     Raises:
         ValueError: the store was made with another tokenizer.
@@ -98,7 +100,7 @@ def build_store(
         name = folder / f"part-{first // PART_CLIPS:05d}.json"
         if _is_complete(name, [clips.records[i].id for i in chosen]):
             continue
-        model = model or load_component(tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
+        model = model or load_component(tokenizer, SpeechTokenizer, SpeechTokenizerConfig).to(device)
         _write_part(name, clips, chosen, model)
     return CodeStore(folder, wanted)
 
@@ -163,5 +165,7 @@ def _save(path: Path, values: NDArray[np.uint16] | NDArray[np.float16]) -> None:
 def _tokenize(clips: Clips, batch: list[int], tokenizer: SpeechTokenizer) -> dict[int, NDArray[np.uint16]]:
     if not batch:
         return {}
-    codes: Padded = tokenizer(Padded.stack([torch.from_numpy(clips.wav(i)) for i in batch]))
-    return {i: row.numpy().astype(np.uint16) for i, row in zip(batch, codes.rows(), strict=True)}
+    wav = Padded.stack([torch.from_numpy(clips.wav(i)) for i in batch])
+    device = tokenizer.quantizer.codebook.weight.device
+    codes: Padded = tokenizer(Padded(wav.values.to(device), wav.lengths.to(device)))
+    return {i: row.cpu().numpy().astype(np.uint16) for i, row in zip(batch, codes.rows(), strict=True)}

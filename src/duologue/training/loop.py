@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from duologue.checkpoint import load_tensors, load_weights, module_tensors, save_tensors
@@ -36,6 +37,7 @@ class LoopConfig:
         num_steps: total optimizer steps; the schedule ends there.
         schedule: decay of the learning rate after the warm-up, down to `learning_rate * min_lr_ratio`.
         accumulate: batches per optimizer step and process.
+        num_workers: processes that prepare batches; 0 for one thread of this process.
         checkpoint_every_s: seconds between checkpoints.
     """
 
@@ -49,6 +51,7 @@ class LoopConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
     accumulate: int = 1
+    num_workers: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     log_every: int = 10
     evaluate_every: int = 500
@@ -113,7 +116,7 @@ def run(stage: TrainingStage, config: LoopConfig, out: Path, device: str = "cpu"
     saved_at = time.monotonic()
     metrics: dict[str, float] = {}
     bar = tqdm(total=config.num_steps, initial=step, desc=out.name, disable=rank > 0, mininterval=5.0, smoothing=0.05)
-    batches = _prefetch(stage, config, step, rank, world)
+    batches = _prefetch(stage, config, step, rank, world, device)
     while step < config.num_steps:
         values: dict[str, float] = {}
         micro = [next(batches) for _ in range(config.accumulate)]
@@ -159,24 +162,29 @@ def _optimize(
     for group in optimizer.param_groups:
         group["lr"] = config.lr_at(step)
     optimizer.zero_grad(set_to_none=True)
-    values: dict[str, float] = {}
+    computed: list[dict[str, Tensor]] = []
     for index, batch in micro:
         torch.manual_seed(hash((config.seed, index)) % 2**63)
-        batch = {name: value.to(device) for name, value in batch.items()}
+        batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bf16"):
             losses = stage.losses(phase, batch, step)
         if not losses:  # an idle phase
             return {}
         total = torch.stack([loss.float() * stage.weights[name] for name, loss in losses.items()]).sum()
-        for name, loss in losses.items():
-            values[name] = values.get(name, 0.0) + float(loss.detach()) / len(micro)
-        if not math.isfinite(float(total.detach())):
+        (total / len(micro)).backward()
+        computed.append({name: loss.detach() for name, loss in losses.items()})
+    # Losses are read after all work is queued: reading them earlier would let the device wait for the host.
+    values: dict[str, float] = {}
+    for (index, _), losses in zip(micro, computed, strict=True):
+        read = {name: float(loss) for name, loss in losses.items()}
+        if not all(math.isfinite(value) for value in read.values()):
             raise NonFiniteLoss(
                 f"step {step + 1}, batch {index}: "
-                + ", ".join(f"{name} = {float(loss.detach())}" for name, loss in losses.items())
+                + ", ".join(f"{name} = {value}" for name, value in read.items())
                 + "; no weight was changed by this step. Lower learning_rate or look at the batch, then run again"
             )
-        (total / len(micro)).backward()
+        for name, value in read.items():
+            values[name] = values.get(name, 0.0) + value / len(micro)
     if distributed.is_initialized():
         for parameter in module.parameters():
             if parameter.requires_grad:
@@ -201,14 +209,36 @@ def _quiet(stage: TrainingStage, work: Any) -> Any:
     return result
 
 
+class _Batches(Dataset[tuple[int, Batch]]):
+    """All batches of a stage by their index."""
+
+    def __init__(self, stage: TrainingStage) -> None:
+        self._stage = stage
+
+    def __getitem__(self, index: int) -> tuple[int, Batch]:
+        return index, self._stage.batch(index)
+
+
 def _prefetch(
-    stage: TrainingStage, config: LoopConfig, step: int, rank: int, world: int
+    stage: TrainingStage, config: LoopConfig, step: int, rank: int, world: int, device: str
 ) -> Iterator[tuple[int, Batch]]:
-    """Batches with their indices; the next one is prepared while one is in use."""
-    first = step * config.accumulate * world + rank
+    """Batches with their indices; the next ones are prepared while one is in use."""
+    indices = range(step * config.accumulate * world + rank, config.num_steps * config.accumulate * world, world)
+    if config.num_workers:
+        # Workers are forked, so that they share the corpus; batches are made on the CPU and never touch the device.
+        yield from DataLoader(
+            _Batches(stage),
+            batch_size=None,
+            sampler=indices,
+            num_workers=config.num_workers,
+            pin_memory=torch.device(device).type == "cuda",
+            multiprocessing_context="fork",
+        )
+        return
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(stage.batch, first)
-        for index in range(first, config.num_steps * config.accumulate * world, world):
+        coming = pool.submit(stage.batch, indices[0]) if indices else None
+        for index in indices:
+            assert coming is not None
             batch = coming.result()
             coming = pool.submit(stage.batch, index + world)
             yield index, batch

@@ -169,7 +169,6 @@ class TokenizerStage:
             texts.append(torch.tensor(self.recognizer.text.encode(clip.text, clip.language)))
             prompts.append(len(self.recognizer.text.prompt(clip.language)))
         wav_clean, wav_heard, text = Padded.stack(clean), Padded.stack(heard), Padded.stack(texts)
-        prosody = [_prosody(voice, sound) for voice, sound in zip(clean, heard, strict=True)]
         return {
             "clean": wav_clean.values,
             "wav": wav_heard.values,
@@ -177,7 +176,6 @@ class TokenizerStage:
             "text": text.values,
             "text_lengths": text.lengths,
             "num_prompt": torch.tensor(prompts),
-            "prosody": Padded.stack(prosody).values,
             "start": torch.from_numpy(rng.integers(0, self._max_start(wav_heard), len(chosen))),
         }
 
@@ -197,7 +195,8 @@ class TokenizerStage:
         passed = Padded(values, hidden.lengths)
         memory = self.recognizer.memory(passed)
         text = Padded(batch["text"], batch["text_lengths"])
-        heads = self.recognizer.losses(passed, memory, text, batch["num_prompt"], batch["prosody"])
+        prosody = _prosody(batch["clean"], batch["wav"])[:, : values.shape[1]]
+        heads = self.recognizer.losses(passed, memory, text, batch["num_prompt"], prosody)
         losses = {"asr": heads.asr, "prosody": heads.prosody}
         if self.teacher is not None:
             losses["distill"] = self._distill(memory, Padded(batch["clean"], batch["wav_lengths"]))
@@ -318,10 +317,11 @@ class TokenizerStage:
     def _transcribe(self, clips: Clips, chosen: list[int]) -> tuple[list[str], Tensor]:
         device = self.tokenizer.quantizer.codebook.weight.device
         wav = Padded.stack([torch.from_numpy(clips.wav(i)) for i in chosen])
-        quantized = self.tokenizer.quantize_piece(Padded(wav.values.to(device), wav.lengths.to(device)))
+        heard = Padded(wav.values.to(device), wav.lengths.to(device))
+        quantized = self.tokenizer.quantize_piece(heard)
         values = Padded(quantized.values, quantized.codes.lengths)
         if not self.tokenizer.quantizer.ema_count.any():  # there is no codebook yet
-            hidden = self.tokenizer.encode_piece(wav, self.tokenizer.encoder.init_state(len(chosen)))
+            hidden = self.tokenizer.encode_piece(heard, self.tokenizer.encoder.init_state(len(chosen)))
             values = Padded(self.tokenizer.quantizer.normalized(hidden.values), hidden.lengths)
         texts = self.recognizer.transcribe(values, clips.records[chosen[0]].language)
         return texts, quantized.codes.values[quantized.codes.mask]
@@ -356,11 +356,12 @@ def _masked(mel: Padded, config: SpecAugmentConfig) -> Tensor:
     return values.masked_fill(hidden, float(values[mel.mask].mean()))
 
 
+@torch.no_grad()
 def _prosody(clean: Tensor, heard: Tensor) -> Tensor:
-    """wavs (S,) -> per token (T, 3): level in bels of what is heard, log2 of F0 over 100 Hz, voicing."""
-    missing = -len(clean) % rates.SAMPLES_PER_TOKEN
-    clean, heard = (nn.functional.pad(wav, (0, missing))[None] for wav in (clean, heard))
+    """wavs (B, S) -> per token (B, T, 3): level in bels of what is heard, log2 of F0 over 100 Hz, voicing."""
+    missing = -clean.shape[1] % rates.SAMPLES_PER_TOKEN
+    clean, heard = (nn.functional.pad(wav, (0, missing)) for wav in (clean, heard))
     level = heard.unflatten(1, (-1, rates.SAMPLES_PER_TOKEN)).square().mean(-1).clamp(min=1e-6).log10()
     f0 = pitch(clean, rates.LISTEN_SAMPLE_RATE, rates.SAMPLES_PER_TOKEN)
     voiced = f0 > 0
-    return torch.stack([level, torch.where(voiced, (f0 / 100).clamp(min=0.1).log2(), 0.0), voiced.float()], -1)[0]
+    return torch.stack([level, torch.where(voiced, (f0 / 100).clamp(min=0.1).log2(), 0.0), voiced.float()], -1)
