@@ -27,6 +27,7 @@ LAYERS = {
     "layers": 1,
     "checkpoint": 1,
     "machine": 1,
+    "cuda": 1,
     "memory": 1,
     "quantization": 1,
     "tokenizer": 2,

@@ -37,7 +37,8 @@ class Chatbot:
 
     def __init__(self, models: Models) -> None:
         self.models = models
-        self.worker = Worker(num_threads=num_step_threads(models.tokenizer))
+        device = next(models.decoder.parameters()).device
+        self.worker = Worker(num_threads=num_step_threads(models.tokenizer), device=device)
 
     @property
     def sample_rate(self) -> int:

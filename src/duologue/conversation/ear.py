@@ -193,7 +193,7 @@ class TurnTokenizer:
         self._tokenizer, self._worker, self._sample_rate = tokenizer, worker, sample_rate
         self._on_settled, self._patience_s = on_settled, patience_s
         self._resampler = StreamingResampler(sample_rate, rates.LISTEN_SAMPLE_RATE)
-        with torch.inference_mode():
+        with torch.inference_mode(), worker.on_stream():
             self._state = tokenizer.init_state(1)
         self._lock = threading.RLock()
         self._waiting = np.zeros(0, np.float32)

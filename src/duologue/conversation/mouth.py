@@ -112,7 +112,7 @@ class Mouth:
         models, card = self.models, self.models.card
         self._stages["tokenizer"] = question_s
         self._note(tokenize_s=question_s)
-        with torch.inference_mode():
+        with torch.inference_mode(), self._worker.on_stream():
             self._state = models.decoder.init_state(1, card.num_steps, card.guidance_scale, sampling.seed)
         stream = models.engine.generate(prompt, sampling, self._interleave.schedule, self._request_id)
         self._is_asked = not self._stopped.done()

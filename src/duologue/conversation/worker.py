@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -23,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from duologue.cuda import new_stream, on_stream, wait_for
 from duologue.layers import Padded, join_states, state_row, state_settings
 
 Result = TypeVar("Result")
@@ -102,18 +104,27 @@ class Worker:
         max_rows: maximum rows per batch.
         max_batch_s: maximum estimated duration of a batch of several steps, which urgent work cannot overtake.
         num_threads: PyTorch threads on a CPU, see `layers.num_step_threads`; None for PyTorch's default.
+        device: of the models. On CUDA the worker has its own stream, so its work does not wait for the language model.
     """
 
     def __init__(
-        self, max_waiting: int = 1024, max_rows: int = 16, max_batch_s: float = 0.2, num_threads: int | None = None
+        self,
+        max_waiting: int = 1024,
+        max_rows: int = 16,
+        max_batch_s: float = 0.2,
+        num_threads: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         if max_waiting < 1 or max_rows < 1:
             raise ValueError(f"max_waiting and max_rows must be at least 1, got {max_waiting} and {max_rows}")
         self.max_waiting, self.max_rows, self.max_batch_s = max_waiting, max_rows, max_batch_s
         # Recent batches of each stage: rows times the longest length, and seconds.
         self._paces: WeakKeyDictionary[BatchedStage, deque[tuple[int, float]]] = WeakKeyDictionary()
+        self._stream = new_stream(device)
+        if self._stream is not None:  # after the weights have arrived
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         self._executor = ThreadPoolExecutor(
-            1, "worker", torch.set_num_threads, (num_threads or torch.get_num_threads(),)
+            1, "worker", _start_thread, (num_threads or torch.get_num_threads(), self._stream)
         )
         self._lock = threading.Lock()
         self._waiting: list[_Job] = []
@@ -140,7 +151,7 @@ class Worker:
         Args:
             stage: the streaming stage.
             x: (T, ...) the row's new input, on any device.
-            state: of one row; replaced when the step is done and reserved for it until then.
+            state: of one row, made in `on_stream`; replaced when the step is done and reserved for it until then.
             last: also flushes the row.
             deadline: when the result is needed, by `time.monotonic`; the earliest runs first.
 
@@ -151,9 +162,14 @@ class Worker:
             WorkerFull: the queue is full.
         """
         future: Future[StepResult] = Future()
+        wait_for(self._stream, x)
         key = id(stage), x.dtype, x.shape[1:], state_settings(state)
         self._enqueue(_Job(deadline, _Step(stage, x, state, last, key, future), future))
         return future
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        """Returns a context for other threads to make states in: on CUDA they belong to the worker's stream."""
+        return on_stream(self._stream)
 
     def stats(self) -> WorkerStats:
         """Returns the counters."""
@@ -254,6 +270,12 @@ class Worker:
         """Returns the recent seconds per row and unit of length; 0 if unknown."""
         paces = self._paces.get(stage, ())
         return sum(seconds for _, seconds in paces) / max(sum(size for size, _ in paces), 1)
+
+
+def _start_thread(num_threads: int, stream: torch.cuda.Stream | None) -> None:
+    torch.set_num_threads(num_threads)
+    if stream is not None:
+        torch.cuda.set_stream(stream)
 
 
 def _run(future: Future[tuple[Result, float]], work: Callable[[], Result]) -> None:

@@ -10,6 +10,7 @@ Shapes: B batch, N tokens, T mel frames, M mels, S speaker channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from duologue import rates
+from duologue.cuda import CapturedGraphs, next_size
 from duologue.decoder.encoder import check_tokens, frames_for_tokens
 from duologue.decoder.flow import noise_at, solve_euler
 from duologue.layers import Padded, reset_rows, split_at
@@ -27,6 +29,9 @@ from duologue.released.decoder.regulator import LengthRegulator, RegulatorConfig
 from duologue.released.decoder.unet import UNet, UNetConfig
 
 NUM_STEPS = 10  # solver steps, a constant of the released code
+# Rows and frames of captured solves. A block of 10 tokens has 69 frames, and 182 with a full window; of 40, 389.
+GRAPH_ROWS = (1, 2, 4, 8, 16)
+GRAPH_FRAMES = (96, 192, 256, 320, 416, 512)
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,7 @@ class ReleasedFlow(nn.Module):
         self.encoder_proj = nn.Linear(config.encoder.output_size, config.output_size)
         self.length_regulator = LengthRegulator(config.length_regulator, config.output_size)
         self.decoder = nn.ModuleDict({"estimator": UNet(config.estimator)})
+        self.graphs: CapturedGraphs | None = CapturedGraphs()
 
     @property
     def speaker_dim(self) -> int:
@@ -162,6 +168,8 @@ class ReleasedFlow(nn.Module):
     def estimate_in(self, dtype: torch.dtype) -> ReleasedFlow:
         """Converts the U-Net to this dtype; the rest and the solver's sums are unchanged."""
         self.decoder.to(dtype)
+        if self.graphs is not None:
+            self.graphs.clear()
         return self
 
     def encode(self, tokens: Padded) -> Padded:
@@ -196,10 +204,77 @@ class ReleasedFlow(nn.Module):
         Returns:
             mel (B, T, M) in the dtype of the noise, the prompt's frames included.
         """
-        time = mu.values.shape[1]
-        mask = mask_of(mu.lengths, time)
-        given = functional.pad(prompt.zeroed().values, (0, 0, 0, time - prompt.values.shape[1]))
-        inputs = [mu.values, self.speaker_condition(speaker), given]
+        given = functional.pad(prompt.zeroed().values, (0, 0, 0, mu.values.shape[1] - prompt.values.shape[1]))
+        inputs = mu.values, self.speaker_condition(speaker), given, noise
+        if self.graphs is not None and self.graphs.usable(noise):
+            rows, frames = next_size(len(noise), GRAPH_ROWS), next_size(noise.shape[1], GRAPH_FRAMES)
+            if rows is not None and frames is not None:
+                return self._solve_captured(self.graphs, rows, frames, mu.lengths, inputs, num_steps, guidance_scale)
+        return self._integrate(*inputs, mask_of(mu.lengths, noise.shape[1]), num_steps, guidance_scale)
+
+    def capture(
+        self, rows: int, frames: int, num_steps: int | None = None, guidance_scale: float | None = None
+    ) -> bool:
+        """Captures the solve of a bucket, so that the first conversation does not wait for it.
+
+        Returns:
+            whether graphs are used on this device and the bucket exists.
+        """
+        like, config = self.encoder_proj.weight, self.config
+        if self.graphs is None or next_size(rows, GRAPH_ROWS) is None or next_size(frames, GRAPH_FRAMES) is None:
+            return False
+        with torch.no_grad():
+            if not self.graphs.usable(like):
+                return False
+            noise = like.new_zeros(rows, frames, config.output_size)
+            prompt = Padded.full(noise[:, :0])
+            scale = config.solver.inference_cfg_rate if guidance_scale is None else guidance_scale
+            speaker = like.new_zeros(rows, config.spk_embed_dim)
+            self.solve(Padded.full(noise), speaker, prompt, noise, num_steps or NUM_STEPS, scale)
+        return True
+
+    def _solve_captured(
+        self,
+        graphs: CapturedGraphs,
+        rows: int,
+        frames: int,
+        lengths: Tensor,
+        inputs: Sequence[Tensor],
+        num_steps: int,
+        guidance_scale: float,
+    ) -> Tensor:
+        """Integrates in a bucket of rows and frames as one CUDA graph. Padding is masked, so the result is the same."""
+        num_rows, num_frames = inputs[3].shape[:2]
+        weight = next(self.decoder.parameters())
+        key = rows, frames, num_steps, guidance_scale, weight.dtype, weight.data_ptr()
+        # A padded row counts as one of a single frame: attention and norms need one.
+        lengths = functional.pad(lengths, (0, rows - num_rows), value=1)
+        below, right = (0, rows - num_rows), (0, frames - num_frames)
+        padded = [functional.pad(x, (0, 0, *(right if x.dim() == 3 else ()), *below)) for x in inputs]
+
+        def work(lengths: Tensor, mu: Tensor, speaker: Tensor, given: Tensor, noise: Tensor) -> Tensor:
+            mask = (torch.arange(frames, device=lengths.device) < lengths[:, None])[:, None]
+            return self._integrate(mu, speaker, given, noise, mask, num_steps, guidance_scale)
+
+        return graphs.run(key, work, [lengths, *padded])[:num_rows, :num_frames]
+
+    def _integrate(
+        self,
+        mu: Tensor,
+        speaker: Tensor,
+        given: Tensor,
+        noise: Tensor,
+        mask: Tensor | None,
+        num_steps: int,
+        guidance_scale: float,
+    ) -> Tensor:
+        """Integrates from the noise (B, T, M) on, without host synchronization.
+
+        Args:
+            mu, given: (B, T, M); speaker: (B, M).
+            mask: (B, 1, T) bool, true on valid frames; None if all are.
+        """
+        inputs = [mu, speaker, given]
         guided = guidance_scale != 0
         if guided:  # both branches in one call; the unconditional inputs are all zeros
             inputs = [torch.cat([x, torch.zeros_like(x)]) for x in inputs]
