@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from duologue.checkpoint import load_tensors, load_weights, module_tensors, save_tensors
+from duologue.cuda import set_float32_precision
 
 Batch = dict[str, Tensor]
 
@@ -105,8 +106,13 @@ class NonFiniteLoss(RuntimeError):
 
 
 def run(stage: TrainingStage, config: LoopConfig, out: Path, device: str = "cpu") -> dict[str, float]:
-    """Trains until `config.num_steps`, resuming from the newest checkpoint under `out`; returns the last evaluation."""
-    rank, world = _start_distributed()
+    """Trains until `config.num_steps`, resuming from the newest checkpoint under `out`; returns the last evaluation.
+
+    Args:
+        device: "cuda" under torchrun is the device of the process's local rank. What is not in bfloat16 is in TF32 there.
+    """
+    rank, world, device = _start_distributed(device)
+    set_float32_precision(device, exact=False)
     out.mkdir(parents=True, exist_ok=True)
     for module in stage.phases.values():
         module.to(device).train()
@@ -253,13 +259,17 @@ def _optimizer(module: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
 
 
-def _start_distributed() -> tuple[int, int]:
-    """Joins the process group when started by torchrun."""
+def _start_distributed(device: str) -> tuple[int, int, str]:
+    """Joins the process group when started by torchrun; returns rank, number of processes, and the device of this one."""
+    on_cuda = torch.device(device).type == "cuda"
+    if on_cuda and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{int(os.environ['LOCAL_RANK'])}"
+        torch.cuda.set_device(device)  # collectives use the current device
     if "WORLD_SIZE" in os.environ and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        distributed.init_process_group("nccl" if on_cuda else "gloo")
     if distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
+        return distributed.get_rank(), distributed.get_world_size(), device
+    return 0, 1, device
 
 
 def _checkpoint(

@@ -83,7 +83,7 @@ def train(
     if stage == "tokens":
         if out is not None:
             mapping["out"] = str(out)
-        return _make_tokens(mapping, str(recipe))
+        return _make_tokens(mapping, str(recipe), device)
     folder = Path(out) if out is not None else Path("runs") / stage
     from duologue.training.loop import run
 
@@ -99,10 +99,10 @@ def _make(name: str, mapping: dict[str, Any], where: str) -> tuple[TrainingStage
     return getattr(module, f"{name.capitalize()}Stage")(recipe), recipe.loop, recipe
 
 
-def _make_tokens(mapping: dict[str, Any], where: str) -> Trained:
+def _make_tokens(mapping: dict[str, Any], where: str, device: str) -> Trained:
     from duologue.training.tokenize import TokensRecipe, run_tokens
 
     recipe = parse_config(TokensRecipe, mapping, where)
-    manifest = run_tokens(recipe)
+    manifest = run_tokens(recipe, device)
     counts = ("num_samples", "num_text_tokens", "num_speech_tokens")
     return Trained("tokens", Path(recipe.out), {name: float(getattr(manifest, name)) for name in counts})

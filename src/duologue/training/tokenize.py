@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from duologue.augmentation import AugmentConfig, augment
 from duologue.checkpoint import file_hash, load_component
+from duologue.cuda import set_float32_precision
 from duologue.interleave import weave
 from duologue.language.backbone import Provenance
 from duologue.layers import Padded
@@ -77,14 +78,18 @@ class TokensRecipe:
             raise ValueError(f"variants must be at least 1, got {self.variants}")
 
 
-def run_tokens(recipe: TokensRecipe) -> Manifest:
+def run_tokens(recipe: TokensRecipe, device: str = "cpu") -> Manifest:
     """Makes or completes the token corpus of a recipe.
+
+    Args:
+        device: of the tokenizer. On CUDA its codes are those of the CPU, up to rounding: TF32 is off.
 
     Raises:
         ValueError: a folder is missing or of another kind; the codebook of the vocabulary is not the tokenizer's. Or
             the existing corpus was made with another tokenizer or vocabulary.
     """
-    tokenizer = load_component(recipe.tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
+    set_float32_precision(device)
+    tokenizer = load_component(recipe.tokenizer, SpeechTokenizer, SpeechTokenizerConfig).to(device)
     vocabulary = Vocabulary.load(recipe.vocabulary)
     if (codes := tokenizer.config.quantizer.codebook_size) != vocabulary.codebook_size:
         raise ValueError(
@@ -124,9 +129,10 @@ def _clips(shard: Path, tokenizer: SpeechTokenizer, vocabulary: Vocabulary, reci
     ]
     todo.sort(key=lambda one: clips.records[one[0]].num_samples)
     found: dict[tuple[int, int], list[int]] = {}
+    device = tokenizer.quantizer.codebook.weight.device
     with torch.inference_mode(), tqdm(total=len(todo), desc=shard.stem, unit="clip", mininterval=5.0) as bar:
         for batch, wav in _ahead(todo, clips, recipe):
-            rows = tokenizer(wav).rows()
+            rows = tokenizer(Padded(wav.values.to(device), wav.lengths.to(device))).rows()
             found.update({key: row.tolist() for key, row in zip(batch, rows, strict=True)})
             bar.update(len(batch))
     samples = []

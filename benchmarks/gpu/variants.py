@@ -1,0 +1,179 @@
+"""Section `variants`: steps of the language model with each change that should make them faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.language import step_gb
+from benchmarks.gpu.record import Run
+from benchmarks.gpu.slots import Slots, allowed_kinds, draw
+from duologue.interleave import INTERLEAVED, Kind
+from duologue.vocabulary import Vocabulary
+
+TOP = 2048
+COMPILE_S = 20.0  # a compiled variant is left out with less time
+
+
+@torch.inference_mode()
+def variants(run: Run) -> None:
+    """Measures every variant alone; those in fp8 and the compiled ones come last."""
+    language, record = run.models["language"], run.record
+    num_slots, length, num_kept = (4, 64, 12) if run.tiny else (32, 8192, 512)
+    slots = Slots(language, num_slots, length, flash=run.on_cuda)
+    bound = 64 if run.tiny else 1024
+    with record.attempt("slots against the engine's step"):
+        _compare(run, slots, num_kept)
+    masked = slots.fork(flash=False)
+    all_rows = (1, 3) if run.tiny else (1, 4, 16, 32)
+    for rows in all_rows:
+        step = Step(run, slots, rows, num_kept, bound)
+        step.measure("slots, eager", Step.scores, graph=False)
+        step.measure("slots, graph", Step.scores)
+        step.measure("slots, graph, draw inside", Step.drawn)
+        step.measure("slots, graph, draw inside, speech rows of the head", Step.speech)
+        Step(run, masked, rows, num_kept, bound).measure("slots, graph, masked attention", Step.scores)
+    with record.attempt("draw of all rows"):
+        _draws(run, all_rows)
+    if not run.tiny:
+        for rows in (1, 16):
+            Step(run, slots, rows, 4096, 8192).measure("slots, graph", Step.scores)
+    with record.attempt("query, key and value apart"):
+        apart = Slots(language, num_slots, bound, stacked=False, flash=run.on_cuda)
+        Step(run, apart, 1, num_kept, bound).measure("slots, graph, query, key and value apart", Step.scores)
+        del apart
+    if not run.on_cuda:
+        return
+    with record.attempt("fp8"):
+        small = Slots(language, num_slots, bound, fp8=True)
+        for rows in (1, 16):
+            Step(run, small, rows, num_kept, bound).measure("slots, graph, fp8", Step.scores)
+        del small
+    compiled = slots.fork(flash=True, compiled=True)
+    for rows in (1, 16):
+        if run.left_s < COMPILE_S:
+            record.add("slots, graph, layer compiled", None, reason="no time", rows=rows)
+            continue
+        start = time.perf_counter()
+        Step(run, compiled, rows, num_kept, bound).measure("slots, graph, layer compiled", Step.scores)
+        record.add("compilation and capture", time.perf_counter() - start, "s", rows=rows)
+
+
+class Step:
+    """Static inputs of a step of some rows, and the works to measure."""
+
+    def __init__(self, run: Run, slots: Slots, rows: int, num_kept: int, bound: int) -> None:
+        self.run, self.slots, self.rows, self.num_kept, self.bound = run, slots, rows, num_kept, bound
+        device, vocabulary = run.device, run.models["vocabulary"]
+        self.ids = torch.full((rows,), 7, device=device)
+        self.positions = torch.full((rows,), num_kept, device=device)
+        self.places = torch.arange(rows, device=device)
+        self.inputs = DrawInputs(device, vocabulary, rows, run.models["language"].config.vocab_size)
+        first = vocabulary.speech_offset
+        self.speech_head = slots.head[first : first + vocabulary.codebook_size]
+
+    def scores(self) -> Tensor:
+        """Runs the step: (R, V)."""
+        return self.slots.step(self.ids, self.positions, self.places, self.bound)
+
+    def drawn(self) -> Tensor:
+        """Runs the step and draws the next ids (R,) of any kind."""
+        return self.inputs.draw(self.scores())
+
+    def speech(self) -> Tensor:
+        """Runs the step and draws the next ids (R,) in a run of speech."""
+        scores = self.slots.step(self.ids, self.positions, self.places, self.bound, self.speech_head)
+        return self.inputs.draw_speech(scores)
+
+    def measure(self, name: str, work: Callable[[Step], Tensor], graph: bool = True) -> None:
+        """Measures some work of this step; a failure costs one line."""
+        run = self.run
+        if run.over:
+            run.record.add(name, None, reason="no time", rows=self.rows)
+            return
+        with run.record.attempt(f"{name}, {self.rows} rows"):
+            call = partial(work, self)
+            times = run.times_ms(run.graphed(call)[0] if graph else call)
+            median = sorted(times)[len(times) // 2]
+            speed = round(1e3 * step_gb(run.models["language"]) / median, 1)
+            run.record.add(name, median, "ms", rows=self.rows, kept=self.num_kept, weights_gb_s=speed, least=min(times))
+
+
+class DrawInputs:
+    """Static inputs of a draw of one more id of speech or an end, after a run of text and some speech."""
+
+    def __init__(self, device: torch.device, vocabulary: Vocabulary, rows: int, num_ids: int) -> None:
+        table = torch.full((num_ids,), 9)
+        known = torch.from_numpy(vocabulary.kinds.astype("int64"))
+        for number, kind in enumerate((Kind.TEXT, Kind.SPEECH, Kind.END)):
+            table[: vocabulary.size][known == int(kind)] = number
+        self.kinds = table.to(device)
+
+        def rows_of(value: float) -> Tensor:
+            return torch.full((rows,), value, device=device)
+
+        self.num_ids, self.num_text = rows_of(20), rows_of(13)
+        self.runs = rows_of(INTERLEAVED.text_run), rows_of(INTERLEAVED.speech_run)
+        self.temperature, self.top_p = rows_of(0.8), rows_of(0.8)
+        self.uniforms = torch.rand(rows, 2, device=device)
+
+    def draw(self, scores: Tensor) -> Tensor:
+        """Draws from scores (R, V)."""
+        allowed = allowed_kinds(self.num_ids, self.num_text, *self.runs)
+        return draw(scores.float(), self.kinds, allowed, self.temperature, self.top_p, self.uniforms, TOP)
+
+    def draw_speech(self, scores: Tensor) -> Tensor:
+        """Draws from scores of speech alone."""
+        kinds = torch.ones_like(scores[0], dtype=torch.int64)
+        allowed = allowed_kinds(self.num_ids, self.num_text, *self.runs)
+        return draw(scores.float(), kinds, allowed, self.temperature, self.top_p, self.uniforms, TOP)
+
+
+def _compare(run: Run, slots: Slots, num_kept: int) -> None:
+    """Compares ragged rows in slots out of order with the engine's step."""
+    from duologue.language.keyvalues import KeyValues, RaggedBatchModel
+
+    batched = RaggedBatchModel(run.models["language"])
+    places, lengths = [2, 0, 3], [num_kept, num_kept // 2, 3]
+    ids = torch.randint(run.models["vocabulary"].size, (3, num_kept + 1)).tolist()
+    kept = [KeyValues() for _ in places]
+    expected = []
+    for row, length in enumerate(lengths):
+        batched.step([ids[row][:length]], [kept[row]])
+        for layer in range(len(slots.layers)):
+            buffer = kept[row]._layers[layer][:, :, :length]  # (2, G, T, K)
+            start = places[row] * slots.length
+            slots.pool[layer, :, start : start + length] = buffer.transpose(1, 2)
+        expected.append(batched.step([ids[row][length : length + 1]], [kept[row]])[0])
+    device = run.device
+    last = torch.tensor([ids[row][length] for row, length in enumerate(lengths)], device=device)
+    at, which = torch.tensor(lengths, device=device), torch.tensor(places, device=device)
+    bound = 64 if run.tiny else 1024
+    if slots.flash:
+        found = slots.step(last, at, which, bound)
+    else:  # masked attention takes slots in order, so each row is moved to slot 0
+        rows = []
+        for row, place in enumerate(places):
+            pool = slots.pool[:, :, : slots.length].clone()
+            start = place * slots.length
+            slots.pool[:, :, : slots.length] = slots.pool[:, :, start : start + slots.length]
+            rows.append(slots.step(last[row : row + 1], at[row : row + 1], torch.zeros_like(at[:1]), bound)[0])
+            slots.pool[:, :, : slots.length] = pool
+        found = torch.stack(rows)
+    wanted = torch.stack(expected)
+    difference = (found.float() - wanted).abs().max()
+    run.record.add("slots against the engine's step", float(difference), "", largest_score=float(wanted.abs().max()))
+
+
+def _draws(run: Run, all_rows: tuple[int, ...]) -> None:
+    """Measures the batched draw alone."""
+    language, vocabulary = run.models["language"], run.models["vocabulary"]
+    for rows in all_rows:
+        inputs = DrawInputs(run.device, vocabulary, rows, language.config.vocab_size)
+        scores = torch.randn(rows, language.config.vocab_size, device=run.device)
+        replay, _ = run.graphed(lambda inputs=inputs, scores=scores: inputs.draw(scores))  # type: ignore[misc]
+        run.record.add("draw of all rows", run.median_ms(replay), "ms", rows=rows)
