@@ -35,9 +35,9 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "training": (training, 45),
     "model": (model, 20),
     "engine": (engine, 35),
-    "decoder": (decoder, 55),
-    "streams": (streams, 12),
-    "sessions": (sessions, 75),
+    "decoder": (decoder, 70),
+    "streams": (streams, 20),
+    "sessions": (sessions, 70),
     "variants": (variants, 70),
 }
 NEED_MODEL = ("engine", "streams", "sessions", "variants")

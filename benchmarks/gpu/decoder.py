@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from benchmarks.gpu.language import preset_of, profiled
-from benchmarks.gpu.record import Run
+from benchmarks.gpu.record import Run, Work
 from duologue.cuda import CapturedGraphs
 from duologue.layers import Padded
 from duologue.released.decoder.decoder import ReleasedDecoder, build_released_decoder
@@ -18,7 +20,9 @@ from duologue.released.decoder.unet import ResnetBlock, TransformerBlock
 from duologue.tokenizer.tokenizer import SpeechTokenizer
 
 NUM_BLOCKS = 3
-COMPILE_S = 15.0  # a compiled variant is left out with less time
+COMPILE_S = 20.0  # a compiled variant is left out with less time
+MAX_COMPILED = 64  # shapes of one compiled block
+Inputs = tuple[Padded, Tensor, Padded, Tensor]
 
 
 @torch.inference_mode()
@@ -27,29 +31,31 @@ def decoder(run: Run) -> None:
     with run.record.attempt("tokenizer"):
         _tokenizer(run)
     whole = published_decoder(run)
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32) if run.on_cuda else (torch.float32,):
         whole.flow.estimate_in(dtype)
         for rows in (1, 2) if run.tiny else (1, 4, 16):
             for size in (10,) if run.tiny else (10, 40):
                 whole.flow.graphs = None
                 _blocks(run, whole, "eager", rows, size)
-                if dtype is torch.bfloat16:
+                if dtype is torch.bfloat16 or not run.on_cuda:
                     whole.flow.graphs = CapturedGraphs(capture=run.on_cuda)
                     _blocks(run, whole, "graphs", rows, size)
     whole.flow.graphs = None
     inputs = {shape: _inputs(run, whole.flow, *shape) for shape in _shapes(run)}
-    exact = {shape: _solve(whole.flow, *given) for shape, given in inputs.items()}
-    whole.flow.estimate_in(torch.bfloat16)
-    _solves(run, whole.flow, "solve, bfloat16", inputs, exact)
+    exact = {shape: _solve(run, whole.flow, *given) for shape, given in inputs.items()}
+    if run.on_cuda:
+        whole.flow.estimate_in(torch.bfloat16)
+    _solves(run, whole.flow, "solve", inputs, exact)
     if run.on_cuda:
         with run.record.attempt("profile"):
             first = next(iter(inputs.values()))
-            kernels, busy_ms = profiled(run, partial(_solve, whole.flow, *first))
+            kernels, busy_ms = profiled(run, partial(_solve, run, whole.flow, *first))
             run.record.add("kernels of a solve", kernels, "", busy_ms=round(busy_ms, 2))
+        torch._dynamo.config.recompile_limit = MAX_COMPILED
         for module in whole.flow.modules():
             if isinstance(module, ResnetBlock | TransformerBlock):
                 module.compile(dynamic=False)
-        _solves(run, whole.flow, "solve, bfloat16, blocks compiled", inputs, exact, compiled=True)
+        _solves(run, whole.flow, "solve, blocks compiled", inputs, exact, compiled=True)
 
 
 def published_decoder(run: Run) -> ReleasedDecoder:
@@ -71,7 +77,7 @@ def _blocks(run: Run, whole: ReleasedDecoder, name: str, rows: int, size: int) -
     with run.record.attempt(f"block, {name}, {rows} rows, {size} tokens, {dtype}"):
         flow_ms, vocoder_ms = [], []
         for _ in range(2):
-            state = whole.init_state(rows)
+            state = whole.init_state(rows, num_steps(run))
             for _ in range(NUM_BLOCKS):
                 codes = torch.randint(whole.codebook_size, (rows, size), device=run.device)
                 run.sync()
@@ -83,7 +89,10 @@ def _blocks(run: Run, whole: ReleasedDecoder, name: str, rows: int, size: int) -
                 run.sync()
                 flow_ms.append(1e3 * (middle - start))
                 vocoder_ms.append(1e3 * (time.perf_counter() - middle))
-        cold, details = [round(each, 1) for each in flow_ms[:NUM_BLOCKS]], {"rows": rows, "tokens": size, "dtype": dtype}
+        cold, details = (
+            [round(each, 1) for each in flow_ms[:NUM_BLOCKS]],
+            {"rows": rows, "tokens": size, "dtype": dtype},
+        )
         run.record.add(f"first block, {name}", flow_ms[NUM_BLOCKS], "ms", **details)
         run.record.add(f"block, {name}", flow_ms[-1], "ms", **details, cold=cold)
         if name == "eager":
@@ -96,7 +105,12 @@ def _shapes(run: Run) -> tuple[tuple[int, int], ...]:
     return ((1, 96),) if run.tiny else ((1, 192), (1, 96), (4, 192), (16, 192), (16, 416))
 
 
-def _inputs(run: Run, flow: ReleasedFlow, rows: int, frames: int) -> tuple[Padded, Tensor, Padded, Tensor]:
+def num_steps(run: Run) -> int:
+    """Returns the number of solver steps."""
+    return 2 if run.tiny else NUM_STEPS
+
+
+def _inputs(run: Run, flow: ReleasedFlow, rows: int, frames: int) -> Inputs:
     """Condition, speaker, prompt of half the frames, and noise."""
     size = flow.config.output_size
     mu, noise = (torch.randn(rows, frames, size, device=run.device) for _ in range(2))
@@ -105,59 +119,65 @@ def _inputs(run: Run, flow: ReleasedFlow, rows: int, frames: int) -> tuple[Padde
     return Padded.full(mu), speaker, Padded.full(prompt), noise
 
 
-def _solve(flow: ReleasedFlow, mu: Padded, speaker: Tensor, prompt: Padded, noise: Tensor) -> Tensor:
-    return flow.solve(mu, speaker, prompt, noise, NUM_STEPS, flow.config.solver.inference_cfg_rate)
+def _solve(run: Run, flow: ReleasedFlow, mu: Padded, speaker: Tensor, prompt: Padded, noise: Tensor) -> Tensor:
+    return flow.solve(mu, speaker, prompt, noise, num_steps(run), flow.config.solver.inference_cfg_rate)
 
 
 def _solves(
     run: Run,
     flow: ReleasedFlow,
     name: str,
-    inputs: dict[tuple[int, int], tuple[Padded, Tensor, Padded, Tensor]],
+    inputs: dict[tuple[int, int], Inputs],
     exact: dict[tuple[int, int], Tensor],
     compiled: bool = False,
 ) -> None:
-    """Measures solves of each shape, eager, in a graph with masks as streams use it, and in a graph without masks."""
+    """Measures solves of each shape: eager, in a graph with and without masks, and as streams call it.
+
+    Compiled blocks are measured in a graph with masks alone, because every other way compiles them again.
+    """
     for (rows, frames), given in inputs.items():
-        details = {"rows": rows, "frames": frames}
-        if run.left_s < (COMPILE_S if compiled else 2):
-            run.record.add(name, None, reason="no time", **details)
-            continue
         mu, speaker, prompt, noise = given
-        scale = float(exact[rows, frames].square().mean().sqrt())
-        spread = torch.nn.functional.pad(prompt.values, (0, 0, 0, frames - prompt.values.shape[1]))
-        condition, rate = flow.speaker_condition(speaker), flow.config.solver.inference_cfg_rate
-        graphs = CapturedGraphs(capture=run.on_cuda)
-        ways = {
-            "eager": None,
-            "graph without masks": partial(
-                flow._integrate, mu.values, condition, spread, noise, None, NUM_STEPS, rate
-            ),
-            "graph with masks": graphs,
+        spread = functional.pad(prompt.values, (0, 0, 0, frames - prompt.values.shape[1]))
+        settings = num_steps(run), flow.config.solver.inference_cfg_rate
+        integrate = partial(flow._integrate, mu.values, flow.speaker_condition(speaker), spread, noise)
+        mask = torch.ones(rows, 1, frames, dtype=torch.bool, device=run.device)
+        ways: dict[str, Callable[[], tuple[Work, Tensor]]] = {
+            "graph with masks": partial(run.graphed, partial(integrate, mask, *settings))
         }
-        for way, how in ways.items():
+        if not compiled:
+            ways["graph without masks"] = partial(run.graphed, partial(integrate, None, *settings))
+            ways["eager"] = partial(_ready, run, flow, None, given)
+            ways["as in a stream"] = partial(_ready, run, flow, CapturedGraphs(capture=run.on_cuda), given)
+        for way, prepare in ways.items():
+            if run.left_s < (COMPILE_S if compiled else 2):
+                run.record.add(f"{name}, {way}", None, reason="no time", rows=rows, frames=frames)
+                continue
             with run.record.attempt(f"{name}, {way}, {rows} rows, {frames} frames"):
                 start = time.perf_counter()
-                flow.graphs = how if isinstance(how, CapturedGraphs) else None
-                work = partial(_solve, flow, *given)
-                if isinstance(how, partial):
-                    work, out = run.graphed(how)
-                    work()
-                else:
-                    out = work()
+                work, out = prepare()
+                work()
                 run.sync()
-                made_s = round(time.perf_counter() - start, 2)
-                error = float((out - exact[rows, frames]).square().mean().sqrt()) / scale
+                first_s = round(time.perf_counter() - start, 2)
+                scale = exact[rows, frames].square().mean().sqrt()
+                error = float((out - exact[rows, frames]).square().mean().sqrt() / scale)
                 median = run.median_ms(work, 3 if way == "eager" else 10, 1)
-                run.record.add(f"{name}, {way}", median, "ms", **details, error=f"{error:.2g}", first_s=made_s)
-        flow.graphs = None
+                details = {"rows": rows, "frames": frames, "off_float32": float(f"{error:.2g}"), "first_s": first_s}
+                run.record.add(f"{name}, {way}", median, "ms", **details)
+    flow.graphs = None
+
+
+def _ready(run: Run, flow: ReleasedFlow, graphs: CapturedGraphs | None, given: Inputs) -> tuple[Work, Tensor]:
+    """Returns a solve through the flow's interface and its result."""
+    flow.graphs = graphs
+    work = partial(_solve, run, flow, *given)
+    return work, work()
 
 
 def _tokenizer(run: Run) -> None:
     """Measures blocks of the tokenizer of the published size; the first reply meets every shape for the first time."""
     with run.device:
         made = SpeechTokenizer(preset_of(run).tokenizer).eval().requires_grad_(False)
-    sizes = (16000, 32000, 16000) if run.tiny else (32000, 32000, 16000)
+    sizes = (16000,) if run.tiny else (32000, 32000, 16000)
     for rows in (1,) if run.tiny else (1, 16):
         times = []
         for _ in range(2):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.record import Run
 from duologue import machine
@@ -25,21 +28,11 @@ def facts(run: Run) -> None:
         record.add("memory", total / 1e9, "GB", capability=str(torch.cuda.get_device_capability(device)))
     size, count = (256, COPY_BYTES // 2**10) if run.tiny else (MATRIX, COPY_BYTES)
     with record.attempt("copy"):
-        source = torch.empty(count, dtype=torch.uint8, device=device)
+        source = torch.zeros(count, dtype=torch.uint8, device=device)
         target = torch.empty_like(source)
-        record.add("copy", 2e-6 * count / run.median_ms(lambda: target.copy_(source)), "GB/s")
-        del source, target
-    flop = 2 * size**3
-    with record.attempt("product bfloat16"):
-        half = torch.randn(size, size, device=device, dtype=torch.bfloat16)
-        record.add("product bfloat16", 1e-9 * flop / run.median_ms(lambda: half @ half), "TFLOP/s", size=size)
-        whole = half.float()
-        for exact in (True, False):
-            set_float32_precision(device, exact)
-            name = "product float32" if exact else "product TF32"
-            record.add(name, 1e-9 * flop / run.median_ms(lambda: whole @ whole, 5, 1), "TFLOP/s", size=size)
-        set_float32_precision(device)
-        del half, whole
+        record.add("copy", 2e-6 * count / run.median_ms(partial(target.copy_, source)), "GB/s")
+    with record.attempt("product"):
+        _products(run, size)
     small = torch.zeros(8, device=device)
 
     def launches() -> None:
@@ -51,3 +44,19 @@ def facts(run: Run) -> None:
     with record.attempt("launch in a graph"):
         replay, _ = run.graphed(launches)
         record.add("launch in a graph", 1e3 * run.median_ms(replay, 5, 1) / LAUNCHES, "us")
+
+
+def _products(run: Run, size: int) -> None:
+    """Measures the product of two square matrices in each precision."""
+    flop = 2 * size**3
+
+    def measure(name: str, x: Tensor, repetitions: int) -> None:
+        speed = 1e-9 * flop / run.median_ms(lambda: x @ x, repetitions, 1)
+        run.record.add(name, speed, "TFLOP/s", size=size)
+
+    half = torch.randn(size, size, device=run.device, dtype=torch.bfloat16)
+    measure("product bfloat16", half, 20)
+    for exact in (True, False):
+        set_float32_precision(run.device, exact)
+        measure("product float32" if exact else "product TF32", half.float(), 5)
+    set_float32_precision(run.device)

@@ -1,4 +1,4 @@
-"""Sections `model` and `engine`: a language model of the published size with random weights, and steps of the engine."""
+"""Sections `model` and `engine`: a language model of the published size, random, and steps of the engine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -65,8 +66,8 @@ def preset_of(run: Run) -> Preset:
 
 def step_gb(language: GlmForCausalLM) -> float:
     """Returns 10^9 bytes of weights that one step reads: all but the embedding table."""
-    total = sum(weight.numel() * weight.element_size() for weight in language.parameters())
-    table = language.model.embed_tokens.weight
+    total: int = sum(weight.numel() * weight.element_size() for weight in language.parameters())
+    table: Tensor = language.model.embed_tokens.weight
     return (total - table.numel() * table.element_size()) / 1e9
 
 
@@ -101,7 +102,7 @@ def _steps(run: Run) -> None:
             if run.over:
                 return
             kept += [first.copy(num_kept) for _ in range(rows - len(kept))]
-            step = run.median_ms(lambda rows=rows: batched.step([[7]] * rows, kept[:rows]), 10)  # type: ignore[misc]
+            step = run.median_ms(partial(batched.step, [[7]] * rows, kept[:rows]), 10)
             run.record.add("step", step, "ms", rows=rows, kept=num_kept, weights_gb_s=round(1e3 * read / step, 1))
 
 
@@ -110,8 +111,11 @@ def _prefill(run: Run) -> None:
 
     batched = RaggedBatchModel(run.models["language"])
     for size in (8,) if run.tiny else (64, 256, 1024):
-        ids = [[5] * size]
-        run.record.add("prefill", run.median_ms(lambda ids=ids: batched.step(ids, [KeyValues()]), 5), "ms", ids=size)  # type: ignore[misc]
+
+        def once(size: int = size) -> None:
+            batched.step([[5] * size], [KeyValues()])
+
+        run.record.add("prefill", run.median_ms(once, 5), "ms", ids=size)
 
 
 def _draws(run: Run) -> None:
@@ -175,7 +179,12 @@ def _profile(run: Run, rows: int) -> None:
     kernels, busy_ms = profiled(run, steps)
     wall = run.median_ms(steps, 3, 0)
     run.record.add(
-        "kernels of a step", kernels / PROFILED_STEPS, "", rows=rows, busy=f"{busy_ms / wall:.0%}", ms=wall / PROFILED_STEPS
+        "kernels of a step",
+        kernels / PROFILED_STEPS,
+        "",
+        rows=rows,
+        busy=f"{busy_ms / wall:.0%}",
+        ms=wall / PROFILED_STEPS,
     )
 
 
@@ -186,5 +195,5 @@ def profiled(run: Run, work: Callable[[], object]) -> tuple[int, float]:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         work()
         run.sync()
-    kernels = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in found.events() if event.device_type.name == "CUDA"]
     return len(kernels), sum(event.device_time for event in kernels) / 1e3

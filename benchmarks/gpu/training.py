@@ -24,7 +24,9 @@ from duologue.released.decoder.unet import UNetConfig
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import QuantizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizerConfig
-from duologue.training.loop import LoopConfig, TrainingStage, run as run_loop
+from duologue.training.discriminators import DiscriminatorConfig
+from duologue.training.loop import LoopConfig, TrainingStage
+from duologue.training.loop import run as run_loop
 
 NUM_STEPS = 2
 CLIP_S = (1.2, 1.6, 2.0, 0.9, 1.4, 1.1, 1.3, 1.7, 1.0, 1.5)
@@ -46,6 +48,7 @@ RELEASED = ReleasedFlowConfig(
 LANGUAGE = LanguageConfig(
     width=32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, ffn_dim=48, max_positions=512
 )
+DISCRIMINATORS = DiscriminatorConfig(periods=(2,), period_channels=(4, 8), resolutions=(256,), resolution_channels=4)
 Make = Callable[["Places"], tuple[TrainingStage, LoopConfig]]
 
 
@@ -123,7 +126,14 @@ def _vocoder(places: Places) -> tuple[TrainingStage, LoopConfig]:
 
     small = VocoderConfig(width=16, ffn_dim=32, num_layers=1)
     recipe = VocoderRecipe(
-        (str(places.clips),), _loop(3), vocoder=small, batch_size=2, adversarial_from_step=1, adversarial_warmup_steps=1
+        (str(places.clips),),
+        _loop(3),
+        vocoder=small,
+        discriminators=DISCRIMINATORS,
+        batch_size=2,
+        adversarial_from_step=1,
+        adversarial_warmup_steps=1,
+        num_valid_clips=1,
     )
     return VocoderStage(recipe), recipe.loop
 
@@ -140,6 +150,8 @@ def _flow(places: Places, released: ReleasedFlowConfig | None = None) -> tuple[T
         released=released,
         batch_s=4.0,
         max_tokens=20,
+        num_valid_clips=2,
+        num_generated=1,
     )
     return FlowStage(recipe), recipe.loop
 

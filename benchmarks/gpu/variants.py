@@ -175,5 +175,5 @@ def _draws(run: Run, all_rows: tuple[int, ...]) -> None:
     for rows in all_rows:
         inputs = DrawInputs(run.device, vocabulary, rows, language.config.vocab_size)
         scores = torch.randn(rows, language.config.vocab_size, device=run.device)
-        replay, _ = run.graphed(lambda inputs=inputs, scores=scores: inputs.draw(scores))  # type: ignore[misc]
+        replay, _ = run.graphed(partial(inputs.draw, scores))
         run.record.add("draw of all rows", run.median_ms(replay), "ms", rows=rows)

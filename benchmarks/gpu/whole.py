@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.gpu.decoder import published_decoder
+from benchmarks.gpu.decoder import num_steps, published_decoder
 from benchmarks.gpu.language import preset_of
 from benchmarks.gpu.record import Run
 from benchmarks.sessions import Crowd, measure_sessions
@@ -29,11 +29,7 @@ def sessions(run: Run) -> None:
     bot = random_chatbot(run)
     with record.attempt("capture"):
         start = time.perf_counter()
-        num_graphs = sum(
-            bot.models.decoder.flow.capture(rows, frames)
-            for frames in (416, 320, 256, 192, 96)
-            for rows in (16, 8, 4, 2, 1)
-        )
+        num_graphs = bot.models.decoder.capture(bot.worker.max_rows)
         run.sync()
         record.add("capture", time.perf_counter() - start, "s", graphs=num_graphs)
     question = (0.1 * np.random.default_rng(0).standard_normal(int(QUESTION_S * rates.LISTEN_SAMPLE_RATE))).astype(
@@ -57,8 +53,8 @@ def random_chatbot(run: Run) -> Chatbot:
     if run.on_cuda:
         whole.flow.estimate_in(torch.bfloat16)
     engine = PlainEngine(language, vocabulary, max_sessions=64)
-    tokens = 40 if run.tiny else MAX_TOKENS
-    card = Card("random", False, sampling=Sampling(temperature=0.8, max_tokens=tokens))
+    sampling = Sampling(temperature=0.8, max_tokens=30 if run.tiny else MAX_TOKENS)
+    card = Card("random", False, sampling=sampling, num_steps=num_steps(run))
     return Chatbot(Models(tokenizer, vocabulary, engine, whole, card))
 
 

@@ -34,7 +34,7 @@ def does_it_run(run: Run) -> None:
     """Compares ids, speech tokens and sound, then holds three conversations at once."""
     record = run.record
     on_cpu = duologue.load("pocket")
-    on_device = duologue.load("pocket", device=str(run.device))
+    on_device = duologue.load("pocket", device=str(run.device)) if run.on_cuda else on_cpu
     greedy = Sampling(temperature=0.0, max_tokens=24 if run.tiny else 100)
     expected = on_cpu.chat(text=QUESTION, sampling=greedy)
     heard = _sounds(run)
@@ -122,8 +122,7 @@ def _compare_released(run: Run, mode: str) -> None:
     torch.manual_seed(0)
     on_cpu = build_released_decoder(preset.flow, preset.vocoder).eval().requires_grad_(False)
     on_device = copy.deepcopy(on_cpu).to(run.device)
-    tokens = torch.randint(preset.flow.vocab_size, (2, 35))
-    lengths = torch.tensor([35, 24])
+    tokens, lengths = torch.randint(preset.flow.vocab_size, (2, 25)), torch.tensor([25, 14])
     expected = on_cpu.flow(Padded(tokens, lengths)).values
     moved = Padded(tokens.to(run.device), lengths.to(run.device))
     on_device.flow.graphs = None
@@ -161,4 +160,6 @@ async def _talk_together(
         return round(samples / rates.SPEAK_SAMPLE_RATE, 2)
 
     found = await asyncio.gather(*(talk() for _ in range(NUM_SESSIONS)), return_exceptions=True)
-    return [each for each in found if isinstance(each, float)], [str(each) for each in found if isinstance(each, BaseException)]
+    return [each for each in found if isinstance(each, float)], [
+        str(each) for each in found if isinstance(each, BaseException)
+    ]

@@ -20,11 +20,12 @@ from transformers import PreTrainedModel
 
 from duologue.checkpoint import Dtype, file_hash, load_component, read_extra, read_kind
 from duologue.config import parse_config, read_json, to_mapping, write_json
+from duologue.cuda import set_float32_precision
 from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.language.backbone import Provenance, load_language, load_provenance
-from duologue.language.engine import Engine, PlainEngine, check_engine
+from duologue.language.engine import MAX_CACHED_TOKENS, Engine, PlainEngine, check_engine
 from duologue.language.sampling import Sampling
 from duologue.layers import Padded
 from duologue.quantization import Scheme, check_available, quantize
@@ -37,6 +38,9 @@ from duologue.vocabulary import Vocabulary
 
 CARD_FILE = "duologue.json"
 CARD_VERSION = 1
+
+CACHED_PER_SESSION = 2048
+"""Ids of a conversation and its reply, by which the cache grows with the sessions."""
 
 EngineName = Literal["plain"]
 DecoderDtype = Literal["float32", "bfloat16"]
@@ -87,6 +91,7 @@ class Decoder(Protocol):
     def init_state(
         self, batch_size: int, num_steps: int | None = ..., guidance_scale: float | None = ..., seed: int = ...
     ) -> Any: ...
+    def capture(self, max_rows: int, num_steps: int | None = ..., guidance_scale: float | None = ...) -> int: ...
     def step(self, x: Padded, state: Any) -> Padded: ...
     def flush(self, state: Any, rows: Tensor | None = None) -> Padded: ...
     def __call__(self, x: Padded, state: Any = ...) -> Padded: ...
@@ -219,7 +224,7 @@ class Models:
         recognizer: reads text from speech tokens; None if the folder has none.
 
     Raises:
-        ValueError: the codebook sizes of the parts differ.
+        ValueError: the codebook sizes of the parts differ, or a part lies on several devices.
     """
 
     tokenizer: SpeechTokenizer
@@ -237,6 +242,10 @@ class Models:
         }
         if len(set(sizes.values())) > 1:
             raise ValueError(f"the parts of {self.card.name} have codebooks of unequal sizes: {sizes}")
+        _check_device("tokenizer", self.tokenizer)
+        _check_device("decoder", self.decoder)
+        if isinstance(self.engine, PlainEngine):
+            _check_device("language model", self.engine.language)
 
     @classmethod
     def load(
@@ -247,6 +256,8 @@ class Models:
         quantization: Scheme | None = None,
         engine: EngineName = "plain",
         decoder_dtype: DecoderDtype | None = None,
+        max_sessions: int | None = None,
+        max_cached_tokens: int | None = None,
     ) -> Models:
         """Loads a model folder.
 
@@ -254,7 +265,10 @@ class Models:
             dtype: of the language model; by default bfloat16 for released models and float32 for ours.
             quantization: "int8" or "int4" for the language model's linear layers.
             engine: runs the language model; only "plain", see docs/engines.md.
-            decoder_dtype: of a released decoder's U-Net, "float32" (default) or "bfloat16".
+            decoder_dtype: of a released decoder's U-Net, "float32" or "bfloat16"; by default bfloat16 on CUDA. All
+                other float32 there is exact, without TF32.
+            max_sessions: maximum number of running replies, and of cached conversations.
+            max_cached_tokens: maximum ids in the KV caches; by default at least `CACHED_PER_SESSION` per session.
 
         Raises:
             ValueError: a part is missing, damaged or incompatible, a library is missing, or a dtype is not supported.
@@ -264,10 +278,11 @@ class Models:
         check_engine(engine)
         if quantization is not None:
             check_available(quantization, torch.device(device))
+        set_float32_precision(device)
         opened.check()
         tokenizer, decoder = opened.load_tokenizer(device), opened.load_decoder(device, decoder_dtype)
         language = opened.load_language(device, dtype, quantization)
-        made = PlainEngine(language, opened.vocabulary)
+        made = PlainEngine(language, opened.vocabulary, **_engine_sizes(language, max_sessions, max_cached_tokens))
         return cls(tokenizer, opened.vocabulary, made, decoder, card, opened.load_recognizer(device))
 
     @torch.inference_mode()
@@ -287,6 +302,24 @@ class Models:
             piece = torch.tensor([codes[at : at + size]], device=table.device)
             texts += self.recognizer.transcribe(Padded.full(functional.embedding(piece, table)))
         return " ".join(text for text in texts if text)
+
+
+def _engine_sizes(language: PreTrainedModel, max_sessions: int | None, max_cached_tokens: int | None) -> dict[str, int]:
+    """Returns the sizes of the engine that differ from its defaults."""
+    sizes = {}
+    if max_sessions is not None:
+        sizes = {"max_sessions": max_sessions, "max_caches": max_sessions}
+        positions: int = language.config.get_text_config().max_position_embeddings
+        wanted = max(MAX_CACHED_TOKENS, positions, max_sessions * CACHED_PER_SESSION)
+        max_cached_tokens = wanted if max_cached_tokens is None else max_cached_tokens
+    return sizes if max_cached_tokens is None else {**sizes, "max_cached_tokens": max_cached_tokens}
+
+
+def _check_device(name: str, part: Decoder | nn.Module) -> None:
+    """Raises ValueError if a part lies on several devices: masks, states and generators are made on one."""
+    devices = {str(parameter.device) for parameter in part.parameters()}
+    if len(devices) > 1:
+        raise ValueError(f"the {name} lies on {', '.join(sorted(devices))}: every part must lie on one device")
 
 
 def read_recognizer(place: str | Path) -> Recognizer | SpeechRecognizer:

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
-from functools import lru_cache
-
-from whisper_normalizer.basic import BasicTextNormalizer
-from whisper_normalizer.english import EnglishTextNormalizer
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 
 _SMALL = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
@@ -25,9 +22,18 @@ _UNITS = {word: value for value, word in enumerate(_SMALL)}
 _ROUND = {word: value * 10 for value, word in enumerate(_TENS) if word}
 # Spellings that recognizers choose between freely, and that Whisper's normalizer keeps apart.
 _SPELLINGS = {"ok": "okay", "mum": "mom", "cannot": "can not", "alright": "all right"}
-_ENGLISH, _BASIC = EnglishTextNormalizer(), BasicTextNormalizer()
-# Whisper's own rule joins "one, two, three" to "123" and keeps "1, 2, 3" apart.
-_ENGLISH.standardize_numbers = lambda text: text
+
+
+@cache
+def _normalizers() -> tuple[Callable[[str], str], Callable[[str], str]]:
+    """Returns Whisper's normalizers of English and of other languages; their library is an extra."""
+    from whisper_normalizer.basic import BasicTextNormalizer
+    from whisper_normalizer.english import EnglishTextNormalizer
+
+    english = EnglishTextNormalizer()
+    # Whisper's own rule joins "one, two, three" to "123" and keeps "1, 2, 3" apart.
+    english.standardize_numbers = lambda text: text
+    return english, BasicTextNormalizer()
 
 
 @lru_cache(maxsize=4096)
@@ -40,8 +46,9 @@ def normalize(text: str, language: str = "en") -> str:
     Source: whisper-normalizer's `EnglishTextNormalizer` (arXiv 2212.04356, appendix C), for other languages than "en"
     its `BasicTextNormalizer`.
     """
+    english, basic = _normalizers()
     if language != "en":
-        return str(_BASIC(text)).strip()
+        return str(basic(text)).strip()
     text = unicodedata.normalize("NFKC", text).lower().replace("’", "'").replace("_", " ")
     text = "".join(char for char in unicodedata.normalize("NFD", text) if not unicodedata.combining(char))
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)
@@ -50,7 +57,7 @@ def normalize(text: str, language: str = "en") -> str:
     text = re.sub(r"(?<=\d)[.](?=\d)", " point ", text)
     text = re.sub(r"\b(\d+)(?:st|nd|rd|th)\b", lambda found: f" {_ordinal(_in_words(found[1]))} ", text)
     text = re.sub(r"\d+", lambda found: f" {_in_words(found[0])} ", text)
-    words = " ".join(_SPELLINGS.get(word, word) for word in re.findall(r"\w+", str(_ENGLISH(text)))).split()
+    words = " ".join(_SPELLINGS.get(word, word) for word in re.findall(r"\w+", str(english(text)))).split()
     kept = [
         word
         for index, word in enumerate(words)

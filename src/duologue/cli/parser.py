@@ -47,7 +47,9 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
 
 def add_decoder_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--decoder-dtype", choices=DECODER_DTYPES, help="dtype of a released decoder's U-Net (default: float32)"
+        "--decoder-dtype",
+        choices=DECODER_DTYPES,
+        help="dtype of a released decoder's U-Net (default: bfloat16 on CUDA)",
     )
 
 

@@ -39,6 +39,9 @@ def add(commands: Any) -> None:
         "--sessions", dest="max_sessions", type=positive, metavar="N", help="maximum concurrent conversations"
     )
     serve.add_argument(
+        "--cached-tokens", type=positive, metavar="N", help="maximum ids in the language model's KV caches"
+    )
+    serve.add_argument(
         "--sessions-per-key", dest="max_sessions_per_key", type=positive, metavar="N", help="maximum per API key"
     )
     serve.add_argument("--idle-s", type=_seconds, metavar="S", help="close idle conversations after S seconds")
@@ -71,7 +74,8 @@ def _serve(args: argparse.Namespace) -> None:
     from duologue.conversation.chatbot import load
     from duologue.serving.app import create_app
 
-    bot = load(args.model, args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype)
+    sizes = settings.max_sessions, args.cached_tokens
+    bot = load(args.model, args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype, *sizes)
     warn_if_untrained(bot.models.card)
     warm_up(bot)
 

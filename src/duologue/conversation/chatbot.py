@@ -133,14 +133,17 @@ def load(
     quantization: Scheme | None = None,
     engine: EngineName = "plain",
     decoder_dtype: DecoderDtype | None = None,
+    max_sessions: int | None = None,
+    max_cached_tokens: int | None = None,
 ) -> Chatbot:
     """Loads a chatbot by preset ("pocket"), model folder, released set, or OWNER/NAME on the model hub.
 
     Args:
-        dtype, quantization, engine: of the language model, see `Models.load`.
-        decoder_dtype: of a released decoder's U-Net, float32 by default.
+        dtype, quantization, engine, max_sessions, max_cached_tokens: of the language model, see `Models.load`.
+        decoder_dtype: of a released decoder's U-Net, by default bfloat16 on CUDA and float32 elsewhere.
 
     Raises:
         ValueError: names the request and the choices, or the fault of the model.
     """
-    return Chatbot(Models.load(model_folder(name), device, dtype, quantization, engine, decoder_dtype))
+    sizes = max_sessions, max_cached_tokens
+    return Chatbot(Models.load(model_folder(name), device, dtype, quantization, engine, decoder_dtype, *sizes))

@@ -46,6 +46,10 @@ class SpeechDecoder(nn.Module):
         flow = self.flow.init_state(batch_size, num_steps, guidance_scale, seed, speaker)
         return SpeechDecoderState(flow, self.vocoder.init_state(batch_size))
 
+    def capture(self, max_rows: int, num_steps: int | None = None, guidance_scale: float | None = None) -> int:
+        """Returns 0: this flow has caches that grow, and is not captured as CUDA graphs."""
+        return 0
+
     def give_prompt(self, tokens: Padded, mel: Padded, state: SpeechDecoderState) -> None:
         """Sets a voice prompt for fresh rows, see `Flow.give_prompt`; the output begins after it."""
         self.flow.give_prompt(tokens, mel, state.flow)

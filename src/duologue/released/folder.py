@@ -102,14 +102,14 @@ class ReleasedFolder:
         """Loads flow and vocoder in evaluation mode.
 
         Args:
-            dtype: of the U-Net, "float32" (default) or "bfloat16".
+            dtype: of the U-Net, "float32" or "bfloat16"; by default bfloat16 on CUDA, else float32.
 
         Raises:
             ValueError: as `released.decoder.decoder.load_released_decoder`; an unknown dtype.
         """
         if dtype not in (None, *DECODER_DTYPES):
             raise ValueError(f"unknown decoder_dtype {dtype!r}; the choices are {', '.join(DECODER_DTYPES)}")
-        number = getattr(torch, dtype or "float32")
+        number = getattr(torch, dtype or ("bfloat16" if torch.device(device).type == "cuda" else "float32"))
         return load_released_decoder(self.decoder_path, dtype=number, configs=self._decoder).to(device)
 
     def load_recognizer(self, device: str = "cpu") -> None:

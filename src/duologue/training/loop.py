@@ -109,7 +109,7 @@ def run(stage: TrainingStage, config: LoopConfig, out: Path, device: str = "cpu"
     """Trains until `config.num_steps`, resuming from the newest checkpoint under `out`; returns the last evaluation.
 
     Args:
-        device: "cuda" under torchrun is the device of the process's local rank. What is not in bfloat16 is in TF32 there.
+        device: "cuda" under torchrun is the device of the local rank. What is not in bfloat16 is in TF32 there.
     """
     rank, world, device = _start_distributed(device)
     set_float32_precision(device, exact=False)
@@ -260,7 +260,7 @@ def _optimizer(module: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
 
 
 def _start_distributed(device: str) -> tuple[int, int, str]:
-    """Joins the process group when started by torchrun; returns rank, number of processes, and the device of this one."""
+    """Joins the process group when started by torchrun; returns rank, number of processes, and this one's device."""
     on_cuda = torch.device(device).type == "cuda"
     if on_cuda and "LOCAL_RANK" in os.environ:
         device = f"cuda:{int(os.environ['LOCAL_RANK'])}"

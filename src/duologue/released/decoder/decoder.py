@@ -19,7 +19,13 @@ from duologue import rates
 from duologue.checkpoint import load_weights, save_tensors
 from duologue.layers import Padded
 from duologue.released.decoder.blocks import Streaming
-from duologue.released.decoder.flow import ReleasedFlow, ReleasedFlowConfig, ReleasedFlowState
+from duologue.released.decoder.flow import (
+    GRAPH_FRAMES,
+    GRAPH_ROWS,
+    ReleasedFlow,
+    ReleasedFlowConfig,
+    ReleasedFlowState,
+)
 from duologue.released.decoder.folder import CONFIG_FILE, read_decoder_config, read_weights, write_decoder_config
 from duologue.released.decoder.hift import HiFT, HiFTConfig
 from duologue.released.decoder.hift_stream import HiFTState, HiFTVocoder
@@ -59,6 +65,13 @@ class ReleasedDecoder(nn.Module):
         """Returns a fresh state; the settings are those of `ReleasedFlow.init_state`."""
         flow = self.flow.init_state(batch_size, num_steps, guidance_scale, seed, speaker, streaming)
         return ReleasedDecoderState(flow, self.vocoder.init_state(batch_size, seed))
+
+    def capture(self, max_rows: int, num_steps: int | None = None, guidance_scale: float | None = None) -> int:
+        """Captures the solves of the flow for all buckets up to `max_rows`; returns their number, 0 without CUDA."""
+        buckets = [(rows, frames) for frames in reversed(GRAPH_FRAMES) for rows in reversed(GRAPH_ROWS)]
+        return sum(
+            self.flow.capture(rows, frames, num_steps, guidance_scale) for rows, frames in buckets if rows <= max_rows
+        )
 
     def give_prompt(self, tokens: Padded, mel: Padded, state: ReleasedDecoderState) -> None:
         """Sets a voice prompt for fresh rows, see `ReleasedFlow.give_prompt`; the output begins after it."""

@@ -360,7 +360,12 @@ def released_cycles(pitch: Tensor, hop_length: int, num_harmonics: int, sample_r
     """
     spread = pitch.repeat_interleave(hop_length, 1)
     step = spread[:, :, None] * torch.arange(1, num_harmonics + 1, device=pitch.device) / sample_rate
-    return step.double().cumsum(1).to(pitch.dtype) % 1
+    return step.to(phase_dtype(step.device)).cumsum(1).to(pitch.dtype) % 1
+
+
+def phase_dtype(device: torch.device) -> torch.dtype:
+    """Returns the dtype of phases: float64, which Apple's GPUs (mps) lack; there float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def exact_cycles(
@@ -370,13 +375,14 @@ def exact_cycles(
 
     Args:
         pitch: (B, T) Hz.
-        before: (B,) float64, cycles of the fundamental before the first sample, modulo 1.
+        before: (B,) cycles of the fundamental before the first sample, modulo 1, in `phase_dtype`.
 
     Returns:
-        (B, S, K) cycles of each harmonic modulo 1, and (B, T) float64 those of the fundamental after each frame.
+        (B, S, K) cycles of each harmonic modulo 1, and (B, T) those of the fundamental after each frame.
     """
-    step = pitch.double() / sample_rate  # per sample
-    after = before[:, None] + (step * hop_length).cumsum(1)
+    step = pitch.to(before.dtype) / sample_rate  # per sample
+    # Whole cycles are dropped before the sum, so that float32 keeps four digits of the phase too.
+    after = before[:, None] + (step * hop_length % 1).cumsum(1)
     inside = torch.arange(1, hop_length + 1, device=pitch.device)
     fundamental = ((after - step * hop_length)[:, :, None] + step[:, :, None] * inside).flatten(1)  # (B, S)
     harmonics = torch.arange(1, num_harmonics + 1, device=pitch.device)

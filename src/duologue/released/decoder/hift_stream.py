@@ -1,8 +1,8 @@
 """HiFT as a streaming stage, equal to the offline pass for any chunking.
 
 The receptive field is 5 frames for the pitch and 14 for the wav on either side. A step recomputes this context and
-holds back as many frames at the end. The phase continues in float64, and noise is a function of seed and absolute
-sample.
+holds back as many frames at the end. The phase continues in float64 (float32 on mps), and noise is a function of seed
+and absolute sample.
 
 Shapes: B batch, T mel frames, S samples (256 T), M mels, K harmonics.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from duologue.decoder.flow import noise_at
 from duologue.layers import Padded, reset_rows, split_at, take
-from duologue.released.decoder.hift import HiFT, exact_cycles, released_cycles
+from duologue.released.decoder.hift import HiFT, exact_cycles, phase_dtype, released_cycles
 
 # Streams of noise apart from each other and from the flow's.
 _NOISE_SEED, _PHASE_SEED = 0x1F123BB5, 0x5851F42D
@@ -31,7 +31,7 @@ class HiFTState:
         mel: (B, T, M) frames without final pitch, after `num_pitched` (B,) frames of context.
         voiced: (B, T, M) frames without final wav, after `num_spoken` (B,) frames of context.
         source: (B, S) source of the frames of `voiced`.
-        cycles: (B,) float64 cycles of the fundamental so far, modulo 1.
+        cycles: (B,) cycles of the fundamental so far, modulo 1, in `phase_dtype`.
         position: (B,) int64 frames with a source.
         seed: (B,) int64 seed of noise and initial phases.
     """
@@ -69,7 +69,7 @@ class HiFTVocoder(nn.Module):
             voiced=empty,
             source=Padded(like.new_zeros(batch_size, 0), zeros),
             num_spoken=zeros,
-            cycles=zeros.double(),
+            cycles=zeros.to(phase_dtype(like.device)),
             position=zeros,
             seed=zeros + seed,
         )

@@ -1,0 +1,93 @@
+"""The benchmark of a CUDA device, with small models on the CPU: all sections, without a failure."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu.__main__ import SECTIONS, main
+from benchmarks.gpu.record import Record
+from benchmarks.gpu.slots import allowed_kinds, draw
+from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Schedule
+
+ROOT = Path(__file__).parent.parent
+# The device's machine has none of these.
+MISSING = (
+    *("fastapi", "uvicorn", "websockets", "starlette", "multipart", "prometheus_client", "faster_whisper", "librosa"),
+    *("matplotlib", "tensorboard", "sounddevice", "speechmos", "whisper_normalizer", "pyworld", "piper", "hibari"),
+)
+
+
+def test_every_section_gives_figures(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.jsonl"
+    main(["--tiny", "--device", "cpu", "--limit", "900", "-o", str(output)])
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    failed = [line for line in lines if "error" in line or "reason" in line]
+    assert not failed
+    figures: dict[str, list[object]] = {section: [] for section in SECTIONS}
+    for line in lines:
+        if line["section"] in figures and line["name"] != "section":
+            figures[line["section"]].append(line["value"])
+    assert all(values and None not in values for values in figures.values()), figures
+
+
+def test_a_failure_costs_one_line(tmp_path: Path) -> None:
+    record = Record(tmp_path / "out.jsonl", 0.0)
+    with record.attempt("broken"):
+        raise RuntimeError("no such kernel")
+    record.add("next", 1.0, "ms")
+    assert [line.get("error") for line in record.lines] == ["RuntimeError: no such kernel", None]
+    assert "FAILED RuntimeError" in record.table()
+    with pytest.raises(ValueError, match="unknown sections"):
+        main(["--only", "nothing"])
+
+
+@pytest.mark.parametrize("schedule", [INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, Schedule(2, 3)])
+def test_allowed_kinds_are_those_of_the_interleave(schedule: Schedule) -> None:
+    generator = torch.Generator().manual_seed(0)
+    runs = [torch.tensor([size]) for size in (schedule.text_run, schedule.speech_run)]
+    for _ in range(20):
+        state = InterleaveState(schedule)
+        for _ in range(60):
+            allowed = state.allowed
+            counts = [torch.tensor([count]) for count in (state.num_text + state.num_speech, state.num_text)]
+            assert allowed_kinds(*counts, *runs)[0].tolist() == [allowed.text, allowed.speech, allowed.end]
+            choices = [kind for kind in allowed.kinds if not kind.end]
+            chosen = choices[int(torch.randint(len(choices), (1,), generator=generator))]
+            state.advance(next(kind for kind in type(state.run) if kind in chosen))
+
+
+def test_the_draw_follows_the_probabilities() -> None:
+    scores = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+    kinds = torch.tensor([0, 0, 1, 1, 2])
+    rows = 20000
+    uniforms = torch.rand(rows, 2, generator=torch.Generator().manual_seed(0))
+    one = torch.ones(rows)
+    allowed = torch.tensor([[True, True, False]]).expand(rows, -1)
+    ids = draw(scores.expand(rows, -1), kinds, allowed, one, one, uniforms, 5)
+    shares = torch.bincount(ids, minlength=5) / rows
+    torch.testing.assert_close(shares[:4], scores[:4].softmax(0), atol=0.02, rtol=0)
+    assert shares[4] == 0
+
+
+def test_it_imports_without_what_the_machine_lacks() -> None:
+    """Package, training stages and benchmark, with other extras blocked."""
+    script = f"""
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {MISSING!r}:
+            raise ModuleNotFoundError("No module named " + repr(name), name=name)
+sys.meta_path.insert(0, Block())
+import duologue
+from duologue.training import chat, flow, pretrain, tokenize, tokenizer, vocoder
+import benchmarks.gpu.__main__
+"""
+    environment = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
