@@ -210,8 +210,8 @@ def test_captures_go_from_the_largest_bucket_to_the_smallest(monkeypatch: pytest
     decoder = small_decoder()
     asked: list[tuple[int, int]] = []
     monkeypatch.setattr(decoder.flow, "capture", lambda rows, frames, *_: asked.append((rows, frames)) or True)
-    assert ReleasedDecoder.capture(decoder, 4) == len(asked) == 18
-    assert (asked[0], asked[-1]) == ((4, 512), (1, 96))
+    assert ReleasedDecoder.capture(decoder, 4) == len(asked) == 12
+    assert (asked[0], asked[-1]) == ((4, 416), (1, 96))
     assert asked == sorted(asked, key=lambda bucket: (-bucket[1], -bucket[0]))
 
 

@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -137,7 +138,8 @@ class CapturedGraphs:
 
             return _Graph(inputs, output, run_again)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
-        replay, output = captured(lambda: work(*inputs), self._pool)
+        with torch.cuda.device(inputs[0].device):
+            replay, output = captured(lambda: work(*inputs), self._pool)
         return _Graph(inputs, output, replay)
 
 
@@ -151,16 +153,22 @@ def captured(work: Callable[[], Result], pool: Any = None) -> tuple[Callable[[],
     Returns:
         a call that launches the same work again, and the result of `work`, which each call fills anew.
     """
-    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
-    side.wait_stream(current)
-    with torch.cuda.stream(side):  # libraries make their handles and plans before the capture
-        for _ in range(2):
+    side = _capture_stream(torch.cuda.current_device())
+    with CAPTURE_LOCK:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries make their handles and plans before the capture
             work()
-    current.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with CAPTURE_LOCK, torch.cuda.graph(graph, pool=pool, capture_error_mode=_CAPTURE_ERRORS):
-        result = work()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode=_CAPTURE_ERRORS):
+            result = work()
+        torch.cuda.current_stream().wait_stream(side)
     return graph.replay, result
+
+
+@cache
+def _capture_stream(index: int) -> torch.cuda.Stream:
+    """Returns the one stream of a device for captures, because libraries keep memory for every stream."""
+    return torch.cuda.Stream(index)
 
 
 def next_size(size: int, sizes: Sequence[int]) -> int | None:

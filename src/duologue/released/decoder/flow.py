@@ -29,9 +29,9 @@ from duologue.released.decoder.regulator import LengthRegulator, RegulatorConfig
 from duologue.released.decoder.unet import UNet, UNetConfig
 
 NUM_STEPS = 10  # solver steps, a constant of the released code
-# Rows and frames of captured solves. A block of 10 tokens has 69 frames, and 182 with a full window; of 40, 389.
+# Rows and frames of captured solves. A block of 10 tokens has 69 frames, with a full window 182; of 20 251, of 40 389.
 GRAPH_ROWS = (1, 2, 4, 8, 16)
-GRAPH_FRAMES = (96, 192, 256, 320, 416, 512)
+GRAPH_FRAMES = (96, 192, 256, 416)
 
 
 @dataclass(frozen=True)
