@@ -47,7 +47,7 @@ def test_a_rank_takes_the_device_of_its_number(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("device", device)))
-    monkeypatch.setattr(loop.distributed, "init_process_group", lambda backend: calls.append(("group", backend)))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: calls.append(("group", backend)))
     assert loop._start_distributed("cuda") == (0, 1, "cuda:3")
     assert calls == [("device", "cuda:3"), ("group", "nccl")]
     calls.clear()
@@ -109,7 +109,12 @@ def test_clips_of_an_evaluation_go_to_the_tokenizers_device(
 def test_tokens_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_models: Path) -> None:
     """The command's device reaches the tokenizer, and clips follow it."""
     asked: list[object] = []
-    monkeypatch.setattr(tokenize, "run_tokens", lambda made, device: asked.append(device) or _stop())
+
+    def watched(made: TokensRecipe, device: str) -> None:
+        asked.append(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tokenize, "run_tokens", watched)
     text = f"corpora: [a]\ntokenizer: {tiny_models / 'tokenizer'}\nvocabulary: {tiny_models / 'vocabulary'}\nout: out\n"
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(KeyboardInterrupt):
@@ -133,10 +138,6 @@ def test_clips_go_to_the_tokenizers_device(
     with pytest.raises(KeyboardInterrupt):
         tokenize.run_tokens(made, "meta")
     assert seen == ["meta"] * 3
-
-
-def _stop() -> None:
-    raise KeyboardInterrupt
 
 
 # Models.
@@ -199,7 +200,12 @@ def test_the_u_net_is_in_bfloat16_on_cuda(
 def test_a_server_captures_the_decoder_before_it_answers(monkeypatch: pytest.MonkeyPatch, tiny_models: Path) -> None:
     bot = chatbot.load(tiny_models)
     calls: list[object] = []
-    monkeypatch.setattr(type(bot.models.decoder), "capture", lambda self, *given: calls.append(given) or 0)
+
+    def capture(self: nn.Module, *given: object) -> int:
+        calls.append(given)
+        return 0
+
+    monkeypatch.setattr(type(bot.models.decoder), "capture", capture)
     monkeypatch.setattr(chatbot.Session, "reply_now", lambda self: calls.append("reply"))
     server.warm_up(bot)
     assert calls == [(16, None, None), "reply"]
@@ -209,7 +215,12 @@ def test_a_server_captures_the_decoder_before_it_answers(monkeypatch: pytest.Mon
 def test_captures_go_from_the_largest_bucket_to_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = small_decoder()
     asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(decoder.flow, "capture", lambda rows, frames, *_: asked.append((rows, frames)) or True)
+
+    def capture(rows: int, frames: int, *_: object) -> bool:
+        asked.append((rows, frames))
+        return True
+
+    monkeypatch.setattr(decoder.flow, "capture", capture)
     assert ReleasedDecoder.capture(decoder, 4) == len(asked) == 12
     assert (asked[0], asked[-1]) == ((4, 416), (1, 96))
     assert asked == sorted(asked, key=lambda bucket: (-bucket[1], -bucket[0]))
