@@ -136,6 +136,22 @@ def test_capture_makes_the_graph_that_a_conversation_uses() -> None:
     assert len(flow.graphs) == 0
 
 
+@torch.inference_mode()
+def test_a_failed_capture_leaves_the_plain_solve(caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(CapturedGraphs):
+        def run(self, *_: object) -> Tensor:
+            raise RuntimeError("CUDA out of memory")
+
+    flow = small_decoder().flow
+    noise = torch.randn(1, 60, 80, generator=torch.Generator().manual_seed(0))
+    given = Padded.full(noise), torch.zeros(1, 12), Padded.full(noise[:, :0]), noise, 2, 0.7
+    plain = flow.solve(*given)
+    flow.graphs = Broken(capture=False)
+    assert torch.equal(flow.solve(*given), plain)
+    assert flow.graphs is None
+    assert "without CUDA graphs: CUDA out of memory" in caplog.text
+
+
 def test_streams_are_only_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert new_stream("cpu") is None
     with on_stream(None):

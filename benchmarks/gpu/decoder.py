@@ -96,6 +96,8 @@ def _blocks(run: Run, whole: ReleasedDecoder, name: str, rows: int, size: int) -
             [round(each, 1) for each in flow_ms[:NUM_BLOCKS]],
             {"rows": rows, "tokens": size, "dtype": dtype},
         )
+        if name == "graphs" and whole.flow.graphs is None:
+            raise RuntimeError("the capture failed, see the log")
         run.record.add(f"first block, {name}", flow_ms[NUM_BLOCKS], "ms", **details)
         run.record.add(f"block, {name}", flow_ms[-1], "ms", **details, cold=cold)
         if name == "eager":
@@ -160,6 +162,8 @@ def _solves(
                 work, out = prepare()
                 work()
                 run.sync()
+                if way == "as in a stream" and flow.graphs is None:
+                    raise RuntimeError("the capture failed, see the log")
                 first_s = round(time.perf_counter() - start, 2)
                 scale = exact[rows, frames].square().mean().sqrt()
                 error = float((out - exact[rows, frames]).square().mean().sqrt() / scale)

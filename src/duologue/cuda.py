@@ -99,7 +99,7 @@ class CapturedGraphs:
     def clear(self) -> None:
         """Drops all graphs, for instance after the weights moved."""
         with self._lock:
-            self._graphs.clear()
+            self._drop(len(self._graphs))
 
     def run(self, key: Hashable, work: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensor:
         """Returns `work(*inputs)`.
@@ -115,8 +115,7 @@ class CapturedGraphs:
                 # Ordinary tensors, because inference tensors cannot be written outside of inference mode.
                 with torch.inference_mode(False), torch.no_grad():
                     graph = self._graphs[key] = self._made(work, tuple(x.clone() for x in inputs))
-                while len(self._graphs) > self._max_graphs:
-                    self._graphs.popitem(last=False)
+                self._drop(len(self._graphs) - self._max_graphs)
             self._graphs.move_to_end(key)
             if self._done is not None:  # a call from another stream may still use the shared memory
                 torch.cuda.current_stream(inputs[0].device).wait_event(self._done)
@@ -127,6 +126,13 @@ class CapturedGraphs:
             if output.is_cuda:
                 self._done = torch.cuda.current_stream(output.device).record_event(self._done)
             return output
+
+    def _drop(self, count: int) -> None:
+        """Drops the least recently used graphs, after the last call has ended."""
+        if count > 0 and self._done is not None:
+            self._done.synchronize()
+        for _ in range(count):
+            self._graphs.popitem(last=False)
 
     def _made(self, work: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Graph:
         if not self._capture:

@@ -10,6 +10,7 @@ Shapes: B batch, N tokens, T mel frames, M mels, S speaker channels.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -28,6 +29,7 @@ from duologue.released.decoder.conformer import BlockConformer, ConformerConfig,
 from duologue.released.decoder.regulator import LengthRegulator, RegulatorConfig, mask_of
 from duologue.released.decoder.unet import UNet, UNetConfig
 
+log = logging.getLogger(__name__)
 NUM_STEPS = 10  # solver steps, a constant of the released code
 # Rows and frames of captured solves. A block of 10 tokens has 69 frames, with a full window 182; of 20 251, of 40 389.
 GRAPH_ROWS = (1, 2, 4, 8, 16)
@@ -209,7 +211,13 @@ class ReleasedFlow(nn.Module):
         if self.graphs is not None and self.graphs.usable(noise):
             rows, frames = next_size(len(noise), GRAPH_ROWS), next_size(noise.shape[1], GRAPH_FRAMES)
             if rows is not None and frames is not None:
-                return self._solve_captured(self.graphs, rows, frames, mu.lengths, inputs, num_steps, guidance_scale)
+                try:
+                    return self._solve_captured(
+                        self.graphs, rows, frames, mu.lengths, inputs, num_steps, guidance_scale
+                    )
+                except RuntimeError as error:  # such as too little memory
+                    log.warning("the decoder goes on without CUDA graphs: %s", error)
+                    self.graphs = None
         return self._integrate(*inputs, mask_of(mu.lengths, noise.shape[1]), num_steps, guidance_scale)
 
     def capture(
@@ -231,7 +239,7 @@ class ReleasedFlow(nn.Module):
             scale = config.solver.inference_cfg_rate if guidance_scale is None else guidance_scale
             speaker = like.new_zeros(rows, config.spk_embed_dim)
             self.solve(Padded.full(noise), speaker, prompt, noise, num_steps or NUM_STEPS, scale)
-        return True
+        return self.graphs is not None
 
     def _solve_captured(
         self,
