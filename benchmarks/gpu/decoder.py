@@ -92,10 +92,8 @@ def _blocks(run: Run, whole: ReleasedDecoder, name: str, rows: int, size: int) -
                 run.sync()
                 flow_ms.append(1e3 * (middle - start))
                 vocoder_ms.append(1e3 * (time.perf_counter() - middle))
-        cold, details = (
-            [round(each, 1) for each in flow_ms[:NUM_BLOCKS]],
-            {"rows": rows, "tokens": size, "dtype": dtype},
-        )
+        cold = [round(each, 1) for each in flow_ms[:NUM_BLOCKS]]
+        details = {"rows": rows, "tokens": size, "dtype": dtype}
         if name == "graphs" and whole.flow.graphs is None:
             raise RuntimeError("the capture failed, see the log")
         run.record.add(f"first block, {name}", flow_ms[NUM_BLOCKS], "ms", **details)
