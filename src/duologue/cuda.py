@@ -159,15 +159,15 @@ def captured(work: Callable[[], Result], pool: Any = None) -> tuple[Callable[[],
     Returns:
         a call that launches the same work again, and the result of `work`, which each call fills anew.
     """
-    side = _capture_stream(torch.cuda.current_device())
+    current, side = torch.cuda.current_stream(), _capture_stream(torch.cuda.current_device())
+    graph = torch.cuda.CUDAGraph()
     with CAPTURE_LOCK:
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries make their handles and plans before the capture
-            work()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode=_CAPTURE_ERRORS):
-            result = work()
-        torch.cuda.current_stream().wait_stream(side)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):  # which restores the current stream after a failed capture too
+            work()  # libraries make their handles and plans before the capture
+            with torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode=_CAPTURE_ERRORS):
+                result = work()
+        current.wait_stream(side)
     return graph.replay, result
 
 
