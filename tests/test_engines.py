@@ -19,10 +19,10 @@ from duologue.language.engine import Engine, PlainEngine
 from duologue.language.glm import is_plain_glm
 from duologue.language.keyvalues import KeyValues, RaggedBatchModel
 from duologue.language.requests import EngineFull
-from duologue.language.sampling import Sampling, within_budget
+from duologue.language.sampling import Sampling
 from duologue.vocabulary import Vocabulary
 from tests.tiny import write_tiny_chatbot
-from tests.tiny_language import tiny_model, tiny_vocabulary
+from tests.tiny_language import tiny_model, tiny_vocabulary, within_budget
 
 Job = tuple[list[int], Sampling, Schedule]
 

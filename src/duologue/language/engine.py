@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duologue.interleave import INTERLEAVED, Schedule
+from duologue.language.drawing import DrawMasks, draw_exactly, rows_of
 from duologue.language.keyvalues import KeyValues, RaggedBatchModel
 from duologue.language.requests import Request, RunningRequests, engine_failed
-from duologue.language.sampling import KindMasks, Sampling
+from duologue.language.sampling import Sampling
 from duologue.layers import num_step_threads
 from duologue.vocabulary import Vocabulary
 
@@ -142,12 +143,12 @@ class PlainEngine:
         max_step_tokens: int = MAX_STEP_TOKENS,
     ) -> None:
         self.num_computed = 0
-        masks = KindMasks(vocabulary, model.get_output_embeddings().weight.shape[0], model.device)
+        self._masks = DrawMasks(vocabulary, model.get_output_embeddings().weight.shape[0], model.device)
         max_positions: int = model.config.get_text_config().max_position_embeddings
         if max_cached_tokens is None:
             max_cached_tokens = max(MAX_CACHED_TOKENS, max_positions)
         self._requests = RunningRequests(
-            vocabulary, masks, max_positions, max_sessions, max_cached_tokens, max_unread, on_room=self._work_on
+            vocabulary, max_positions, max_sessions, max_cached_tokens, max_unread, on_room=self._work_on
         )
         self.language = model
         self._batched_model = RaggedBatchModel(model)
@@ -299,7 +300,7 @@ class PlainEngine:
         row.waiting = prompt[len(row.kept.ids) :]
         self._rows.append(row)
         if not row.waiting and row.request is not None and not row.request.ended:
-            self._draw(row)
+            self._draw([row])
 
     def _step(self) -> None:
         """Runs the model over the next ids of all runnable rows: single ids first, then prompt chunks."""
@@ -316,16 +317,22 @@ class PlainEngine:
             row.kept.ids += ids
             row.kept.scores = next_scores
             row.waiting = row.waiting[len(ids) :]
-            if not row.waiting and row.request is not None:
-                self._draw(row)
+        self._draw([row for row, _ in rows if not row.waiting and row.request is not None])
 
     def _run(self, ids: list[list[int]], kept: list[CachedSequence]) -> Tensor:
         self.num_computed += sum(map(len, ids))
         return self._batched_model.step(ids, [one.cache for one in kept])
 
-    def _draw(self, row: _EngineJob) -> None:
-        assert row.request is not None
-        row.waiting = [row.request.choose(row.kept.scores)]
+    def _draw(self, rows: list[_EngineJob]) -> None:
+        """Draws the next id of each reply from the scores of its prompt and ids."""
+        requests = [row.request for row in rows if row.request is not None]
+        if not requests:
+            return
+        scores = torch.stack([row.kept.scores for row in rows])
+        draws = rows_of([request.drawing.row(self._masks) for request in requests], scores.device)
+        for row, request, token in zip(rows, requests, draw_exactly(scores, self._masks.table, draws), strict=True):
+            request.accept(token)
+            row.waiting = [token]
 
     def _dismiss(self) -> list[_EngineJob]:
         """Removes ended rows, keeps their caches as the most recent, and returns the prefilled ones."""

@@ -1,0 +1,267 @@
+"""The draw of the next ids of all replies from the model's scores: first the kind, then an id of that kind.
+
+The kind is drawn by the total probability of its ids. Otherwise a model that is sure of a word, but not which one,
+would often emit speech and lose text.
+
+`draw` is a pure function of tensors, without a wait for the device, a random generator or a shape that depends on data.
+It can be captured in a CUDA graph. Its uniform numbers are a hash of seed and position, so one seed gives one reply on
+every device and in every engine.
+
+Shapes: R rows, one for each reply; V columns of scores, the ids of the joint vocabulary or of the wider model's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from duologue.interleave import Allowed, Kind, Schedule
+from duologue.language.sampling import Sampling
+from duologue.language.scripts import TEXT_LANGUAGES, TextLanguage, language_mask
+from duologue.layers import uniform_at
+from duologue.vocabulary import Vocabulary
+
+# Sorting all columns costs ten times more than finding these. They nearly always hold the top_p of the probability.
+LIKELY_ON_CPU, LIKELY = 256, 2048
+_LANGUAGES = (None, *TEXT_LANGUAGES)
+_SPEECH_MASK, _END_MASK = len(_LANGUAGES), len(_LANGUAGES) + 1
+_UNIFORM_BLOCK = 64
+CountT = TypeVar("CountT", int, Tensor)
+
+
+def allowed_kinds(
+    num_ids: CountT, num_text: CountT, max_tokens: CountT, text_run: CountT, speech_run: CountT
+) -> tuple[CountT, CountT, CountT]:
+    """Returns whether text, speech and the end may come next, the closed form of `InterleaveState`.
+
+    The last of `max_tokens` ids must allow the reply to end, so no text begins without room for speech.
+
+    Args:
+        num_ids: ids of the reply so far, `num_text` of them text; integers or (R,) int64, as all others.
+        text_run, speech_run: the reply's `Schedule`.
+    """
+    period = text_run + speech_run
+    rounds, rest = num_ids // period, num_ids % period
+    written = speech_run == 0
+    # A text run gave way to speech before it was full.
+    finished = (text_run == 0) | ((num_text < text_run * rounds + rest) & (num_text < text_run * (rounds + 1)))
+    has_room = max_tokens - num_ids > 1
+    text = written | ((finished ^ True) & (rest < text_run) & has_room)
+    end = written | ((num_ids > num_text) & (finished | (rest == 0) | (rest > text_run)))
+    return text, written ^ True, end
+
+
+class DrawRow(NamedTuple):
+    """The draw of one reply's next id. `rows_of` packs rows into a tensor (R, 10) float32 of the same columns.
+
+    Attributes:
+        text, speech, end: 1 where the kind may come, see `allowed_kinds`.
+        text_mask: row of the masks for text, see `DrawMasks.text_mask`.
+        temperature: for text and for a kind where text may come; 0 takes the likeliest.
+        speech_temperature: for all other draws.
+        top_p, top_k: see `Sampling`; top_k 0 sets no limit.
+        kind_uniform, id_uniform: `uniform_at(seed, position, 2)`; the position counts the ids of the reply.
+    """
+
+    text: float
+    speech: float
+    end: float
+    text_mask: float
+    temperature: float
+    speech_temperature: float
+    top_p: float
+    top_k: float
+    kind_uniform: float
+    id_uniform: float
+
+
+class DrawMasks:
+    """The additive masks of the kinds of ids.
+
+    Args:
+        width: V; columns beyond the vocabulary are never drawn.
+
+    Attributes:
+        table: (5, V) float32, 0 for ids of a kind and -inf for others: text, text of each language, speech, the end.
+
+    Raises:
+        ValueError: the width is less than the vocabulary, or a kind has no id.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, width: int, device: torch.device) -> None:
+        if width < vocabulary.size:
+            raise ValueError(f"the model gives scores for {width} ids, but the vocabulary has {vocabulary.size}")
+        self._vocabulary = vocabulary
+        self._languages: set[TextLanguage] = set()
+        table = torch.full((_END_MASK + 1, width), float("-inf"))
+        for row, kind in ((0, Kind.TEXT), (_SPEECH_MASK, Kind.SPEECH), (_END_MASK, Kind.END)):
+            table[row, : vocabulary.size].masked_fill_(torch.from_numpy(vocabulary.kinds == kind), 0.0)
+            if not bool((table[row] == 0).any()):
+                raise ValueError(f"the vocabulary has no {kind.name.lower()} id")
+        self.table = table.to(device)
+
+    def text_mask(self, language: TextLanguage | None) -> int:
+        """Returns the row of the table for text of a language; its first use fills the row in place.
+
+        Raises:
+            ValueError: the vocabulary has no id for the language.
+        """
+        row = _LANGUAGES.index(language)
+        if language is not None and language not in self._languages:
+            allowed = self._vocabulary.allowed_mask(Allowed(True, False, False))
+            allowed &= language_mask(self._vocabulary, language)
+            if not allowed.any():
+                raise ValueError(f"the vocabulary has no text id for the language {language!r}")
+            mask = torch.full((self.table.shape[1],), float("-inf"))
+            mask[: len(allowed)].masked_fill_(torch.from_numpy(allowed), 0.0)
+            self.table[row].copy_(mask)
+            self._languages.add(language)
+        return row
+
+
+class DrawState:
+    """The position of one reply in its schedule and in its random numbers.
+
+    Attributes:
+        num_ids: ids of the reply so far; `num_text` counts text.
+        ended: whether the end was drawn, or `max_tokens` ids.
+    """
+
+    def __init__(self, sampling: Sampling, schedule: Schedule) -> None:
+        self.num_ids = self.num_text = 0
+        self.ended = False
+        self._sampling, self._schedule = sampling, schedule
+        self._uniforms: list[list[float]] = []
+
+    @property
+    def allowed(self) -> Allowed:
+        """The kinds that may come next."""
+        runs = self._schedule.text_run, self._schedule.speech_run
+        text, speech, end = allowed_kinds(self.num_ids, self.num_text, self._sampling.max_tokens, *runs)
+        return Allowed(bool(text), bool(speech), bool(end))
+
+    def row(self, masks: DrawMasks) -> DrawRow:
+        """Returns the row of the next draw."""
+        sampling, allowed, place = self._sampling, self.allowed, self.num_ids % _UNIFORM_BLOCK
+        if place == 0:  # many at once, because a hash takes dozens of operations
+            position = torch.arange(self.num_ids, self.num_ids + _UNIFORM_BLOCK)
+            self._uniforms = uniform_at(torch.tensor(seed_number(sampling.seed)), position, 2).tolist()
+        speech_temperature = sampling.speech_temperature
+        return DrawRow(
+            allowed.text,
+            allowed.speech,
+            allowed.end,
+            masks.text_mask(sampling.text_language),
+            sampling.temperature,
+            sampling.temperature if speech_temperature is None else speech_temperature,
+            sampling.top_p,
+            sampling.top_k or 0,
+            *self._uniforms[place],
+        )
+
+    def advance(self, kind: Kind) -> None:
+        """Counts the drawn id. Raises ValueError for a kind that is not allowed, as a draw from NaN may give."""
+        if self.ended or kind not in self.allowed:
+            raise ValueError(
+                f"the model's scores gave an id of kind {kind.name.lower()} where only {self.allowed} can come"
+            )
+        self.num_ids += 1
+        self.num_text += kind is Kind.TEXT
+        self.ended = kind is Kind.END or self.num_ids == self._sampling.max_tokens
+
+
+def seed_number(seed: int) -> int:
+    """Returns the 63 bits of a seed that a tensor of int64 holds."""
+    return seed & (2**63 - 1)
+
+
+def rows_of(rows: Sequence[DrawRow], device: torch.device | str = "cpu") -> Tensor:
+    """Returns rows as one tensor (R, 10) float32, one transfer to the device."""
+    return torch.tensor(rows, dtype=torch.float32, device=device)
+
+
+def draw(scores: Tensor, masks: Tensor, rows: Tensor, num_likely: int = LIKELY) -> tuple[Tensor, Tensor]:
+    """Draws one id for each reply.
+
+    Args:
+        scores: (R, V) float32.
+        masks: (5, V) float32, `DrawMasks.table`; a model that computes some columns only passes those of both.
+        rows: (R, 10) float32, from `rows_of`.
+        num_likely: number of likeliest columns that are sorted to find those of `top_p` and `top_k`.
+
+    Returns:
+        (R,) int64 columns, and (R,) bool: false where `num_likely` columns did not suffice. Such a row must be drawn
+        again with more of them; V always suffice.
+    """
+    _, _, _, text_mask, temperature, speech_temperature, top_p, top_k, kind_uniform, id_uniform = rows.unbind(1)
+    text_mask = text_mask.long()
+    kinds = torch.stack(
+        (
+            (scores + masks[text_mask]).logsumexp(1),
+            (scores + masks[_SPEECH_MASK]).logsumexp(1),
+            (scores + masks[_END_MASK]).logsumexp(1),
+        ),
+        1,
+    )
+    kinds = torch.where(rows[:, :3] > 0, kinds, float("-inf"))
+    kind_temperature = torch.where(rows[:, 0] > 0, temperature, speech_temperature)
+    kind, _ = _pick(kinds, kind_temperature, top_p, None, kind_uniform, 3)
+    is_text = kind == 0
+    mine = scores + masks[torch.where(is_text, text_mask, kind + (_SPEECH_MASK - 1))]
+    id_temperature = torch.where(is_text, temperature, speech_temperature)
+    return _pick(mine, id_temperature, top_p, top_k, id_uniform, num_likely)
+
+
+def draw_exactly(scores: Tensor, masks: Tensor, rows: Tensor) -> list[int]:
+    """Draws as `draw`, waits for the columns, and draws the rows again that need more likely columns."""
+    num_likely = LIKELY_ON_CPU if scores.device.type == "cpu" else LIKELY
+    drawn, sufficed = torch.stack(draw(scores, masks, rows, num_likely)).tolist()
+    again = [row for row, fine in enumerate(sufficed) if not fine]
+    if again:
+        places = torch.tensor(again, device=scores.device)
+        columns, _ = draw(scores[places], masks, rows[places], scores.shape[1])
+        for row, column in zip(again, columns.tolist(), strict=True):
+            drawn[row] = column
+    return [int(column) for column in drawn]
+
+
+def _pick(
+    scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor | None, uniform: Tensor, num_likely: int
+) -> tuple[Tensor, Tensor]:
+    """Picks a column (R,) of scores (R, V) by inverse transform; see `draw` for the second value.
+
+    The columns are summed in their own order, so equal scores need no order among themselves.
+    """
+    best = scores.argmax(1)
+    scores = scores / temperature.clamp(min=1e-6)[:, None]
+    total = scores.logsumexp(1)
+    likely = scores.topk(min(num_likely, scores.shape[1]), 1).values
+    num_sorted = likely.shape[1]
+    everything = top_p >= 1
+    if top_k is not None:
+        is_limited = top_k > 0
+        rank = torch.arange(num_sorted, device=scores.device)
+        likely = torch.where((rank < top_k[:, None]) | ~is_limited[:, None], likely, float("-inf"))
+        total = torch.where(is_limited, likely.logsumexp(1), total)
+        everything = everything & ~is_limited
+    probabilities = (likely - total[:, None]).exp()
+    mass = probabilities.cumsum(1)
+    # The likeliest column always remains, and no column of probability 0.
+    kept = ((mass - probabilities < top_p[:, None]) | (top_p >= 1)[:, None]) & (probabilities > 0)
+    least = likely.gather(1, (kept.sum(1, keepdim=True) - 1).clamp(min=0))
+    least = least.masked_fill(everything[:, None], float("-inf"))
+    weights = torch.where(scores >= least, (scores - total[:, None]).exp(), 0.0)
+    sums = weights.cumsum(1)
+    place = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True).clamp(max=scores.shape[1] - 1)
+    # Rounding of a parallel sum must not let an impossible column through.
+    is_possible = (weights.gather(1, place)[:, 0] > 0) & (temperature > 0)
+    picked = torch.where(is_possible, place[:, 0], best)
+    if num_sorted == scores.shape[1]:
+        return picked, torch.ones_like(is_possible)
+    sufficed = mass[:, -1] >= top_p
+    if top_k is not None:
+        sufficed = torch.where(is_limited, top_k <= num_sorted, sufficed)
+    return picked, sufficed | everything | (temperature == 0)
