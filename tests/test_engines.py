@@ -17,9 +17,9 @@ import duologue
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Schedule
 from duologue.language.engine import Engine, PlainEngine
 from duologue.language.glm import is_plain_glm
-from duologue.language.keyvalues import KeyValues, RaggedBatchModel
 from duologue.language.requests import EngineFull
 from duologue.language.sampling import Sampling
+from duologue.language.stepping import EagerStepper, StepRow
 from duologue.vocabulary import Vocabulary
 from tests.tiny import write_tiny_chatbot
 from tests.tiny_language import tiny_model, tiny_vocabulary, within_budget
@@ -244,7 +244,9 @@ def test_an_error_in_the_thread_ends_all_streams_with_it_and_the_next_request_wo
     engine = make()
     job = (PROMPT, Sampling(temperature=1.0, max_tokens=40), SPEECH_ONLY)
     broken = threading.Event()
-    forward = engine.model.forward
+    assert isinstance(engine.stepper, EagerStepper)
+    model = engine.stepper.model
+    forward = model.forward
 
     def breaking(*args: Any, **kwargs: Any) -> Any:
         if broken.is_set():
@@ -268,7 +270,7 @@ def test_an_error_in_the_thread_ends_all_streams_with_it_and_the_next_request_wo
         assert await collect(engine, job) == solo(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.model, "forward", breaking)
+        patch.setattr(model, "forward", breaking)
         asyncio.run(run())
 
 
@@ -325,7 +327,17 @@ def test_same_name_twice_and_bad_prompts_are_refused(make: Callable[..., PlainEn
 
 
 @pytest.mark.parametrize("way", ["by its weights", "hooked", "a Llama"])
-def test_scores_side_by_side_equal_those_of_whole_sequences(model: PreTrainedModel, way: str) -> None:
+def scores_of(stepper: EagerStepper, rows: Sequence[tuple[int, int, list[int]]]) -> torch.Tensor:
+    """Runs (slot, start, ids) of each row; scores (rows, V) of the next ids."""
+    stepped = stepper.step([StepRow(*row, wants_scores=True) for row in rows])
+    return torch.stack([one.scores for one in stepped if one.scores is not None])
+
+
+@pytest.mark.parametrize("way", ["by its weights", "hooked", "a Llama"])
+@pytest.mark.parametrize("slots", [(0, 1, 2, 3), (3, 0, 1, 2), (9, 2, 40, 5)], ids=["together", "turned", "apart"])
+def test_scores_side_by_side_equal_those_of_whole_sequences(
+    model: PreTrainedModel, vocabulary: Vocabulary, way: str, slots: tuple[int, ...]
+) -> None:
     """Rows that begin, go on by several ids and by one, in one step; other programs use the model as ever."""
     if way == "a Llama":
         torch.manual_seed(0)
@@ -340,28 +352,34 @@ def test_scores_side_by_side_equal_those_of_whole_sequences(model: PreTrainedMod
         )
         model = LlamaForCausalLM(config).eval()
         model.get_input_embeddings().weight.data.mul_(20.0)
-    side_by_side = RaggedBatchModel(model)
+    stepper = EagerStepper(model, vocabulary)
     calls: list[object] = []
     if way == "hooked":
-        side_by_side.model.get_submodule("model.layers.1").register_forward_pre_hook(lambda *_: calls.append(_))
+        stepper.model.get_submodule("model.layers.1").register_forward_pre_hook(lambda *_: calls.append(_))
     sequences = [LONG[:40], LONG[50:57], LONG[100:102], LONG[9:10]]
-    kept = [KeyValues() for _ in sequences]
-    side_by_side.step([s[:-1] for s in sequences[:3]], kept[:3])
+    lengths = [len(s) - 1 for s in sequences]
+    scores_of(stepper, [(slot, 0, s[:-1]) for slot, s in zip(slots[:3], sequences, strict=False)])
     grown = [[*s, *LONG[i : i + 300 * (i == 0)]] for i, s in enumerate(sequences)]
-    lengths = [k.length for k in kept]
-    scores = side_by_side.step([s[n:] for s, n in zip(grown, lengths, strict=True)], kept)
-    with torch.no_grad():
-        expected = torch.stack([model(torch.tensor([s])).logits[0, -1] for s in grown])
-    torch.testing.assert_close(scores, expected, atol=2e-4, rtol=0.0)
-    with torch.inference_mode():
-        copied = kept[0].copy(30)
-    again = side_by_side.step([grown[0][30:]], [copied])
-    torch.testing.assert_close(again[0], expected[0], atol=2e-4, rtol=0.0)
-    assert kept[0].length == len(grown[0])
-    assert len(calls) == (3 if way == "hooked" else 0)
+    scores = scores_of(stepper, [(slot, n, s[n:]) for slot, n, s in zip(slots, lengths, grown, strict=True)])
+
+    def expected(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.stack([model(torch.tensor([s])).logits[0, -1] for s in sequences])
+
+    torch.testing.assert_close(scores, expected(grown), atol=1e-4, rtol=0.0)
+    singles = [[*s, 7] for s in grown]  # one id for each row, of unequal lengths
+    scores = scores_of(stepper, [(slot, len(s) - 1, s[-1:]) for slot, s in zip(slots, singles, strict=True)])
+    torch.testing.assert_close(scores, expected(singles), atol=1e-4, rtol=0.0)
+    stepper.copy_prefix(slots[0], 7, 30)
+    again = scores_of(stepper, [(7, 30, grown[0][30:])])
+    torch.testing.assert_close(again, expected(grown[:1]), atol=1e-4, rtol=0.0)
+    stepper.keep_only([slots[1]])
+    left = scores_of(stepper, [(slots[1], len(singles[1]), [8])])
+    torch.testing.assert_close(left, expected([[*singles[1], 8]]), atol=1e-4, rtol=0.0)
+    assert len(calls) == (5 if way == "hooked" else 0)
 
 
-def test_a_glm_with_other_modules_is_run_as_the_library_does(model: PreTrainedModel) -> None:
+def test_a_glm_with_other_modules_is_run_as_the_library_does(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     assert is_plain_glm(model)
 
     class Louder(nn.Linear):
@@ -374,7 +392,7 @@ def test_a_glm_with_other_modules_is_run_as_the_library_does(model: PreTrainedMo
     louder.weight = projection.weight
     other.get_submodule("model.layers.0.mlp").down_proj = louder
     assert not is_plain_glm(other)
-    scores = RaggedBatchModel(other).step([LONG[:20]], [KeyValues()])
+    scores = scores_of(EagerStepper(other, vocabulary), [(0, 0, LONG[:20])])
     with torch.no_grad():
         expected = other(torch.tensor([LONG[:20]])).logits[:, -1]
         assert (model(torch.tensor([LONG[:20]])).logits[:, -1] - expected).abs().max() > 0.01
@@ -383,11 +401,11 @@ def test_a_glm_with_other_modules_is_run_as_the_library_does(model: PreTrainedMo
     assert not is_plain_glm(other)
 
 
-def test_others_use_the_model_during_a_step(model: PreTrainedModel) -> None:
+def test_others_use_the_model_during_a_step(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """A training that goes on while a reply is still made: its own way of attending, its own gradients."""
     ids = torch.tensor([LONG[:30]])
     expected = model(ids).logits.detach()
-    side_by_side = RaggedBatchModel(model)
+    side_by_side = EagerStepper(model, vocabulary)
     meanwhile = []
 
     def use(*_: object) -> None:
@@ -396,7 +414,7 @@ def test_others_use_the_model_during_a_step(model: PreTrainedModel) -> None:
 
     layer = side_by_side.model.get_submodule("model.layers.1")
     handle = layer.register_forward_pre_hook(use)
-    side_by_side.step([LONG[:20]], [KeyValues()])
+    scores_of(side_by_side, [(0, 0, LONG[:20])])
     handle.remove()
     torch.testing.assert_close(meanwhile[0].detach(), expected)
     meanwhile[0].sum().backward()

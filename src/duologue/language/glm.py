@@ -8,7 +8,8 @@ Shapes: T new ids of all conversations, D width, H heads, G heads of keys, K hea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple, cast
 
 import torch
@@ -33,11 +34,16 @@ _AS_MADE = (
 )
 
 
+_FEW_COLUMNS = 5
+
+
 class _Layer(NamedTuple):
-    """Weights of one layer; query, key and value with their biases."""
+    """Weights of one layer; query, key and value are stacked, and `parts` are the parameters that view the stack."""
 
     attention_norm: Tensor
-    projections: tuple[tuple[Tensor, Tensor | None], ...]
+    parts: tuple[Tensor, ...]
+    projection: Tensor
+    projection_bias: Tensor | None
     out: Tensor
     mlp_norm: Tensor
     gate_up: Tensor
@@ -48,7 +54,8 @@ class Glm:
     """The direct forward pass of a Glm over many conversations.
 
     Args:
-        model: a Glm; its tensors are shared, so later changes to them apply.
+        model: a Glm; its tensors are shared, so later changes to them apply. The parameters of query, key and value
+            become views of one tensor, which takes no more memory.
 
     Raises:
         ValueError: the model is no Glm, or has modules of other classes (such as adapters).
@@ -65,7 +72,8 @@ class Glm:
         inner = cast(modeling_glm.GlmModel, model.model)
         self._rotary = inner.rotary_emb
         self._embedding, self._norm, self._head = inner.embed_tokens.weight, inner.norm.weight, model.lm_head.weight
-        self._layers = [_weights(layer) for layer in inner.layers]
+        self._decoder_layers = list(inner.layers)
+        self._layers = [_weights(layer) for layer in self._decoder_layers]
 
     @property
     def untouched(self) -> bool:
@@ -75,40 +83,80 @@ class Glm:
             for module in self._modules
         )
 
-    def step(
-        self, ids: Tensor, positions: Tensor, last: Tensor, attend: Callable[[int, Tensor, Tensor], Tensor]
-    ) -> Tensor:
+    def run(self, ids: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
         """Runs new ids after the cached ones.
 
         Args:
             ids: (T,) int64, with positions (T,) int64.
-            last: (rows,) int64, index of each conversation's last id.
             attend: maps a layer's number, query (H, T, K) and keys and values (2, G, T, K) to (T, H, K).
 
         Returns:
-            (rows, V) scores of the id after each last one.
+            (T, D) the input of `scores`.
         """
+        if any(map(_is_apart, self._layers)):  # the model was moved to another device or dtype
+            self._layers = [_weights(layer) for layer in self._decoder_layers]
         x = functional.embedding(ids, self._embedding)  # (T, D)
         # (T, K), of which the first half of the rotated dimensions holds an angle for each pair
         cos, sin = (each[0] for each in self._rotary(x, positions[None]))
         half = cos.shape[-1] // 2
-        cos, sin = (each[:, None, :half].repeat_interleave(2, -1) for each in (cos, sin))  # (T, 1, rotated)
-        width, num_turned = (x.shape[-1],), self._num_heads + self._num_kv_heads
+        rotation = _Rotation(cos[:, None, :half], sin[:, None, :half])
+        num_turned = self._num_heads + self._num_kv_heads
         for index, layer in enumerate(self._layers):
-            h = functional.rms_norm(x, width, layer.attention_norm, self._eps)
-            joined = torch.cat([functional.linear(h, *each) for each in layer.projections], -1)
+            h = _rms_norm(x, layer.attention_norm, self._eps)
+            joined = _linear(h, layer.projection, layer.projection_bias)
             joined = joined.view(len(h), -1, self._head_dim)  # (T, H + 2 G, K)
-            straight = joined[:, :num_turned, : 2 * half]
-            across = torch.stack((-straight[..., 1::2], straight[..., ::2]), -1).flatten(-2)
-            straight.mul_(cos).add_(across.mul_(sin))
+            rotation.apply(joined[:, :num_turned, : 2 * half])
             keys_values = joined[:, self._num_heads :].unflatten(1, (2, -1)).permute(1, 2, 0, 3)  # (2, G, T, K)
-            query = joined[:, : self._num_heads].transpose(0, 1)  # (H, T, K)
-            attended = attend(index, query, keys_values)
-            x = x + functional.linear(attended.flatten(1), layer.out)
-            h = functional.rms_norm(x, width, layer.mlp_norm, self._eps)
-            gate, up = functional.linear(h, layer.gate_up).chunk(2, -1)
-            x = x + functional.linear(up * functional.silu(gate), layer.down)
-        return functional.linear(functional.rms_norm(x[last], width, self._norm, self._eps), self._head)
+            attended = attend(index, joined[:, : self._num_heads].transpose(0, 1), keys_values)
+            x = x + _linear(attended.flatten(1), layer.out)
+            h = _rms_norm(x, layer.mlp_norm, self._eps)
+            gate, up = _linear(h, layer.gate_up).chunk(2, -1)
+            x = x + _linear(functional.silu(gate).mul_(up), layer.down)
+        return x
+
+    def scores(self, x: Tensor, *parts: slice | Tensor) -> Tensor:
+        """Returns the scores (R, V) of the next ids from outputs of `run` (R, D), or of parts of the head in turn."""
+        h = _rms_norm(x, self._norm, self._eps)
+        if not parts:
+            return _linear(h, self._head)
+        return torch.cat([_linear(h, self._head[part]) for part in parts], 1)
+
+
+class _Rotation:
+    """The rotation of interleaved pairs by angles with cosines and sines (T, 1, pairs)."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self._is_complex = cos.dtype == torch.float32
+        if self._is_complex:
+            self._turn = torch.complex(cos, sin)
+        else:
+            self._cos, self._sin = (each.repeat_interleave(2, -1) for each in (cos, sin))
+
+    def apply(self, straight: Tensor) -> None:
+        """Rotates (T, heads, 2 * pairs) in place."""
+        if self._is_complex:
+            torch.view_as_complex(straight.unflatten(-1, (-1, 2))).mul_(self._turn)
+            return
+        across = torch.stack((-straight[..., 1::2], straight[..., ::2]), -1).flatten(-2)
+        straight.mul_(self._cos).add_(across.mul_(self._sin))
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Computes the norm of (T, D); on a CPU in fewer operations than PyTorch, which has no fused one there."""
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return functional.rms_norm(x, (x.shape[-1],), weight, eps)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    normed: Tensor = (x * length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
+    return normed
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Computes a linear map of (T, D). On a CPU, the product of the weights with few columns is up to 1.8 times faster
+    than that of few rows with the weights."""
+    if x.device.type == "cpu" and 2 <= len(x) <= _FEW_COLUMNS:
+        y = torch.mm(weight, x.t()).t().contiguous()
+        return y if bias is None else y.add_(bias)
+    return functional.linear(x, weight, bias)
 
 
 def is_plain_glm(model: PreTrainedModel) -> bool:
@@ -123,11 +171,45 @@ def is_plain_glm(model: PreTrainedModel) -> bool:
 
 def _weights(layer: modeling_glm.GlmDecoderLayer) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
+    linears = attention.q_proj, attention.k_proj, attention.v_proj
+    weights, biases = [each.weight for each in linears], [each.bias for each in linears if each.bias is not None]
     return _Layer(
         layer.input_layernorm.weight,
-        tuple((each.weight, each.bias) for each in (attention.q_proj, attention.k_proj, attention.v_proj)),
+        (*weights, *biases),
+        _stack(weights),
+        _stack(biases) if biases else None,
         attention.o_proj.weight,
         layer.post_attention_layernorm.weight,
         mlp.gate_up_proj.weight,
         mlp.down_proj.weight,
     )
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _stack(parameters: Sequence[Tensor]) -> Tensor:
+    """Concatenates parameters and makes each a view of its part, so that they go on to share their values."""
+    if _are_stacked(parameters):  # by another pass over the same model
+        first = parameters[0].data
+        rows = sum(len(each) for each in parameters)
+        return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    stacked = torch.cat([each.data for each in parameters])
+    for parameter, part in zip(parameters, stacked.split([len(each) for each in parameters]), strict=True):
+        parameter.data = part
+    return stacked
+
+
+def _are_stacked(parameters: Sequence[Tensor]) -> bool:
+    return all(
+        a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+        and b.data_ptr() == a.data_ptr() + a.numel() * a.element_size()
+        and a.is_contiguous()
+        for a, b in pairwise(parameters)
+    )
+
+
+def _is_apart(layer: _Layer) -> bool:
+    first, _, last = layer.parts[:3]
+    end = last.data_ptr() + last.numel() * last.element_size()
+    stack_end = layer.projection.data_ptr() + layer.projection.numel() * layer.projection.element_size()
+    return first.data_ptr() != layer.projection.data_ptr() or end != stack_end
