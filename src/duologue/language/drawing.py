@@ -183,7 +183,9 @@ def rows_of(rows: Sequence[DrawRow], device: torch.device | str = "cpu") -> Tens
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
-def draw(scores: Tensor, masks: Tensor, rows: Tensor, num_likely: int = LIKELY) -> tuple[Tensor, Tensor]:
+def draw(
+    scores: Tensor, masks: Tensor, rows: Tensor, num_likely: int = LIKELY, limits_k: bool = True
+) -> tuple[Tensor, Tensor]:
     """Draws one id for each reply.
 
     Args:
@@ -191,6 +193,7 @@ def draw(scores: Tensor, masks: Tensor, rows: Tensor, num_likely: int = LIKELY) 
         masks: (5, V) float32, `DrawMasks.table`; a model that computes some columns only passes those of both.
         rows: (R, 10) float32, from `rows_of`.
         num_likely: number of likeliest columns that are sorted to find those of `top_p` and `top_k`.
+        limits_k: False leaves `top_k` out, which saves operations where no row has one.
 
     Returns:
         (R,) int64 columns, and (R,) bool: false where `num_likely` columns did not suffice. Such a row must be drawn
@@ -198,25 +201,26 @@ def draw(scores: Tensor, masks: Tensor, rows: Tensor, num_likely: int = LIKELY) 
     """
     _, _, _, text_mask, temperature, speech_temperature, top_p, top_k, kind_uniform, id_uniform = rows.unbind(1)
     text_mask = text_mask.long()
-    of_kinds = (
-        scores + masks.index_select(0, text_mask),
-        scores + masks[_SPEECH_MASK],
-        scores + masks[_END_MASK],
-    )
-    allowed = rows[:, :3] > 0
-    totals = torch.cat([_log_total(each) for each in of_kinds], 1).masked_fill(~allowed, float("-inf"))
-    kind_temperature = torch.where(allowed[:, 0], temperature, speech_temperature)
+    num_rows, num_columns = scores.shape
+    kinds = torch.arange(_SPEECH_MASK, _END_MASK + 1, device=scores.device).expand(num_rows, 2)
+    mask_rows = torch.cat((text_mask[:, None], kinds), 1).flatten()
+    of_kinds = scores[:, None] + masks.index_select(0, mask_rows).view(num_rows, 3, num_columns)
+    # The logarithm of a total is the best score less its log-probability; a kind without columns gives NaN.
+    totals = of_kinds.amax(2) - of_kinds.log_softmax(2).amax(2)
+    is_barred = rows[:, :3] == 0
+    totals = totals.masked_fill(is_barred, float("-inf"))
+    kind_temperature = torch.where(is_barred[:, 0], speech_temperature, temperature)
     kind, _ = _pick(totals, kind_temperature, top_p, None, kind_uniform, 3)
-    is_text = kind == 0
-    mine = scores + masks.index_select(0, torch.where(is_text, text_mask, kind + (_SPEECH_MASK - 1)))
-    id_temperature = torch.where(is_text, temperature, speech_temperature)
-    return _pick(mine, id_temperature, top_p, top_k, id_uniform, num_likely)
+    first_rows = torch.arange(0, 3 * num_rows, 3, device=scores.device)
+    mine = of_kinds.view(-1, num_columns).index_select(0, first_rows + kind)
+    id_temperature = torch.where(kind == 0, temperature, speech_temperature)
+    return _pick(mine, id_temperature, top_p, top_k if limits_k else None, id_uniform, num_likely)
 
 
 def draw_exactly(scores: Tensor, masks: Tensor, rows: Tensor) -> list[int]:
     """Draws as `draw`, waits for the columns, and draws the rows again that need more likely columns."""
-    num_likely = LIKELY_ON_CPU if scores.device.type == "cpu" else LIKELY
-    drawn, sufficed = torch.stack(draw(scores, masks, rows, num_likely)).tolist()
+    num_likely, limits_k = (LIKELY_ON_CPU, bool(rows[:, 7].any())) if scores.device.type == "cpu" else (LIKELY, True)
+    drawn, sufficed = torch.stack(draw(scores, masks, rows, num_likely, limits_k)).tolist()
     again = [row for row, fine in enumerate(sufficed) if not fine]
     if again:
         places = torch.tensor(again, device=scores.device)
@@ -224,14 +228,6 @@ def draw_exactly(scores: Tensor, masks: Tensor, rows: Tensor) -> list[int]:
         for row, column in zip(again, columns.tolist(), strict=True):
             drawn[row] = column
     return [int(column) for column in drawn]
-
-
-def _log_total(scores: Tensor) -> Tensor:
-    """Returns the logarithms (R, 1) of summed exponentials; on a CPU in half the time of `logsumexp`.
-
-    The best score less its log-probability is the total. A row of -inf alone gives NaN.
-    """
-    return scores.amax(1, keepdim=True) - scores.log_softmax(1).amax(1, keepdim=True)
 
 
 def _pick(
@@ -247,27 +243,29 @@ def _pick(
     is_random = temperature > 0
     probabilities = (scores / temperature.clamp(min=1e-6)[:, None]).softmax(1)
     likely, order = probabilities.topk(num_likely, 1)
-    everything = (top_p >= 1) & is_random
-    limit = (top_p + everything) * is_random  # more than 1 keeps everything, 0 the likeliest
-    if top_k is not None:
-        limits = (top_k > 0) & (top_k < num_columns)
-        rank = torch.arange(num_likely, device=scores.device)
-        likely = likely * ((rank < top_k[:, None]) | ~limits[:, None])
-        limit = limit * torch.where(limits, likely.sum(1), torch.ones_like(limit))
-        everything = everything & ~limits
     mass = likely.cumsum(1)
-    # The likeliest column always remains, and no column of probability 0.
-    num_kept = ((mass - likely < limit[:, None]) & (likely > 0)).sum(1, keepdim=True)
-    least = likely.gather(1, (num_kept - 1).clamp(min=0)) * ~everything[:, None]
+    limit = (top_p * is_random)[:, None]
+    is_part = limit < 1
+    last = num_likely - 1
+    if top_k is not None:
+        is_limited = ((top_k > 0) & (top_k < num_columns))[:, None]
+        last_of_k = torch.where(is_limited, top_k[:, None] - 1, last).clamp(max=last).long()
+        limit = limit * torch.where(is_limited, mass.gather(1, last_of_k), 1.0)
+        is_part = is_part | is_limited
+    # The likeliest column always remains; so does each column whose betters have less than `limit` together.
+    place = torch.searchsorted(mass, limit, right=True).clamp(max=last)
+    if top_k is not None:
+        place = torch.minimum(place, last_of_k)
+    least = likely.gather(1, place) * is_part
     weights = probabilities * (probabilities >= least)
     sums = weights.cumsum(1)
-    target = (uniform * is_random * sums[:, -1])[:, None]
-    place = torch.searchsorted(sums, target, right=True).clamp(max=num_columns - 1)
-    # Rounding of a parallel sum must not let an impossible column through.
-    picked = torch.where(weights.gather(1, place) > 0, place, order[:, :1])[:, 0]
+    target = (uniform * is_random)[:, None] * sums[:, -1:]
+    picked = torch.searchsorted(sums, target, right=True).clamp(max=num_columns - 1)
+    if scores.device.type != "cpu":  # the rounding of a parallel sum must not let an impossible column through
+        picked = torch.where(weights.gather(1, picked) > 0, picked, order[:, :1])
+    sufficed = mass[:, -1:] >= limit * is_part
     if num_likely == num_columns:
-        return picked, torch.ones_like(is_random)
-    sufficed = mass[:, -1] >= limit
-    if top_k is not None:
-        sufficed = torch.where(limits, top_k <= num_likely, sufficed)
-    return picked, sufficed | everything | ~is_random
+        sufficed = torch.ones_like(sufficed)
+    elif top_k is not None:
+        sufficed = torch.where(is_limited, top_k[:, None] <= num_likely, sufficed)
+    return picked[:, 0], sufficed[:, 0]
