@@ -25,7 +25,8 @@ from duologue.layers import uniform_at
 from duologue.vocabulary import Vocabulary
 
 # Sorting all columns costs ten times more than finding these. They nearly always hold the top_p of the probability.
-LIKELY_ON_CPU, LIKELY = 256, 2048
+LIKELY = 2048
+_FEW_LIKELY = 256
 _LANGUAGES = (None, *TEXT_LANGUAGES)
 _SPEECH_MASK, _END_MASK = len(_LANGUAGES), len(_LANGUAGES) + 1
 _UNIFORM_BLOCK = 64
@@ -184,7 +185,7 @@ def rows_of(rows: Sequence[DrawRow], device: torch.device | str = "cpu") -> Tens
 
 
 def draw(
-    scores: Tensor, masks: Tensor, rows: Tensor, num_likely: int = LIKELY, limits_k: bool = True
+    scores: Tensor, masks: Tensor, rows: Tensor, num_likely: int | None = LIKELY, limits_k: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Draws one id for each reply.
 
@@ -192,12 +193,13 @@ def draw(
         scores: (R, V) float32.
         masks: (5, V) float32, `DrawMasks.table`; a model that computes some columns only passes those of both.
         rows: (R, 10) float32, from `rows_of`.
-        num_likely: number of likeliest columns that are sorted to find those of `top_p` and `top_k`.
+        num_likely: number of likeliest columns that are sorted to find those of `top_p` and `top_k`; None waits for the
+            device to see how many it takes.
         limits_k: False leaves `top_k` out, which saves operations where no row has one.
 
     Returns:
         (R,) int64 columns, and (R,) bool: false where `num_likely` columns did not suffice. Such a row must be drawn
-        again with more of them; V always suffice.
+        again with None.
     """
     _, _, _, text_mask, temperature, speech_temperature, top_p, top_k, kind_uniform, id_uniform = rows.unbind(1)
     text_mask = text_mask.long()
@@ -219,19 +221,21 @@ def draw(
 
 def draw_exactly(scores: Tensor, masks: Tensor, rows: Tensor) -> list[int]:
     """Draws as `draw`, waits for the columns, and draws the rows again that need more likely columns."""
-    num_likely, limits_k = (LIKELY_ON_CPU, bool(rows[:, 7].any())) if scores.device.type == "cpu" else (LIKELY, True)
-    drawn, sufficed = torch.stack(draw(scores, masks, rows, num_likely, limits_k)).tolist()
+    if scores.device.type == "cpu":
+        return draw(scores, masks, rows, None, bool(rows[:, 7].any()))[0].tolist()
+    drawn: list[int]
+    drawn, sufficed = torch.stack(draw(scores, masks, rows)).tolist()
     again = [row for row, fine in enumerate(sufficed) if not fine]
     if again:
         places = torch.tensor(again, device=scores.device)
-        columns, _ = draw(scores[places], masks, rows[places], scores.shape[1])
+        columns, _ = draw(scores[places], masks, rows[places], None)
         for row, column in zip(again, columns.tolist(), strict=True):
             drawn[row] = column
-    return [int(column) for column in drawn]
+    return drawn
 
 
 def _pick(
-    scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor | None, uniform: Tensor, num_likely: int
+    scores: Tensor, temperature: Tensor, top_p: Tensor, top_k: Tensor | None, uniform: Tensor, num_likely: int | None
 ) -> tuple[Tensor, Tensor]:
     """Picks a column (R,) of scores (R, V) by inverse transform; see `draw` for the second value.
 
@@ -239,33 +243,38 @@ def _pick(
     first of the likeliest: the next lower float32 has a lower probability at a temperature of 1e-6.
     """
     num_columns = scores.shape[1]
-    num_likely = min(num_likely, num_columns)
-    is_random = temperature > 0
+    is_random = temperature.sign()
     probabilities = (scores / temperature.clamp(min=1e-6)[:, None]).softmax(1)
-    likely, order = probabilities.topk(num_likely, 1)
-    mass = likely.cumsum(1)
     limit = (top_p * is_random)[:, None]
-    is_part = limit < 1
-    last = num_likely - 1
+    everything = limit >= 1
+    is_limited = None
     if top_k is not None:
-        is_limited = ((top_k > 0) & (top_k < num_columns))[:, None]
-        last_of_k = torch.where(is_limited, top_k[:, None] - 1, last).clamp(max=last).long()
+        top_k = top_k[:, None]
+        is_limited = (top_k > 0) & (top_k < num_columns)
+        everything &= ~is_limited
+    for size in (_FEW_LIKELY, LIKELY, num_columns) if num_likely is None else (num_likely,):
+        size = min(size, num_columns)
+        likely, order = probabilities.topk(size, 1)
+        mass = likely.cumsum(1)
+        sufficed = (mass[:, -1:] >= limit) | everything
+        if is_limited is not None and top_k is not None:
+            sufficed = torch.where(is_limited, top_k <= size, sufficed)
+        if size == num_columns or (num_likely is None and bool(sufficed.all())):
+            sufficed = torch.ones_like(sufficed)
+            break
+    last = size - 1
+    if is_limited is not None and top_k is not None:
+        last_of_k = torch.where(is_limited, top_k - 1, last).clamp(max=last).long()
         limit = limit * torch.where(is_limited, mass.gather(1, last_of_k), 1.0)
-        is_part = is_part | is_limited
     # The likeliest column always remains; so does each column whose betters have less than `limit` together.
-    place = torch.searchsorted(mass, limit, right=True).clamp(max=last)
-    if top_k is not None:
+    place = torch.searchsorted(mass, limit, right=True).clamp_(max=last)
+    if is_limited is not None:
         place = torch.minimum(place, last_of_k)
-    least = likely.gather(1, place) * is_part
-    weights = probabilities * (probabilities >= least)
+    least = likely.gather(1, place).masked_fill_(everything, 0.0)
+    weights = probabilities.masked_fill_(probabilities < least, 0.0)
     sums = weights.cumsum(1)
     target = (uniform * is_random)[:, None] * sums[:, -1:]
-    picked = torch.searchsorted(sums, target, right=True).clamp(max=num_columns - 1)
+    picked = torch.searchsorted(sums, target, right=True).clamp_(max=num_columns - 1)
     if scores.device.type != "cpu":  # the rounding of a parallel sum must not let an impossible column through
         picked = torch.where(weights.gather(1, picked) > 0, picked, order[:, :1])
-    sufficed = mass[:, -1:] >= limit * is_part
-    if num_likely == num_columns:
-        sufficed = torch.ones_like(sufficed)
-    elif top_k is not None:
-        sufficed = torch.where(is_limited, top_k[:, None] <= num_likely, sufficed)
     return picked[:, 0], sufficed[:, 0]
