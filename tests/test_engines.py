@@ -10,13 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import duologue
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Schedule
-from duologue.language.engine import Engine, PlainEngine
-from duologue.language.glm import is_plain_glm
+from duologue.language.engine import Engine, PlainEngine, _common_prefix
 from duologue.language.requests import EngineFull
 from duologue.language.sampling import Sampling
 from duologue.language.stepping import EagerStepper, StepRow
@@ -274,6 +272,77 @@ def test_an_error_in_the_thread_ends_all_streams_with_it_and_the_next_request_wo
         asyncio.run(run())
 
 
+def test_memory_that_runs_out_costs_the_kept_caches_and_no_reply(
+    make: Callable[..., PlainEngine], solo: Callable[[Job], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    job = (PROMPT, Sampling(temperature=1.0, max_tokens=40), SPEECH_ONLY)
+    step, failures = engine.stepper.step, [3]
+
+    def failing(rows: Sequence[StepRow]) -> Any:
+        """Runs out of memory while anything is kept, and half-way through the step."""
+        if engine.cached_tokens > 100 and failures[0]:
+            failures[0] -= 1
+            step(rows)  # its keys and values are written; nothing else may have changed
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(rows)
+
+    engine.prefill(LONG)
+    expected = solo(job)
+    monkeypatch.setattr(engine.stepper, "step", failing)
+    assert list(engine.stream(*job)) == expected
+    assert failures == [2]
+    assert engine.cached_prefix(LONG) == len(PROMPT)  # those of the reply
+    assert engine.cached_prefix([*PROMPT, *expected]) == len(PROMPT) + 39
+
+    def empty(rows: Sequence[StepRow]) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine.stepper, "step", empty)
+    with pytest.raises(RuntimeError, match="engine failed: OutOfMemoryError"):
+        list(engine.stream(*job))
+    monkeypatch.setattr(engine.stepper, "step", step)
+    assert list(engine.stream(*job)) == expected
+
+
+def test_slots_of_a_fixed_number_are_shared_by_replies_and_kept_caches(
+    make: Callable[..., PlainEngine], model: PreTrainedModel, vocabulary: Vocabulary, solo: Callable[[Job], list[int]]
+) -> None:
+    stepper = EagerStepper(model, vocabulary)
+    stepper.num_slots = 2
+    used: set[int] = set()
+    step = stepper.step
+
+    def watched(rows: Sequence[StepRow]) -> Any:
+        used.update(row.slot for row in rows)
+        assert len({row.slot for row in rows}) == len(rows)
+        return step(rows)
+
+    stepper.step = watched  # type: ignore[method-assign]
+    engine = make(stepper=stepper, max_sessions=2, max_caches=1)
+    jobs: list[Job] = [
+        ([*LONG[: 20 + 7 * i], *LONG[i : i + 9]], Sampling(temperature=1.0, max_tokens=20, seed=i), SHORT)
+        for i in range(6)
+    ]
+
+    async def run() -> None:
+        for first, second in zip(jobs[::2], jobs[1::2], strict=True):
+            await asyncio.gather(engine.warm(first[0][:9]), engine.warm(second[0]))
+            replies = await asyncio.gather(collect(engine, first), collect(engine, second))
+            assert list(replies) == [solo(first), solo(second)]
+
+    asyncio.run(run())
+    assert used == {0, 1}
+
+
+def test_the_longest_common_prefix_is_found_at_every_length() -> None:
+    ids = list(range(200))
+    for length in range(201):
+        assert _common_prefix(ids, [*ids[:length], -1, *ids[length + 1 :]]) == length
+        assert _common_prefix(ids[:length], ids) == length
+        assert _common_prefix(ids, tuple(ids[:length])) == length
+
+
 def test_readers_have_event_loops_of_their_own_and_one_that_is_gone_harms_nobody(
     make: Callable[..., PlainEngine], solo: Callable[[Job], list[int]]
 ) -> None:
@@ -324,104 +393,6 @@ def test_same_name_twice_and_bad_prompts_are_refused(make: Callable[..., PlainEn
         assert engine.running == 0
 
     asyncio.run(run())
-
-
-@pytest.mark.parametrize("way", ["by its weights", "hooked", "a Llama"])
-def scores_of(stepper: EagerStepper, rows: Sequence[tuple[int, int, list[int]]]) -> torch.Tensor:
-    """Runs (slot, start, ids) of each row; scores (rows, V) of the next ids."""
-    stepped = stepper.step([StepRow(*row, wants_scores=True) for row in rows])
-    return torch.stack([one.scores for one in stepped if one.scores is not None])
-
-
-@pytest.mark.parametrize("way", ["by its weights", "hooked", "a Llama"])
-@pytest.mark.parametrize("slots", [(0, 1, 2, 3), (3, 0, 1, 2), (9, 2, 40, 5)], ids=["together", "turned", "apart"])
-def test_scores_side_by_side_equal_those_of_whole_sequences(
-    model: PreTrainedModel, vocabulary: Vocabulary, way: str, slots: tuple[int, ...]
-) -> None:
-    """Rows that begin, go on by several ids and by one, in one step; other programs use the model as ever."""
-    if way == "a Llama":
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=model.config.vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-        )
-        model = LlamaForCausalLM(config).eval()
-        model.get_input_embeddings().weight.data.mul_(20.0)
-    stepper = EagerStepper(model, vocabulary)
-    calls: list[object] = []
-    if way == "hooked":
-        stepper.model.get_submodule("model.layers.1").register_forward_pre_hook(lambda *_: calls.append(_))
-    sequences = [LONG[:40], LONG[50:57], LONG[100:102], LONG[9:10]]
-    lengths = [len(s) - 1 for s in sequences]
-    scores_of(stepper, [(slot, 0, s[:-1]) for slot, s in zip(slots[:3], sequences, strict=False)])
-    grown = [[*s, *LONG[i : i + 300 * (i == 0)]] for i, s in enumerate(sequences)]
-    scores = scores_of(stepper, [(slot, n, s[n:]) for slot, n, s in zip(slots, lengths, grown, strict=True)])
-
-    def expected(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
-        with torch.no_grad():
-            return torch.stack([model(torch.tensor([s])).logits[0, -1] for s in sequences])
-
-    torch.testing.assert_close(scores, expected(grown), atol=1e-4, rtol=0.0)
-    singles = [[*s, 7] for s in grown]  # one id for each row, of unequal lengths
-    scores = scores_of(stepper, [(slot, len(s) - 1, s[-1:]) for slot, s in zip(slots, singles, strict=True)])
-    torch.testing.assert_close(scores, expected(singles), atol=1e-4, rtol=0.0)
-    stepper.copy_prefix(slots[0], 7, 30)
-    again = scores_of(stepper, [(7, 30, grown[0][30:])])
-    torch.testing.assert_close(again, expected(grown[:1]), atol=1e-4, rtol=0.0)
-    stepper.keep_only([slots[1]])
-    left = scores_of(stepper, [(slots[1], len(singles[1]), [8])])
-    torch.testing.assert_close(left, expected([[*singles[1], 8]]), atol=1e-4, rtol=0.0)
-    assert len(calls) == (5 if way == "hooked" else 0)
-
-
-def test_a_glm_with_other_modules_is_run_as_the_library_does(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    assert is_plain_glm(model)
-
-    class Louder(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(x)
-
-    other = copy.deepcopy(model)
-    projection = other.get_submodule("model.layers.0.mlp.down_proj")
-    louder = Louder(projection.in_features, projection.out_features, bias=False)
-    louder.weight = projection.weight
-    other.get_submodule("model.layers.0.mlp").down_proj = louder
-    assert not is_plain_glm(other)
-    scores = scores_of(EagerStepper(other, vocabulary), [(0, 0, LONG[:20])])
-    with torch.no_grad():
-        expected = other(torch.tensor([LONG[:20]])).logits[:, -1]
-        assert (model(torch.tensor([LONG[:20]])).logits[:, -1] - expected).abs().max() > 0.01
-    torch.testing.assert_close(scores, expected, atol=2e-4, rtol=0.0)
-    other.config.hidden_act = "gelu"
-    assert not is_plain_glm(other)
-
-
-def test_others_use_the_model_during_a_step(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
-    """A training that goes on while a reply is still made: its own way of attending, its own gradients."""
-    ids = torch.tensor([LONG[:30]])
-    expected = model(ids).logits.detach()
-    side_by_side = EagerStepper(model, vocabulary)
-    meanwhile = []
-
-    def use(*_: object) -> None:
-        with torch.inference_mode(False), torch.enable_grad():
-            meanwhile.append(model(ids).logits)
-
-    layer = side_by_side.model.get_submodule("model.layers.1")
-    handle = layer.register_forward_pre_hook(use)
-    scores_of(side_by_side, [(0, 0, LONG[:20])])
-    handle.remove()
-    torch.testing.assert_close(meanwhile[0].detach(), expected)
-    meanwhile[0].sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    model.zero_grad(set_to_none=True)
-    for weight, same in zip(model.parameters(), side_by_side.model.parameters(), strict=True):
-        assert weight is same
 
 
 def test_a_model_with_other_attention_is_refused(model: PreTrainedModel, vocabulary: Vocabulary) -> None:

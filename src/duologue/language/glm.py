@@ -9,6 +9,7 @@ Shapes: T new ids of all conversations, D width, H heads, G heads of keys, K hea
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple, cast
 
@@ -64,13 +65,15 @@ class Glm:
     def __init__(self, model: PreTrainedModel) -> None:
         if not is_plain_glm(model):
             raise ValueError(f"{type(model).__name__} is not a Glm as transformers makes it")
-        self._modules = list(model.modules())
+        # Attributes of all modules that a hook or a replaced method would change; tested in every step.
+        self._hooks = [hooks for each in model.modules() for hooks in (each._forward_pre_hooks, each._forward_hooks)]
+        self._attributes = [vars(each) for each in model.modules()]
         config = model.config
         self._head_dim = int(config.head_dim)
         self._num_heads, self._num_kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self._eps = float(config.rms_norm_eps)
         inner = cast(modeling_glm.GlmModel, model.model)
-        self._rotary = inner.rotary_emb
+        self._rotation = _RotationTable(inner.rotary_emb, int(config.max_position_embeddings))
         self._embedding, self._norm, self._head = inner.embed_tokens.weight, inner.norm.weight, model.lm_head.weight
         self._decoder_layers = list(inner.layers)
         self._layers = [_weights(layer) for layer in self._decoder_layers]
@@ -78,10 +81,7 @@ class Glm:
     @property
     def untouched(self) -> bool:
         """Whether no module has hooks or a replaced `forward`, which this pass would skip."""
-        return not any(
-            module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
-            for module in self._modules
-        )
+        return not any(self._hooks) and not any("forward" in each for each in self._attributes)
 
     def run(self, ids: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
         """Runs new ids after the cached ones.
@@ -96,58 +96,77 @@ class Glm:
         if any(map(_is_apart, self._layers)):  # the model was moved to another device or dtype
             self._layers = [_weights(layer) for layer in self._decoder_layers]
         x = functional.embedding(ids, self._embedding)  # (T, D)
-        # (T, K), of which the first half of the rotated dimensions holds an angle for each pair
-        cos, sin = (each[0] for each in self._rotary(x, positions[None]))
-        half = cos.shape[-1] // 2
-        rotation = _Rotation(cos[:, None, :half], sin[:, None, :half])
+        rotation = self._rotation.of(positions, x)
+        width, turned = x.shape[-1:], 2 * rotation.num_pairs
         num_turned = self._num_heads + self._num_kv_heads
         for index, layer in enumerate(self._layers):
-            h = _rms_norm(x, layer.attention_norm, self._eps)
+            h = functional.rms_norm(x, width, layer.attention_norm, self._eps)
             joined = _linear(h, layer.projection, layer.projection_bias)
             joined = joined.view(len(h), -1, self._head_dim)  # (T, H + 2 G, K)
-            rotation.apply(joined[:, :num_turned, : 2 * half])
+            rotation.apply(joined[:, :num_turned, :turned])
             keys_values = joined[:, self._num_heads :].unflatten(1, (2, -1)).permute(1, 2, 0, 3)  # (2, G, T, K)
             attended = attend(index, joined[:, : self._num_heads].transpose(0, 1), keys_values)
-            x = x + _linear(attended.flatten(1), layer.out)
-            h = _rms_norm(x, layer.mlp_norm, self._eps)
+            x = _add_linear(x, attended.flatten(1), layer.out)
+            h = functional.rms_norm(x, width, layer.mlp_norm, self._eps)
             gate, up = _linear(h, layer.gate_up).chunk(2, -1)
-            x = x + _linear(functional.silu(gate).mul_(up), layer.down)
+            x = _add_linear(x, functional.silu(gate).mul_(up), layer.down)
         return x
 
     def scores(self, x: Tensor, *parts: slice | Tensor) -> Tensor:
         """Returns the scores (R, V) of the next ids from outputs of `run` (R, D), or of parts of the head in turn."""
-        h = _rms_norm(x, self._norm, self._eps)
+        h = functional.rms_norm(x, x.shape[-1:], self._norm, self._eps)
         if not parts:
             return _linear(h, self._head)
         return torch.cat([_linear(h, self._head[part]) for part in parts], 1)
 
 
-class _Rotation:
-    """The rotation of interleaved pairs by angles with cosines and sines (T, 1, pairs)."""
+class _RotationTable:
+    """The cosines and sines of all positions, computed once by the library's module."""
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self._is_complex = cos.dtype == torch.float32
-        if self._is_complex:
-            self._turn = torch.complex(cos, sin)
-        else:
-            self._cos, self._sin = (each.repeat_interleave(2, -1) for each in (cos, sin))
+    def __init__(self, rotary: nn.Module, max_positions: int) -> None:
+        self._rotary, self._max_positions = rotary, max_positions
+        self._cos = self._sin = torch.empty(0, 0)
+        self._turn: Tensor | None = None
+
+    def of(self, positions: Tensor, x: Tensor) -> _Rotation:
+        """Returns the rotation at positions (T,) of a model with states like x."""
+        if len(self._cos) == 0 or self._cos.dtype != x.dtype or self._cos.device != x.device:
+            places = torch.arange(self._max_positions, device=x.device)
+            # (P, K), of which the first half of the rotated dimensions holds an angle for each pair
+            cos, sin = (each[0] for each in self._rotary(x, places[None]))
+            half = cos.shape[-1] // 2
+            self._cos, self._sin = cos[:, :half].contiguous(), sin[:, :half].contiguous()
+            self._turn = torch.complex(self._cos, self._sin) if x.dtype == torch.float32 else None
+        if self._turn is not None:
+            return _Rotation(turn=self._turn.index_select(0, positions)[:, None])
+        cos, sin = (each.index_select(0, positions)[:, None] for each in (self._cos, self._sin))
+        return _Rotation(cos.repeat_interleave(2, -1), sin.repeat_interleave(2, -1))
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    """The rotation of interleaved pairs: cosines and sines (T, 1, 2 * pairs), or complex numbers (T, 1, pairs)."""
+
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    turn: Tensor | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        if self.turn is not None:
+            return self.turn.shape[-1]
+        assert self.cos is not None
+        return self.cos.shape[-1] // 2
 
     def apply(self, straight: Tensor) -> None:
         """Rotates (T, heads, 2 * pairs) in place."""
-        if self._is_complex:
-            torch.view_as_complex(straight.unflatten(-1, (-1, 2))).mul_(self._turn)
+        if self.turn is not None:
+            torch.view_as_complex(straight.unflatten(-1, (-1, 2))).mul_(self.turn)
             return
+        assert self.cos is not None
+        assert self.sin is not None
         across = torch.stack((-straight[..., 1::2], straight[..., ::2]), -1).flatten(-2)
-        straight.mul_(self._cos).add_(across.mul_(self._sin))
-
-
-def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Computes the norm of (T, D); on a CPU in fewer operations than PyTorch, which has no fused one there."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return functional.rms_norm(x, (x.shape[-1],), weight, eps)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    normed: Tensor = (x * length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()).mul_(weight)
-    return normed
+        straight.mul_(self.cos).add_(across.mul_(self.sin))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -157,6 +176,13 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = torch.mm(weight, x.t()).t().contiguous()
         return y if bias is None else y.add_(bias)
     return functional.linear(x, weight, bias)
+
+
+def _add_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Computes `residual + x @ weight.T`."""
+    if x.device.type == "cpu" and 2 <= len(x) <= _FEW_COLUMNS:
+        return residual + torch.mm(weight, x.t()).t()
+    return torch.addmm(residual, x, weight.t())
 
 
 def is_plain_glm(model: PreTrainedModel) -> bool:
