@@ -9,8 +9,13 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from duologue.interleave import SPEECH_ONLY, Schedule
 from duologue.language.backbone import Provenance, load_language, save_language
+from duologue.language.drawing import DrawState
 from duologue.language.glm import is_plain_glm
+from duologue.language.graphs import GraphStepper
+from duologue.language.sampling import Sampling
+from duologue.language.slots import SlotCache
 from duologue.language.stepping import EagerStepper, StepRow
 from duologue.vocabulary import Vocabulary
 from tests.tiny_language import tiny_model, tiny_vocabulary
@@ -152,3 +157,46 @@ def test_stacked_weights_stay_those_of_the_model(vocabulary: Vocabulary, tmp_pat
     with torch.no_grad():
         model.get_submodule("model.layers.0.self_attn.k_proj").weight.mul_(1.5)
     check()
+
+
+def test_a_fixed_cache_gives_the_same_scores_and_never_moves(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
+    stepper, growing = EagerStepper(model, vocabulary), EagerStepper(model, vocabulary)
+    stepper.cache = SlotCache.fixed(2, (2, 3, 64, 2, 16), torch.float32, torch.device("cpu"))
+    places = [stepper.cache.layer(layer).data_ptr() for layer in range(2)]
+    for rows in ([(2, 0, LONG[:40]), (0, 0, LONG[3:6])], [(2, 40, [5]), (0, 3, [6]), (1, 0, [7])]):
+        torch.testing.assert_close(scores_of(stepper, rows), scores_of(growing, rows), atol=1e-4, rtol=0.0)
+    assert [stepper.cache.layer(layer).data_ptr() for layer in range(2)] == places
+    with pytest.raises(ValueError, match="3 slots of 65 ids do not fit 3 of 64"):
+        scores_of(stepper, [(2, 41, LONG[:24])])
+    with pytest.raises(ValueError, match="4 slots of 64 ids do not fit 3 of 64"):
+        scores_of(stepper, [(3, 0, [4])])
+
+
+def test_graphs_need_a_glm_on_cuda(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
+    with pytest.raises(ValueError, match="CUDA graphs need an unchanged Glm on CUDA"):
+        GraphStepper(model, vocabulary, 4, 512)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_graphs_draw_the_ids_of_the_eager_stepper(vocabulary: Vocabulary) -> None:
+    """Greedy ids in bfloat16 of rows in text and speech runs, of unequal lengths, with padding rows."""
+    model = tiny_model(vocabulary).to("cuda", torch.bfloat16)
+    eager, graphed = EagerStepper(model, vocabulary), GraphStepper(model, vocabulary, 6, 512)
+    print(f"captured in {graphed.warm_up(4):.1f} s")
+    prompts = {4: LONG[:70], 1: LONG[9:12], 3: LONG[100:101]}
+    for stepper in (eager, graphed):
+        scores_of(stepper, [(slot, 0, ids) for slot, ids in prompts.items()])
+    for schedule in (Schedule(3, 5), SPEECH_ONLY):
+        states = {slot: DrawState(Sampling(temperature=0.0, max_tokens=200), schedule) for slot in prompts}
+        lengths, ids = {slot: len(prompt) for slot, prompt in prompts.items()}, dict.fromkeys(prompts, 5)
+        for _ in range(20):
+            rows = [StepRow(slot, lengths[slot], [ids[slot]], states[slot].row(eager.masks)) for slot in prompts]
+            scores = scores_of(eager, [(row.slot, row.start, row.ids) for row in rows])
+            expected, got = eager.step(rows), graphed.step(rows)
+            for row, mine, theirs, one in zip(rows, expected, got, scores, strict=True):
+                assert mine.token is not None
+                assert theirs.token is not None
+                assert one[mine.token] - one[theirs.token] <= 0.05 * one.abs().max()
+                states[row.slot].advance(vocabulary.kind(mine.token))
+                lengths[row.slot] += 1
+                ids[row.slot] = mine.token

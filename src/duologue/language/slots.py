@@ -44,15 +44,32 @@ class SlotCache:
         self._layers: list[Tensor] = []
         self._lengths: dict[int, int] = {}  # written positions of each slot, to be copied when the tensors grow
         self._num_slots, self._num_positions = _FIRST_SLOTS, _FIRST_POSITIONS
+        self._is_fixed = False
+
+    @classmethod
+    def fixed(
+        cls, num_layers: int, shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> SlotCache:
+        """Returns a cache that never moves, of layers (2, slots, positions, G, K) that `layer` shows transposed."""
+        cache = cls()
+        cache._layers = [torch.zeros(shape, dtype=dtype, device=device).transpose(2, 3) for _ in range(num_layers)]
+        cache._num_slots, cache._num_positions, cache._is_fixed = shape[1], shape[2], True
+        return cache
 
     def layer(self, layer: int) -> Tensor:
         """Returns a layer's tensor (2, slots, G, positions, K)."""
         return self._layers[layer]
 
     def reserve(self, rows: Sequence[SlotRow]) -> None:
-        """Makes room for a step. A failed allocation leaves all written ids in place."""
+        """Makes room for a step. A failed allocation leaves all written ids in place.
+
+        Raises:
+            ValueError: a fixed cache has no such slot or position.
+        """
         slots = max(max((row.slot for row in rows), default=0) + 1, self._num_slots)
         positions = max(max((row.stop for row in rows), default=0), self._num_positions)
+        if self._is_fixed and (slots, positions) != (self._num_slots, self._num_positions):
+            raise ValueError(f"{slots} slots of {positions} ids do not fit {self._num_slots} of {self._num_positions}")
         if slots > self._num_slots:
             slots = max(slots, 2 * self._num_slots)
         if positions > self._num_positions:
