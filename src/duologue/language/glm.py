@@ -1,6 +1,6 @@
 """A direct forward pass of a Glm from its weights, without the module overhead of transformers.
 
-A small model spends more time between matrices than in them. `RaggedBatchModel` uses this pass for an unmodified Glm
+A small model spends more time between matrices than in them. `EagerStepper` uses this pass for an unmodified Glm
 (pocket and the released model) and the library's forward for other models.
 
 Shapes: T new ids of all conversations, D width, H heads, G heads of keys, K head_dim, V vocabulary.

@@ -170,7 +170,7 @@ class FlashSlots:
         num_positions = cache.layer(0).shape[3]
         self._num_rows = len(positions)
         self._queries = torch.arange(self._num_rows + 1, dtype=torch.int32, device=positions.device)
-        # Row r reads from the beginning of its slot. The number of its keys is `seqused_k`, not the difference of starts.
+        # Row r reads from the start of its slot; `seqused_k`, not the difference of starts, is the number of its keys.
         starts = slots.to(torch.int32) * num_positions
         self._keys = torch.cat((starts, starts[-1:] + num_positions))
         self._used = (positions + 1).to(torch.int32)
