@@ -1,7 +1,6 @@
 """The plain engine: legal replies whatever the model wants, caches that change nothing, requests of their own."""
 
 import asyncio
-import math
 from collections.abc import Sequence
 
 import pytest
@@ -14,16 +13,15 @@ from duologue.interleave import (
     INTERLEAVED,
     SPEECH_ONLY,
     TEXT_ONLY,
-    Allowed,
     InterleaveState,
     Kind,
     Schedule,
     split,
 )
 from duologue.language.engine import Engine, PlainEngine
-from duologue.language.sampling import GREEDY, KindMasks, Sampling, choose, choose_kind, within_budget
+from duologue.language.sampling import GREEDY, Sampling
 from duologue.vocabulary import Vocabulary
-from tests.tiny_language import tiny_model, tiny_vocabulary
+from tests.tiny_language import tiny_model, tiny_vocabulary, within_budget
 
 PROMPT = list(range(3, 20))
 SHORT = Schedule(3, 5)
@@ -91,20 +89,6 @@ def test_every_reply_is_legal_and_may_stand_as_it_is(
     assert parts.state.ended or (len(reply) == max_tokens and parts.state.allowed.end)
 
 
-def test_controls_and_padding_are_never_sampled(vocabulary: Vocabulary, model: PreTrainedModel) -> None:
-    masks = KindMasks(vocabulary, vocabulary.size + 7, torch.device("cpu"))
-    everything = masks[InterleaveState(TEXT_ONLY).allowed] == 0
-    assert int(everything.sum()) > 0
-    speaking = InterleaveState().advance_all([Kind.TEXT, Kind.SPEECH])
-    for state in (InterleaveState(), speaking, InterleaveState(TEXT_ONLY)):
-        for token in (masks[state.allowed] == 0).nonzero().flatten().tolist():
-            assert token < vocabulary.size
-            assert vocabulary.kind(token) in state.allowed
-            assert vocabulary.kind(token) not in (Kind.CONTROL, Kind.PADDING)
-    with pytest.raises(ValueError, match="but the vocabulary has"):
-        KindMasks(vocabulary, vocabulary.size - 1, torch.device("cpu"))
-
-
 def test_a_seed_gives_a_reply_and_nothing_else_does(engine: PlainEngine) -> None:
     def reply(seed: int) -> list[int]:
         return list(engine.stream(PROMPT, Sampling(temperature=1.0, top_p=1.0, max_tokens=30, seed=seed)))
@@ -116,46 +100,6 @@ def test_a_seed_gives_a_reply_and_nothing_else_does(engine: PlainEngine) -> None
     assert reply(7) == first
     assert torch.equal(torch.get_rng_state(), before)
     assert reply(8) != first
-
-
-def test_choose_follows_the_probabilities() -> None:
-    scores = torch.tensor([0.0, 2.0, 1.0, float("-inf")])
-    generator = torch.Generator().manual_seed(0)
-    assert choose(scores, 0.0, 1.0, None, None) == 1
-    drawn = torch.tensor([choose(scores, 1.0, 1.0, None, generator) for _ in range(3000)])
-    share = torch.bincount(drawn, minlength=4) / 3000
-    torch.testing.assert_close(share, scores.softmax(0), atol=0.03, rtol=0.0)
-    assert {choose(scores, 1.0, 1.0, 2, generator) for _ in range(200)} == {1, 2}
-    assert {choose(scores, 1.0, 0.6, None, generator) for _ in range(200)} == {1}
-    assert {choose(scores, 1.0, 0.7, None, generator) for _ in range(200)} == {1, 2}
-
-
-def test_the_kind_is_chosen_by_all_its_ids_together(vocabulary: Vocabulary) -> None:
-    masks = KindMasks(vocabulary, vocabulary.size, torch.device("cpu"))
-    scores = torch.full((vocabulary.size,), -30.0)
-    scores[vocabulary.encode_text("abcdefgh")] = 0.0  # eight words, none of them likely
-    scores[vocabulary.speech_id(3)] = 1.0  # the likeliest id
-    either, text, speech = Allowed(True, True, False), Allowed(True, False, False), Allowed(False, True, False)
-    assert vocabulary.kind(int(scores.argmax())) is Kind.SPEECH
-    assert choose_kind(scores, masks, either, GREEDY, None)[0] == text
-    assert choose_kind(scores, masks, speech, GREEDY, None)[0] == speech
-    generator = torch.Generator().manual_seed(0)
-    sampling = Sampling(temperature=1.0, top_p=1.0)
-    drawn = [choose_kind(scores, masks, either, sampling, generator)[0] == text for _ in range(2000)]
-    num = len(set(vocabulary.encode_text("abcdefgh")))
-    assert sum(drawn) / 2000 == pytest.approx(num / (num + math.e), abs=0.04)
-
-
-@pytest.mark.parametrize("spread", [0.1, 1.0, 3.0])  # over thousands of ids, over some hundreds, over some dozens
-def test_the_share_of_many_ids_is_that_of_all(spread: float) -> None:
-    scores = spread * torch.randn(3000, generator=torch.Generator().manual_seed(0))
-    probabilities, ids = scores.softmax(0).sort(descending=True)
-    kept = ids[: int((probabilities.cumsum(0) - probabilities < 0.8).sum())].tolist()
-    generator = torch.Generator().manual_seed(1)
-    drawn = {choose(scores, 1.0, 0.8, None, generator) for _ in range(2000)}
-    assert drawn <= set(kept)
-    assert len(drawn) > min(len(kept), 2000) / 4
-    assert kept[0] in drawn
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import duologue
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Schedule
-from duologue.language.engine import Engine, PlainEngine
-from duologue.language.glm import is_plain_glm
-from duologue.language.keyvalues import KeyValues, RaggedBatchModel
+from duologue.language.engine import Engine, PlainEngine, _common_prefix
 from duologue.language.requests import EngineFull
-from duologue.language.sampling import Sampling, within_budget
+from duologue.language.sampling import Sampling
+from duologue.language.stepping import EagerStepper, StepRow
 from duologue.vocabulary import Vocabulary
 from tests.tiny import write_tiny_chatbot
-from tests.tiny_language import tiny_model, tiny_vocabulary
+from tests.tiny_language import tiny_model, tiny_vocabulary, within_budget
 
 Job = tuple[list[int], Sampling, Schedule]
 
@@ -244,7 +242,9 @@ def test_an_error_in_the_thread_ends_all_streams_with_it_and_the_next_request_wo
     engine = make()
     job = (PROMPT, Sampling(temperature=1.0, max_tokens=40), SPEECH_ONLY)
     broken = threading.Event()
-    forward = engine.model.forward
+    assert isinstance(engine.stepper, EagerStepper)
+    model = engine.stepper.model
+    forward = model.forward
 
     def breaking(*args: Any, **kwargs: Any) -> Any:
         if broken.is_set():
@@ -268,8 +268,79 @@ def test_an_error_in_the_thread_ends_all_streams_with_it_and_the_next_request_wo
         assert await collect(engine, job) == solo(job)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.model, "forward", breaking)
+        patch.setattr(model, "forward", breaking)
         asyncio.run(run())
+
+
+def test_memory_that_runs_out_costs_the_kept_caches_and_no_reply(
+    make: Callable[..., PlainEngine], solo: Callable[[Job], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make()
+    job = (PROMPT, Sampling(temperature=1.0, max_tokens=40), SPEECH_ONLY)
+    step, failures = engine.stepper.step, [3]
+
+    def failing(rows: Sequence[StepRow]) -> Any:
+        """Runs out of memory while anything is kept, and half-way through the step."""
+        if engine.cached_tokens > 100 and failures[0]:
+            failures[0] -= 1
+            step(rows)  # its keys and values are written; nothing else may have changed
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(rows)
+
+    engine.prefill(LONG)
+    expected = solo(job)
+    monkeypatch.setattr(engine.stepper, "step", failing)
+    assert list(engine.stream(*job)) == expected
+    assert failures == [2]
+    assert engine.cached_prefix(LONG) == len(PROMPT)  # those of the reply
+    assert engine.cached_prefix([*PROMPT, *expected]) == len(PROMPT) + 39
+
+    def empty(rows: Sequence[StepRow]) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(engine.stepper, "step", empty)
+    with pytest.raises(RuntimeError, match="engine failed: OutOfMemoryError"):
+        list(engine.stream(*job))
+    monkeypatch.setattr(engine.stepper, "step", step)
+    assert list(engine.stream(*job)) == expected
+
+
+def test_slots_of_a_fixed_number_are_shared_by_replies_and_kept_caches(
+    make: Callable[..., PlainEngine], model: PreTrainedModel, vocabulary: Vocabulary, solo: Callable[[Job], list[int]]
+) -> None:
+    stepper = EagerStepper(model, vocabulary)
+    stepper.num_slots = 2
+    used: set[int] = set()
+    step = stepper.step
+
+    def watched(rows: Sequence[StepRow]) -> Any:
+        used.update(row.slot for row in rows)
+        assert len({row.slot for row in rows}) == len(rows)
+        return step(rows)
+
+    stepper.step = watched  # type: ignore[method-assign]
+    engine = make(stepper=stepper, max_sessions=2, max_caches=1)
+    jobs: list[Job] = [
+        ([*LONG[: 20 + 7 * i], *LONG[i : i + 9]], Sampling(temperature=1.0, max_tokens=20, seed=i), SHORT)
+        for i in range(6)
+    ]
+
+    async def run() -> None:
+        for first, second in zip(jobs[::2], jobs[1::2], strict=True):
+            await asyncio.gather(engine.warm(first[0][:9]), engine.warm(second[0]))
+            replies = await asyncio.gather(collect(engine, first), collect(engine, second))
+            assert list(replies) == [solo(first), solo(second)]
+
+    asyncio.run(run())
+    assert used == {0, 1}
+
+
+def test_the_longest_common_prefix_is_found_at_every_length() -> None:
+    ids = list(range(200))
+    for length in range(201):
+        assert _common_prefix(ids, [*ids[:length], -1, *ids[length + 1 :]]) == length
+        assert _common_prefix(ids[:length], ids) == length
+        assert _common_prefix(ids, tuple(ids[:length])) == length
 
 
 def test_readers_have_event_loops_of_their_own_and_one_that_is_gone_harms_nobody(
@@ -322,88 +393,6 @@ def test_same_name_twice_and_bad_prompts_are_refused(make: Callable[..., PlainEn
         assert engine.running == 0
 
     asyncio.run(run())
-
-
-@pytest.mark.parametrize("way", ["by its weights", "hooked", "a Llama"])
-def test_scores_side_by_side_equal_those_of_whole_sequences(model: PreTrainedModel, way: str) -> None:
-    """Rows that begin, go on by several ids and by one, in one step; other programs use the model as ever."""
-    if way == "a Llama":
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=model.config.vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-        )
-        model = LlamaForCausalLM(config).eval()
-        model.get_input_embeddings().weight.data.mul_(20.0)
-    side_by_side = RaggedBatchModel(model)
-    calls: list[object] = []
-    if way == "hooked":
-        side_by_side.model.get_submodule("model.layers.1").register_forward_pre_hook(lambda *_: calls.append(_))
-    sequences = [LONG[:40], LONG[50:57], LONG[100:102], LONG[9:10]]
-    kept = [KeyValues() for _ in sequences]
-    side_by_side.step([s[:-1] for s in sequences[:3]], kept[:3])
-    grown = [[*s, *LONG[i : i + 300 * (i == 0)]] for i, s in enumerate(sequences)]
-    lengths = [k.length for k in kept]
-    scores = side_by_side.step([s[n:] for s, n in zip(grown, lengths, strict=True)], kept)
-    with torch.no_grad():
-        expected = torch.stack([model(torch.tensor([s])).logits[0, -1] for s in grown])
-    torch.testing.assert_close(scores, expected, atol=2e-4, rtol=0.0)
-    with torch.inference_mode():
-        copied = kept[0].copy(30)
-    again = side_by_side.step([grown[0][30:]], [copied])
-    torch.testing.assert_close(again[0], expected[0], atol=2e-4, rtol=0.0)
-    assert kept[0].length == len(grown[0])
-    assert len(calls) == (3 if way == "hooked" else 0)
-
-
-def test_a_glm_with_other_modules_is_run_as_the_library_does(model: PreTrainedModel) -> None:
-    assert is_plain_glm(model)
-
-    class Louder(nn.Linear):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return 2 * super().forward(x)
-
-    other = copy.deepcopy(model)
-    projection = other.get_submodule("model.layers.0.mlp.down_proj")
-    louder = Louder(projection.in_features, projection.out_features, bias=False)
-    louder.weight = projection.weight
-    other.get_submodule("model.layers.0.mlp").down_proj = louder
-    assert not is_plain_glm(other)
-    scores = RaggedBatchModel(other).step([LONG[:20]], [KeyValues()])
-    with torch.no_grad():
-        expected = other(torch.tensor([LONG[:20]])).logits[:, -1]
-        assert (model(torch.tensor([LONG[:20]])).logits[:, -1] - expected).abs().max() > 0.01
-    torch.testing.assert_close(scores, expected, atol=2e-4, rtol=0.0)
-    other.config.hidden_act = "gelu"
-    assert not is_plain_glm(other)
-
-
-def test_others_use_the_model_during_a_step(model: PreTrainedModel) -> None:
-    """A training that goes on while a reply is still made: its own way of attending, its own gradients."""
-    ids = torch.tensor([LONG[:30]])
-    expected = model(ids).logits.detach()
-    side_by_side = RaggedBatchModel(model)
-    meanwhile = []
-
-    def use(*_: object) -> None:
-        with torch.inference_mode(False), torch.enable_grad():
-            meanwhile.append(model(ids).logits)
-
-    layer = side_by_side.model.get_submodule("model.layers.1")
-    handle = layer.register_forward_pre_hook(use)
-    side_by_side.step([LONG[:20]], [KeyValues()])
-    handle.remove()
-    torch.testing.assert_close(meanwhile[0].detach(), expected)
-    meanwhile[0].sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    model.zero_grad(set_to_none=True)
-    for weight, same in zip(model.parameters(), side_by_side.model.parameters(), strict=True):
-        assert weight is same
 
 
 def test_a_model_with_other_attention_is_refused(model: PreTrainedModel, vocabulary: Vocabulary) -> None:

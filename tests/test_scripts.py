@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from duologue.interleave import Allowed, Kind
-from duologue.language.sampling import KindMasks, Sampling
+from duologue.interleave import Kind
+from duologue.language.drawing import DrawMasks
+from duologue.language.sampling import Sampling
 from duologue.language.scripts import fits, language_mask
 from duologue.vocabulary import Vocabulary, byte_letters
 
@@ -76,11 +77,13 @@ def test_masks_keep_text_to_one_language_and_leave_everything_else() -> None:
     assert chinese[0xE4]  # begins Han characters and nothing else
     assert not english[0xE4]
     assert english[vocabulary.kinds != Kind.TEXT].all()
-    masks = KindMasks(vocabulary, vocabulary.size, torch.device("cpu"))
-    anything = Allowed(text=True, speech=True, end=True)
-    assert torch.isneginf(masks.get(anything, "en")).sum() > torch.isneginf(masks[anything]).sum()
-    speech = Allowed(text=False, speech=True, end=False)
-    assert masks.get(speech, "en") is masks[speech]
+    masks = DrawMasks(vocabulary, vocabulary.size, torch.device("cpu"))
+    assert [masks.text_mask(language) for language in (None, "en", "zh")] == [0, 1, 2]
+    everything, english_only, chinese_only = masks.table[:3] == 0
+    is_text = torch.from_numpy(vocabulary.kinds == Kind.TEXT)
+    assert torch.equal(everything, is_text)
+    assert torch.equal(english_only, is_text & torch.from_numpy(english))
+    assert torch.equal(chinese_only, is_text & torch.from_numpy(chinese))
 
 
 def test_an_unknown_language_is_refused() -> None:

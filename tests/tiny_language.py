@@ -3,6 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
+from duologue.interleave import Allowed, InterleaveState
 from duologue.language.backbone import LanguageConfig, new_glm
 from duologue.vocabulary import Vocabulary
 from recipes.pocket.text import train_text_tokenizer
@@ -21,3 +22,11 @@ def tiny_model(vocabulary: Vocabulary) -> PreTrainedModel:
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(20.0)
     return model
+
+
+def within_budget(state: InterleaveState, remaining: int) -> Allowed:
+    """The kinds that may come next with `remaining` ids left, this one included: the last one is never text."""
+    allowed = state.allowed
+    if remaining == 1 and state.schedule.speech_run > 0:
+        return Allowed(text=False, speech=allowed.speech, end=allowed.end)
+    return allowed

@@ -373,6 +373,29 @@ def sinusoids(num_positions: int, width: int, max_timescale: float = 10000.0) ->
     return torch.cat([angle.sin(), angle.cos()], 1)
 
 
+BITS = 0xFFFFFFFF
+
+
+def hash_bits(x: Tensor) -> Tensor:
+    """Mixes 32-bit integers held in int64 bijectively (multiply and xor-shift, Wellons' lowbias32)."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = x ^ (x >> shift)
+        # In two halves, so that no product passes 63 bits.
+        x = ((((x * (factor >> 16)) & 0xFFFF) << 16) + x * (factor & 0xFFFF)) & BITS
+    return x ^ (x >> 16)
+
+
+def uniform_at(seed: Tensor, position: Tensor, num: int) -> Tensor:
+    """Returns uniform numbers in [0, 1) by position: seed (...) and position (...) int64 -> (..., num) float32.
+
+    They are equal on every device, and multiples of 2**-23. Their product with a positive float32 rounds to
+    less than that float32.
+    """
+    key = hash_bits(hash_bits(seed & BITS) ^ ((seed >> 32) & BITS))
+    count = (position[..., None] * num + torch.arange(num, device=position.device)) & BITS
+    return (hash_bits(hash_bits(count) ^ key[..., None]) >> 9).float() / 2**23
+
+
 def num_step_threads(*modules: nn.Module) -> int:
     """Returns the number of CPU threads for steps of these modules: 1 for small ones, else PyTorch's default.
 

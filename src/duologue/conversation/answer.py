@@ -22,9 +22,10 @@ from duologue import rates
 from duologue.audio import StreamingResampler, check_wav
 from duologue.conversation.events import EndReason, Timings
 from duologue.conversation.history import reply_prompt, turn_of
-from duologue.interleave import INTERLEAVED, TEXT_ONLY, InterleaveState, Schedule, split
+from duologue.interleave import INTERLEAVED, TEXT_ONLY, Schedule, split
+from duologue.language.drawing import DrawMasks, DrawState, draw_exactly, rows_of
 from duologue.language.engine import PlainEngine
-from duologue.language.sampling import KindMasks, Sampling, draw
+from duologue.language.sampling import Sampling
 from duologue.layers import Padded, step_threads
 from duologue.models import Models
 from duologue.pcm import Pcm
@@ -129,18 +130,14 @@ def generate(
     model: PreTrainedModel, vocabulary: Vocabulary, prompt: list[int], sampling: Sampling, schedule: Schedule
 ) -> Iterator[int]:
     """Generates the ids of a reply, including the end id, with the forward pass of transformers."""
-    masks = KindMasks(vocabulary, model.get_output_embeddings().weight.shape[0], model.device)
-    generator = torch.Generator(model.device).manual_seed(sampling.seed)
-    state, past, ids = InterleaveState(schedule), DynamicCache(), prompt
-    for remaining in range(sampling.max_tokens, 0, -1):
+    masks = DrawMasks(vocabulary, model.get_output_embeddings().weight.shape[0], model.device)
+    state, past, ids = DrawState(sampling, schedule), DynamicCache(), prompt
+    while not state.ended:
         new = torch.tensor([ids], device=model.device)
-        scores = model(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1).logits[0, -1].float()
-        token = draw(scores, masks, state, remaining, sampling, generator)
-        state.advance(vocabulary.kind(token))
-        yield token
-        if state.ended:
-            return
-        ids = [token]
+        scores = model(input_ids=new, past_key_values=past, use_cache=True, logits_to_keep=1).logits[0, -1:].float()
+        ids = draw_exactly(scores, masks.table, rows_of([state.row(masks)], scores.device))
+        state.advance(vocabulary.kind(ids[0]))
+        yield ids[0]
 
 
 def decode(models: Models, codes: Sequence[int], seed: int = 0) -> NDArray[np.float32]:

@@ -27,7 +27,7 @@ from duologue.decoder.encoder import (
     frames_for_tokens,
 )
 from duologue.decoder.transformer import BLOCK_FRAMES, CausalTransformer, EstimatorCache, EstimatorConfig
-from duologue.layers import Padded, reset_rows, split_at, take
+from duologue.layers import BITS, Padded, hash_bits, reset_rows, split_at, take
 
 Velocity = Callable[[int, float, Tensor], Tensor]
 _CALL_BLOCKS = 8  # maximum blocks of 10 tokens per call, to bound attention memory
@@ -100,24 +100,12 @@ def noise_at(seed: Tensor, frame: Tensor, num_mels: int) -> Tensor:
     A counter-based generator (a 32-bit integer hash and Box-Muller) gives equal noise on every device and leaves global
     generators untouched.
     """
-    key = _hash(seed & _MASK)[:, None, None]
-    count = (frame[:, :, None] * num_mels + torch.arange(num_mels, device=frame.device)) & _MASK
-    first = _hash(_hash(count) ^ key)
-    second = _hash(first ^ 0x3C6EF372)
+    key = hash_bits(seed & BITS)[:, None, None]
+    count = (frame[:, :, None] * num_mels + torch.arange(num_mels, device=frame.device)) & BITS
+    first = hash_bits(hash_bits(count) ^ key)
+    second = hash_bits(first ^ 0x3C6EF372)
     radius = (-2.0 * (((first >> 8).float() + 0.5) / 2**24).log()).sqrt()
     return radius * ((second >> 8).float() * (2 * math.pi / 2**24)).cos()
-
-
-_MASK = 0xFFFFFFFF
-
-
-def _hash(x: Tensor) -> Tensor:
-    """Mixes 32-bit integers held in int64 bijectively (multiply and xor-shift, Wellons' lowbias32)."""
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-        x = x ^ (x >> shift)
-        # In two halves, so that no product passes 63 bits.
-        x = ((((x * (factor >> 16)) & 0xFFFF) << 16) + x * (factor & 0xFFFF)) & _MASK
-    return x ^ (x >> 16)
 
 
 @dataclass

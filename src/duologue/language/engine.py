@@ -2,12 +2,13 @@
 
 Sessions use the interface `Engine`. `PlainEngine` implements it with one thread and transformers alone: every step runs
 the model once over all running replies. It keeps the KV caches of recent conversations, so a continued one costs only
-its new ids.
+its new ids. A `Stepper` runs the steps.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +20,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duologue.interleave import INTERLEAVED, Schedule
-from duologue.language.keyvalues import KeyValues, RaggedBatchModel
 from duologue.language.requests import Request, RunningRequests, engine_failed
-from duologue.language.sampling import KindMasks, Sampling
+from duologue.language.sampling import Sampling
+from duologue.language.stepping import EagerStepper, Stepped, Stepper, StepRow
 from duologue.layers import num_step_threads
 from duologue.vocabulary import Vocabulary
 
@@ -83,11 +84,11 @@ class Engine(Protocol):
 
 @dataclass(eq=False)
 class CachedSequence:
-    """Ids with their keys and values, and the scores (V,) float32 of the next id."""
+    """Ids whose keys and values lie in a slot, and the scores (V,) float32 of the next id if they were asked for."""
 
-    ids: list[int]
-    cache: KeyValues = field(default_factory=KeyValues)
-    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+    ids: list[int] = field(default_factory=list)
+    slot: int = -1
+    scores: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -124,10 +125,10 @@ class PlainEngine:
         max_caches: maximum number of cached conversations without a running reply.
         max_unread: maximum unread ids of a reply.
         max_step_tokens: maximum prompt ids of one step.
+        stepper: runs the steps; None for an `EagerStepper` of the model.
 
     Attributes:
         language: the model as given.
-        model: the model that the engine runs: the same weights in separate modules.
         num_computed: ids run through the model so far.
     """
 
@@ -140,23 +141,24 @@ class PlainEngine:
         max_caches: int = MAX_SESSIONS,
         max_unread: int = MAX_UNREAD,
         max_step_tokens: int = MAX_STEP_TOKENS,
+        stepper: Stepper | None = None,
     ) -> None:
         self.num_computed = 0
-        masks = KindMasks(vocabulary, model.get_output_embeddings().weight.shape[0], model.device)
         max_positions: int = model.config.get_text_config().max_position_embeddings
         if max_cached_tokens is None:
             max_cached_tokens = max(MAX_CACHED_TOKENS, max_positions)
         self._requests = RunningRequests(
-            vocabulary, masks, max_positions, max_sessions, max_cached_tokens, max_unread, on_room=self._work_on
+            vocabulary, max_positions, max_sessions, max_cached_tokens, max_unread, on_room=self._work_on
         )
         self.language = model
-        self._batched_model = RaggedBatchModel(model)
-        self.model = self._batched_model.model
+        self.stepper: Stepper = EagerStepper(model, vocabulary) if stepper is None else stepper
         self._max_caches, self._max_step_tokens = max_caches, max_step_tokens
         self._kept: list[
             CachedSequence
         ] = []  # the longest unused first; like `_rows` it belongs to the engine's thread
         self._rows: list[_EngineJob] = []
+        self._free_slots: list[int] = []  # a heap: the lowest free slots keep running replies close together
+        self._num_slots = 0
         self._arrived: list[_EngineJob] = []
         self._is_working = False
         self._lock = threading.Lock()
@@ -182,7 +184,7 @@ class PlainEngine:
 
     @property
     def cached_tokens(self) -> int:
-        return sum(kept.cache.length for kept in self._all_kept())
+        return sum(len(kept.ids) for kept in self._all_kept())
 
     def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
         return max((_common_prefix(kept.ids, prompt_ids) for kept in self._all_kept()), default=0)
@@ -239,14 +241,14 @@ class PlainEngine:
             self._leave(request)
 
     def _begin(self, request: Request) -> None:
-        self._work_on(_EngineJob(CachedSequence([]), request.prompt, request))
+        self._work_on(_EngineJob(CachedSequence(), request.prompt, request))
 
     def _leave(self, request: Request) -> None:
         self._requests.remove(request)
         self._work_on()
 
     def _warm(self, prompt_ids: Sequence[int]) -> Future[None]:
-        row = _EngineJob(CachedSequence([]), self._requests.check(prompt_ids), None)
+        row = _EngineJob(CachedSequence(), self._requests.check(prompt_ids), None)
         self._work_on(row)
         return row.warmed
 
@@ -283,6 +285,8 @@ class PlainEngine:
 
     def _fail(self, rows: list[_EngineJob], error: Exception) -> None:
         """Ends all running rows with an error; earlier caches remain valid."""
+        for row in self._rows:
+            self._release(row.kept)
         self._rows = []
         self._requests.fail(error)
         for row in rows:
@@ -292,14 +296,22 @@ class PlainEngine:
     def _enter(self, row: _EngineJob) -> None:
         """Adds a new row with the cached prefix of its prompt."""
         prompt = row.waiting
-        if row.request is None and len(prompt) + self._requests.num_reserved > self.max_cached_tokens:
+        if row.request is None and not self._has_room(prompt):
             row.warmed.set_result(None)
             return
         row.kept = self._take(prompt)
         row.waiting = prompt[len(row.kept.ids) :]
         self._rows.append(row)
         if not row.waiting and row.request is not None and not row.request.ended:
-            self._draw(row)
+            assert row.kept.scores is not None
+            draw = row.request.drawing.row(self.stepper.masks)
+            self._accept(row, self.stepper.draw([row.kept.scores], [draw])[0])
+
+    def _has_room(self, prompt: list[int]) -> bool:
+        """Whether a prompt can be prefilled without taking room from replies."""
+        num_prefilled = sum(row.request is None for row in self._rows)
+        fits = len(prompt) + self._requests.num_reserved <= self.max_cached_tokens
+        return fits and (self.stepper.num_slots is None or num_prefilled < self._max_caches)
 
     def _step(self) -> None:
         """Runs the model over the next ids of all runnable rows: single ids first, then prompt chunks."""
@@ -311,21 +323,39 @@ class PlainEngine:
             budget -= len(rows[-1][1]) if len(row.waiting) > 1 else 0
         if not rows:
             return
-        scores = self._run([ids for _, ids in rows], [row.kept for row, _ in rows])
-        for (row, ids), next_scores in zip(rows, scores, strict=True):
+        steps = [self._step_row(row, ids) for row, ids in rows]
+        stepped = self._try_step(steps)
+        self.num_computed += sum(len(ids) for _, ids in rows)
+        for (row, ids), one in zip(rows, stepped, strict=True):
             row.kept.ids += ids
-            row.kept.scores = next_scores
+            row.kept.scores = one.scores
             row.waiting = row.waiting[len(ids) :]
-            if not row.waiting and row.request is not None:
-                self._draw(row)
+            if one.token is not None:
+                self._accept(row, one.token)
 
-    def _run(self, ids: list[list[int]], kept: list[CachedSequence]) -> Tensor:
-        self.num_computed += sum(map(len, ids))
-        return self._batched_model.step(ids, [one.cache for one in kept])
+    def _step_row(self, row: _EngineJob, ids: list[int]) -> StepRow:
+        is_last = len(ids) == len(row.waiting)
+        draw = None
+        if is_last and row.request is not None:
+            draw = row.request.drawing.row(self.stepper.masks)
+        return StepRow(row.kept.slot, len(row.kept.ids), ids, draw, is_last and row.request is None)
 
-    def _draw(self, row: _EngineJob) -> None:
+    def _try_step(self, steps: list[StepRow]) -> list[Stepped]:
+        """Runs a step; if memory runs out, drops the kept caches and tries it once more."""
+        try:
+            return self.stepper.step(steps)
+        except torch.OutOfMemoryError:
+            if not self._kept:
+                raise
+        while self._kept:
+            self._release(self._kept.pop(0))
+        self.stepper.keep_only([row.kept.slot for row in self._rows])
+        return self.stepper.step(steps)
+
+    def _accept(self, row: _EngineJob, token: int) -> None:
         assert row.request is not None
-        row.waiting = [row.request.choose(row.kept.scores)]
+        row.request.accept(token)
+        row.waiting = [token]
 
     def _dismiss(self) -> list[_EngineJob]:
         """Removes ended rows, keeps their caches as the most recent, and returns the prefilled ones."""
@@ -334,6 +364,8 @@ class PlainEngine:
             self._rows.remove(row)
             if row.kept.ids:
                 self._kept.append(row.kept)
+            else:
+                self._release(row.kept)
         return [row for row in ended if row.request is None]
 
     def _evict(self) -> None:
@@ -344,7 +376,7 @@ class PlainEngine:
             len(self._kept) > self._max_caches
             or needed + sum(len(kept.ids) for kept in self._kept) > self.max_cached_tokens
         ):
-            self._kept.pop(0)
+            self._release(self._kept.pop(0))
 
     def _take(self, prompt: list[int]) -> CachedSequence:
         """Returns the cache of the longest known prefix of a prompt.
@@ -357,8 +389,10 @@ class PlainEngine:
             if (common := _common_prefix(kept.ids, prompt)) > shared:
                 best, shared = kept, common
         if best is None:
-            return CachedSequence([])
+            return CachedSequence(slot=self._new_slot())
         if shared == len(best.ids):
+            if shared == len(prompt) and best.scores is None:
+                del best.ids[-1]  # the last id runs again for its scores
             if best in self._kept:
                 self._kept.remove(best)
                 return best
@@ -369,7 +403,28 @@ class PlainEngine:
                 return best
         # Scores exist only after the last cached id, so a copy leaves one prompt id to run.
         shared = min(shared, len(prompt) - 1)
-        return CachedSequence(prompt[:shared], best.cache.copy(shared))
+        slot = self._new_slot(best)
+        if slot == best.slot:  # no slot is free, and this is the last kept one
+            return CachedSequence(prompt[:shared], slot)
+        self.stepper.copy_prefix(best.slot, slot, shared)
+        return CachedSequence(prompt[:shared], slot)
+
+    def _new_slot(self, source: CachedSequence | None = None) -> int:
+        """Returns a free slot, if need be that of the longest unused cache; that of `source` as the last choice."""
+        if not self._free_slots and self._num_slots != self.stepper.num_slots:
+            self._num_slots += 1
+            return self._num_slots - 1
+        if not self._free_slots:
+            dropped = next((kept for kept in self._kept if kept is not source), source)
+            assert dropped in self._kept, "running replies are fewer than slots"
+            self._kept.remove(dropped)
+            self._release(dropped)
+        return heapq.heappop(self._free_slots)
+
+    def _release(self, kept: CachedSequence) -> None:
+        if kept.slot >= 0:
+            heapq.heappush(self._free_slots, kept.slot)
+        kept.slot = -1
 
 
 def check_engine(name: str) -> None:
@@ -381,7 +436,17 @@ def check_engine(name: str) -> None:
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    for index, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return index
-    return min(len(a), len(b))
+    """Returns the number of equal leading ids; compares slices, because a loop over ids is slow."""
+    a, b = (ids if isinstance(ids, list) else list(ids) for ids in (a, b))
+    low, size, limit = 0, 16, min(len(a), len(b))
+    while low + size <= limit and a[low : low + size] == b[low : low + size]:
+        low += size
+        size *= 2
+    high = min(low + size, limit)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,6 +1,6 @@
 """Requests of an engine: one running reply each, and the admission of new ones.
 
-A request owns its interleave state, sampling and random generator, so its ids depend on the scores alone. If
+A request owns its position in the schedule, its sampling and its seed, so its ids depend on the scores alone. If
 `max_unread` ids are unread, it pauses until half of them are read.
 """
 
@@ -11,11 +11,9 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor
-
-from duologue.interleave import InterleaveState, Schedule
-from duologue.language.sampling import KindMasks, Sampling, draw
+from duologue.interleave import Schedule
+from duologue.language.drawing import DrawState
+from duologue.language.sampling import Sampling
 from duologue.vocabulary import Vocabulary
 
 
@@ -24,10 +22,11 @@ class EngineFull(RuntimeError):
 
 
 class Request:
-    """One running reply. The engine's thread calls `choose`; any thread may call `read`, `cancel` or `fail`.
+    """One running reply. The engine's thread calls `accept`; any thread may call `read`, `cancel` or `fail`.
 
     Attributes:
         ids: the reply so far, read or not.
+        drawing: the state of its next draw.
     """
 
     def __init__(
@@ -36,16 +35,14 @@ class Request:
         sampling: Sampling,
         schedule: Schedule,
         name: str | None,
-        masks: KindMasks,
         vocabulary: Vocabulary,
         max_unread: int,
         on_room: Callable[[], None],
     ) -> None:
         self.prompt, self.sampling, self.name = prompt, sampling, name
         self.ids: list[int] = []
-        self._masks, self._vocabulary = masks, vocabulary
-        self._generator = torch.Generator(masks.device).manual_seed(sampling.seed)
-        self._state = InterleaveState(schedule)
+        self.drawing = DrawState(sampling, schedule)
+        self._vocabulary = vocabulary
         self._max_unread, self._on_room = max_unread, on_room
         self._unread: deque[int] = deque()
         self._held = self._ended = False
@@ -68,21 +65,18 @@ class Request:
         """Maximum number of KV cache entries of the request."""
         return 0 if self._ended else len(self.prompt) + self.sampling.max_tokens
 
-    def choose(self, scores: Tensor) -> int:
-        """Draws the next id from scores (V,) float32 and queues it for the reader."""
-        remaining = self.sampling.max_tokens - len(self.ids)
-        token = draw(scores, self._masks, self._state, remaining, self.sampling, self._generator)
-        self._state.advance(self._vocabulary.kind(token))
+    def accept(self, token: int) -> None:
+        """Queues the drawn id for the reader. Raises ValueError if the schedule does not allow it."""
+        self.drawing.advance(self._vocabulary.kind(token))
         with self._lock:
             if self._ended:  # cancelled while the step ran
-                return token
+                return
             self.ids.append(token)
             self._unread.append(token)
-            self._ended = self._state.ended or remaining == 1
+            self._ended = self.drawing.ended
             self._held = not self._ended and len(self._unread) >= self._max_unread
             wake, self._wake = self._wake, None
         self._call(wake)
-        return token
 
     def cancel(self) -> None:
         """Ends the reply and drops unread ids."""
@@ -159,7 +153,6 @@ class RunningRequests:
     def __init__(
         self,
         vocabulary: Vocabulary,
-        masks: KindMasks,
         max_positions: int,
         max_sessions: int,
         max_cached_tokens: int,
@@ -175,7 +168,7 @@ class RunningRequests:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.max_positions, self.max_sessions = max_positions, max_sessions
         self.max_cached_tokens = max_cached_tokens
-        self._vocabulary, self._masks = vocabulary, masks
+        self._vocabulary = vocabulary
         self._max_unread, self._on_room = max_unread, on_room
         self._requests: set[Request] = set()
         self._names: dict[str, Request] = {}
@@ -216,9 +209,7 @@ class RunningRequests:
             EngineFull: names the limit.
         """
         prompt = self.check(prompt_ids, sampling.max_tokens)
-        request = Request(
-            prompt, sampling, schedule, name, self._masks, self._vocabulary, self._max_unread, self._on_room
-        )
+        request = Request(prompt, sampling, schedule, name, self._vocabulary, self._max_unread, self._on_room)
         with self._lock:
             if name is not None and name in self._names:
                 raise ValueError(f"request {name!r} is already running; request ids must be unique")
