@@ -15,9 +15,13 @@ from torch import Tensor
 from transformers import GlmForCausalLM
 
 from benchmarks.gpu.record import Run
-from duologue.interleave import SPEECH_ONLY, Allowed
+from duologue.interleave import INTERLEAVED, SPEECH_ONLY, Kind
+from duologue.language.drawing import DrawMasks, DrawRow, DrawState, rows_of
+from duologue.language.drawing import draw as draw_ids
 from duologue.language.engine import PlainEngine
-from duologue.language.sampling import Sampling
+from duologue.language.graphs import GraphStepper
+from duologue.language.sampling import GREEDY, Sampling
+from duologue.language.stepping import EagerStepper, StepRow
 from duologue.released import random_weights
 from duologue.released.language import read_config
 from duologue.released.random_weights import PRESETS, Preset
@@ -88,55 +92,81 @@ def engine(run: Run) -> None:
                 _profile(run, rows)
 
 
-def _steps(run: Run) -> None:
-    from duologue.language.keyvalues import KeyValues, RaggedBatchModel
+def draw_row(vocabulary: Vocabulary, masks: DrawMasks, kind: Kind) -> DrawRow:
+    """Returns the draw of one more id of a reply: its first id of text, or an id of its first run of speech."""
+    state = DrawState(Sampling(temperature=0.8, seed=1), INTERLEAVED)
+    row = state.row(masks)
+    for _ in range(INTERLEAVED.text_run if kind is Kind.SPEECH else 0):
+        state.advance(Kind.TEXT)
+        row = state.row(masks)
+    return row
 
-    language = run.models["language"]
-    batched, read = RaggedBatchModel(language), step_gb(language)
+
+def _steps(run: Run) -> None:
+    """Times steps of one id for rows of the same length: operation by operation, and as a graph on CUDA."""
+    language, vocabulary = run.models["language"], run.models["vocabulary"]
+    read = step_gb(language)
+    all_rows = (1, 3) if run.tiny else (1, 2, 4, 8, 16, 32, 64)
+    steppers: list[tuple[str, EagerStepper]] = [("eager", EagerStepper(language, vocabulary))]
+    if run.on_cuda:
+        with run.record.attempt("graphs"):
+            graphs = GraphStepper(language, vocabulary, max(all_rows), 4608)
+            run.record.add("capture of graphs", graphs.warm_up(max(all_rows)), "s", graphs=graphs.num_graphs)
+            steppers.append(("graph", graphs))
     for num_kept in (16,) if run.tiny else (512, 4096):
-        first = KeyValues()
-        for start in range(0, num_kept, PREFILL_CHUNK):
-            batched.step([[5] * min(PREFILL_CHUNK, num_kept - start)], [first])
-        kept = [first]
-        for rows in (1, 3) if run.tiny else (1, 2, 4, 8, 16, 32):
-            if run.over:
-                return
-            kept += [first.copy(num_kept) for _ in range(rows - len(kept))]
-            step = run.median_ms(partial(batched.step, [[7]] * rows, kept[:rows]), 10)
-            run.record.add("step", step, "ms", rows=rows, kept=num_kept, weights_gb_s=round(1e3 * read / step, 1))
+        for name, stepper in steppers:
+            for start in range(0, num_kept, PREFILL_CHUNK):
+                stepper.step([StepRow(0, start, [5] * min(PREFILL_CHUNK, num_kept - start))])
+            for slot in range(1, max(all_rows)):
+                stepper.copy_prefix(0, slot, num_kept)
+            for kind in (Kind.SPEECH, Kind.TEXT):
+                draw = draw_row(vocabulary, stepper.masks, kind)
+                for rows in all_rows:
+                    if run.over:
+                        return
+                    batch = [StepRow(slot, num_kept, [7], draw) for slot in range(rows)]
+                    step = run.median_ms(partial(stepper.step, batch), 10)
+                    speed = round(1e3 * read / step, 1)
+                    run.record.add(
+                        f"step, {name}", step, "ms", rows=rows, kept=num_kept, kind=kind.name, weights_gb_s=speed
+                    )
+    if len(steppers) > 1:
+        _compare_steppers(run, *(stepper for _, stepper in steppers))
+
+
+def _compare_steppers(run: Run, eager: EagerStepper, graphs: EagerStepper) -> None:
+    """Counts greedy ids of the graphs that differ from those of the eager stepper, over rows of unequal lengths."""
+    vocabulary = run.models["vocabulary"]
+    ids = torch.randint(vocabulary.size, (4, 200)).tolist()
+    lengths, equal = [200, 7, 64, 129], []
+    found: list[list[int | None]] = []
+    for stepper in (eager, graphs):
+        state = DrawState(GREEDY, SPEECH_ONLY)
+        for slot, length in enumerate(lengths):
+            stepper.step([StepRow(slot, 0, ids[slot][:length])])
+        batch = [StepRow(slot, length, ids[slot][:1], state.row(stepper.masks)) for slot, length in enumerate(lengths)]
+        found.append([stepped.token for stepped in stepper.step(batch)])
+    equal = [one == other for one, other in zip(*found, strict=True)]
+    run.record.add("rows whose graph draws the eager id", sum(equal), "", of=len(equal))
 
 
 def _prefill(run: Run) -> None:
-    from duologue.language.keyvalues import KeyValues, RaggedBatchModel
-
-    batched = RaggedBatchModel(run.models["language"])
+    stepper = EagerStepper(run.models["language"], run.models["vocabulary"])
     for size in (8,) if run.tiny else (64, 256, 1024):
-
-        def once(size: int = size) -> None:
-            batched.step([[5] * size], [KeyValues()])
-
+        once = partial(stepper.step, [StepRow(0, 0, [5] * size)])
         run.record.add("prefill", run.median_ms(once, 5), "ms", ids=size)
 
 
 def _draws(run: Run) -> None:
-    from duologue.language.sampling import KindMasks, choose, choose_kind
-
+    """Times the draw of all rows over the whole vocabulary."""
     language, vocabulary = run.models["language"], run.models["vocabulary"]
-    num_ids = language.config.vocab_size
-    masks = KindMasks(vocabulary, num_ids, run.device)
-    generator = torch.Generator(run.device).manual_seed(0)
-    scores, sampling = 3 * torch.randn(num_ids, device=run.device), Sampling(temperature=0.8)
-    for name, allowed in (
-        ("speech", Allowed(False, True, False)),
-        ("text or speech", Allowed(True, True, False)),
-        ("any", Allowed(True, True, True)),
-    ):
-
-        def one(allowed: Allowed = allowed) -> int:
-            kind, narrowed = choose_kind(scores, masks, allowed, sampling, generator)
-            return choose(narrowed, sampling.temperature_for(kind), sampling.top_p, None, generator)
-
-        run.record.add("draw of one row", run.median_ms(one), "ms", kinds=name)
+    masks = DrawMasks(vocabulary, language.config.vocab_size, run.device)
+    for rows in (1, 16):
+        scores = 3 * torch.randn(rows, language.config.vocab_size, device=run.device)
+        for kind in (Kind.SPEECH, Kind.TEXT):
+            draws = rows_of([draw_row(vocabulary, masks, kind)] * rows, run.device)
+            one = partial(draw_ids, scores, masks.table, draws)
+            run.record.add("draw", run.median_ms(one), "ms", rows=rows, kind=kind.name)
 
 
 def _replies(run: Run) -> None:
@@ -164,16 +194,14 @@ async def _reply_together(made: PlainEngine, vocabulary: Vocabulary, prompt: lis
 
 
 def _profile(run: Run, rows: int) -> None:
-    from duologue.language.keyvalues import KeyValues, RaggedBatchModel
+    stepper = EagerStepper(run.models["language"], run.models["vocabulary"])
+    draw = draw_row(run.models["vocabulary"], stepper.masks, Kind.SPEECH)
+    for slot in range(rows):
+        stepper.step([StepRow(slot, 0, [5] * 16)])
 
-    batched = RaggedBatchModel(run.models["language"])
-    kept = [KeyValues() for _ in range(rows)]
-    batched.step([[5] * 16] * rows, kept)
-
-    def steps() -> Tensor:
+    def steps() -> None:
         for _ in range(PROFILED_STEPS):
-            scores = batched.step([[7]] * rows, kept)
-        return scores
+            stepper.step([StepRow(slot, 16, [7], draw) for slot in range(rows)])
 
     steps()
     kernels, busy_ms = profiled(run, steps)

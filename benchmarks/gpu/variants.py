@@ -13,6 +13,7 @@ from benchmarks.gpu.language import step_gb
 from benchmarks.gpu.record import Run
 from benchmarks.gpu.slots import Slots, allowed_kinds, draw
 from duologue.interleave import INTERLEAVED, Kind
+from duologue.language.stepping import EagerStepper, StepRow
 from duologue.vocabulary import Vocabulary
 
 TOP = 2048
@@ -135,20 +136,18 @@ class DrawInputs:
 
 def _compare(run: Run, slots: Slots, num_kept: int) -> None:
     """Compares ragged rows in slots out of order with the engine's step."""
-    from duologue.language.keyvalues import KeyValues, RaggedBatchModel
-
-    batched = RaggedBatchModel(run.models["language"])
+    stepper = EagerStepper(run.models["language"], run.models["vocabulary"])
     places, lengths = [2, 0, 3], [num_kept, num_kept // 2, 3]
     ids = torch.randint(run.models["vocabulary"].size, (3, num_kept + 1)).tolist()
-    kept = [KeyValues() for _ in places]
     expected = []
     for row, length in enumerate(lengths):
-        batched.step([ids[row][:length]], [kept[row]])
+        stepper.step([StepRow(row, 0, ids[row][:length])])
         for layer in range(len(slots.layers)):
-            buffer = kept[row]._layers[layer][:, :, :length]  # (2, G, T, K)
+            kept = stepper.cache.layer(layer)[:, row, :, :length]  # (2, G, T, K)
             start = places[row] * slots.length
-            slots.pool[layer, :, start : start + length] = buffer.transpose(1, 2)
-        expected.append(batched.step([ids[row][length : length + 1]], [kept[row]])[0])
+            slots.pool[layer, :, start : start + length] = kept.transpose(1, 2)
+        stepped = stepper.step([StepRow(row, length, ids[row][length : length + 1], wants_scores=True)])
+        expected.append(stepped[0].scores)
     device = run.device
     last = torch.tensor([ids[row][length] for row, length in enumerate(lengths)], device=device)
     at, which = torch.tensor(lengths, device=device), torch.tensor(places, device=device)
@@ -164,7 +163,7 @@ def _compare(run: Run, slots: Slots, num_kept: int) -> None:
             rows.append(slots.step(last[row : row + 1], at[row : row + 1], torch.zeros_like(at[:1]), bound)[0])
             slots.pool[:, :, : slots.length] = pool
         found = torch.stack(rows)
-    wanted = torch.stack(expected)
+    wanted = torch.stack([scores for scores in expected if scores is not None])
     difference = (found.float() - wanted).abs().max()
     run.record.add("slots against the engine's step", float(difference), "", largest_score=float(wanted.abs().max()))
 

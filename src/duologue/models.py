@@ -304,7 +304,7 @@ class Models:
         return " ".join(text for text in texts if text)
 
 
-def _engine_sizes(language: PreTrainedModel, max_sessions: int | None, max_cached_tokens: int | None) -> dict[str, int]:
+def _engine_sizes(language: PreTrainedModel, max_sessions: int | None, max_cached_tokens: int | None) -> dict[str, Any]:
     """Returns the sizes of the engine that differ from its defaults."""
     sizes = {}
     if max_sessions is not None:

@@ -63,6 +63,11 @@ class GraphStepper(EagerStepper):
         self._graphs: dict[tuple[int, int, bool], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
+    @property
+    def num_graphs(self) -> int:
+        """Captured graphs."""
+        return len(self._graphs)
+
     @torch.inference_mode()
     def warm_up(self, max_rows: int) -> float:
         """Captures all graphs for up to this number of rows, the largest first, which then share its memory.
