@@ -15,11 +15,13 @@ from benchmarks.sessions import Crowd, measure_sessions
 from duologue import rates
 from duologue.conversation.chatbot import Chatbot
 from duologue.language.engine import PlainEngine
+from duologue.language.graphs import GraphStepper
 from duologue.language.sampling import Sampling
 from duologue.models import Card, Models
 from duologue.tokenizer.tokenizer import SpeechTokenizer
 
 QUESTION_S = 2.0
+MAX_SESSIONS = 64
 MAX_TOKENS = 90  # ids of a reply: some 60 of speech, 4.8 s
 
 
@@ -52,10 +54,21 @@ def random_chatbot(run: Run) -> Chatbot:
     whole = published_decoder(run)
     if run.on_cuda:
         whole.flow.estimate_in(torch.bfloat16)
-    engine = PlainEngine(language, vocabulary, max_sessions=64)
+    engine = PlainEngine(language, vocabulary, max_sessions=MAX_SESSIONS, stepper=_graph_stepper(run))
     sampling = Sampling(temperature=0.8, max_tokens=30 if run.tiny else MAX_TOKENS)
     card = Card("random", False, sampling=sampling, num_steps=num_steps(run))
     return Chatbot(Models(tokenizer, vocabulary, engine, whole, card))
+
+
+def _graph_stepper(run: Run) -> GraphStepper | None:
+    """Returns a stepper with its graphs captured; None off CUDA and after a failure, which the record holds."""
+    if not run.on_cuda:
+        return None
+    with run.record.attempt("graphs of the language model"):
+        stepper = GraphStepper(run.models["language"], run.models["vocabulary"], 2 * MAX_SESSIONS, 1024)
+        run.record.add("capture of the language model", stepper.warm_up(MAX_SESSIONS), "s", graphs=stepper.num_graphs)
+        return stepper
+    return None
 
 
 def _crowd(run: Run, bot: Chatbot, count: int, question: NDArray[np.float32]) -> None:
