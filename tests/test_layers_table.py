@@ -21,6 +21,7 @@ LAYERS = {
     "vocabulary": 0,
     "turns": 0,
     "scoring": 0,
+    "text": 0,
     "audio": 1,
     "audio_effects": 1,
     "augmentation": 1,

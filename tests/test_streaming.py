@@ -159,7 +159,7 @@ CASES: dict[str, Case] = {
         num_final=_spoken_frames,
     ),
     "speech decoder": Case(
-        build=lambda: SpeechDecoder(_flow(1), _vocoder(2)),  # type: ignore[arg-type]
+        build=lambda: SpeechDecoder(_flow(1), _vocoder(2)),
         make=_codes,
         lengths=(34, 0, 5, 20),
         chunks=(10, 11),

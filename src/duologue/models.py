@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -44,6 +43,7 @@ CACHED_PER_SESSION = 2048
 
 EngineName = Literal["plain"]
 DecoderDtype = Literal["float32", "bfloat16"]
+Decoder: TypeAlias = SpeechDecoder[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -78,24 +78,6 @@ class Card:
         if data.pop("kind", None) != "Chatbot" or data.pop("version", None) != CARD_VERSION:
             raise ValueError(f"{path} is not the card of a chatbot in version {CARD_VERSION}")
         return parse_config(cls, data, str(path))
-
-
-class Decoder(Protocol):
-    """The streaming interface shared by pocket's decoder and the released one."""
-
-    flow: Any
-    vocoder: Any
-
-    @property
-    def codebook_size(self) -> int: ...
-    def init_state(
-        self, batch_size: int, num_steps: int | None = ..., guidance_scale: float | None = ..., seed: int = ...
-    ) -> Any: ...
-    def capture(self, max_rows: int, num_steps: int | None = ..., guidance_scale: float | None = ...) -> int: ...
-    def step(self, x: Padded, state: Any) -> Padded: ...
-    def flush(self, state: Any, rows: Tensor | None = None) -> Padded: ...
-    def __call__(self, x: Padded, state: Any = ...) -> Padded: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class ModelFolder(Protocol):
@@ -180,7 +162,7 @@ class PocketFolder:
         """Loads the language model, float32 by default. Raises ValueError as `backbone.load_language`."""
         return _load_language(self.path / "language", dtype or "float32", device, quantization)
 
-    def load_decoder(self, device: str = "cpu", dtype: DecoderDtype | None = None) -> SpeechDecoder:
+    def load_decoder(self, device: str = "cpu", dtype: DecoderDtype | None = None) -> Decoder:
         """Loads flow and vocoder in evaluation mode. Raises ValueError for a damaged part or a dtype other than
         float32."""
         if dtype not in (None, "float32"):

@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import add_command, add_precision, checked_output, printable, warn_if_untrained
+from duologue.cli.parser import add_command, add_precision, checked_output, warn_if_untrained
+from duologue.text import printable
 
 if TYPE_CHECKING:
     from duologue.conversation.answer import Reply

@@ -27,7 +27,6 @@ from duologue.language.sampling import Sampling
 from duologue.serving.admission import Admission, ResumeStore
 from duologue.serving.errors import ApiError
 from duologue.serving.metrics import Metrics
-from duologue.serving.objects import FOREIGN_VOICES, VoiceId
 from duologue.serving.settings import Settings
 
 Result = TypeVar("Result")
@@ -69,20 +68,6 @@ class Service:
     def model(self) -> str:
         """The model's name. Requests for any other name are served by this model."""
         return self.bot.models.card.name
-
-    def voice(self, requested: str | VoiceId | None, param: str) -> str:
-        """Returns the model's voice for a client's choice; OpenAI's voices map to "", the default.
-
-        Raises:
-            ApiError: there is no such voice.
-        """
-        name = requested.id if isinstance(requested, VoiceId) else requested or ""
-        voices = self.bot.models.card.voices
-        if name in voices:
-            return name
-        if name and name not in FOREIGN_VOICES:
-            raise ApiError(f"{self.model} has no voice {name!r}; it has {', '.join(voices)}", param=param)
-        return ""
 
     async def tokenize(self, wav: NDArray[np.float32]) -> tuple[int, ...]:
         """Returns the speech tokens of wav (S,) at 16 kHz. Live conversations take precedence."""

@@ -24,7 +24,7 @@ from duologue.conversation.mouth import Mouth
 from duologue.language.reading import ReadingEngine
 from duologue.serving.encoders import MEDIA_TYPES, FileEncoder, FileFormat
 from duologue.serving.errors import ApiError, documented, sse, sse_with_errors
-from duologue.serving.objects import Strict, VoiceId
+from duologue.serving.objects import Strict, VoiceId, find_voice
 from duologue.serving.service import Service, stream_response
 from duologue.turns import Conversation, Modality, Role
 
@@ -75,7 +75,8 @@ class Narrator:
     """Synthesizes one text.
 
     Raises:
-        ApiError: the text is empty or holds a word that is too long, or the voice is unknown.
+        ApiError: the text is empty or holds a word that is too long.
+        ProtocolError: the voice is unknown.
     """
 
     def __init__(self, service: Service, body: SpeechRequest) -> None:
@@ -84,7 +85,7 @@ class Narrator:
             raise ApiError(f"input may have {most} characters, got {len(body.input)}", "input_too_long", "input")
         self._service, self._body = service, body
         self._models = service.bot.models
-        service.voice(body.voice, "voice")  # raises for an unknown voice
+        find_voice(self._models.card, body.voice, "voice")  # raises for an unknown voice
         self._instructions = " ".join((body.instructions or "").split())
         self.num_text = self.num_speech = 0
         encode = self._models.vocabulary.encode_text
