@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue import rates
-from duologue.audio import load_audio, resample
+from duologue.audio import resample
 from duologue.conversation.chatbot import model_folder
+from duologue.sound_files import load_audio
 
 
 def questions() -> list[NDArray[np.float32]]:

@@ -11,10 +11,11 @@ import os
 
 import numpy as np
 
-from duologue.audio import load_audio, resample, save_audio
+from duologue.audio import resample
 from duologue.client.connection import WIRE_RATE, decode_pcm, open_connection
 from duologue.conversation.chatbot import model_folder
 from duologue.pcm import from_int16, to_int16
+from duologue.sound_files import load_audio, save_audio
 
 parser = argparse.ArgumentParser(description="Asks a running server one spoken question.")
 parser.add_argument("question", nargs="?", default=model_folder("pocket") / "question.wav")

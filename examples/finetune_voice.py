@@ -10,10 +10,11 @@ from shutil import copytree
 
 import numpy as np
 
-from duologue.audio import load_audio, resample
+from duologue.audio import resample
 from duologue.conversation.chatbot import model_folder
 from duologue.pcm import to_int16
 from duologue.rates import LISTEN_SAMPLE_RATE as RATE
+from duologue.sound_files import load_audio
 from duologue.training.data import Clip
 from duologue.training.flow import FlowRecipe, FlowStage
 from duologue.training.loop import LoopConfig, run

@@ -24,6 +24,7 @@ LAYERS = {
     "text": 0,
     "audio": 1,
     "audio_effects": 1,
+    "sound_files": 1,
     "augmentation": 1,
     "layers": 1,
     "checkpoint": 1,

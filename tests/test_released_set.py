@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from duologue import rates
-from duologue.audio import load_audio
 from duologue.cli import main
 from duologue.conversation.chatbot import Chatbot, load
 from duologue.doctor import CheckState, examine
@@ -21,6 +20,7 @@ from duologue.layers import Padded
 from duologue.models import Models, open_folder
 from duologue.released.folder import ReleasedFolder
 from duologue.released.random_weights import init_random
+from duologue.sound_files import load_audio
 from tests.parity import RELEASED
 
 

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from duologue.audio import load_audio
 from duologue.conversation.chatbot import Chatbot, load, model_folder
 from duologue.serving.encoders import FILE_FORMATS, SAMPLE_RATE, FileEncoder, FileFormat, encode
 from duologue.serving.speech import chunks
 from duologue.serving.transcriptions import TranscribedUtterance, subtitles
+from duologue.sound_files import load_audio
 from tests.serving import Running, running
 from tests.tiny import write_tiny_chatbot
 

@@ -43,8 +43,8 @@ def add(commands: Any) -> None:
 
 def _chat(args: argparse.Namespace) -> None:
     """Asks the questions in one conversation and prints each answer while it is generated."""
-    from duologue.audio import load_audio, save_audio
     from duologue.conversation.chatbot import load, model_folder
+    from duologue.sound_files import load_audio, save_audio
 
     if not args.questions and not args.text:
         args.questions = [model_folder("pocket") / BUNDLED_QUESTION]

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from duologue.audio import load_audio, resample, save_audio
+from duologue.audio import resample
 from duologue.client.connection import WIRE_RATE, open_connection
 from duologue.client.conversation import TalkClient, TalkSettings, TalkSummary
 from duologue.client.playback import CHUNK, Playback, Ticker, in_real_time, silence
 from duologue.pcm import from_int16, to_int16
+from duologue.sound_files import load_audio, save_audio
 from duologue.talk.screen import Display, JsonDisplay, LevelMeter, TerminalDisplay
 from duologue.talk.sounds import Loudspeaker, Microphone, devices
 
