@@ -17,7 +17,10 @@ from pydantic import (
     ValidationError,
     field_validator,
     model_serializer,
+    model_validator,
 )
+
+from duologue.text import valid_strings
 
 if TYPE_CHECKING:
     from duologue.models import Card
@@ -60,6 +63,12 @@ class Strict(BaseModel):
     """Rejects unknown keys and does not coerce types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Body(Strict):
+    """The body of a request; lone surrogates in its strings are replaced."""
+
+    _text = model_validator(mode="before")(valid_strings)
 
 
 class OmitUnset(Strict):
