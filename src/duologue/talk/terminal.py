@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from duologue.audio import resample
 from duologue.client.connection import WIRE_RATE, open_connection
 from duologue.client.conversation import TalkClient, TalkSettings, TalkSummary
 from duologue.client.playback import CHUNK, Playback, Ticker, in_real_time, silence
@@ -24,8 +23,7 @@ from duologue.talk.sounds import Loudspeaker, Microphone, devices
 
 def read_pcm(path: str | Path) -> NDArray[np.int16]:
     """Reads an audio file as (S,) int16 at `WIRE_RATE`. Raises ValueError as `load_audio`."""
-    wav, sample_rate = load_audio(path)
-    return to_int16(resample(wav, sample_rate, WIRE_RATE))
+    return to_int16(load_audio(path, WIRE_RATE)[0])
 
 
 class PlaybackRecorder:
