@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from duologue.augmentation import AugmentConfig, augment
 from duologue.checkpoint import file_hash, load_component
-from duologue.cuda import set_float32_precision
 from duologue.config import read_json_lines
+from duologue.cuda import set_float32_precision
 from duologue.interleave import weave
 from duologue.language.backbone import Provenance
 from duologue.layers import Padded
