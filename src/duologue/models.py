@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -297,7 +298,7 @@ def _engine_sizes(language: PreTrainedModel, max_sessions: int | None, max_cache
     return sizes if max_cached_tokens is None else {**sizes, "max_cached_tokens": max_cached_tokens}
 
 
-def _check_device(name: str, part: Decoder | nn.Module) -> None:
+def _check_device(name: str, part: nn.Module) -> None:
     """Raises ValueError if a part lies on several devices: masks, states and generators are made on one."""
     devices = {str(parameter.device) for parameter in part.parameters()}
     if len(devices) > 1:
