@@ -27,7 +27,7 @@ BROWSER := chromium
 OLDEST := $(VENV)/transformers-5.17
 OLDEST_TESTS := tests/test_engine.py tests/test_engines.py tests/test_language.py
 
-.PHONY: help demo serve test test-oldest check bench pocket clean
+.PHONY: help demo serve test pytest test-oldest check bench pocket clean
 
 help:
 	@echo "make demo    answer a recorded spoken question aloud with the bundled model (sets up $(VENV) first)"
@@ -45,7 +45,10 @@ demo: $(VENV)/.core
 serve: $(VENV)/.serve
 	$(BIN)/duologue serve
 
-test: $(VENV)/.dev $(VENV)/.synthesizers $(VENV)/.browser $(VENV)/.node check
+test: check pytest
+
+# With `make -j2 test` mypy runs next to the tests, which often wait.
+pytest: $(VENV)/.dev $(VENV)/.synthesizers $(VENV)/.browser $(VENV)/.node
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The folder holds transformers and the hub's client that it needs; everything else is that of the environment.
@@ -91,7 +94,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,eval,serve,talk,clients,browser,dev]"
 	@touch $(VENV)/.core $@
 
-$(VENV)/.browser: | $(BIN)/python
+# After the synthesizers: apt-get runs once at a time.
+$(VENV)/.browser: | $(VENV)/.synthesizers
 	@if command -v chromium >/dev/null; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(BROWSER) >/dev/null || \

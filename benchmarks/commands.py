@@ -104,8 +104,8 @@ def add(names: Any) -> None:
 
 def _latency(args: argparse.Namespace) -> None:
     from benchmarks.latency import measure_latency
-    from duologue.audio import load_audio
     from duologue.conversation.chatbot import model_folder
+    from duologue.sound_files import load_audio
 
     question = args.question if args.question is not None else model_folder() / "question.wav"
     wav, sample_rate = load_audio(question)  # before the models: what is wrong with a file is said at once

@@ -27,11 +27,12 @@ from tqdm import tqdm
 from benchmarks.harness import AIMS, Spread, now
 from benchmarks.plots import draw_lines
 from duologue import rates
+from duologue.decoder.decoder import SpeechDecoderState
 from duologue.decoder.flow import state_bytes
 from duologue.evaluation.report import Row
 from duologue.layers import Padded
 from duologue.released.decoder.blocks import Streaming
-from duologue.released.decoder.decoder import ReleasedDecoder, ReleasedDecoderState, build_released_decoder
+from duologue.released.decoder.decoder import ReleasedDecoder, build_released_decoder
 from duologue.released.decoder.flow import NUM_STEPS, ReleasedFlowConfig
 from duologue.released.decoder.hift import HiFTConfig
 from duologue.released.decoder.hift_stream import speak_as_released
@@ -235,10 +236,10 @@ class _Run:
             state_mb=state_mb,
         )
 
-    def _fresh(self) -> ReleasedDecoderState:
+    def _fresh(self) -> SpeechDecoderState:
         return self._decoder.init_state(1, num_steps=self._num_steps)
 
-    def _step(self, index: int, state: ReleasedDecoderState) -> tuple[float, float]:
+    def _step(self, index: int, state: SpeechDecoderState) -> tuple[float, float]:
         """Seconds of flow and vocoder for one block."""
         tokens = Padded.full(self._codes[:, index * self._size : (index + 1) * self._size])
         start = now(self._device)
@@ -247,10 +248,10 @@ class _Run:
         self._decoder.vocoder.step(mel, state.vocoder)
         return middle - start, now(self._device) - middle
 
-    def _reply(self) -> tuple[list[float], float, float, dict[int, ReleasedDecoderState], float]:
+    def _reply(self) -> tuple[list[float], float, float, dict[int, SpeechDecoderState], float]:
         """Seconds of each block, of the vocoder in all, of the end; states before the two places; size in MB."""
         state, blocks, vocoder_s = self._fresh(), [], 0.0
-        places: dict[int, ReleasedDecoderState] = {}
+        places: dict[int, SpeechDecoderState] = {}
         for index in _bar(range(self._num_blocks), "window, all blocks"):
             if index in (self._first_full, self._num_blocks - 1):
                 places[index] = copy.deepcopy(state)
@@ -267,7 +268,7 @@ class _Run:
         end_s = now(self._device) - start
         return blocks, vocoder_s + end_s - (middle - start), end_s, places, state_mb
 
-    def _in_turns(self, places: dict[int, ReleasedDecoderState], text: str) -> dict[int, list[tuple[float, float]]]:
+    def _in_turns(self, places: dict[int, SpeechDecoderState], text: str) -> dict[int, list[tuple[float, float]]]:
         """Seconds of flow and vocoder at each place, in turns: a busy moment of the machine hits all of them."""
         taken: dict[int, list[tuple[float, float]]] = {index: [] for index in places}
         for _ in _bar(range(self._repetitions), text):

@@ -6,15 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue import rates
-from duologue.audio import load_audio, resample
 from duologue.conversation.chatbot import model_folder
+from duologue.sound_files import load_audio
 
 
 def questions() -> list[NDArray[np.float32]]:
     """All recorded questions of the package, each wav (S,) at 16 kHz."""
     folder = model_folder()
     paths = [folder / "question.wav", *sorted((folder / "questions").glob("*.flac"))]
-    return [resample(*load_audio(path), rates.LISTEN_SAMPLE_RATE) for path in paths]
+    return [load_audio(path, rates.LISTEN_SAMPLE_RATE)[0] for path in paths]
 
 
 def speech_of(seconds: float) -> NDArray[np.float32]:

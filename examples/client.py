@@ -11,10 +11,10 @@ import os
 
 import numpy as np
 
-from duologue.audio import load_audio, resample, save_audio
 from duologue.client.connection import WIRE_RATE, decode_pcm, open_connection
 from duologue.conversation.chatbot import model_folder
 from duologue.pcm import from_int16, to_int16
+from duologue.sound_files import load_audio, save_audio
 
 parser = argparse.ArgumentParser(description="Asks a running server one spoken question.")
 parser.add_argument("question", nargs="?", default=model_folder("pocket") / "question.wav")
@@ -24,11 +24,11 @@ args = parser.parse_args()
 
 
 async def main() -> None:
-    wav, sample_rate = load_audio(args.question)
+    wav, _ = load_audio(args.question, WIRE_RATE)
     async with open_connection(args.server, key=os.environ.get("DUOLOGUE_API_KEY", "")) as connection:
         manual = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}  # the turn ends at the commit
         await connection.send({"type": "session.update", "session": manual})
-        await connection.append(to_int16(resample(wav, sample_rate, WIRE_RATE)))
+        await connection.append(to_int16(wav))
         await connection.send({"type": "input_audio_buffer.commit"})
         await connection.send({"type": "response.create"})
         events = await connection.receive_until("response.done", "error")

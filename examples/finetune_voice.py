@@ -10,10 +10,10 @@ from shutil import copytree
 
 import numpy as np
 
-from duologue.audio import load_audio, resample
 from duologue.conversation.chatbot import model_folder
 from duologue.pcm import to_int16
 from duologue.rates import LISTEN_SAMPLE_RATE as RATE
+from duologue.sound_files import load_audio
 from duologue.training.data import Clip
 from duologue.training.flow import FlowRecipe, FlowStage
 from duologue.training.loop import LoopConfig, run
@@ -25,7 +25,7 @@ parser.add_argument("--steps", type=int, default=2000)
 args = parser.parse_args()
 
 pocket, corpus, size = model_folder("pocket"), args.out / "corpus", 4 * RATE
-wav = np.concatenate([resample(*load_audio(path), RATE) for path in args.recordings])
+wav = np.concatenate([load_audio(path, RATE)[0] for path in args.recordings])
 corpus.mkdir(parents=True, exist_ok=True)
 to_int16(wav).tofile(corpus / "clips-00000.pcm")
 with (corpus / "clips-00000.jsonl").open("w") as lines:  # clips of 4 s; every tenth, and the first, is for validation

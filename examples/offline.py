@@ -8,11 +8,11 @@ import argparse
 import torch
 
 import duologue
-from duologue.audio import load_audio, save_audio
 from duologue.conversation.answer import decode, generate, language_of, tokenize
 from duologue.conversation.chatbot import model_folder
 from duologue.conversation.history import reply_prompt, turn_of
 from duologue.interleave import INTERLEAVED, split
+from duologue.sound_files import load_audio, save_audio
 from duologue.turns import Conversation, Modality, Role
 
 parser = argparse.ArgumentParser(description="Answers one spoken question.")

@@ -8,8 +8,8 @@ import asyncio
 import numpy as np
 
 import duologue
-from duologue.audio import load_audio, save_audio
 from duologue.conversation.events import AudioDelta, ReplyDone, TextDelta
+from duologue.sound_files import load_audio, save_audio
 
 parser = argparse.ArgumentParser(description="Holds a conversation of two turns.")
 parser.add_argument("question", nargs="?", default=f"{duologue.__path__[0]}/pocket/question.wav")

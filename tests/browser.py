@@ -40,6 +40,55 @@ CHROMIUM = os.environ.get("DUOLOGUE_CHROMIUM") or next(
 needs_chromium = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium (apt-get install chromium, or name one in DUOLOGUE_CHROMIUM)"
 )
+# The page's player begins when it has the whole answer: the network and the machine cannot cause a gap.
+WHOLE_ANSWERS = """
+  window.AudioWorkletNode = class extends AudioWorkletNode {
+    constructor(context, name, options) {
+      const hour = 3600 * context.sampleRate;
+      if (name === "player") options.processorOptions = { jitter: hour, jitterMax: hour };
+      super(context, name, options);
+    }
+  };
+"""
+
+# The page's player without an audio thread. Its clock goes on by `PAUSE_S` between two blocks of an answer, and to the
+# end of the answer once that is complete.
+SCRIPTED_SOUND = """
+  const BLOCK = 128;
+  const PAUSE_S = 0.75;
+  const processors = {};
+  let portOfNext;
+  window.currentFrame = 0;
+  window.registerProcessor = (name, processor) => (processors[name] = processor);
+  window.AudioWorkletProcessor = class {
+    port = portOfNext;
+  };
+  window.AudioContext = class {
+    state = "running";
+    destination = {};
+    audioWorklet = { addModule: (url) => import(url) };
+  };
+  window.AudioWorkletNode = class {
+    constructor(context, name, options) {
+      portOfNext = { postMessage: (data) => queueMicrotask(() => this.port.onmessage({ data })) };
+      this.port = { postMessage: (data) => this.take(data) };
+      this.processor = new processors[name](options);
+    }
+    connect() {}
+    take(data) {
+      if (data.do === "push" && this.processor.items.length) this.render(PAUSE_S * 24000);
+      this.processor.port.onmessage({ data });
+      while (data.do === "end" && this.processor.items.length) this.render(1024);
+    }
+    render(samples) {
+      for (let at = 0; at < samples; at += BLOCK) {
+        this.processor.process([], [[new Float32Array(BLOCK)]]);
+        window.currentFrame += BLOCK;
+      }
+    }
+  };
+"""
+
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 

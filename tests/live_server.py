@@ -19,7 +19,7 @@ from websockets.sync.client import connect
 from websockets.sync.connection import Connection
 
 import duologue
-from duologue.audio import load_audio, resample
+from duologue.audio import resample
 from duologue.conversation.chatbot import Chatbot
 from duologue.interleave import INTERLEAVED, Schedule, weave
 from duologue.language.sampling import Sampling
@@ -29,6 +29,7 @@ from duologue.serving.items import SavedConversation
 from duologue.serving.server import Server, listen
 from duologue.serving.service import Service
 from duologue.serving.settings import Settings
+from duologue.sound_files import load_audio
 from duologue.vocabulary import Vocabulary
 
 TIMEOUT_S = 300.0  # a busy machine is not a failing test

@@ -46,8 +46,8 @@ def fill(module: nn.Module) -> None:
             parameter.data *= 60.0
 
 
-def small_decoder(streaming: Streaming | None = None) -> ReleasedDecoder:
-    decoder = build_released_decoder(FLOW, HIFT, streaming)
+def small_decoder(streaming: Streaming | None = None, hift: HiFTConfig = HIFT) -> ReleasedDecoder:
+    decoder = build_released_decoder(FLOW, hift, streaming)
     fill(decoder)
     return decoder.eval().requires_grad_(False)
 

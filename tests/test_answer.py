@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import duologue
-from duologue.audio import load_audio
 from duologue.conversation.answer import answer
 from duologue.conversation.chatbot import Chatbot
 from duologue.conversation.events import EndReason, TextDelta
 from duologue.language.sampling import GREEDY, Sampling
 from duologue.pcm import Pcm, from_int16
+from duologue.sound_files import load_audio
 from tests.tiny import write_tiny_chatbot
 
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.9, seed=3)

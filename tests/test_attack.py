@@ -23,7 +23,7 @@ from duologue.serving.protocol import CLIENT_EVENTS
 from tests.live import GIVE_UP_S, Bystander, ask_alone, client, question, settled, until_closed
 
 ONCE_FOR_ALL_EXAMPLES = settings(
-    max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
+    max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
 )
 TONE = encode_pcm(question()[:4800])
 MESSAGE = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hello"}]}

@@ -124,7 +124,7 @@ def test_bench_decoder(bot: Chatbot, monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoder whose steps cost by what they decode: what else the machine does has no part in the comparison."""
     step = SpeechDecoder.step
 
-    def by_length(self: SpeechDecoder, x: Padded, state: Any) -> Padded:
+    def by_length(self: Decoder, x: Padded, state: Any) -> Padded:
         burn(2e-3 * x.values.shape[1])
         return step(self, x, state)
 
@@ -148,7 +148,7 @@ def test_bench_decoder_sees_growth(bot: Chatbot, monkeypatch: pytest.MonkeyPatch
     """A decoder whose steps cost more the more it has said."""
     step = SpeechDecoder.step
 
-    def slow(self: SpeechDecoder, x: Padded, state: Any) -> Padded:
+    def slow(self: Decoder, x: Padded, state: Any) -> Padded:
         burn(2e-4 * int(state.flow.encoder.start))
         return step(self, x, state)
 
@@ -181,7 +181,7 @@ def test_bench_sessions_sees_late_and_interrupted_sound(bot: Chatbot, monkeypatc
     monkeypatch.setattr(sessions, "PAUSE_S", (0.0, 0.1))
     step = SpeechDecoder.step
 
-    def slow(self: SpeechDecoder, x: Padded, state: Any) -> Padded:
+    def slow(self: Decoder, x: Padded, state: Any) -> Padded:
         time.sleep(1.7)
         return step(self, x, state)
 

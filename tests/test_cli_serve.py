@@ -57,7 +57,16 @@ def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def _arguments(**given: Any) -> argparse.Namespace:
-    names = ("max_sessions", "max_sessions_per_key", "idle_s", "session_s", "resume_s", "drain_s", "stall_s")
+    names = (
+        "max_sessions",
+        "max_sessions_per_key",
+        "idle_s",
+        "session_s",
+        "resume_s",
+        "drain_s",
+        "stall_s",
+        "write_out_numbers",
+    )
     return argparse.Namespace(
         **{"host": "127.0.0.1", "port": 0, "origin": [], **dict.fromkeys((*names, "record_folder", "keys")), **given}
     )

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from duologue import machine
-from duologue.audio import load_audio
 from duologue.conversation.chatbot import model_folder
 from duologue.evaluation.conversations import ScoredExchange
 from duologue.evaluation.intelligibility import Naturalness, codebook_usage, error_rate, error_row
@@ -28,6 +27,7 @@ from duologue.evaluation.measures import (
 from duologue.evaluation.prosody import Prosody, measure_prosody, probe, style_change, style_moved, token_prosody
 from duologue.evaluation.report import Report, Row, difference_row, format_table
 from duologue.evaluation.testset import load_test_set
+from duologue.sound_files import load_audio
 from duologue.training.curves import plot, read_log
 from duologue.training.recipes import read_recipe
 

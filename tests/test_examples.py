@@ -9,9 +9,9 @@ import pytest
 import soundfile
 
 import duologue
-from duologue.audio import load_audio
 from duologue.checkpoint import load_tensors
 from duologue.conversation.chatbot import model_folder
+from duologue.sound_files import load_audio
 from tests.live_server import TEXT, LiveServer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from tests.browser import PHONE, Visit, launch, needs_chromium, stretches, wait_for
+from tests.browser import PHONE, SCRIPTED_SOUND, WHOLE_ANSWERS, Visit, launch, needs_chromium, stretches, wait_for
 from tests.page_server import PageServer, tone
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: browser)")
@@ -65,7 +65,7 @@ def visit(browser: Browser, server: PageServer) -> Iterator[Open]:
 
 
 def test_typed_question_is_answered_aloud_without_gaps(visit: Open, server: PageServer, tmp_path: Path) -> None:
-    one = visit()
+    one = visit(script=WHOLE_ANSWERS)
     shown = one.record_status()
     one.type("What is two plus three?")
     expect(one.turn("you", "What is two plus three?")).to_have_count(1)
@@ -123,11 +123,11 @@ def test_talks_hands_free_and_interrupts_to_the_millisecond(visit: Open, server:
 
 
 def test_gaps_are_counted_and_shown(visit: Open, server: PageServer) -> None:
-    server.script.seconds, server.script.pause_s = 1.2, 0.75
-    one = visit()
+    server.script.seconds = 1.2
+    one = visit(script=SCRIPTED_SOUND)
     one.type("Slowly, please.")
     expect(one.turn("they", "2 gaps in its sound")).to_have_count(1)
-    expect(one.page.locator("#gaps")).to_contain_text("2, ")
+    expect(one.page.locator("#gaps")).to_contain_text("2, 704 ms")
     jitter = one.page.locator("#jitter").inner_text()
     assert int(jitter.removesuffix(" ms")) > 80  # it waits longer from now on
 

@@ -20,6 +20,33 @@ from tests.live_server import (
     talking,
 )
 
+# Half of an emoji, as a client sends it that cuts strings.
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("session.update", {"session": {"type": "realtime", "instructions": "a\ud83d"}}),
+        ("session.update", {"session": {"type": "realtime", "prompt": {"id": "\ud83d"}}}),
+        ("session.update", {"session": {"type": "realtime", "audio": {"output": {"voice": "\ud83d"}}}}),
+        ("session.update", {"session": {"type": "realtime", "\ud83d": 1}}),
+        ("conversation.item.retrieve", {"item_id": "\ud83d"}),
+        ("conversation.item.delete", {"item_id": "\ud83d", "event_id": "\ud83d"}),
+        ("response.create", {"response": {"metadata": {"\ud83d": "\ud83d"}}}),
+        ("response.create", {"response": {"instructions": "\ud83d"}}),
+        ("response.cancel", {"response_id": "\ud83d"}),
+        ("\ud83d", {"event_id": "\ud83d"}),
+    ],
+)
+def test_half_an_emoji_never_ends_a_session(talk: Talk, kind: str, fields: dict[str, Any]) -> None:
+    item = talk.write("cut \ud83d here")
+    assert item["content"][0]["text"] == "cut \ufffd here"
+    talk.send(kind, **fields)
+    talk.send("response.create", response={"conversation": "none", "max_output_tokens": 5, "metadata": {"last": "yes"}})
+    while (talk.until("response.done")[-1]["response"]["metadata"] or {}).get("last") != "yes":
+        pass
+
+
 # Responses.
 
 

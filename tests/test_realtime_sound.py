@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import duologue
-from duologue.audio import load_audio, resample
+from duologue.audio import resample
 from duologue.conversation.block_policy import PlaybackClock
 from duologue.serving.formats import WireDecoder, WireEncoder, pack, unpack
 from duologue.serving.objects import Format, Pcm, Pcma, Pcmu, ProtocolError, SemanticVad, ServerVad
@@ -26,6 +26,7 @@ from duologue.serving.turn_detection import (
     TurnSettings,
     TurnStarted,
 )
+from duologue.sound_files import load_audio
 
 QUESTION = Path(duologue.__file__).parent / "pocket" / "question.wav"
 PCM, MU_LAW, A_LAW = Pcm(), Pcmu(type="audio/pcmu"), Pcma(type="audio/pcma")

@@ -1,20 +1,33 @@
 """Pocket's recipe from nothing to an evaluated model folder, every step for moments, and where it stopped."""
 
+import importlib
 import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 import duologue
+from recipes.pocket import run
 from recipes.pocket.run import main, steps
 
 PROGRAMS = ("flite", "espeak-ng", "text2wave")
+
+
+def run_here(command: Sequence[str]) -> int:
+    """Runs `-m MODULE ARGUMENTS` in this process, which imports torch once for all steps."""
+    _, module, *arguments = command
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [module, *arguments])
+        return int(importlib.import_module(module).main() or 0)
 
 
 @pytest.mark.skipif(not all(map(shutil.which, PROGRAMS)), reason="the synthesizers are not installed")
 def test_every_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(run, "run_python", run_here)
     assert main(["--smoke", "--workers", "2"]) == 0, capfd.readouterr().err[-3000:]
     capfd.readouterr()
     assert main(["--list"]) == 0

@@ -19,9 +19,10 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 from websockets.typing import Subprotocol
 
-from duologue.audio import load_audio, resample
+from duologue.audio import resample
 from duologue.conversation.chatbot import Chatbot, load, model_folder
 from duologue.serving.recording import SAMPLE_RATE, SessionRecorder, remove_leftovers
+from duologue.sound_files import load_audio
 from duologue.turns import Conversation, Role
 from tests.clock import pass_time
 from tests.serving import Running, running

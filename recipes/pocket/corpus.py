@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from duologue.config import read_json_lines
 from recipes.pocket import free_speech
 from recipes.pocket.everything import texts
 from recipes.pocket.free_speech import (
@@ -263,8 +264,7 @@ def _rendered_replies(folder: Path, shard: int) -> dict[tuple[str, str], str]:
     """(text, style) -> clip id of the replies that the shards before this one hold."""
     known: dict[tuple[str, str], str] = {}
     for before in range(shard):
-        for line in (folder / f"clips-{before:05d}.jsonl").read_text(encoding="utf-8").splitlines():
-            clip = json.loads(line)
+        for _, clip in read_json_lines(folder / f"clips-{before:05d}.jsonl"):
             if clip["role"] == "reply":
                 known[clip["text"], clip["style"]] = clip["id"]
     return known

@@ -116,17 +116,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         command = [*step.command, *(SMOKE.get(step.name, "").split() if args.smoke else ())]
         print(f"--- {step.name}: python {' '.join(command)}", flush=True)
-        path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-        result = subprocess.run(
-            [sys.executable, *command], env={**os.environ, "PYTHONPATH": path}, check=False
-        ).returncode
-        if result:
+        if result := run_python(command):
             print(f"{step.name} stopped with exit code {result}; mend it and run this again", file=sys.stderr)
             return result
         step.done.parent.mkdir(parents=True, exist_ok=True)
         if not step.done.exists():
             step.done.touch()
     return 0
+
+
+def run_python(command: Sequence[str]) -> int:
+    """Runs Python with these arguments in a process of its own and returns the exit code."""
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run([sys.executable, *command], env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Audio files, resampling, log-mel features and pitch.
+"""Resampling, log-mel features and pitch.
 
 Shapes: B batch, S samples, T frames, M mels. Waveforms are float32 in [-1, 1].
 """
@@ -6,11 +6,9 @@ Shapes: B batch, S samples, T frames, M mels. Waveforms are float32 in [-1, 1].
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, cast
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 from numpy.typing import NDArray
@@ -21,36 +19,6 @@ from transformers.audio_utils import mel_filter_bank
 from duologue import rates
 from duologue.layers import Padded, reset_rows, split_at, take
 from duologue.pcm import Pcm, as_float
-
-MAX_FILE_S = 3600.0
-
-
-def load_audio(path: str | Path) -> tuple[NDArray[np.float32], int]:
-    """Reads the first channel of any audio file that libsndfile supports.
-
-    Returns:
-        wav (S,) float32 and its sample rate.
-
-    Raises:
-        ValueError: the file is missing, unreadable or holds no usable audio.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: there is no such file")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give one sound file (WAV, FLAC, OGG or MP3)")
-    try:
-        with soundfile.SoundFile(path) as file:
-            if file.frames > MAX_FILE_S * file.samplerate:
-                raise ValueError(
-                    f"{path} lasts {file.frames / file.samplerate / 60:.0f} minutes; the "
-                    f"limit is {MAX_FILE_S / 60:.0f}: cut it first"
-                )
-            wav = file.read(dtype="float32", always_2d=True)[:, 0]
-            sample_rate = int(file.samplerate)
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"{path} is not a sound file that can be read ({error.error_string})") from None
-    return check_wav(wav, sample_rate, str(path)), sample_rate
 
 
 def check_wav(pcm: Pcm, sample_rate: int, name: str = "the audio") -> NDArray[np.float32]:
@@ -65,14 +33,6 @@ def check_wav(pcm: Pcm, sample_rate: int, name: str = "the audio") -> NDArray[np
     if not np.isfinite(wav).all():
         raise ValueError(f"{name} holds NaN or infinite samples")
     return np.clip(wav, -1.0, 1.0)
-
-
-def save_audio(path: str | Path, wav: NDArray[np.float32], sample_rate: int) -> None:
-    """Writes wav (S,) float32 as 16-bit audio; the suffix selects the format."""
-    try:
-        soundfile.write(path, np.clip(wav, -1.0, 1.0), sample_rate, subtype=None)
-    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} cannot be written: {error}") from None
 
 
 def resample(wav: NDArray[np.float32], from_rate: int, to_rate: int) -> NDArray[np.float32]:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -66,6 +66,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON (line {error.lineno}: {error.msg})") from None
     return _object(path, data)
+
+
+def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields the place (file and line) and the JSON object of each line. Raises ValueError if there is none."""
+    for number, line in enumerate(_read_text(Path(path)).splitlines(), start=1):
+        where = f"{path}, line {number},"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            raise ValueError(f"{where} is not JSON") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{where} is not a JSON object")
+        yield where, row
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -7,14 +7,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
@@ -44,6 +44,7 @@ CACHED_PER_SESSION = 2048
 
 EngineName = Literal["plain"]
 DecoderDtype = Literal["float32", "bfloat16"]
+Decoder: TypeAlias = SpeechDecoder[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -78,24 +79,6 @@ class Card:
         if data.pop("kind", None) != "Chatbot" or data.pop("version", None) != CARD_VERSION:
             raise ValueError(f"{path} is not the card of a chatbot in version {CARD_VERSION}")
         return parse_config(cls, data, str(path))
-
-
-class Decoder(Protocol):
-    """The streaming interface shared by pocket's decoder and the released one."""
-
-    flow: Any
-    vocoder: Any
-
-    @property
-    def codebook_size(self) -> int: ...
-    def init_state(
-        self, batch_size: int, num_steps: int | None = ..., guidance_scale: float | None = ..., seed: int = ...
-    ) -> Any: ...
-    def capture(self, max_rows: int, num_steps: int | None = ..., guidance_scale: float | None = ...) -> int: ...
-    def step(self, x: Padded, state: Any) -> Padded: ...
-    def flush(self, state: Any, rows: Tensor | None = None) -> Padded: ...
-    def __call__(self, x: Padded, state: Any = ...) -> Padded: ...
-    def parameters(self) -> Iterator[nn.Parameter]: ...
 
 
 class ModelFolder(Protocol):
@@ -180,7 +163,7 @@ class PocketFolder:
         """Loads the language model, float32 by default. Raises ValueError as `backbone.load_language`."""
         return _load_language(self.path / "language", dtype or "float32", device, quantization)
 
-    def load_decoder(self, device: str = "cpu", dtype: DecoderDtype | None = None) -> SpeechDecoder:
+    def load_decoder(self, device: str = "cpu", dtype: DecoderDtype | None = None) -> Decoder:
         """Loads flow and vocoder in evaluation mode. Raises ValueError for a damaged part or a dtype other than
         float32."""
         if dtype not in (None, "float32"):
@@ -315,7 +298,7 @@ def _engine_sizes(language: PreTrainedModel, max_sessions: int | None, max_cache
     return sizes if max_cached_tokens is None else {**sizes, "max_cached_tokens": max_cached_tokens}
 
 
-def _check_device(name: str, part: Decoder | nn.Module) -> None:
+def _check_device(name: str, part: nn.Module) -> None:
     """Raises ValueError if a part lies on several devices: masks, states and generators are made on one."""
     devices = {str(parameter.device) for parameter in part.parameters()}
     if len(devices) > 1:

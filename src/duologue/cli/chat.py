@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import add_command, add_precision, checked_output, printable, warn_if_untrained
+from duologue.cli.parser import add_command, add_precision, checked_output, warn_if_untrained
+from duologue.text import printable
 
 if TYPE_CHECKING:
     from duologue.conversation.answer import Reply
@@ -42,8 +43,8 @@ def add(commands: Any) -> None:
 
 def _chat(args: argparse.Namespace) -> None:
     """Asks the questions in one conversation and prints each answer while it is generated."""
-    from duologue.audio import load_audio, save_audio
     from duologue.conversation.chatbot import load, model_folder
+    from duologue.sound_files import load_audio, save_audio
 
     if not args.questions and not args.text:
         args.questions = [model_folder("pocket") / BUNDLED_QUESTION]

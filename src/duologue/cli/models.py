@@ -50,12 +50,13 @@ def _tokenize(args: argparse.Namespace) -> None:
     import torch
 
     from duologue import rates
-    from duologue.audio import load_audio, resample
+    from duologue.audio import resample
     from duologue.checkpoint import file_hash
     from duologue.config import write_json
     from duologue.conversation.chatbot import model_folder
     from duologue.layers import Padded
     from duologue.models import open_folder
+    from duologue.sound_files import load_audio
 
     wav, sample_rate = load_audio(args.audio)
     folder = open_folder(model_folder(args.model))
@@ -84,11 +85,11 @@ def _synthesize(args: argparse.Namespace) -> None:
     import torch
 
     from duologue import rates
-    from duologue.audio import save_audio
     from duologue.checkpoint import file_hash
     from duologue.conversation.chatbot import model_folder
     from duologue.layers import Padded
     from duologue.models import open_folder
+    from duologue.sound_files import save_audio
 
     output = checked_output(args.output)
     tokens, tokenizer = _read_tokens(args.tokens)

@@ -91,8 +91,3 @@ def warn_if_untrained(card: Card) -> None:
         print(
             f"duologue: {card.name} is untrained: its weights are random, so its answers mean nothing", file=sys.stderr
         )
-
-
-def printable(text: str) -> str:
-    """Replaces control characters by spaces. Untrained models can emit terminal escape sequences."""
-    return "".join(char if char.isprintable() else " " for char in text)

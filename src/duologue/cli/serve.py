@@ -49,6 +49,13 @@ def add(commands: Any) -> None:
     serve.add_argument("--resume-s", type=_seconds, metavar="S", help="keep dropped conversations for S seconds")
     serve.add_argument("--stall-s", type=_seconds, metavar="S", help="drop clients that read nothing for S seconds")
     serve.add_argument("--drain-s", type=_seconds, metavar="S", help="let answers finish for S seconds after SIGTERM")
+    serve.add_argument(
+        "--digits",
+        dest="write_out_numbers",
+        action="store_const",
+        const=False,
+        help="let the model read digits in /v1/audio/speech; by default numbers become English words",
+    )
     serve.add_argument("--until-stdin-ends", action="store_true", help="stop when standard input is closed")
     serve.add_argument("--verbose", action="store_true", help="log connections, never their content")
     add_precision(serve)
@@ -101,7 +108,7 @@ def _stop_when_stdin_ends() -> None:
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the command line and environment as fields of Settings."""
     limits = ("max_sessions", "max_sessions_per_key", "idle_s", "session_s", "resume_s", "stall_s", "drain_s")
-    names = (*limits, "record_folder")
+    names = (*limits, "record_folder", "write_out_numbers")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     keys = _keys(args.keys)
     return {"host": args.host, "port": args.port, "api_keys": keys, "allowed_origins": tuple(args.origin), **given}

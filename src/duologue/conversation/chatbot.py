@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from duologue import rates
-from duologue.audio import check_wav, load_audio
+from duologue.audio import check_wav
 from duologue.checkpoint import Dtype
 from duologue.conversation.answer import Reply, answer
 from duologue.conversation.events import Event
@@ -24,6 +24,7 @@ from duologue.layers import num_step_threads
 from duologue.models import DecoderDtype, EngineName, Models
 from duologue.pcm import Pcm
 from duologue.quantization import Scheme
+from duologue.sound_files import load_audio
 
 __all__ = ["Chatbot", "Reply", "Session", "load"]
 

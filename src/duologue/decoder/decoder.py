@@ -6,25 +6,31 @@ Shapes: B batch, T tokens, S samples, M mels.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor, nn
 
-from duologue.decoder.flow import Flow, FlowState
-from duologue.decoder.vocoder import Vocoder, VocoderState
 from duologue.layers import Padded
+
+FlowT = TypeVar("FlowT", bound=Any)
+VocoderT = TypeVar("VocoderT", bound=Any)
 
 
 @dataclass
 class SpeechDecoderState:
-    flow: FlowState
-    vocoder: VocoderState
+    """The states of the flow and the vocoder."""
+
+    flow: Any
+    vocoder: Any
 
 
-class SpeechDecoder(nn.Module):
-    """Speech tokens (B, T) int64 -> wav (B, 256 (441 T // 64)) float32 at 22.05 kHz, a streaming stage."""
+class SpeechDecoder(nn.Module, Generic[FlowT, VocoderT]):
+    """Speech tokens (B, T) int64 -> wav (B, 256 (441 T // 64)) float32 at 22.05 kHz, a streaming stage.
 
-    def __init__(self, flow: Flow, vocoder: Vocoder) -> None:
+    The flow is a streaming stage from tokens to mels, the vocoder one from mels to samples.
+    """
+
+    def __init__(self, flow: FlowT, vocoder: VocoderT) -> None:
         super().__init__()
         self.flow = flow
         self.vocoder = vocoder
@@ -32,7 +38,7 @@ class SpeechDecoder(nn.Module):
     @property
     def codebook_size(self) -> int:
         """Number of speech codes the decoder accepts: valid ones are `0 <= code < codebook_size`."""
-        return self.flow.config.encoder.codebook_size
+        return int(self.flow.config.encoder.codebook_size)
 
     def init_state(
         self,
@@ -42,7 +48,7 @@ class SpeechDecoder(nn.Module):
         seed: int = 0,
         speaker: Tensor | None = None,
     ) -> SpeechDecoderState:
-        """Returns a fresh state; the settings are those of `Flow.init_state`."""
+        """Returns a fresh state; the settings are those of the flow's `init_state`."""
         flow = self.flow.init_state(batch_size, num_steps, guidance_scale, seed, speaker)
         return SpeechDecoderState(flow, self.vocoder.init_state(batch_size))
 
@@ -51,7 +57,7 @@ class SpeechDecoder(nn.Module):
         return 0
 
     def give_prompt(self, tokens: Padded, mel: Padded, state: SpeechDecoderState) -> None:
-        """Sets a voice prompt for fresh rows, see `Flow.give_prompt`; the output begins after it."""
+        """Sets a voice prompt for fresh rows, see the flow's `give_prompt`; the output begins after it."""
         self.flow.give_prompt(tokens, mel, state.flow)
 
     def step(self, x: Padded, state: SpeechDecoderState) -> Padded:
@@ -61,7 +67,6 @@ class SpeechDecoder(nn.Module):
 
     def flush(self, state: SpeechDecoderState, rows: Tensor | None = None) -> Padded:
         """Ends the utterance: returns the samples of the open block and those held back by the vocoder."""
-        rows = torch.ones_like(state.flow.pending.lengths, dtype=torch.bool) if rows is None else rows
         wav = self.vocoder.step(self.flow.flush(state.flow, rows), state.vocoder)
         return Padded.concat([wav, self.vocoder.flush(state.vocoder, rows)])
 

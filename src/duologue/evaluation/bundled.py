@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue import rates
-from duologue.audio import load_audio, resample
+from duologue.audio import resample
 from duologue.augmentation import AugmentConfig, augment
 from duologue.config import parse_config, read_json
 from duologue.conversation.chatbot import Chatbot, model_folder
@@ -21,6 +21,7 @@ from duologue.evaluation.recognition import Judge
 from duologue.evaluation.report import Row
 from duologue.evaluation.testset import TestClip
 from duologue.pcm import to_int16
+from duologue.sound_files import load_audio
 
 GROUP = "bundled questions"
 BUNDLED, VARIED = "bundled", "varied"

@@ -10,7 +10,6 @@ natural voices with F0 and envelope as they never were in training. A test set n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from duologue.config import read_json_lines
 from duologue.pcm import from_int16
 
 SEEN, UNSEEN, WARPED = "test", "test_unseen", "test_warped"
@@ -123,7 +123,7 @@ def load_test_set(folder: str | Path) -> TestSet:
     dialogues = tuple(
         _dialogue(row, where, clips)
         for shard in sorted(folder.glob("dialogues*.jsonl"))
-        for where, row in _rows(shard)
+        for where, row in read_json_lines(shard)
         if row.get("split") in SPLITS
     )
     if not dialogues:
@@ -136,7 +136,7 @@ def _read_clips(shard: Path) -> Iterator[TestClip]:
     if not path.is_file():
         raise ValueError(f"{path} is missing, which {shard.name} describes")
     samples: NDArray[np.int16] = np.memmap(path, np.dtype("<i2"), "r") if path.stat().st_size else np.zeros(0, np.int16)
-    for where, row in _rows(shard):
+    for where, row in read_json_lines(shard):
         try:
             start, size = int(row["offset"]), int(row["num_samples"])
             names = ("id", "text", "role", "voice", "style", "split")
@@ -175,16 +175,3 @@ def _dialogue(row: dict[str, Any], where: str, clips: dict[str, TestClip]) -> Te
     if not dialogue.turns:
         raise ValueError(f"{where} describes a dialogue without turns")
     return dialogue
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file and line, the object) of each line."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        where = f"{path}, line {number},"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            raise ValueError(f"{where} is not JSON") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{where} is not a JSON object")
-        yield where, row

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from duologue.language.sampling import Sampling
 from duologue.serving.encoders import FileFormat
-from duologue.serving.objects import Strict, VoiceId
+from duologue.serving.objects import Body, Strict, VoiceId
 
 
 class TextPart(Strict):
@@ -94,7 +94,7 @@ class TextFormat(Strict):
     type: Literal["text"]
 
 
-class ChatRequest(Strict):
+class ChatRequest(Body):
     """A conversation that ends with a user message."""
 
     messages: list[Message] = Field(min_length=1, max_length=1000)

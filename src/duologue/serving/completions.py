@@ -41,6 +41,7 @@ from duologue.serving.chat_types import (
 )
 from duologue.serving.encoders import FileEncoder, encode
 from duologue.serving.errors import ApiError, documented, sse, sse_with_errors
+from duologue.serving.objects import find_voice
 from duologue.serving.service import Service, cancel_on_disconnect, read_audio, stream_response
 from duologue.turns import Conversation, Modality, Role, Turn
 
@@ -74,8 +75,8 @@ class Completion:
     def __init__(self, service: Service, body: ChatRequest, spoken: SpokenReplyCache, key: str) -> None:
         self._service, self._body, self._spoken, self._key = service, body, spoken, key
         self.text_only = "audio" not in body.modalities
-        voice = service.voice(None if body.audio is None else body.audio.voice, "audio.voice")
         card = service.bot.models.card
+        voice = find_voice(card, None if body.audio is None else body.audio.voice, "audio.voice")
         sampling = body.sampling(card.sampling)
         if body.token_limit is not None:
             sampling = dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, body.token_limit))

@@ -18,6 +18,7 @@ from duologue import rates
 from duologue.audio import StreamingResampler
 from duologue.pcm import to_int16
 from duologue.serving.tempo import Tempo
+from duologue.sound_files import write_blocks
 
 FileFormat: TypeAlias = Literal["wav", "pcm", "flac", "mp3", "opus"]
 FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
@@ -72,7 +73,7 @@ class FileEncoder:
         if self._file is None:
             self._growing.write(to_int16(wav).tobytes())
         elif len(wav):
-            self._file.write(np.clip(wav, -1.0, 1.0))
+            write_blocks(self._file, wav)
         if last and self._file is not None:
             self._file.close()
         if self._format == "mp3" and not self._growing.taken:

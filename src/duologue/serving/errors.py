@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -18,6 +18,8 @@ from duologue.conversation.worker import WorkerFull
 from duologue.language.requests import EngineFull
 from duologue.serving.admission import AdmissionError
 from duologue.serving.metrics import Metrics
+from duologue.serving.objects import ProtocolError, explain_faults
+from duologue.text import valid_unicode
 
 logger = logging.getLogger("duologue.serving")
 
@@ -66,7 +68,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 def error_json(message: str, status: int, code: str | None = None, param: str | None = None) -> dict[str, Any]:
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
     kind = "authentication_error" if status == 401 else "permission_error" if status == 403 else kind
-    return {"error": {"message": _valid_utf8(message), "type": kind, "param": param, "code": code}}
+    return {"error": {"message": valid_unicode(message), "type": kind, "param": param, "code": code}}
 
 
 def error_response(message: str, status: int, code: str | None = None, param: str | None = None) -> JSONResponse:
@@ -82,6 +84,8 @@ def error_fields(error: Exception) -> tuple[str, int, str | None, str | None]:
     """Returns message, status, code and param of any exception. Server errors reveal no details."""
     if isinstance(error, ApiError):
         return error.message, error.status, error.code, error.param
+    if isinstance(error, ProtocolError):
+        return error.message, 400, error.code, error.param
     if isinstance(error, AdmissionError):
         return error.message, error.status, error.code, None
     if isinstance(error, EngineFull | WorkerFull):
@@ -122,7 +126,14 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(*_describe(error.errors()[0], error.body))
+        faults = error.errors()
+        if faults[0]["type"] == "json_invalid":
+            return answer(f"the body is not JSON: {faults[0]['ctx']['error']}", 400, "invalid_json")
+        if faults[0]["type"] == "missing" and len(faults[0]["loc"]) == 1:
+            return answer("the request has no body", 400, "missing_required_parameter")
+        inside = [{**fault, "loc": fault["loc"][1:]} for fault in faults]
+        message, code, param = explain_faults(inside, error.body, "parameter of this route")
+        return answer(message, 400, code, valid_unicode(param) or None)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -139,35 +150,5 @@ def add_error_handlers(app: FastAPI, metrics: Metrics) -> None:
     async def ours(request: Request, error: Exception) -> JSONResponse:
         return answer(*error_fields(error))
 
-    for kind in (ApiError, AdmissionError, EngineFull, WorkerFull, Exception):
+    for kind in (ApiError, ProtocolError, AdmissionError, EngineFull, WorkerFull, Exception):
         app.add_exception_handler(kind, ours)
-
-
-def _describe(fault: dict[str, Any], body: Any) -> tuple[str, int, str, str | None]:
-    """Returns message, status, code and param of a validation fault."""
-    param = _valid_utf8(".".join(_path(fault["loc"][1:], body))) or None
-    if fault["type"] == "missing":
-        return (f"{param} is missing" if param else "the request has no body"), 400, "missing_required_parameter", param
-    if fault["type"] == "extra_forbidden":
-        return f"{param} is not a parameter of this route", 400, "unknown_parameter", param
-    text = str(fault["msg"]).removeprefix("Value error, ")
-    if fault["type"] == "json_invalid":
-        return f"the body is not JSON: {fault.get('ctx', {}).get('error', text)}", 400, "invalid_json", None
-    return f"{param or 'the body'}: {text[:1].lower()}{text[1:]}", 400, "invalid_value", param
-
-
-def _path(location: Sequence[str | int], body: Any) -> list[str]:
-    """Returns the keys and positions inside the body. Skips pydantic's union branch names."""
-    path, value = [], body
-    for index, part in enumerate(location):
-        inside = part in value if isinstance(value, Mapping) else isinstance(value, list) and isinstance(part, int)
-        if inside:
-            value = value[part]
-        if inside or (index == len(location) - 1 and (body is None or isinstance(value, Mapping))):
-            path.append(str(part))
-    return path
-
-
-def _valid_utf8(text: str) -> str:
-    """Replaces lone surrogates, which UTF-8 cannot encode."""
-    return text.encode("utf-8", "replace").decode()

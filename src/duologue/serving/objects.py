@@ -6,8 +6,8 @@ Parsing is strict: an unknown key or an unsupported value is an error that names
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -17,7 +17,13 @@ from pydantic import (
     ValidationError,
     field_validator,
     model_serializer,
+    model_validator,
 )
+
+from duologue.text import valid_strings
+
+if TYPE_CHECKING:
+    from duologue.models import Card
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -26,7 +32,7 @@ Status: TypeAlias = Literal["in_progress", "completed", "cancelled", "incomplete
 ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
 OwnEvents: TypeAlias = Literal["duologue.tokens", "duologue.timings"]
 
-# OpenAI's voices; they map to the model's default voice.
+# OpenAI's voices; they map to the model's first voice.
 FOREIGN_VOICES = ("alloy", "ash", "ballad", "cedar", "coral", "echo", "marin", "sage", "shimmer", "verse")
 
 # Fields where null means "off"; elsewhere null keeps the value.
@@ -57,6 +63,12 @@ class Strict(BaseModel):
     """Rejects unknown keys and does not coerce types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Body(Strict):
+    """The body of a request; lone surrogates in its strings are replaced."""
+
+    _text = model_validator(mode="before")(valid_strings)
 
 
 class OmitUnset(Strict):
@@ -147,6 +159,20 @@ class AudioInput(Strict):
 
 class VoiceId(Strict):
     id: str
+
+
+def find_voice(card: Card, requested: str | VoiceId | None, param: str) -> str:
+    """Returns the model's voice for a client's choice; none and OpenAI's voices map to the first one.
+
+    Raises:
+        ProtocolError: there is no such voice.
+    """
+    name = requested.id if isinstance(requested, VoiceId) else requested
+    if name in card.voices:
+        return name
+    if name and name not in FOREIGN_VOICES:
+        raise ProtocolError(f"{card.name} has no voice {name[:60]!r}; it has {', '.join(card.voices)}", param=param)
+    return card.voices[0]
 
 
 class AudioOutput(Strict):
@@ -377,40 +403,51 @@ def read(model: type[Model], data: Any, where: str = "") -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise _explained(error, data, where) from None
+        raise ProtocolError(
+            *explain_faults(error.errors(include_url=False), data, "field of this protocol", where)
+        ) from None
 
 
-def _explained(error: ValidationError, data: Any, where: str) -> ProtocolError:
-    faults = error.errors(include_url=False)
-    param, value = _place(faults[0], data, where)
-    if faults[0]["type"] == "missing":
-        return ProtocolError(f"{param} is missing", "missing_required_parameter", param)
-    if faults[0]["type"] == "extra_forbidden":
-        return ProtocolError(f"{param} is not a field of this protocol", "unknown_parameter", param)
-    if faults[0]["type"] == "union_tag_not_found":
-        return ProtocolError(f"{param} is missing", "missing_required_parameter", param)
-    if faults[0]["type"] == "union_tag_invalid":
-        wanted = faults[0]["ctx"]["expected_tags"]
-        return ProtocolError(f"{param} must be one of {wanted}, not {_short(value)}", param=param)
+def explain_faults(faults: Sequence[Mapping[str, Any]], data: Any, noun: str, where: str = "") -> tuple[str, str, str]:
+    """Explains pydantic's faults of a client's data.
+
+    Args:
+        faults: of one value; the first one counts, and others at its path.
+        data: what the client sent, None if unknown.
+        noun: names a key in the sentence about an unknown one.
+        where: path of the data.
+
+    Returns:
+        message, error code, and path of the faulty field as the client wrote it.
+    """
+    first, (param, value) = faults[0], _place(faults[0], data, where)
+    if first["type"] in ("missing", "union_tag_not_found"):
+        return f"{param} is missing", "missing_required_parameter", param
+    if first["type"] == "extra_forbidden":
+        return f"{param} is not a {noun}", "unknown_parameter", param
+    if first["type"] == "union_tag_invalid":
+        return f"{param} must be one of {first['ctx']['expected_tags']}, not {_short(value)}", "invalid_value", param
     # Each branch of a union reports its own fault at the same path.
     texts = [fault["msg"] for fault in faults if _place(fault, data, where)[0] == param]
     wanted = " or ".join(dict.fromkeys(text.removeprefix("Value error, ").removeprefix("Input ") for text in texts))
-    return ProtocolError(f"{param} {wanted.replace('should be', 'must be')}, not {_short(value)}", param=param)
+    if wanted.startswith("should be"):
+        return f"{param} {wanted.replace('should be', 'must be')}, not {_short(value)}", "invalid_value", param
+    return f"{param or 'the body'}: {wanted[:1].lower()}{wanted[1:]}", "invalid_value", param
 
 
-def _place(fault: Any, data: Any, where: str) -> tuple[str, Any]:
+def _place(fault: Mapping[str, Any], data: Any, where: str) -> tuple[str, Any]:
     """Returns the path of a fault's field, as the client wrote it, and the value there."""
     path, value, loc = [where] if where else [], data, fault["loc"]
     for index, part in enumerate(loc):
         # pydantic's location also names union branches, which are not part of the client's path.
-        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+        if (isinstance(value, Mapping) and part in value) or (isinstance(value, list) and isinstance(part, int)):
             path.append(str(part))
             value = value[part]
-        elif fault["type"] == "missing" and index == len(loc) - 1:
+        elif (fault["type"] == "missing" or data is None) and index == len(loc) - 1:
             path.append(str(part))
     if fault["type"].startswith("union_tag"):
-        path.append("type")
-        value = value.get("type") if isinstance(value, dict) else value
+        path.append(fault["ctx"]["discriminator"].strip("'"))
+        value = value.get(path[-1]) if isinstance(value, Mapping) else value
     return ".".join(path), value
 
 

@@ -24,6 +24,7 @@ from duologue.serving.objects import (
     Strict,
     read,
 )
+from duologue.text import valid_strings, valid_unicode
 
 MAX_DEPTH = 32
 _numbers = itertools.count()
@@ -132,7 +133,7 @@ def read_client_event(text: str | bytes) -> ClientEvent:
         return _read_event(data)
     except ProtocolError as error:
         event_id = data.get("event_id")
-        error.event_id = event_id if isinstance(event_id, str) else None
+        error.event_id = valid_unicode(event_id) if isinstance(event_id, str) else None
         raise
 
 
@@ -152,7 +153,7 @@ def _read_event(data: dict[str, Any]) -> ClientEvent:
         )
     if _depth(data) > MAX_DEPTH:
         raise ProtocolError(f"an event may be nested at most {MAX_DEPTH} deep", "invalid_value")
-    return read(CLIENT_EVENTS[name], data)
+    return read(CLIENT_EVENTS[name], valid_strings(data))
 
 
 def _depth(value: Any, limit: int = MAX_DEPTH) -> int:

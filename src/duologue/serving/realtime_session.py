@@ -21,7 +21,6 @@ from duologue.serving.input_audio import InputAudioBuffer, UserTurn, to_ms
 from duologue.serving.items import Item, SavedConversation, answerable, new_item
 from duologue.serving.metrics import Metrics
 from duologue.serving.objects import (
-    FOREIGN_VOICES,
     Content,
     ItemReference,
     Message,
@@ -31,7 +30,7 @@ from duologue.serving.objects import (
     ResponseFormat,
     ResponseParams,
     SessionConfig,
-    VoiceId,
+    find_voice,
 )
 from duologue.serving.protocol import ClientEvent, RealtimeError, new_id
 from duologue.serving.send_queue import SendQueue
@@ -156,20 +155,11 @@ class RealtimeSession:
 
     async def _update(self, event: protocol.SessionUpdate) -> None:
         updated = self.config.updated(event.session)
-        self._voice(updated.audio.output.voice, "session.audio.output.voice")
+        find_voice(self.bot.models.card, updated.audio.output.voice, "session.audio.output.voice")
         if updated.audio.input != self.config.audio.input:
             self.input_buffer.configure(updated.audio.input)
         self.conversation.config = updated
         await self.queue.put(protocol.SessionUpdated(session=updated))
-
-    def _voice(self, requested: str | VoiceId, param: str) -> str:
-        """Returns the model's voice name. OpenAI's voices map to the first one. Raises ProtocolError for others."""
-        name, card = requested if isinstance(requested, str) else requested.id, self.bot.models.card
-        if name in card.voices:
-            return name
-        if name and name not in FOREIGN_VOICES:
-            raise ProtocolError(f"{card.name} has no voice {name[:60]!r}; it has {', '.join(card.voices)}", param=param)
-        return card.voices[0]
 
     # User audio.
 
@@ -355,7 +345,7 @@ class RealtimeSession:
         config, output = self.config, self.config.audio.output
         given = params.audio.output if params.audio is not None else ResponseFormat()
         requested_voice = output.voice if given.voice is None else given.voice
-        voice = self._voice(requested_voice, "response.audio.output.voice")
+        voice = find_voice(self.bot.models.card, requested_voice, "response.audio.output.voice")
         wire = given.format or output.format
         max_tokens = params.max_output_tokens or config.max_output_tokens
         system = self._system(params.instructions)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-import soundfile
 from fastapi import Request, Security
 from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -18,7 +16,6 @@ from numpy.typing import NDArray
 from starlette.types import Receive, Scope, Send
 
 from duologue import rates
-from duologue.audio import StreamingResampler, check_wav
 from duologue.conversation.chatbot import Chatbot
 from duologue.conversation.ear import tokenize
 from duologue.conversation.events import EndReason, Event, ReplyDone
@@ -27,14 +24,12 @@ from duologue.language.sampling import Sampling
 from duologue.serving.admission import Admission, ResumeStore
 from duologue.serving.errors import ApiError
 from duologue.serving.metrics import Metrics
-from duologue.serving.objects import FOREIGN_VOICES, VoiceId
 from duologue.serving.settings import Settings
+from duologue.sound_files import AudioTooLong, load_audio
 
 Result = TypeVar("Result")
 
 PATIENCE_S = 5.0  # maximum delay of REST work in favor of live sessions
-FRAMES_PER_READ = 65_536
-MAX_CHANNELS = 8
 _BEARER = HTTPBearer(auto_error=False, description="An API key, if the server has keys.")
 
 
@@ -69,20 +64,6 @@ class Service:
     def model(self) -> str:
         """The model's name. Requests for any other name are served by this model."""
         return self.bot.models.card.name
-
-    def voice(self, requested: str | VoiceId | None, param: str) -> str:
-        """Returns the model's voice for a client's choice; OpenAI's voices map to "", the default.
-
-        Raises:
-            ApiError: there is no such voice.
-        """
-        name = requested.id if isinstance(requested, VoiceId) else requested or ""
-        voices = self.bot.models.card.voices
-        if name in voices:
-            return name
-        if name and name not in FOREIGN_VOICES:
-            raise ApiError(f"{self.model} has no voice {name!r}; it has {', '.join(voices)}", param=param)
-        return ""
 
     async def tokenize(self, wav: NDArray[np.float32]) -> tuple[int, ...]:
         """Returns the speech tokens of wav (S,) at 16 kHz. Live conversations take precedence."""
@@ -121,33 +102,16 @@ class Service:
 
 
 def read_audio(data: bytes, max_s: float, param: str) -> NDArray[np.float32]:
-    """Reads the first channel of an audio file, (S,) float32 at 16 kHz. Call it in a thread; `max_s` bounds its memory.
+    """Reads a sound file, (S,) float32 at 16 kHz. Call it in a thread; `max_s` bounds its memory.
 
     Raises:
         ApiError: the file is unreadable, empty, longer than `max_s` seconds, or not finite.
     """
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            if file.channels > MAX_CHANNELS or not 4000 <= file.samplerate <= 384_000:
-                raise ApiError(
-                    f"{param} has {file.channels} channels at {file.samplerate} Hz; up to {MAX_CHANNELS} channels at "
-                    "4000 to 384000 Hz are accepted",
-                    "invalid_audio",
-                    param,
-                )
-            resampler, parts, seconds = StreamingResampler(file.samplerate, rates.LISTEN_SAMPLE_RATE), [], 0.0
-            while len(block := file.read(FRAMES_PER_READ, dtype="float32", always_2d=True)[:, 0]):
-                seconds += len(block) / file.samplerate
-                if seconds > max_s:
-                    raise ApiError(f"{param} is longer than {max_s:.0f} s; cut it first", "audio_too_long", param)
-                parts.append(resampler.step(block))
-            parts.append(resampler.step(np.zeros(0, np.float32), last=True))
-        return check_wav(np.concatenate(parts), rates.LISTEN_SAMPLE_RATE, param)
-    except (soundfile.LibsndfileError, MemoryError):
-        text = f"{param} is not a readable audio file; WAV, FLAC, OGG and MP3 are accepted"
-        raise ApiError(text, "invalid_audio", param) from None
+        return load_audio(data, rates.LISTEN_SAMPLE_RATE, max_s, param)[0]
     except ValueError as error:
-        raise ApiError(str(error), "invalid_audio", param) from None
+        code = "audio_too_long" if isinstance(error, AudioTooLong) else "invalid_audio"
+        raise ApiError(str(error), code, param) from None
 
 
 class StreamedResponse(StreamingResponse):

@@ -35,6 +35,7 @@ class Settings:
         record_folder: folder of recordings; None records nothing.
         resume_s: time to keep the conversation of a dropped client; 0 keeps none.
         drain_s: maximum time for current answers after SIGTERM.
+        write_out_numbers: numbers in English text to be spoken become words; else the model reads digits.
 
     Raises:
         ValueError: names the value and the allowed range.
@@ -61,6 +62,7 @@ class Settings:
     record_folder: Path | None = None
     resume_s: float = 60.0
     drain_s: float = 20.0
+    write_out_numbers: bool = True
 
     def __post_init__(self) -> None:
         if not self.host:
@@ -70,7 +72,7 @@ class Settings:
         for name in (entry.name for entry in fields(self)):
             value = getattr(self, name)
             at_least_zero = name in ("resume_s", "drain_s")
-            if name == "port" or not isinstance(value, int | float):
+            if name == "port" or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             if value < 0 or value != value or (value == 0 and not at_least_zero):
                 raise ValueError(f"{name} must be {'0 or more' if at_least_zero else 'above 0'}, got {value}")

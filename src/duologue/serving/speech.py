@@ -9,10 +9,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
-import re
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
@@ -24,17 +23,17 @@ from duologue.conversation.mouth import Mouth
 from duologue.language.reading import ReadingEngine
 from duologue.serving.encoders import MEDIA_TYPES, FileEncoder, FileFormat
 from duologue.serving.errors import ApiError, documented, sse, sse_with_errors
-from duologue.serving.objects import Strict, VoiceId
+from duologue.serving.objects import Body, VoiceId, find_voice
 from duologue.serving.service import Service, stream_response
+from duologue.serving.spoken_text import chunks, speakable, write_out_numbers
 from duologue.turns import Conversation, Modality, Role
 
 MAX_CHUNK_IDS = 60  # text ids per reply of the model
 SPEECH_PER_TEXT = 8  # maximum speech ids per text id
 SPARE_IDS = 64
-_SENTENCE_END = re.compile(r"(?<=[.!?;:。！？；])\s*")
 
 
-class SpeechRequest(Strict):
+class SpeechRequest(Body):
     """The body of a speech request."""
 
     input: str = Field(min_length=1, description="The text to speak.")
@@ -50,32 +49,12 @@ class SpeechRequest(Strict):
     stream_format: Literal["audio", "sse"] = "audio"
 
 
-def chunks(text: str, count: Any, limit: int) -> list[str]:
-    """Splits a text into sentences, and long sentences into words, then joins them up to `limit` ids per chunk.
-
-    Args:
-        text: the text.
-        count: returns the number of ids of a text.
-        limit: maximum ids per chunk, unless a single word is longer.
-    """
-    pieces: list[str] = []
-    for sentence in (part.strip() for part in _SENTENCE_END.split(text)):
-        if not sentence:
-            continue
-        words = [sentence] if count(sentence) <= limit else sentence.split()
-        for word in words:
-            if pieces and count(f"{pieces[-1]} {word}") <= limit:
-                pieces[-1] += f" {word}"
-            else:
-                pieces.append(word)
-    return pieces
-
-
 class Narrator:
     """Synthesizes one text.
 
     Raises:
-        ApiError: the text is empty or holds a word that is too long, or the voice is unknown.
+        ApiError: the text is too long or holds nothing that can be spoken.
+        ProtocolError: the voice is unknown.
     """
 
     def __init__(self, service: Service, body: SpeechRequest) -> None:
@@ -84,17 +63,18 @@ class Narrator:
             raise ApiError(f"input may have {most} characters, got {len(body.input)}", "input_too_long", "input")
         self._service, self._body = service, body
         self._models = service.bot.models
-        service.voice(body.voice, "voice")  # raises for an unknown voice
+        find_voice(self._models.card, body.voice, "voice")  # raises for an unknown voice
         self._instructions = " ".join((body.instructions or "").split())
         self.num_text = self.num_speech = 0
         encode = self._models.vocabulary.encode_text
         room = self._models.engine.max_positions - SPARE_IDS - 2 * len(encode(self._instructions))
         limit = min(MAX_CHUNK_IDS, room // (SPEECH_PER_TEXT + 2))
-        self._chunks = chunks(body.input, lambda text: len(encode(text)), limit)
+        text = speakable(body.input)
+        if service.settings.write_out_numbers and self._models.card.languages == ("en",):
+            text = write_out_numbers(text)
+        self._chunks = chunks(text, lambda span: len(encode(span)), limit)
         if not self._chunks:
             raise ApiError("input holds no speakable text", param="input")
-        if max(len(encode(chunk)) for chunk in self._chunks) > limit:
-            raise ApiError("input holds a word that is too long to speak", "input_too_long", "input")
 
     async def sound(self) -> AsyncGenerator[bytes, None]:
         """Yields the bytes of the audio file as they are generated."""

@@ -165,7 +165,7 @@ def transcription_routes(service: Service) -> APIRouter:
     )
     async def transcriptions(
         request: Request,
-        file: Annotated[UploadFile, File(description="WAV, FLAC, OGG (Vorbis, Opus) or MP3.")],
+        file: Annotated[UploadFile, File(description="WAV, FLAC, OGG, MP3, WebM, MP4, M4A, AAC or AMR.")],
         model: Annotated[str | None, Form(description="Ignored: the server has one model.")] = None,
         language: Annotated[str | None, Form(description="A language of the model.")] = None,
         prompt: Annotated[str | None, Form(description="Accepted and ignored.")] = None,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue.client.connection import ServerEvent
+from duologue.text import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,9 +98,9 @@ class TerminalDisplay:
             case "input_audio_buffer.speech_stopped":
                 self._state = "thinking"
             case "conversation.item.input_audio_transcription.completed":
-                self._print(f"you: {strip_control(event['transcript']).strip()}")
+                self._print(f"you: {printable(event['transcript']).strip()}")
             case "response.output_audio_transcript.delta" | "response.output_text.delta":
-                self._said += strip_control(event["delta"])
+                self._said += printable(event["delta"])
             case "response.output_audio.delta":
                 self._state = "speaking"
             case "response.done":
@@ -109,7 +110,7 @@ class TerminalDisplay:
             case "talk.interrupted":
                 self._print(f"(interrupted after {event['played_ms'] / 1000:.1f} s)")
             case "error":
-                self._print(f"the server: {strip_control(event['error']['message'])}", to_stderr=True)
+                self._print(f"the server: {printable(event['error']['message'])}", to_stderr=True)
 
     def _end_answer(self, remark: str) -> None:
         if self._said.strip() or remark:
@@ -134,8 +135,3 @@ def bar(level: float) -> str:
     decibels = 20 * math.log10(max(level, 1e-6))
     filled = round(BAR_WIDTH * min(1.0, max(0.0, 1 - decibels / QUIETEST_DB)))
     return "█" * filled + "·" * (BAR_WIDTH - filled)
-
-
-def strip_control(text: str) -> str:
-    """Replaces control characters by spaces. Untrained models can emit terminal escape sequences."""
-    return "".join(char if char.isprintable() else " " for char in text)

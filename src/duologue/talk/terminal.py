@@ -12,19 +12,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from duologue.audio import load_audio, resample, save_audio
 from duologue.client.connection import WIRE_RATE, open_connection
 from duologue.client.conversation import TalkClient, TalkSettings, TalkSummary
 from duologue.client.playback import CHUNK, Playback, Ticker, in_real_time, silence
 from duologue.pcm import from_int16, to_int16
+from duologue.sound_files import load_audio, save_audio
 from duologue.talk.screen import Display, JsonDisplay, LevelMeter, TerminalDisplay
 from duologue.talk.sounds import Loudspeaker, Microphone, devices
 
 
 def read_pcm(path: str | Path) -> NDArray[np.int16]:
     """Reads an audio file as (S,) int16 at `WIRE_RATE`. Raises ValueError as `load_audio`."""
-    wav, sample_rate = load_audio(path)
-    return to_int16(resample(wav, sample_rate, WIRE_RATE))
+    return to_int16(load_audio(path, WIRE_RATE)[0])
 
 
 class PlaybackRecorder:

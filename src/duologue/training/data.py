@@ -6,7 +6,6 @@ Shapes: S samples.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from duologue.config import read_json_lines
 from duologue.pcm import from_int16
 
 Wav = NDArray[np.float32]
@@ -59,8 +59,7 @@ class Clips:
         names = [field.name for field in fields(Clip)]
         for shard in sorted(Path(folder).glob(f"{shards}.jsonl")):
             samples = np.memmap(shard.with_suffix(".pcm"), np.int16, "r")
-            for line in shard.read_text().splitlines():
-                row = json.loads(line)
+            for _, row in read_json_lines(shard):
                 clip = Clip(**{name: row[name] for name in names})
                 if (
                     (splits is None or clip.split in splits)

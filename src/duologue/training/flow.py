@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from duologue import rates
-from duologue.audio import save_audio
 from duologue.checkpoint import file_hash, load_component, read_extra, save_component, save_tensors
 from duologue.decoder.encoder import frames_for_tokens, token_of_frame
 from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded
 from duologue.released.decoder.flow import ReleasedFlow, ReleasedFlowConfig
+from duologue.sound_files import save_audio
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.training.codes import CodeStore, build_store
 from duologue.training.data import Clip, Clips, LengthBatches

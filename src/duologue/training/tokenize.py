@@ -7,7 +7,6 @@ shards are kept, so a stopped run resumes. Ids are computed in float32, as in a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from tqdm import tqdm
 
 from duologue.augmentation import AugmentConfig, augment
 from duologue.checkpoint import file_hash, load_component
+from duologue.config import read_json_lines
 from duologue.cuda import set_float32_precision
 from duologue.interleave import weave
 from duologue.language.backbone import Provenance
@@ -211,14 +211,13 @@ class _Spoken:
 def _dialogues(table: Path, spoken: _Spoken, vocabulary: Vocabulary, recipe: TokensRecipe) -> list[CorpusSample]:
     """The dialogues of one table, once for each rendition and variant of its clips."""
     samples, too_fast = [], 0
-    for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
-        row = json.loads(line)
+    for where, row in read_json_lines(table):
         if row["split"] not in recipe.splits:
             continue
         try:
             clips = [_renditions(turn, spoken) for turn in row["turns"]]
         except KeyError as error:
-            raise ValueError(f"{table}, line {number}: no shard beside it holds the clip {error}") from None
+            raise ValueError(f"{where} names the clip {error}, which no shard next to it holds") from None
         for rendition in range(max(1, *map(len, clips))):
             try:
                 turns = tuple(

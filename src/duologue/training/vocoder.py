@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from duologue import rates
-from duologue.audio import SpeakMel, resample, save_audio
+from duologue.audio import SpeakMel, resample
 from duologue.checkpoint import load_component, save_component
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded
+from duologue.sound_files import save_audio
 from duologue.training.data import Clips, Wav
 from duologue.training.discriminators import (
     DiscriminatorConfig,

@@ -9,44 +9,23 @@ Shapes: B batch, T tokens, S samples, M mels.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from duologue import rates
 from duologue.checkpoint import load_weights, save_tensors
-from duologue.layers import Padded
+from duologue.decoder.decoder import SpeechDecoder, SpeechDecoderState
 from duologue.released.decoder.blocks import Streaming
-from duologue.released.decoder.flow import (
-    GRAPH_FRAMES,
-    GRAPH_ROWS,
-    ReleasedFlow,
-    ReleasedFlowConfig,
-    ReleasedFlowState,
-)
+from duologue.released.decoder.flow import GRAPH_FRAMES, GRAPH_ROWS, ReleasedFlow, ReleasedFlowConfig
 from duologue.released.decoder.folder import CONFIG_FILE, read_decoder_config, read_weights, write_decoder_config
 from duologue.released.decoder.hift import HiFT, HiFTConfig
-from duologue.released.decoder.hift_stream import HiFTState, HiFTVocoder
+from duologue.released.decoder.hift_stream import HiFTVocoder
 
 
-@dataclass
-class ReleasedDecoderState:
-    flow: ReleasedFlowState
-    vocoder: HiFTState
-
-
-class ReleasedDecoder(nn.Module):
-    """Speech tokens (B, T) int64 -> wav (B, 256 (441 T // 64)) float32 at 22.05 kHz, a streaming stage.
-
-    Unlike the released streaming, every frame is emitted exactly once.
-    """
-
-    def __init__(self, flow: ReleasedFlow, vocoder: HiFTVocoder) -> None:
-        super().__init__()
-        self.flow = flow
-        self.vocoder = vocoder
+class ReleasedDecoder(SpeechDecoder[ReleasedFlow, HiFTVocoder]):
+    """`SpeechDecoder` with the released parts. Unlike the released streaming, every frame is emitted exactly once."""
 
     @property
     def codebook_size(self) -> int:
@@ -61,10 +40,10 @@ class ReleasedDecoder(nn.Module):
         seed: int = 0,
         speaker: Tensor | None = None,
         streaming: Streaming | None = None,
-    ) -> ReleasedDecoderState:
+    ) -> SpeechDecoderState:
         """Returns a fresh state; the settings are those of `ReleasedFlow.init_state`."""
         flow = self.flow.init_state(batch_size, num_steps, guidance_scale, seed, speaker, streaming)
-        return ReleasedDecoderState(flow, self.vocoder.init_state(batch_size, seed))
+        return SpeechDecoderState(flow, self.vocoder.init_state(batch_size, seed))
 
     def capture(self, max_rows: int, num_steps: int | None = None, guidance_scale: float | None = None) -> int:
         """Captures the solves of the flow for all buckets up to `max_rows`; returns their number, 0 without CUDA."""
@@ -72,25 +51,6 @@ class ReleasedDecoder(nn.Module):
         return sum(
             self.flow.capture(rows, frames, num_steps, guidance_scale) for rows, frames in buckets if rows <= max_rows
         )
-
-    def give_prompt(self, tokens: Padded, mel: Padded, state: ReleasedDecoderState) -> None:
-        """Sets a voice prompt for fresh rows, see `ReleasedFlow.give_prompt`; the output begins after it."""
-        self.flow.give_prompt(tokens, mel, state.flow)
-
-    def step(self, x: Padded, state: ReleasedDecoderState) -> Padded:
-        """Decodes tokens (B, T) and returns final samples."""
-        return self.vocoder.step(self.flow.step(x, state.flow), state.vocoder)
-
-    def flush(self, state: ReleasedDecoderState, rows: Tensor | None = None) -> Padded:
-        """Ends the utterance: decodes the open block and returns all samples held back."""
-        rows = torch.ones_like(state.flow.start, dtype=torch.bool) if rows is None else rows
-        wav = self.vocoder.step(self.flow.flush(state.flow, rows), state.vocoder)
-        return Padded.concat([wav, self.vocoder.flush(state.vocoder, rows)])
-
-    def forward(self, x: Padded, state: ReleasedDecoderState | None = None) -> Padded:
-        """Decodes tokens (B, T) to wav in one pass, equal to a stream. A fresh state may carry settings."""
-        state = self.init_state(len(x.lengths)) if state is None else state
-        return Padded.concat([self.step(x, state), self.flush(state)])
 
 
 def build_released_decoder(

@@ -1,0 +1,105 @@
+"""Text to be spoken: what cannot be spoken is left out, numbers become words, and long text is split.
+
+Word and character boundaries are those of Unicode (UAX 29), through the package `regex`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from itertools import pairwise
+
+import regex
+
+_LINKS = regex.compile(r"!?\[([^\[\]\n]*)\]\([^()\s]+\)")
+_FENCES = regex.compile(r"^[ \t]*(?:```|~~~)[^\n]*$", regex.MULTILINE)
+_LINE_MARKS = regex.compile(r"^[ \t]*(?:#{1,6}|[-*+]|>)[ \t]+", regex.MULTILINE)
+_EMPHASIS = regex.compile(r"(?<!\w)(\*{1,3}|_{1,3}|~~|`+)(?=\S)([^\n]+?)(?<=\S)\1(?!\w|\.\w)")
+_UNSPOKEN = regex.compile(
+    r"[\p{Cc}--[\t\n\r]]|[\p{Cf}--[\u200c\u200d]]|\p{Co}|\p{Cn}"
+    r"|\p{Regional_Indicator}+|[0-9#*]\ufe0f?\u20e3"
+    r"|[\p{Extended_Pictographic}--[©®™]][\ufe0f\u200d\p{Emoji_Modifier}\p{Extended_Pictographic}]*|[\ufe0e\ufe0f\u20e3]",
+    regex.VERSION1,
+)
+# A sentence ends with a mark and a blank, unless the mark follows an initial. The marks of some scripts need no blank.
+_SENTENCES = regex.compile(r"(?<=[.!?;:…](?<!\b\p{Lu}\.)[\"'”’)\]]*)\s+|(?<=[。！？；：｡])|\n+")
+_BLANKS = regex.compile(r"\s+")
+_WORDS = regex.compile(r"\b", regex.WORD)
+_CHARACTERS = regex.compile(r"\X")
+_BREAKS = (_SENTENCES, _BLANKS, _WORDS, _CHARACTERS)
+
+_NUMBER = regex.compile(
+    r"(?<![\w.,:/-])(?P<currency>[$€£])?(?:(?P<hour>[01]?\d|2[0-3]):(?P<minute>[0-5]\d)"
+    r"|(?P<ordinal>\d{1,6})(?:st|nd|rd|th)|(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,15}(?:\.\d+)?)(?P<percent>\s?%)?)"
+    r"(?![\w%]|[.,:/-]\w)"
+)
+_CURRENCIES = {"$": "USD", "€": "EUR", "£": "GBP"}
+
+
+def speakable(text: str) -> str:
+    """Leaves out emoji, control characters and the marks of Markdown. The rest of the text is unchanged."""
+    text = _LINE_MARKS.sub("", _FENCES.sub("", _LINKS.sub(r"\1", text)))
+    for _ in range(3):  # marks inside marks
+        text = _EMPHASIS.sub(r"\2", text)
+    return str(_UNSPOKEN.sub("", text))
+
+
+def write_out_numbers(text: str, language: str = "en") -> str:
+    """Writes numbers, ordinals, amounts of money, percentages and clock times as words.
+
+    Digits in versions, dates, addresses and codes stay as they are. Only English text is changed.
+    """
+
+    if language != "en":
+        return text
+    from num2words import num2words
+
+    def words(match: regex.Match[str]) -> str:
+        if match["hour"]:
+            minute = int(match["minute"])
+            spoken = [num2words(int(match["hour"]))]
+            if minute:
+                spoken.append(("oh " if minute < 10 else "") + num2words(minute))
+            return " ".join(spoken) if minute else f"{spoken[0]} o'clock"
+        if match["ordinal"]:
+            return str(num2words(int(match["ordinal"]), to="ordinal"))
+        digits = match["number"].replace(",", "")
+        number = Decimal(digits)  # keeps the zeros at the end
+        if match["currency"]:
+            amount = num2words(number, to="currency", currency=_CURRENCIES[match["currency"]])
+            return str(amount.removesuffix(", zero cents").removesuffix(", zero pence"))
+        return f"{num2words(number)} percent" if match["percent"] else str(num2words(number))
+
+    return str(_NUMBER.sub(words, text))
+
+
+def chunks(text: str, count: Callable[[str], int], limit: int) -> list[str]:
+    """Splits a text into spans of it, each as long as `limit` allows.
+
+    A text is split between sentences, a longer sentence between words, and a longer word between characters. Blanks at
+    the edges of a span are left out.
+
+    Args:
+        text: the text.
+        count: returns the number of ids of a text.
+        limit: maximum ids per span.
+    """
+
+    def fits(start: int, end: int) -> bool:
+        return count(text[start:end].strip()) <= limit
+
+    def split(start: int, end: int, breaks: Sequence[regex.Pattern[str]]) -> list[tuple[int, int]]:
+        if fits(start, end) or end - start < 2:
+            return [(start, end)]
+        places = [each.end() for each in breaks[0].finditer(text, start, end)] if breaks else range(start, end)
+        edges = [start, *sorted({place for place in places if start < place < end}), end]
+        spans: list[tuple[int, int]] = []
+        for piece in pairwise(edges):
+            if spans and fits(spans[-1][0], piece[1]):
+                spans[-1] = (spans[-1][0], piece[1])
+            else:
+                spans += [piece] if fits(*piece) else split(*piece, breaks[1:])
+        return spans
+
+    stripped = (text[start:end].strip() for start, end in split(0, len(text), _BREAKS))
+    return [span for span in stripped if span]
