@@ -24,7 +24,7 @@ LENGTH_BUCKETS = (1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)
-class _Graph:
+class _CapturedStep:
     """A captured step of R rows; its inputs are written before each replay.
 
     Attributes:
@@ -60,7 +60,7 @@ class GraphStepper(EagerStepper):
         shape = 2, num_slots + 1, num_positions, int(config.num_key_value_heads), int(config.head_dim)
         self.cache = SlotCache.fixed(int(config.num_hidden_layers), shape, model.dtype, model.device)
         self._buckets = (*(length for length in LENGTH_BUCKETS if length < num_positions), num_positions)
-        self._graphs: dict[tuple[int, int, bool], _Graph] = {}
+        self._graphs: dict[tuple[int, int, bool], _CapturedStep] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     @property
@@ -105,7 +105,7 @@ class GraphStepper(EagerStepper):
         """Leaves the slots, which graphs address, and returns only cached blocks of the allocator."""
         torch.cuda.empty_cache()
 
-    def _graph_of(self, rows: Sequence[StepRow], is_speech: bool) -> _Graph | None:
+    def _graph_of(self, rows: Sequence[StepRow], is_speech: bool) -> _CapturedStep | None:
         """Returns the smallest captured graph that holds the rows, if the model is still as captured."""
         if self._glm is None or not self._glm.untouched:
             return None
@@ -113,7 +113,7 @@ class GraphStepper(EagerStepper):
         fitting = [key for key in self._graphs if key[0] >= len(rows) and key[1] >= longest and key[2] is is_speech]
         return self._graphs[min(fitting)] if fitting else None
 
-    def _replay(self, graph: _Graph, rows: Sequence[StepRow], is_speech: bool) -> list[int]:
+    def _replay(self, graph: _CapturedStep, rows: Sequence[StepRow], is_speech: bool) -> list[int]:
         num_padding = graph.inputs.shape[1] - len(rows)
         inputs = [
             [row.ids[0] for row in rows] + [0] * num_padding,
@@ -135,7 +135,7 @@ class GraphStepper(EagerStepper):
                 columns[i] = column
         return [self._speech.ids[column] if is_speech else column for column in columns[: len(rows)]]
 
-    def _capture(self, num_rows: int, length: int, is_speech: bool) -> _Graph:
+    def _capture(self, num_rows: int, length: int, is_speech: bool) -> _CapturedStep:
         device = self.model.device
         inputs = torch.zeros(3, num_rows, dtype=torch.int64, device=device)
         inputs[2] = self._padding_slot
@@ -159,7 +159,7 @@ class GraphStepper(EagerStepper):
         # Other threads go on to use CUDA, so only this thread's calls are checked.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             out, scores = run()
-        return _Graph(graph, inputs, draws, out, scores)
+        return _CapturedStep(graph, inputs, draws, out, scores)
 
 
 class FlashSlots:
