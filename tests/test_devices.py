@@ -65,7 +65,7 @@ def test_batches_and_modules_go_to_the_device(monkeypatch: pytest.MonkeyPatch, t
     seen: list[str] = []
 
     class Watched(Line):
-        def losses(self, phase: str, batch: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        def losses(self, phase: str, batch: dict[str, Tensor], progress: float) -> dict[str, Tensor]:
             seen.extend(value.device.type for value in batch.values())
             seen.extend(parameter.device.type for parameter in self.phases[phase].parameters())
             raise KeyboardInterrupt

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ class Line:
         x[0, 0] = torch.nan if index == self.bad_at else x[0, 0]
         return {"x": x, "y": x.sum(1, keepdim=True)}
 
-    def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+    def losses(self, phase: str, batch: Batch, progress: float) -> dict[str, Tensor]:
         y = self.phases[phase](batch["x"])
         return {"error": (y - batch["y"]).square().mean(), "size": y.abs().mean()}
 
@@ -105,11 +106,33 @@ def test_a_loss_that_is_no_number_stops_before_the_step(tmp_path: Path) -> None:
 
 def test_learning_rate() -> None:
     config = LoopConfig(num_steps=110, learning_rate=1.0, warmup_steps=10, min_lr_ratio=0.1, schedule="linear")
-    assert [config.lr_at(0), config.lr_at(9), config.lr_at(10)] == [0.1, 1.0, 1.0]
-    assert config.lr_at(60) == pytest.approx(0.55)
-    assert config.lr_at(110) == config.lr_at(1000) == pytest.approx(0.1)
+    assert [config.lr_at(step, step / 110) for step in (0, 9, 10)] == [0.1, 1.0, 1.0]
+    assert config.lr_at(60, 60 / 110) == pytest.approx(0.55)
+    assert config.lr_at(110, 1.0) == config.lr_at(1000, 1.0) == pytest.approx(0.1)
     cosine = LoopConfig(num_steps=110, learning_rate=1.0, warmup_steps=10, min_lr_ratio=0.0)
-    assert cosine.lr_at(60) == pytest.approx(0.5)
+    assert cosine.lr_at(60, 60 / 110) == pytest.approx(0.5)
+
+
+def test_a_run_by_the_clock_ends_with_its_time_and_goes_on_with_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr("duologue.training.loop.time.monotonic", lambda: float(next(clock)))
+    config = replace(CONFIG, minutes=0.5, checkpoint_every_s=0.0, sample_every=1000)
+    seen: list[float] = []
+
+    class Watched(Line):
+        def losses(self, phase: str, batch: Batch, progress: float) -> dict[str, Tensor]:
+            seen.append(progress)
+            return super().losses(phase, batch, progress)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Watched(stop_at=3), config, tmp_path)
+    run(Watched(), config, tmp_path)
+    assert seen == sorted(seen)
+    assert seen[0] < 0.1
+    assert 0.7 < seen[-1] < 1.0
+    assert max(later - earlier for earlier, later in pairwise(seen)) < 0.3
 
 
 def test_two_processes_equal_two_batches(tmp_path: Path) -> None:

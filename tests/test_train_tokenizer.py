@@ -37,8 +37,8 @@ def recipe(corpus: Path, whisper: Path, **changes: object) -> TokenizerRecipe:
             quantizer=QuantizerConfig(16, normalize=True),
         ),
         batch_s=4.0,
-        quantize_from_step=2,
-        bypass_until_step=3,
+        quantize_from=0.5,
+        bypass_until=0.75,
         kmeans_batches=2,
         num_valid_clips=2,
     )
@@ -122,7 +122,7 @@ def test_the_stage_runs_saves_and_goes_on(audio_corpus: Path, whisper: Path, tmp
     assert load_speech_recognizer(final / "recognizer").transcribe(values) == stage.recognizer.transcribe(values)
     again = TokenizerStage(recipe(audio_corpus, whisper, start_from=str(final)))
     torch.testing.assert_close(again.recognizer.prosody.weight, stage.recognizer.prosody.weight)
-    assert set(again.losses("model", again.batch(0), 9)) == {"asr", "prosody", "distill", "commitment"}
+    assert set(again.losses("model", again.batch(0), 0.9)) == {"asr", "prosody", "distill", "commitment"}
 
 
 def test_whispers_text_embeddings_rest_unless_asked(audio_corpus: Path, whisper: Path, tmp_path: Path) -> None:
@@ -136,9 +136,10 @@ def test_whispers_text_embeddings_rest_unless_asked(audio_corpus: Path, whisper:
 
 
 def test_clips_bypass_the_quantizer_less_and_less(audio_corpus: Path, whisper: Path) -> None:
-    stage = TokenizerStage(recipe(audio_corpus, whisper, quantize_from_step=10, bypass_until_step=30, bypass=0.5))
-    assert [stage._bypass(step) for step in (0, 9, 10, 20, 30, 99)] == [1.0, 1.0, 0.5, 0.25, 0.0, 0.0]
-    assert "commitment" not in stage.losses("model", stage.batch(0), 9)
+    stage = TokenizerStage(recipe(audio_corpus, whisper, quantize_from=0.25, bypass_until=0.75, bypass=0.5))
+    shares = [stage._bypass(progress) for progress in (0.0, 0.24, 0.25, 0.5, 0.75, 0.99)]
+    assert shares == [1.0, 1.0, 0.5, 0.25, 0.0, 0.0]
+    assert "commitment" not in stage.losses("model", stage.batch(0), 0.24)
 
 
 def test_released_sizes_are_saved_in_the_released_layout(audio_corpus: Path, whisper: Path, tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_released_sizes_are_saved_in_the_released_layout(audio_corpus: Path, whi
 def test_without_distillation_there_is_no_teacher(audio_corpus: Path, whisper: Path) -> None:
     stage = TokenizerStage(recipe(audio_corpus, whisper, distill_weight=0.0))
     assert stage.teacher is None
-    assert "distill" not in stage.losses("model", stage.batch(0), 0)
+    assert "distill" not in stage.losses("model", stage.batch(0), 0.0)
 
 
 def test_masks_hide_time_and_channels_of_some_rows() -> None:

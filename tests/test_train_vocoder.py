@@ -68,8 +68,8 @@ def tiny_recipe(corpus: Path, num_steps: int = 4) -> VocoderRecipe:
         context_frames=8,
         resolutions=(1024, 256),
         mels=(40, 20),
-        adversarial_from_step=2,
-        adversarial_warmup_steps=1,
+        adversarial_from=0.5,
+        adversarial_warmup=0.25,
         adversarial_frames=6,
     )
 
@@ -115,16 +115,16 @@ def test_the_reply_voice_has_its_share(corpus: Path, monkeypatch: pytest.MonkeyP
 def test_discriminators_start_when_told_and_the_vocoder_is_trained_from_the_first_step(corpus: Path) -> None:
     stage = VocoderStage(tiny_recipe(corpus))
     batch = stage.batch(0)
-    assert stage.losses("discriminator", batch, 1) == {}
-    assert set(stage.losses("generator", batch, 1)) == {"mel", "stft"}
-    assert set(stage.losses("discriminator", batch, 2)) == {"discriminator"}
-    assert set(stage.losses("generator", batch, 2)) == {"mel", "stft"}
-    losses = stage.losses("generator", batch, 3)
+    assert stage.losses("discriminator", batch, 0.49) == {}
+    assert set(stage.losses("generator", batch, 0.49)) == {"mel", "stft"}
+    assert set(stage.losses("discriminator", batch, 0.5)) == {"discriminator"}
+    assert set(stage.losses("generator", batch, 0.5)) == {"mel", "stft"}
+    losses = stage.losses("generator", batch, 0.75)
     assert set(losses) == {"mel", "stft", "adversarial", "feature_matching"} < set(stage.weights)
     torch.stack([*losses.values()]).sum().backward()
     assert all(parameter.grad is None for parameter in stage.discriminators.parameters())
     assert all(parameter.grad is not None for parameter in stage.vocoder.parameters())
-    stage.losses("discriminator", batch, 3)["discriminator"].backward()
+    stage.losses("discriminator", batch, 0.75)["discriminator"].backward()
     assert all(parameter.grad is not None for parameter in stage.discriminators.parameters())
 
 
@@ -181,12 +181,12 @@ def test_resuming_before_the_discriminators_start_equals_an_uninterrupted_run(co
 
 @pytest.mark.slow
 def test_the_spectral_losses_teach_the_vocoder_one_vowel(corpus: Path, tmp_path: Path) -> None:
-    recipe = replace(tiny_recipe(corpus, 120), adversarial_from_step=1000)
+    recipe = replace(tiny_recipe(corpus, 120), adversarial_from=1.0)
     stage = VocoderStage(recipe)
     batch = {"wav": torch.cat([stage.batch(1000 + i)["wav"] for i in range(8)])}
-    before = stage.losses("generator", batch, 0)
+    before = stage.losses("generator", batch, 0.0)
     run(stage, recipe.loop, tmp_path / "run")
-    after = stage.losses("generator", batch, 0)
+    after = stage.losses("generator", batch, 0.0)
     assert float(after["mel"]) < 0.7 * float(before["mel"])
     assert float(after["stft"]) < 0.95 * float(before["stft"])
 
@@ -220,6 +220,6 @@ def test_discriminators_learn_to_tell_noise_from_a_tone() -> None:
 
 def test_the_pocket_recipe_is_one() -> None:
     recipe = load_config(Path(__file__).parents[1] / "recipes" / "pocket" / "vocoder.yaml", VocoderRecipe)
-    assert 0 < recipe.adversarial_from_step < recipe.loop.num_steps
+    assert 0 < recipe.adversarial_from + recipe.adversarial_warmup < 1
     parameters = sum(parameter.numel() for parameter in Vocoder(recipe.vocoder).parameters())
     assert 1.5e6 < parameters < 2.1e6

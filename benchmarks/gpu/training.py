@@ -131,8 +131,8 @@ def _vocoder(places: Places) -> tuple[TrainingStage, LoopConfig]:
         vocoder=small,
         discriminators=DISCRIMINATORS,
         batch_size=2,
-        adversarial_from_step=1,
-        adversarial_warmup_steps=1,
+        adversarial_from=0.5,
+        adversarial_warmup=0.0,
         num_valid_clips=1,
     )
     return VocoderStage(recipe), recipe.loop
@@ -171,8 +171,8 @@ def _tokenizer(places: Places) -> tuple[TrainingStage, LoopConfig]:
         _loop(3),
         tokenizer=config,
         batch_s=4.0,
-        quantize_from_step=1,
-        bypass_until_step=2,
+        quantize_from=0.5,
+        bypass_until=0.75,
         kmeans_batches=2,
         num_valid_clips=2,
     )

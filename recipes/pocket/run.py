@@ -1,6 +1,6 @@
 """All of pocket, from nothing to the folder that ships: corpus, vocabulary, trainings, evaluation.
 
-    python -m recipes.pocket.run [--hours 100] [--turns 72000] [--workers 2] [--list] [--smoke]
+    python -m recipes.pocket.run [--hours 100] [--turns 72000] [--workers 2] [--device cuda] [--list] [--smoke]
 
 It can be stopped and started again at any time: finished steps are skipped, and a training resumes from its last
 checkpoint. All results are under `runs/pocket`; delete a step's folder to repeat the step. `--smoke` runs every step
@@ -81,11 +81,11 @@ SMOKE = {
     "writing": "--dialogues 60",
     "vocabulary": "--codebook-size 64 --vocab-size 400",
     "whisper": "--random",
-    "tokenizer": f"""--set {_MOMENT} batch_s=10 valid=[] num_valid_clips=2 quantize_from_step=1 kmeans_batches=1
+    "tokenizer": f"""--set {_MOMENT} batch_s=10 valid=[] num_valid_clips=2 quantize_from=0.5 kmeans_batches=1
         tokenizer.encoder.num_layers=1 tokenizer.quantizer.codebook_size=64""",
     "freeze": "--max-wer 1000 --min-usage 0",
     "vocoder": f"""--set {_MOMENT} vocoder.width=16 vocoder.ffn_dim=32 vocoder.num_layers=1 batch_size=2
-        adversarial_from_step=1 adversarial_warmup_steps=0""",
+        adversarial_from=0.5 adversarial_warmup=0""",
     "flow": f"""--set {_MOMENT} flow.encoder.width=16 flow.encoder.num_heads=2 flow.encoder.ffn_dim=32
         flow.encoder.num_layers=1 flow.estimator.width=16 flow.estimator.num_heads=2 flow.estimator.ffn_dim=32
         flow.estimator.num_layers=1 batch_s=10 num_valid_clips=2 num_generated=1""",
@@ -100,11 +100,24 @@ SMOKE = {
 }
 
 
+# What `--device cuda` adds: trainings by the clock, with batches that fill a GPU and processes that fill the batches.
+# No run with these has been made yet.
+CUDA = {
+    "tokenizer": "--set batch_s=440 augment.opus_probability=0.0 loop.minutes=4 loop.num_workers=13",
+    "vocoder": "--set batch_size=48 loop.minutes=4 loop.num_workers=2",
+    "flow": "--set batch_s=400 loop.minutes=1 loop.num_workers=6",
+    "flow-voice": "--set batch_s=400 loop.minutes=2 loop.num_workers=6",
+    "pretrain": "--set num_rows=64 loop.minutes=1 loop.num_workers=12",
+    "chat": "--set num_rows=64 loop.minutes=3 loop.num_workers=12",
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hours", type=float, default=100.0, help="of free speech for the tokenizer")
     parser.add_argument("--turns", type=int, default=72000, help="spoken questions with their answers")
     parser.add_argument("--workers", type=int, default=2, help="processes that synthesize")
+    parser.add_argument("--device", default="cpu", help="of the trainings; cuda trains by the clock, see CUDA here")
     parser.add_argument("--smoke", action="store_true", help="run every step for moments on next to nothing")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not")
     args = parser.parse_args(arguments)
@@ -114,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         if step.done.exists():
             continue
-        command = [*step.command, *(SMOKE.get(step.name, "").split() if args.smoke else ())]
+        command = [*step.command, *_options(step, args.device, args.smoke)]
         print(f"--- {step.name}: python {' '.join(command)}", flush=True)
         if result := run_python(command):
             print(f"{step.name} stopped with exit code {result}; mend it and run this again", file=sys.stderr)
@@ -129,6 +142,14 @@ def run_python(command: Sequence[str]) -> int:
     """Runs Python with these arguments in a process of its own and returns the exit code."""
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT), os.environ.get("PYTHONPATH", "")])
     return subprocess.run([sys.executable, *command], env={**os.environ, "PYTHONPATH": path}, check=False).returncode
+
+
+def _options(step: Step, device: str, smoke: bool) -> list[str]:
+    """What this run adds to the command of a step."""
+    added = SMOKE.get(step.name, "").split() if smoke else []
+    if device != "cpu" and "train" in step.command:
+        added += [*("--device", device), *(() if smoke else CUDA.get(step.name, "").split())]
+    return added
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ class ChatStage:
 
         return pack(fill(draw, self.recipe.num_rows, self.recipe.length), self.recipe.length, self._padding_id)
 
-    def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+    def losses(self, phase: str, batch: Batch, progress: float) -> dict[str, Tensor]:
         return losses(self.model, batch)
 
     def evaluate(self) -> dict[str, float]:

@@ -168,7 +168,7 @@ class FlowStage:
         batch["voice"] = torch.where(unnamed, REPLY, batch["voice"])
         return batch
 
-    def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+    def losses(self, phase: str, batch: Batch, progress: float) -> dict[str, Tensor]:
         flow, start = self.flow, batch["start"]
         mel = flow.normalize(batch["mel"].float())  # (B, F, M)
         mask = torch.arange(mel.shape[1], device=mel.device) < batch["num_frames"][:, None]

@@ -36,6 +36,8 @@ class LoopConfig:
 
     Attributes:
         num_steps: total optimizer steps; the schedule ends there.
+        minutes: trains for this time instead of `num_steps`, and the schedule follows the clock. A resumed run has the
+            rest of the time. For a machine whose speed is unknown; such a run cannot be repeated exactly.
         schedule: decay of the learning rate after the warm-up, down to `learning_rate * min_lr_ratio`.
         accumulate: batches per optimizer step and process.
         num_workers: processes that prepare batches; 0 for one thread of this process.
@@ -44,6 +46,7 @@ class LoopConfig:
 
     num_steps: int
     learning_rate: float
+    minutes: float | None = None
     seed: int = 0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: int = 100
@@ -60,11 +63,13 @@ class LoopConfig:
     checkpoint_every_s: float = 600.0
     max_shard_bytes: int = 2**31
 
-    def lr_at(self, step: int) -> float:
-        """Learning rate of optimizer step `step`, counted from 0."""
+    def lr_at(self, step: int, progress: float) -> float:
+        """Learning rate of optimizer step `step`, counted from 0, at a share `progress` of the training."""
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / self.warmup_steps
-        done = min((step - self.warmup_steps) / max(self.num_steps - self.warmup_steps, 1), 1.0)
+        if self.minutes is None:
+            progress = (step - self.warmup_steps) / max(self.num_steps - self.warmup_steps, 1)
+        done = min(progress, 1.0)
         fall = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[self.schedule]
         return self.learning_rate * (self.min_lr_ratio + (1 - self.min_lr_ratio) * fall)
 
@@ -84,8 +89,8 @@ class TrainingStage(Protocol):
         """The batch with this index, on the CPU; a pure function of the index."""
         ...
 
-    def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Named scalar losses of one phase; empty when the phase is idle in this step."""
+    def losses(self, phase: str, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """Named scalar losses of one phase at a share `progress` of the training; empty when the phase is idle."""
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -99,6 +104,27 @@ class TrainingStage(Protocol):
     def save(self, folder: Path) -> None:
         """Writes the finished component."""
         ...
+
+
+class _Progress:
+    """The share of the training that is done, by steps or by the clock.
+
+    Ranks agree on it: the first one's clock counts.
+    """
+
+    def __init__(self, config: LoopConfig, done: float) -> None:
+        self._config, self._done, self._start = config, done, time.monotonic()
+
+    def at(self, step: int) -> float:
+        """The share done before optimizer step `step`."""
+        if self._config.minutes is None:
+            return min(step / self._config.num_steps, 1.0)
+        share = self._done + (time.monotonic() - self._start) / (60.0 * self._config.minutes)
+        if distributed.is_initialized():
+            shared = [share]
+            distributed.broadcast_object_list(shared)
+            share = shared[0]
+        return min(share, 1.0)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -117,33 +143,36 @@ def run(stage: TrainingStage, config: LoopConfig, out: Path, device: str = "cpu"
     for module in stage.phases.values():
         module.to(device).train()
     optimizers = {name: _optimizer(module, config) for name, module in stage.phases.items()}
-    step = _resume(stage, optimizers, out / "checkpoints")
+    step, done = _resume(stage, optimizers, out / "checkpoints")
+    progress = _Progress(config, done)
     log = _Log(out, step) if rank == 0 else None
     saved_at = time.monotonic()
     metrics: dict[str, float] = {}
-    bar = tqdm(total=config.num_steps, initial=step, desc=out.name, disable=rank > 0, mininterval=5.0, smoothing=0.05)
+    total = config.num_steps if config.minutes is None else None
+    bar = tqdm(total=total, initial=step, desc=out.name, disable=rank > 0, mininterval=5.0, smoothing=0.05)
     batches = _prefetch(stage, config, step, rank, world, device)
-    while step < config.num_steps:
+    while (done := progress.at(step)) < 1.0:
         values: dict[str, float] = {}
         micro = [next(batches) for _ in range(config.accumulate)]
         for phase, module in stage.phases.items():
-            values |= _optimize(stage, phase, module, optimizers[phase], micro, step, config, device)
+            values |= _optimize(stage, phase, module, optimizers[phase], micro, step, done, config, device)
         step += 1
+        is_last = progress.at(step) >= 1.0
         bar.update()
         if log and (step % config.log_every == 0 or step == 1):
             bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
             log.write(step, values)
-        if log and (step % config.evaluate_every == 0 or step == config.num_steps):
+        if log and (step % config.evaluate_every == 0 or is_last):
             metrics = _quiet(stage, stage.evaluate)
             line = f"{out.name} step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
             tqdm.write(line, file=sys.stderr)
             log.write(step, {f"valid/{name}": value for name, value in metrics.items()})
-        if log and (step % config.sample_every == 0 or step == config.num_steps):
+        if log and (step % config.sample_every == 0 or is_last):
             folder = out / "samples" / f"step-{step:07d}"
             folder.mkdir(parents=True, exist_ok=True)
             _quiet(stage, lambda folder=folder: stage.sample(folder))
-        if log and (time.monotonic() - saved_at > config.checkpoint_every_s or step == config.num_steps):
-            _checkpoint(stage, optimizers, step, out / "checkpoints", config.max_shard_bytes)
+        if log and (time.monotonic() - saved_at > config.checkpoint_every_s or is_last):
+            _checkpoint(stage, optimizers, step, progress.at(step), out / "checkpoints", config.max_shard_bytes)
             saved_at = time.monotonic()
         if distributed.is_initialized():
             distributed.barrier()
@@ -161,19 +190,20 @@ def _optimize(
     optimizer: torch.optim.Optimizer,
     micro: list[tuple[int, Batch]],
     step: int,
+    progress: float,
     config: LoopConfig,
     device: str,
 ) -> dict[str, float]:
     """One optimizer step of one phase; returns the losses, averaged over its batches."""
     for group in optimizer.param_groups:
-        group["lr"] = config.lr_at(step)
+        group["lr"] = config.lr_at(step, progress)
     optimizer.zero_grad(set_to_none=True)
     computed: list[dict[str, Tensor]] = []
     for index, batch in micro:
         torch.manual_seed(hash((config.seed, index)) % 2**63)
         batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=config.precision == "bf16"):
-            losses = stage.losses(phase, batch, step)
+            losses = stage.losses(phase, batch, progress)
         if not losses:  # an idle phase
             return {}
         total = torch.stack([loss.float() * stage.weights[name] for name, loss in losses.items()]).sum()
@@ -229,7 +259,9 @@ def _prefetch(
     stage: TrainingStage, config: LoopConfig, step: int, rank: int, world: int, device: str
 ) -> Iterator[tuple[int, Batch]]:
     """Batches with their indices; the next ones are prepared while one is in use."""
-    indices = range(step * config.accumulate * world + rank, config.num_steps * config.accumulate * world, world)
+    # A run by the clock has no last batch; a sampler needs one all the same.
+    num_steps = config.num_steps if config.minutes is None else 2**40
+    indices = range(step * config.accumulate * world + rank, num_steps * config.accumulate * world, world)
     if config.num_workers:
         # Workers are forked, so that they share the corpus; batches are made on the CPU and never touch the device.
         yield from DataLoader(
@@ -273,7 +305,12 @@ def _start_distributed(device: str) -> tuple[int, int, str]:
 
 
 def _checkpoint(
-    stage: TrainingStage, optimizers: Mapping[str, torch.optim.Optimizer], step: int, folder: Path, max_shard_bytes: int
+    stage: TrainingStage,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    step: int,
+    progress: float,
+    folder: Path,
+    max_shard_bytes: int,
 ) -> None:
     """Writes weights and optimizers as a new checkpoint, then removes the older one."""
     unfinished = folder / f"step-{step:07d}.part"
@@ -283,7 +320,7 @@ def _checkpoint(
         state = optimizers[name].state_dict()["state"]
         moments = {f"{i}.{key}": value.contiguous() for i, entry in state.items() for key, value in entry.items()}
         save_tensors(unfinished, moments, f"{name}.optimizer", max_shard_bytes=max_shard_bytes)
-    (unfinished / "state.json").write_text(json.dumps({"version": 1, "step": step}))
+    (unfinished / "state.json").write_text(json.dumps({"version": 1, "step": step, "progress": progress}))
     finished = unfinished.with_suffix("")
     shutil.rmtree(finished, ignore_errors=True)
     unfinished.rename(finished)
@@ -291,11 +328,11 @@ def _checkpoint(
         shutil.rmtree(old)
 
 
-def _resume(stage: TrainingStage, optimizers: Mapping[str, torch.optim.Optimizer], folder: Path) -> int:
-    """Loads the newest checkpoint; returns its step, or 0 when there is none."""
+def _resume(stage: TrainingStage, optimizers: Mapping[str, torch.optim.Optimizer], folder: Path) -> tuple[int, float]:
+    """Loads the newest checkpoint; returns its step and share of the training, or 0 when there is none."""
     found = sorted(folder.glob("step-???????"))
     if not found:
-        return 0
+        return 0, 0.0
     for name, module in stage.phases.items():
         load_weights(module, load_tensors(found[-1], name), str(found[-1]))
         state: dict[int, dict[str, Tensor]] = {}
@@ -303,7 +340,8 @@ def _resume(stage: TrainingStage, optimizers: Mapping[str, torch.optim.Optimizer
             index, field = key.split(".")
             state.setdefault(int(index), {})[field] = value
         optimizers[name].load_state_dict({**optimizers[name].state_dict(), "state": state})
-    return int(json.loads((found[-1] / "state.json").read_text())["step"])
+    state_of_run = json.loads((found[-1] / "state.json").read_text())
+    return int(state_of_run["step"]), float(state_of_run.get("progress", 0.0))
 
 
 class _Log:

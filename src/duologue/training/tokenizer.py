@@ -68,11 +68,12 @@ class TokenizerRecipe:
         batch_s: seconds of sound in a batch.
         distill_weight: of the squared distance to Whisper's output over the variance of that output; 0 for none.
         commitment_weight: the paper says 10.0, the released config multiplies 0.25 by 10.
-        quantize_from_step: before this step vectors pass unquantized; there k-means starts the codebook.
+        quantize_from: before this share of the training vectors pass unquantized; there k-means starts the codebook.
         kmeans_batches: batches whose vectors k-means sees.
         num_end: learned vectors after the last speech token, see `SpeechRecognizerConfig`.
         train_text_embeddings: whether Whisper's text embeddings, more than half of a small model, change too.
-        bypass: share of the clips that pass unquantized from then on, falling to 0 at `bypass_until_step`.
+        bypass: share of the clips that pass unquantized from then on, falling to 0 at the share
+            `bypass_until` of the training.
     """
 
     corpora: tuple[str, ...]
@@ -90,10 +91,10 @@ class TokenizerRecipe:
     distill_weight: float = 2.0
     commitment_weight: float = 0.25
     prosody_weight: float = 0.1
-    quantize_from_step: int = 600
+    quantize_from: float = 0.17
     kmeans_batches: int = 32
     bypass: float = 0.5
-    bypass_until_step: int = 2000
+    bypass_until: float = 0.6
     num_end: int = 4
     train_text_embeddings: bool = False
     num_valid_clips: int = 150
@@ -179,17 +180,17 @@ class TokenizerStage:
             "start": torch.from_numpy(rng.integers(0, self._max_start(wav_heard), len(chosen))),
         }
 
-    def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+    def losses(self, phase: str, batch: Batch, progress: float) -> dict[str, Tensor]:
         hidden = self._hidden(batch)
         quantized: Quantized = self.tokenizer.quantizer(hidden)
-        through = step >= self.recipe.quantize_from_step
+        through = progress >= self.recipe.quantize_from
         if through and not self.tokenizer.quantizer.ema_count.any():
             self._start_codebook(hidden.values.device)
             quantized = self.tokenizer.quantizer(hidden)
         if through:
             self.tokenizer.quantizer.update(hidden, quantized.codes)
         values = quantized.values
-        if (share := self._bypass(step)) > 0:
+        if (share := self._bypass(progress)) > 0:
             bypassed = torch.rand(len(values), 1, 1, device=values.device) < share
             values = torch.where(bypassed, self.tokenizer.quantizer.normalized(hidden.values.float()), values)
         passed = Padded(values, hidden.lengths)
@@ -266,13 +267,13 @@ class TokenizerStage:
         error: Tensor = (memory.values[memory.mask] - wanted).square().mean()
         return error / wanted.var(0).mean()
 
-    def _bypass(self, step: int) -> float:
-        """Share of the clips that pass unquantized in a step."""
+    def _bypass(self, progress: float) -> float:
+        """Share of the clips that pass unquantized."""
         recipe = self.recipe
-        if step < recipe.quantize_from_step:
+        if progress < recipe.quantize_from:
             return 1.0
-        left = recipe.bypass_until_step - step
-        return recipe.bypass * max(left / max(recipe.bypass_until_step - recipe.quantize_from_step, 1), 0.0)
+        left = recipe.bypass_until - progress
+        return recipe.bypass * max(left / max(recipe.bypass_until - recipe.quantize_from, 1e-9), 0.0)
 
     @torch.no_grad()
     def _vectors(self, first: int, count: int, device: torch.device) -> Tensor:

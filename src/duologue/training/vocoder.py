@@ -44,8 +44,8 @@ class VocoderRecipe:
         gain_db: range of the level, relative to the clip, limited so that no sample clips.
         reply_share: share of crops from the reply voice; the rest is from all other clips.
         resolutions, mels: n_fft and number of mels of each spectral loss.
-        adversarial_from_step: step at which the training of the discriminators begins.
-        adversarial_warmup_steps: number of steps in which they train before the vocoder gets their loss.
+        adversarial_from: share of the training at which that of the discriminators begins.
+        adversarial_warmup: share of the training in which they train before the vocoder gets their loss.
         adversarial_frames: mel frames of each crop that the discriminators get.
     """
 
@@ -61,8 +61,8 @@ class VocoderRecipe:
     reply_share: float = 0.5
     resolutions: tuple[int, ...] = (2048, 1024, 512, 256)
     mels: tuple[int, ...] = (160, 80, 40, 20)
-    adversarial_from_step: int = 2600
-    adversarial_warmup_steps: int = 100
+    adversarial_from: float = 0.77
+    adversarial_warmup: float = 0.03
     adversarial_frames: int = 32
     mel_weight: float = 15.0
     stft_weight: float = 5.0
@@ -136,13 +136,13 @@ class VocoderStage:
         rng = np.random.default_rng((self.recipe.loop.seed, index))
         return {"wav": torch.from_numpy(np.stack([self._crop(rng) for _ in range(self.recipe.batch_size)]))}
 
-    def losses(self, phase: str, batch: Batch, step: int) -> dict[str, Tensor]:
+    def losses(self, phase: str, batch: Batch, progress: float) -> dict[str, Tensor]:
         recipe, wav = self.recipe, batch["wav"]
         start = recipe.context_frames * rates.SPEAK_HOP
         compared = slice(start, start + recipe.crop_frames * rates.SPEAK_HOP)
         judged = slice(0, recipe.adversarial_frames * rates.SPEAK_HOP)
         real = wav[:, compared]
-        if phase == "discriminator" and step < recipe.adversarial_from_step:
+        if phase == "discriminator" and progress < recipe.adversarial_from:
             return {}
         with torch.set_grad_enabled(phase == "generator"):
             made = self._resynthesize(wav)[:, compared]
@@ -152,7 +152,7 @@ class VocoderStage:
             return {"discriminator": discriminator_loss(*judgements)}
         distance = self.spectral.to(wav.device)(made, real)
         losses = {"mel": distance.mel, "stft": distance.stft}
-        if step >= recipe.adversarial_from_step + recipe.adversarial_warmup_steps:
+        if progress >= recipe.adversarial_from + recipe.adversarial_warmup:
             with torch.no_grad():
                 of_real = self.discriminators(real[:, judged])
             of_made = self.discriminators(made[:, judged])
