@@ -113,3 +113,16 @@ def test_a_block_is_bounded() -> None:
 def test_bad_settings_name_the_value(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BlockPolicy(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_reply_far_ahead_of_its_playback_is_held() -> None:
+    now = 0.0
+    policy = BlockPolicy(clock=lambda: now, max_ahead_s=4.0)
+    assert policy.hold_s(500) == 0.0  # nothing plays yet
+    policy.gave_block(10)
+    policy.took_sound(3.0)
+    assert policy.hold_s(12) == 0.0  # 3 s of sound and 0.96 s of tokens
+    assert policy.hold_s(25) == pytest.approx(1.0)
+    now = 1.0
+    assert policy.hold_s(25) == 0.0
+    assert BlockPolicy(clock=lambda: now).hold_s(10**6) == 0.0

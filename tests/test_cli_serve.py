@@ -65,6 +65,7 @@ def _arguments(**given: Any) -> argparse.Namespace:
         "resume_s",
         "drain_s",
         "stall_s",
+        "ahead_s",
         "write_out_numbers",
     )
     return argparse.Namespace(

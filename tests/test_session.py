@@ -10,10 +10,13 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import duologue
+from duologue.conversation.block_policy import BlockPolicy
 from duologue.conversation.chatbot import Chatbot
 from duologue.conversation.events import AudioDelta, EndReason, Interrupted, ReplyDone, SpeechDelta, TextDelta
 from duologue.conversation.history import reply_prompt
+from duologue.conversation.session import Session
 from duologue.interleave import TEXT_ONLY, split
+from duologue.language.sampling import Sampling
 from duologue.models import Models
 from duologue.pcm import Pcm
 from duologue.rates import speak_samples_for_tokens, tokens_for_samples
@@ -138,6 +141,34 @@ def test_interrupt_cuts_the_history_at_what_was_heard(bot: Chatbot) -> None:
     assert events[-2].num_tokens_heard == 5
     assert isinstance(events[-1], ReplyDone)
     assert events[-1].reason is EndReason.INTERRUPTED
+
+
+def test_a_reply_far_ahead_of_its_playback_waits_for_it(bot: Chatbot) -> None:
+    """While the clock of the playback stands, two seconds of speech exist; then the reply goes on to its end."""
+    now = [0.0]
+
+    def policy() -> BlockPolicy:
+        return BlockPolicy(clock=lambda: now[0], max_ahead_s=2.0)
+
+    async def talk() -> tuple[int, int]:
+        session = Session(bot.models, bot.worker, sampling=Sampling(max_tokens=200, seed=1), policy=policy)
+        session.feed(noise(16000))
+        stream, num_tokens, held_at = session.reply(), 0, 0
+        while True:
+            coming = asyncio.ensure_future(anext(stream, None))
+            await asyncio.wait({coming}, timeout=None if held_at or not num_tokens else 3.0)
+            if not coming.done():
+                held_at = num_tokens
+            if held_at:
+                now[0] += 10.0
+            event = await coming
+            if event is None:
+                return held_at, num_tokens
+            num_tokens += isinstance(event, SpeechDelta)
+
+    held_at, num_tokens = asyncio.run(talk())
+    assert 20 <= held_at <= 26  # of 80 ms each
+    assert num_tokens > 100
 
 
 def test_interrupt_after_the_reply_is_done(bot: Chatbot) -> None:

@@ -48,6 +48,9 @@ def add(commands: Any) -> None:
     serve.add_argument("--session-s", type=_seconds, metavar="S", help="maximum duration of a conversation")
     serve.add_argument("--resume-s", type=_seconds, metavar="S", help="keep dropped conversations for S seconds")
     serve.add_argument("--stall-s", type=_seconds, metavar="S", help="drop clients that read nothing for S seconds")
+    serve.add_argument(
+        "--ahead-s", type=_seconds, metavar="S", help="generate a reply at most S seconds ahead of its playback"
+    )
     serve.add_argument("--drain-s", type=_seconds, metavar="S", help="let answers finish for S seconds after SIGTERM")
     serve.add_argument(
         "--digits",
@@ -107,8 +110,8 @@ def _stop_when_stdin_ends() -> None:
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the command line and environment as fields of Settings."""
-    limits = ("max_sessions", "max_sessions_per_key", "idle_s", "session_s", "resume_s", "stall_s", "drain_s")
-    names = (*limits, "record_folder", "write_out_numbers")
+    limits = ("max_sessions", "max_sessions_per_key", "idle_s", "session_s", "resume_s", "stall_s", "ahead_s")
+    names = (*limits, "drain_s", "record_folder", "write_out_numbers")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     keys = _keys(args.keys)
     return {"host": args.host, "port": args.port, "api_keys": keys, "allowed_origins": tuple(args.origin), **given}

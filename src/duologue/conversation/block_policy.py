@@ -63,6 +63,7 @@ class BlockPolicy:
     Args:
         clock: the clock of the worker's deadlines.
         max_tokens: a multiple of 10.
+        max_ahead_s: seconds of a reply that may exist beyond what was played; None for no limit.
     """
 
     def __init__(
@@ -71,12 +72,14 @@ class BlockPolicy:
         max_tokens: int = MAX_BLOCK_TOKENS,
         safety: float = 2.0,
         margin_s: float = 0.1,
+        max_ahead_s: float | None = None,
     ) -> None:
         if max_tokens < rates.BLOCK_TOKENS or max_tokens % rates.BLOCK_TOKENS:
             raise ValueError(f"max_tokens must be a multiple of {rates.BLOCK_TOKENS}, got {max_tokens}")
         if safety < 1 or margin_s < 0:
             raise ValueError(f"safety must be at least 1 and margin_s not negative, got {safety} and {margin_s}")
         self._clock, self._max_tokens, self._safety, self._margin_s = clock, max_tokens, safety, margin_s
+        self._max_ahead_s = max_ahead_s
         self._ids_at: deque[float] = deque(maxlen=32)
         self._decoded: deque[tuple[int, float]] = deque(maxlen=4)  # tokens and seconds of the last blocks
         self._given = rates.BLOCK_TOKENS, 0.0
@@ -86,6 +89,19 @@ class BlockPolicy:
     def runs_dry_at(self) -> float | None:
         """Time at which playback underruns; None before the first audio."""
         return self._playback.ends_at
+
+    def hold_s(self, num_waiting: int) -> float:
+        """Returns for how many seconds no further id is wanted, because the reply is far ahead of its playback.
+
+        Ids that a listener interrupts unheard cost as much as others; the engine pauses a reply whose ids wait.
+
+        Args:
+            num_waiting: speech tokens not yet given to the decoder.
+        """
+        if self._max_ahead_s is None or self.runs_dry_at is None:
+            return 0.0
+        ahead_s = self.runs_dry_at - self._clock() + num_waiting / rates.TOKEN_RATE
+        return max(ahead_s - self._max_ahead_s, 0.0)
 
     def took_id(self) -> None:
         """Records that the language model produced an id."""

@@ -124,7 +124,7 @@ class Mouth:
                 await self._wait(coming)
                 if self._block is not None and self._block.done() and not self._stopped.done():
                     yield self._take_sound(self._block)
-                if coming is None or not coming.done() or self._stopped.done():
+                if coming is None or not coming.done() or self._stopped.done() or self._hold_s > 0:
                     continue
                 self._stages["language"] += time.monotonic() - asked
                 self._note_once("prefill_s", self._stages["language"])
@@ -163,12 +163,15 @@ class Mouth:
         """Waits for an id, audio, a stop or the deadline of the next block."""
         waited: set[asyncio.Future[Any]] = {self._stopped}
         timeout = None
-        if coming is not None:
+        if coming is not None and (hold_s := self._hold_s) > 0:
+            timeout = hold_s
+        elif coming is not None:
             waited.add(coming)
         if self._block is not None:
             waited.add(self._block)
         elif coming is not None and self._num_waiting >= rates.BLOCK_TOKENS:
-            timeout = max(self._policy.wait_s(self._num_waiting, self._num_ids_to_next), 0.001)
+            wait_s = max(self._policy.wait_s(self._num_waiting, self._num_ids_to_next), 0.001)
+            timeout = wait_s if timeout is None else min(wait_s, timeout)
         await asyncio.wait(waited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
 
     def _take_id(self, token: int | None) -> TextDelta | SpeechDelta | None:
@@ -194,6 +197,10 @@ class Mouth:
     @property
     def _num_waiting(self) -> int:
         return len(self.codes) - self._num_decoded
+
+    @property
+    def _hold_s(self) -> float:
+        return self._policy.hold_s(self._num_waiting)
 
     @property
     def _is_complete(self) -> bool:

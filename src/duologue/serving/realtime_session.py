@@ -326,7 +326,7 @@ class RealtimeSession:
             self.bot.models,
             self.bot.worker,
             text_only=spec.text_only,
-            policy=BlockPolicy(margin_s=WIRE_MARGIN_S),
+            policy=BlockPolicy(margin_s=WIRE_MARGIN_S, max_ahead_s=self.settings.ahead_s),
             asked_at=requested_at,
         )
         recorder = self.client.recorder if in_conversation else None

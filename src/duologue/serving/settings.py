@@ -32,6 +32,7 @@ class Settings:
         max_requests: concurrent requests that use the models; more are refused.
         outbound_events: capacity of a client's send queue.
         stall_s: a client that reads nothing for this time while events wait is dropped.
+        ahead_s: a reply is not generated further than this ahead of its playback.
         record_folder: folder of recordings; None records nothing.
         resume_s: time to keep the conversation of a dropped client; 0 keeps none.
         drain_s: maximum time for current answers after SIGTERM.
@@ -59,6 +60,7 @@ class Settings:
     max_requests: int = 16
     outbound_events: int = 512
     stall_s: float = 10.0
+    ahead_s: float = 8.0
     record_folder: Path | None = None
     resume_s: float = 60.0
     drain_s: float = 20.0
