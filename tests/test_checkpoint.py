@@ -109,6 +109,30 @@ def test_half_precision_on_disk_is_full_in_memory(tmp_path: Path, tiny: Tiny) ->
     assert load_component(tmp_path, Tiny, TinyConfig, dtype=torch.bfloat16).proj.weight.dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("max_shard_bytes", [2**31, 100])
+def test_matrices_in_int8_are_floats_in_memory(tmp_path: Path, tiny: Tiny, max_shard_bytes: int) -> None:
+    with torch.no_grad():
+        tiny.proj.weight[2] = 0.0  # a row without a scale of its own
+        tiny.proj.weight[3] *= 1000.0
+    save_component(tmp_path / "int8", tiny, tiny.config, dtype=torch.int8, max_shard_bytes=max_shard_bytes)
+    stored = load_tensors(tmp_path / "int8")
+    assert stored["proj.weight"].dtype == torch.int8
+    assert stored["proj.bias"].dtype == torch.float16
+    read = load_component(tmp_path / "int8", Tiny, TinyConfig)
+    assert read.proj.weight.dtype == torch.float32
+    assert torch.equal(read.counts, tiny.counts)
+    assert read.head.weight is read.embed.weight
+    for own, found in ((tiny.proj.weight, read.proj.weight), (tiny.embed.weight, read.embed.weight)):
+        step = own.detach().abs().amax(1, keepdim=True) / 127
+        assert bool(((own - found).abs() <= 0.5001 * step).all())
+    save_component(tmp_path / "again", read, read.config, dtype=torch.int8)
+    assert torch.equal(load_component(tmp_path / "again", Tiny, TinyConfig).proj.weight, read.proj.weight)
+    tensors = {key: value for key, value in stored.items() if key != "proj.weight"}
+    save_tensors(tmp_path / "int8", tensors)
+    with pytest.raises(ValueError, match=r"has no weight 'proj\.weight'"):
+        load_component(tmp_path / "int8", Tiny, TinyConfig)
+
+
 def test_the_hash_is_of_the_contents(tmp_path: Path, folder: Path, tiny: Tiny) -> None:
     save_component(tmp_path / "copy", tiny, tiny.config, extra={"step": 3})
     assert file_hash(folder) == file_hash(tmp_path / "copy")

@@ -3,6 +3,8 @@
     config.json          {"kind": class of the module, "version": 1, ...the fields of its config..., "extra": {...}}
     model.safetensors    its state dict; larger ones are sharded with an index, in the layout of transformers
 
+Matrices may be stored in int8. Then `<key>` holds whole numbers and `<key>.int8_scale` one float32 factor per row.
+
 Loading executes no code, and every fault raises an error that names file and key. Files are replaced one by one,
 weights first, so an interrupted save leaves readable files.
 """
@@ -28,6 +30,7 @@ from duologue.config import parse_config, read_json, to_mapping, write_json
 FORMAT_VERSION = 1
 MAX_SHARD_BYTES = 2**31
 _OWN_KEYS = ("kind", "version", "extra")
+_SCALE = ".int8_scale"
 # Floating-point types by their names in safetensors, and those in which a language model can run.
 FLOAT_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -84,7 +87,8 @@ def save_component(
         module: its state dict is stored; tied parameters are stored once.
         config: a frozen dataclass, see `duologue.config`.
         extra: JSON values stored with the weights, such as a tokenizer hash or the training step.
-        dtype: dtype of stored floating-point tensors; unchanged by default.
+        dtype: dtype of stored floating-point tensors; unchanged by default. `torch.int8` is for matrices; all other
+            tensors are then stored in float16.
         max_shard_bytes: maximum size of a file with more than one tensor.
 
     Raises:
@@ -96,7 +100,9 @@ def save_component(
         if key in fields:
             raise ValueError(f"{type(config).__name__} has a field {key!r}, which the checkpoint format needs itself")
     tensors = module_tensors(module)
-    if dtype is not None:
+    if dtype is torch.int8:
+        tensors = _quantized(tensors)
+    elif dtype is not None:
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
     save_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
     head = {"kind": type(module).__name__, "version": FORMAT_VERSION}
@@ -128,7 +134,7 @@ def load_component(
     module = cls(config)
     if dtype is not None:
         module = module.to(dtype)
-    load_weights(module, load_tensors(folder), str(folder))
+    load_weights(module, _dequantized(load_tensors(folder)), str(folder))
     return module.eval()
 
 
@@ -295,6 +301,31 @@ def file_hash(folder: str | Path) -> str:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         whole.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
     return whole.hexdigest()
+
+
+def _quantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Matrices (N, ...) in int8 with a scale per row (N,); other floating-point tensors in float16."""
+    stored: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            stored[key] = tensor
+        elif tensor.dim() < 2 or not tensor.numel():
+            stored[key] = tensor.half()
+        else:
+            rows = tensor.detach().float().flatten(1)
+            scale = (rows.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+            stored[key] = (rows / scale[:, None]).round().to(torch.int8).view(tensor.shape)
+            stored[key + _SCALE] = scale
+    return stored
+
+
+def _dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of `_quantized`; tensors without a scale are returned as they are."""
+    weights = {key: tensor for key, tensor in tensors.items() if not key.endswith(_SCALE)}
+    for key, scale in tensors.items():
+        if key.endswith(_SCALE) and (stored := weights.get(key.removesuffix(_SCALE))) is not None:
+            weights[key.removesuffix(_SCALE)] = (stored.flatten(1) * scale[:, None]).view(stored.shape)
+    return weights
 
 
 def _component_json(folder: Path) -> dict[str, Any]:
