@@ -15,7 +15,12 @@ from duologue.layers import Padded
 from duologue.tokenizer.ctranslate2 import convert_whisper_ct2
 from duologue.tokenizer.encoder import pool
 from duologue.tokenizer.quantizer import QuantizerConfig
-from duologue.tokenizer.speech_recognizer import WhisperText
+from duologue.tokenizer.speech_recognizer import (
+    WhisperText,
+    load_speech_recognizer,
+    prune_text,
+    save_speech_recognizer,
+)
 from duologue.tokenizer.whisper import WhisperFolder, WhisperTeacher, from_whisper
 from recipes.pocket.whisper import write_random_whisper
 
@@ -142,6 +147,34 @@ def test_texts_and_prompts(folder: Path) -> None:
     assert multilingual.prompt("zh") != multilingual.prompt("en")
     with pytest.raises(ValueError, match=r"no id for '<\|xx\|>'"):
         multilingual.prompt("xx")
+
+
+def test_text_ids_that_are_not_used_can_be_dropped(folder: Path, tmp_path: Path) -> None:
+    _, whole = from_whisper(WhisperFolder.open(folder), 1)
+    whole.eval()
+    said = "what is the capital of france"
+    small = prune_text(whole, [said])
+    ids = small.text.encode(said)
+    assert [small.text.kept[own] for own in ids] == whole.text.encode(said)
+    assert len(small.text.kept) < whole.config.vocab_size
+    assert [small.text.kept[own] for own in small.text.prompt()] == whole.text.prompt()
+    assert small.text.decode(ids[len(small.text.prompt()) : -1]) == said
+    frequent = whole.text.pruned([f"{said} {said}", "where"], most=len(set(ids[len(small.text.prompt()) : -1])))
+    assert frequent.kept == small.text.kept
+    memory = Padded.full(torch.randn(1, 6, whole.config.width))
+    hidden = [one.decoder(torch.tensor([one.text.encode(said)]), memory) for one in (whole, small)]
+    torch.testing.assert_close(*hidden)
+    scores = [one.decoder.logits(state) for one, state in zip((whole, small), hidden, strict=True)]
+    torch.testing.assert_close(scores[0][..., small.text.kept], scores[1])
+    save_speech_recognizer(tmp_path / "small", small, torch.int8)
+    read = load_speech_recognizer(tmp_path / "small")
+    assert read.text.kept == small.text.kept
+    assert read.text.special == small.text.special
+    values = Padded.full(torch.randn(2, 5, whole.config.width))
+    assert len(read.transcribe(values)) == 2
+    (tmp_path / "small" / "text_ids.json").write_text('{"vocab_size": 100, "kept": [1, 2]}')
+    with pytest.raises(ValueError, match=r"text_ids\.json does not hold the \d+ text ids"):
+        load_speech_recognizer(tmp_path / "small")
 
 
 def test_refusals(folder: Path, tmp_path: Path) -> None:

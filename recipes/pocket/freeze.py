@@ -2,7 +2,8 @@
 
     python -m recipes.pocket.freeze --run runs/pocket/tokenizer --out runs/pocket/frozen
 
-The weights are rounded to half precision here, before any code is computed, so the shipped model gives the same codes.
+The weights are rounded to int8 here, before any code is computed, so the shipped model gives the same codes. The
+recognizer keeps only the text ids of the corpora.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from pathlib import Path
 import torch
 
 from duologue.checkpoint import load_component, save_component
-from duologue.tokenizer.speech_recognizer import load_speech_recognizer, save_speech_recognizer
+from duologue.config import read_json
+from duologue.tokenizer.speech_recognizer import load_speech_recognizer, prune_text, save_speech_recognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.training.curves import read_log
+from duologue.training.data import Clips
 
 # Word error rates of the validation folders that may not be exceeded: five points above the aims of docs/pocket.md.
 MAX_WER = {"valid-natural": 0.13, "valid-unseen": 0.20, "valid-warped": 0.20}
 MIN_USAGE = 0.6
+TEXT_IDS = 6000  # of some 15 000 in the corpora; 384 bytes of the package each
 
 
 def freeze(run: Path, out: Path, max_wer: float | None = None, min_usage: float = MIN_USAGE) -> None:
@@ -43,9 +47,11 @@ def freeze(run: Path, out: Path, max_wer: float | None = None, min_usage: float 
         )
     shutil.rmtree(out, ignore_errors=True)
     tokenizer = load_component(run / "final" / "tokenizer", SpeechTokenizer, SpeechTokenizerConfig)
-    save_component(out / "tokenizer", tokenizer, tokenizer.config, dtype=torch.float16)
-    recognizer = load_speech_recognizer(run / "final" / "recognizer")
-    save_speech_recognizer(out / "recognizer", recognizer, torch.float16)
+    save_component(out / "tokenizer", tokenizer, tokenizer.config, dtype=torch.int8)
+    corpora = [Clips(folder) for folder in read_json(run / "recipe.json")["corpora"]]
+    texts = (clip.text for clips in corpora for clip in clips.records)
+    recognizer = prune_text(load_speech_recognizer(run / "final" / "recognizer"), texts, TEXT_IDS)
+    save_speech_recognizer(out / "recognizer", recognizer, torch.int8)
     print(f"frozen: {found}, codebook usage {usage:.2f}")
 
 

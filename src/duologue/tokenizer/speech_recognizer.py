@@ -9,19 +9,26 @@ Shapes: B batch, T speech tokens, N text ids, D width, H heads, V text vocabular
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional
 
 from duologue.checkpoint import load_component, save_component
+from duologue.config import read_json, write_json
 from duologue.layers import Padded, attention_mask, sinusoids, weigh
 from duologue.tokenizer.encoder import EncoderLayer, attention_weights
 
 TEXT_FILE = "tokenizer.json"
+KEPT_FILE = "text_ids.json"
+_EMBEDDINGS = "decoder.embed_tokens.weight"
+_PROMPT_ID = re.compile(r"<\|[^\d|]+\|>$")  # no time stamps
 _MULTILINGUAL_VOCAB = 51865  # OpenAI's rule: a smaller vocabulary belongs to an English-only model
 
 
@@ -255,25 +262,84 @@ def save_speech_recognizer(folder: Path, recognizer: SpeechRecognizer, dtype: to
 def load_speech_recognizer(folder: str | Path) -> SpeechRecognizer:
     """Reads what `save_speech_recognizer` wrote. Raises ValueError as `load_component`."""
     recognizer = load_component(folder, SpeechRecognizer, SpeechRecognizerConfig)
-    recognizer.text = WhisperText(Path(folder) / TEXT_FILE, recognizer.config.vocab_size)
+    recognizer.text = WhisperText.open(folder, recognizer.config.vocab_size)
     return recognizer
+
+
+def prune_text(recognizer: SpeechRecognizer, texts: Iterable[str], most: int | None = None) -> SpeechRecognizer:
+    """Returns a recognizer with the text ids of these texts, of single bytes and of the prompts alone.
+
+    More than half of a small Whisper are embeddings of text ids. Words of other ids can only be written in the pieces
+    that are left.
+
+    Args:
+        most: maximum number of ids of the texts; the most frequent are kept.
+    """
+    text = recognizer.text.pruned(texts, most)
+    config = replace(recognizer.config, vocab_size=len(text.kept))
+    small = SpeechRecognizer(config)
+    weights = recognizer.state_dict()
+    weights[_EMBEDDINGS] = weights[_EMBEDDINGS][torch.tensor(text.kept)]
+    small.load_state_dict(weights)
+    small.text = text
+    return small.eval()
 
 
 class WhisperText:
     """Whisper's byte-level BPE with its prompts, from the `tokenizer.json` of a Whisper folder.
 
     Args:
-        vocab_size: text ids of the model, which tell an English-only model from a multilingual one.
+        vocab_size: text ids of the whole Whisper, which tell an English-only model from a multilingual one.
+        kept: ids of Whisper that the model has, in their order; None for all. Its own ids count these.
+
+    Attributes:
+        kept: id of Whisper for each own id.
     """
 
-    def __init__(self, path: str | Path, vocab_size: int) -> None:
+    def __init__(self, path: str | Path, vocab_size: int, kept: Sequence[int] | None = None) -> None:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path} is missing; a Whisper folder holds its text tokenizer there")
-        self._path, self._bpe = path, Tokenizer.from_file(str(path))
+        self._path, self._bpe, self._vocab_size = path, Tokenizer.from_file(str(path)), vocab_size
+        self.kept = list(range(vocab_size) if kept is None else kept)
+        self._own = {whole: own for own, whole in enumerate(self.kept)}
         self.multilingual = vocab_size >= _MULTILINGUAL_VOCAB
         self.end = self._id("<|endoftext|>")
-        self.special = list(range(self.end, vocab_size))
+        self.special = [own for own, whole in enumerate(self.kept) if whole >= self.kept[self.end]]
+
+    @staticmethod
+    def open(folder: str | Path, vocab_size: int) -> WhisperText:
+        """Reads what `save` wrote; `vocab_size` is that of the model.
+
+        Raises:
+            ValueError: a file is missing or damaged, or the ids are not those of the model.
+        """
+        kept_file = Path(folder) / KEPT_FILE
+        if not kept_file.exists():
+            return WhisperText(Path(folder) / TEXT_FILE, vocab_size)
+        data = read_json(kept_file)
+        kept, whole = data.get("kept"), data.get("vocab_size")
+        if not (
+            isinstance(whole, int)
+            and isinstance(kept, list)
+            and len(kept) == vocab_size
+            and all(isinstance(one, int) and 0 <= one < whole for one in kept)
+        ):
+            raise ValueError(f"{kept_file} does not hold the {vocab_size} text ids of the model beside it")
+        return WhisperText(Path(folder) / TEXT_FILE, whole, kept)
+
+    def pruned(self, texts: Iterable[str], most: int | None = None) -> WhisperText:
+        """Returns the tokenizer of the most frequent ids of these texts, of single bytes and of all prompts."""
+        counts = Counter(
+            self._own[whole]
+            for text in texts
+            for whole in self._bpe.encode(" " + text.strip(), add_special_tokens=False).ids
+        )
+        used = {own for own, _ in counts.most_common(most)}
+        bytes_ = {self._bpe.token_to_id(char) for char in pre_tokenizers.ByteLevel.alphabet()}
+        names = {self._bpe.token_to_id(name) for name in self._bpe.get_vocab() if _PROMPT_ID.match(name)}
+        used |= {own for own, whole in enumerate(self.kept) if whole in bytes_ | names}
+        return WhisperText(self._path, self._vocab_size, sorted(self.kept[own] for own in used))
 
     def prompt(self, language: str = "en") -> list[int]:
         """Ids before the text of a transcript without time stamps. Raises ValueError for an unknown language."""
@@ -282,22 +348,27 @@ class WhisperText:
 
     def encode(self, text: str, language: str = "en") -> list[int]:
         """Prompt, text and end; Whisper's texts begin with a space."""
-        ids: list[int] = self._bpe.encode(" " + text.strip(), add_special_tokens=False).ids
-        return [*self.prompt(language), *ids, self.end]
+        ids = self._bpe.encode(" " + text.strip(), add_special_tokens=False).ids
+        if lost := [whole for whole in ids if whole not in self._own]:
+            raise ValueError(f"the model has no text id for {self._bpe.decode(lost[:1])!r} of {text!r}: it was pruned")
+        return [*self.prompt(language), *(self._own[whole] for whole in ids), self.end]
 
     def decode(self, ids: list[int]) -> str:
-        text: str = self._bpe.decode(ids, skip_special_tokens=True)
+        text: str = self._bpe.decode([self.kept[own] for own in ids], skip_special_tokens=True)
         return text.strip()
 
     def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json` into a folder."""
+        """Writes `tokenizer.json` into a folder, and `text_ids.json` where ids were pruned."""
         self._bpe.save(str(folder / TEXT_FILE))
+        (folder / KEPT_FILE).unlink(missing_ok=True)
+        if len(self.kept) < self._vocab_size:
+            write_json(folder / KEPT_FILE, {"vocab_size": self._vocab_size, "kept": self.kept})
 
     def _id(self, name: str) -> int:
         found = self._bpe.token_to_id(name)
         if found is None:
             raise ValueError(f"{self._path} has no id for {name!r}, which Whisper's prompts need")
-        return int(found)
+        return self._own[int(found)]
 
 
 def _joined(x: Tensor) -> Tensor:
