@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 
 from duologue.cli import main
 from duologue.config import read_json, read_json_lines
+from duologue.training.corpus import TokenCorpus
 from duologue.training.data import Clips
 from duologue.training.sources.items import ImportOptions
 from duologue.training.sources.writer import import_source
+from duologue.training.tokenize import TokensRecipe, run_tokens
+from duologue.turns import Modality
 
 RATE = 24_000
 TEXTS = ["One small step.", "Two green birds.", "Three old men."]
@@ -98,11 +101,9 @@ def test_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stored", ["parquet", "folder of parquet", "save_to_disk", "dict"])
 def test_datasets(tmp_path: Path, stored: str) -> None:
     datasets = pytest.importorskip("datasets", reason="the extra data is not installed")
-    files = [str(file) for file in write_tones(tmp_path / "wavs")]
-    rows = {"audio": files, "sentence": TEXTS, "client_id": ["a", "b", "c"], "answer_snac": ["1 2", "3", "4"]}
-    made = datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio(decode=False))
-    rows_with_bytes = [{"bytes": Path(file).read_bytes(), "path": None} for file in files]
-    made = datasets.Dataset.from_dict({**rows, "audio": rows_with_bytes}).cast_column("audio", datasets.Audio())
+    sounds = [{"bytes": file.read_bytes(), "path": None} for file in write_tones(tmp_path / "wavs")]
+    rows = {"audio": sounds, "sentence": TEXTS, "client_id": ["a", "b", "c"], "answer_snac": ["1 2", "3", "4"]}
+    made = datasets.Dataset.from_dict(rows).cast_column("audio", datasets.Audio())
     source = tmp_path / "in"
     if stored == "save_to_disk":
         made.save_to_disk(str(source))
@@ -178,7 +179,7 @@ def test_webdataset(tmp_path: Path) -> None:
     assert done.skipped == {"there is no sound": 1}
     assert list(done.left_out) == ["units"]
     whole = (tmp_path / "shard-001.tar").read_bytes()
-    (tmp_path / "shard-001.tar").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "shard-001.tar").write_bytes(whole[:1500])
     cut = import_source("webdataset", tmp_path, tmp_path / "cut")
     assert cut.num_clips == 2
     assert "cannot be read" in cut.left_out["shard-001.tar"]
@@ -330,12 +331,28 @@ def test_moshi(tmp_path: Path, aligned: bool) -> None:
     assert done.skipped == {"the sound file is missing": 1}
 
 
+def test_an_imported_corpus_becomes_tokens(tmp_path: Path, tiny_folder: Path) -> None:
+    write_tones(tmp_path)
+    soundfile.write(tmp_path / "long.wav", tone(1, 4.0), RATE)
+    talk = [{"role": "user", "content": "<audio>"}, {"role": "assistant", "content": "<audio>Two birds."}]
+    written = [talk[0], {"role": "assistant", "content": "Two birds."}]
+    rows = [{"messages": talk, "audios": ["clip0.wav", "long.wav"]}, {"messages": written, "audios": ["clip1.wav"]}]
+    source = write_lines(tmp_path / "in.jsonl", rows)
+    import_source("ms-swift", source, tmp_path / "corpus", valid_share=0)
+    parts = {name: str(tiny_folder / name) for name in ("tokenizer", "vocabulary")}
+    recipe = TokensRecipe((str(tmp_path / "corpus"),), **parts, out=str(tmp_path / "tokens"))
+    assert run_tokens(recipe).tasks == {"clip": 3, "chat": 2}
+    chats = TokenCorpus(tmp_path / "tokens", tasks=("chat",))
+    modalities = [[labeled.turn.modality for labeled in chat.turns] for chat in chats]
+    assert modalities == [[Modality.SPEECH, Modality.INTERLEAVED], [Modality.SPEECH, Modality.TEXT]]
+
+
 # Faults.
 
 
 @pytest.fixture
 def faulty(tmp_path: Path) -> Path:
-    """Ten entries, of which three are good."""
+    """Eleven entries, of which three are good."""
     source = tmp_path / "faulty"
     files = write_tones(source / "wavs")
     nan = tone(0)
@@ -348,17 +365,8 @@ def faulty(tmp_path: Path) -> Path:
     (source / "wavs" / "none.wav").write_bytes(b"")
     soundfile.write(source / "wavs" / "long.wav", tone(0, 3.0), RATE)
     lines = [f"{file.stem}|{text}" for file, text in zip(files, TEXTS, strict=True)]
-    lines[1:1] = [
-        "gone|Missing.",
-        "nan|Not a number.",
-        "noise|Corrupt.",
-        "cut|Cut.",
-        "none|Empty.",
-        "clip0|Double.",
-        "clip1| ",
-    ]
-    lines[5:5] = ["long|Long."]
-    lines.remove("clip1| ")
+    lines[1:1] = ["gone|Missing.", "nan|Not a number.", "noise|Corrupt.", "cut|Cut."]
+    lines[6:6] = ["none|Empty.", "clip0|Double.", "long|Long."]
     lines.append("whole| ")
     (source / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return source

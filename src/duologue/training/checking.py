@@ -33,7 +33,7 @@ FAULTS = {
     "text too fast": "more text than can be said in that time",
     "text too slow": "less text than the time suggests",
     "wrong text": "a recognizer reads other words",
-    "double text": "no fault of a sound: the same text in the same voice came before",
+    "double text": "the same text in the same voice came before",
 }
 _FULL_SCALE = 32766 / 32768
 _LETTERS = {"zh": 4.0, "ja": 2.0, "ko": 2.0}  # letters of a Latin script that one character is worth

@@ -13,10 +13,10 @@ from typing import Any
 
 from duologue.training.sources.items import (
     Dialogue,
+    ImportedTurn,
     ImportOptions,
-    Item,
     Source,
-    SpokenTurn,
+    SourceItem,
     Utterance,
     foreign_codes,
     is_foreign,
@@ -71,8 +71,8 @@ def read_exchanges(path: Path, options: ImportOptions) -> Source:
         asked = read_sound(row[columns["question_audio"]], options, folder)
         said = row.get(columns.get("answer_audio", ""))
         reply = None if said is None else read_sound(said, options, folder)
-        user = SpokenTurn("user", " ".join((question or "").split()), asked)
-        turns = (user, SpokenTurn("assistant", read_text(row[columns["answer"]]), reply))
+        user = ImportedTurn("user", " ".join((question or "").split()), asked)
+        turns = (user, ImportedTurn("assistant", read_text(row[columns["answer"]]), reply))
         return Dialogue(turns, _name(row, columns, "language"))
 
     return _source(path, options, ("question_audio", "answer"), read)
@@ -97,13 +97,13 @@ def _source(path: Path, options: ImportOptions, needed: tuple[str, ...], read: _
         )
     folder = path if path.is_dir() else path.parent
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[SourceItem]:
         for split, rows in splits.items():
             for number, row in enumerate(_undecoded(rows)):
                 known = _name(row, columns, "id") or "-".join(
                     str(row[key]) for key in ("split_name", "index", "round") if row.get(key) not in (None, "")
                 )
-                yield Item(known or f"{split}-{number:08d}", partial(read, row, columns, folder), split)
+                yield SourceItem(known or f"{split}-{number:08d}", partial(read, row, columns, folder), split)
 
     return Source(items(), total, foreign_codes(names))
 

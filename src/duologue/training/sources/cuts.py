@@ -12,8 +12,8 @@ from duologue.training.sources.items import (
     SAMPLE_RATE,
     SOUND_NAME,
     ImportOptions,
-    Item,
     Source,
+    SourceItem,
     Utterance,
     Wav,
     read_text,
@@ -74,12 +74,12 @@ def read_lhotse(path: Path, options: ImportOptions) -> Source:
             refuse("the cut lies behind the end of its recording")
         return Utterance(text, wav, supervision.speaker or "", supervision.language or "")
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[SourceItem]:
         for cut in cuts:
             several = len(cut.supervisions) > 1
             for supervision in cut.supervisions or [None]:
                 name = f"{cut.id}-{supervision.id}" if several else cut.id
-                yield Item(name, partial(read, cut, supervision))
+                yield SourceItem(name, partial(read, cut, supervision))
 
     return Source(items())
 

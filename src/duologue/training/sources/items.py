@@ -63,7 +63,7 @@ class Utterance:
 
 
 @dataclass(frozen=True)
-class SpokenTurn:
+class ImportedTurn:
     """A turn of a dialogue; `wav` (S,) is None where nothing is spoken, `text` empty where no transcript is known."""
 
     role: str
@@ -80,7 +80,7 @@ class Dialogue:
         ValueError: the turns are others.
     """
 
-    turns: tuple[SpokenTurn, ...]
+    turns: tuple[ImportedTurn, ...]
     language: str = ""
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class Dialogue:
 
 
 @dataclass(frozen=True)
-class Item:
+class SourceItem:
     """One entry of a source.
 
     Attributes:
@@ -112,11 +112,11 @@ class Source:
         left_out: column or file that is not used -> the reason. A reader may add to it while it runs.
     """
 
-    items: Iterable[Item]
+    items: Iterable[SourceItem]
     total: int | None = None
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def __iter__(self) -> Iterator[Item]:
+    def __iter__(self) -> Iterator[SourceItem]:
         return iter(self.items)
 
 

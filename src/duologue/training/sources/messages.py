@@ -13,10 +13,10 @@ from typing import Any
 from duologue.config import read_json
 from duologue.training.sources.items import (
     Dialogue,
+    ImportedTurn,
     ImportOptions,
-    Item,
     Source,
-    SpokenTurn,
+    SourceItem,
     foreign_codes,
     read_sound,
     refuse,
@@ -91,7 +91,7 @@ def _source(rows: Sequence[Any], path: Path, options: ImportOptions, layout: Any
         known = row.get("id") if isinstance(row, dict) else None
         return f"{prefix}{number:08d}" if known in (None, "") else f"{prefix}{known}"
 
-    items = [Item(name(number, row), partial(read, row)) for number, row in enumerate(rows)]
+    items = [SourceItem(name(number, row), partial(read, row)) for number, row in enumerate(rows)]
     return Source(items, len(items), foreign_codes(_keys(rows)))
 
 
@@ -198,12 +198,12 @@ def _placed(pairs: Sequence[tuple[Any, Any]], sounds: Sequence[Any]) -> list[_Me
     return messages
 
 
-def _turn(message: _Message, options: ImportOptions, folder: Path) -> SpokenTurn:
+def _turn(message: _Message, options: ImportOptions, folder: Path) -> ImportedTurn:
     text = " ".join(message.text.split())
     if len(message.sounds) > 1:
         refuse("a turn has several sounds")
     if not message.sounds:
-        return SpokenTurn(message.role, text) if text else refuse("a turn has neither text nor sound")
+        return ImportedTurn(message.role, text) if text else refuse("a turn has neither text nor sound")
     sound = message.sounds[0]
     if isinstance(sound, str) and sound.startswith("{"):  # Fun-Audio-Chat's LLaMA-Factory
         try:
@@ -216,7 +216,7 @@ def _turn(message: _Message, options: ImportOptions, folder: Path) -> SpokenTurn
         refuse("a user's turn has text beside its sound; if it is the transcript, say --transcripts")
     if message.role == "assistant" and not text:
         refuse("a spoken reply has no transcript")
-    return SpokenTurn(message.role, text, read_sound(sound, options, folder))
+    return ImportedTurn(message.role, text, read_sound(sound, options, folder))
 
 
 def _role(name: Any) -> str:

@@ -20,10 +20,10 @@ from duologue.training.sources.items import (
     SAMPLE_RATE,
     SOUND_NAME,
     Dialogue,
+    ImportedTurn,
     ImportOptions,
-    Item,
     Source,
-    SpokenTurn,
+    SourceItem,
     Wav,
     refuse,
 )
@@ -74,7 +74,7 @@ def read_moshi(path: Path, options: ImportOptions) -> Source:
             refuse(f"a turn is longer than {options.max_s:.0f} s")
         return Dialogue(tuple(_cut(turn, channels) for turn in turns))
 
-    return Source([Item(str(file), partial(read, str(file))) for _, file in rows], len(rows))
+    return Source([SourceItem(str(file), partial(read, str(file))) for _, file in rows], len(rows))
 
 
 def _words(alignments: Any) -> list[tuple[str, float, float, str]]:
@@ -125,9 +125,9 @@ def _joined(first: _Run, second: _Run) -> _Run:
     return replace(first, end=max(first.end, second.end), text=f"{first.text} {second.text}".strip())
 
 
-def _cut(turn: _Run, channels: list[Wav]) -> SpokenTurn:
+def _cut(turn: _Run, channels: list[Wav]) -> ImportedTurn:
     start = max(round((turn.start - _MARGIN_S) * SAMPLE_RATE), 0)
     wav = channels[_CHANNELS[turn.role]][start : round((turn.end + _MARGIN_S) * SAMPLE_RATE)]
     if not len(wav):
         refuse("an alignment lies behind the end of the sound")
-    return SpokenTurn(turn.role, turn.text, wav)
+    return ImportedTurn(turn.role, turn.text, wav)

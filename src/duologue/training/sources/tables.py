@@ -8,8 +8,8 @@ from pathlib import Path
 from duologue.training.sources.items import (
     SOUND_SUFFIXES,
     ImportOptions,
-    Item,
     Source,
+    SourceItem,
     Utterance,
     read_sound,
     read_text,
@@ -38,7 +38,7 @@ def read_ljspeech(path: Path, options: ImportOptions) -> Source:
         text = read_text(next((text for text in reversed(rest) if text.strip()), ""))
         return Utterance(text, read_sound(_named(table.parent, name, options), options, table.parent), voice)
 
-    return Source([Item(row[0], partial(read, row)) for row in rows], len(rows))
+    return Source([SourceItem(row[0], partial(read, row)) for row in rows], len(rows))
 
 
 def read_folder(path: Path, options: ImportOptions) -> Source:
@@ -60,7 +60,7 @@ def read_folder(path: Path, options: ImportOptions) -> Source:
             refuse("the .txt is not UTF-8")
         return Utterance(text, read_sound(file.resolve(), options, path), _folder_name(file, path))
 
-    return Source([Item(file.relative_to(path).as_posix(), partial(read, file)) for file in files], len(files))
+    return Source([SourceItem(file.relative_to(path).as_posix(), partial(read, file)) for file in files], len(files))
 
 
 def _named(folder: Path, name: str, options: ImportOptions) -> Path:

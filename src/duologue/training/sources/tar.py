@@ -11,8 +11,8 @@ from typing import Any
 from duologue.training.sources.items import (
     SOUND_SUFFIXES,
     ImportOptions,
-    Item,
     Source,
+    SourceItem,
     Utterance,
     foreign_codes,
     read_sound,
@@ -42,14 +42,14 @@ def read_webdataset(path: Path, options: ImportOptions) -> Source:
         left_out[shard.name] = f"the rest of this shard cannot be read: {error}"
         return False
 
-    def items() -> Iterator[Item]:
+    def items() -> Iterator[SourceItem]:
         for file in files:
             samples = webdataset.WebDataset(
                 [str(file.resolve())], shardshuffle=False, empty_check=False, handler=partial(damaged, file)
             )
             for sample in samples:
                 left_out.update(foreign_codes(name for name in sample if not name.startswith("__")))
-                yield Item(sample["__key__"], partial(_read, sample, options, file.parent))
+                yield SourceItem(sample["__key__"], partial(_read, sample, options, file.parent))
 
     return Source(items(), None, left_out)
 

@@ -29,7 +29,7 @@ from duologue.config import load_config, to_mapping, write_json
 from duologue.pcm import to_int16
 from duologue.training.data import Clip
 from duologue.training.sources import KINDS
-from duologue.training.sources.items import SAMPLE_RATE, Dialogue, ImportOptions, Item, Source, Utterance, Wav
+from duologue.training.sources.items import SAMPLE_RATE, Dialogue, ImportOptions, Source, SourceItem, Utterance, Wav
 
 STATE = "import.json"
 _SPLITS = {"validation": "valid", "valid": "valid", "val": "valid", "dev": "valid", "test": "test"}
@@ -234,9 +234,9 @@ class _Shard:
         return self._folder / f"{name}-{self._done.num_shards:05d}.{suffix}"
 
 
-def _read_ahead(items: Iterable[Item], workers: int) -> Iterator[tuple[Item, Future[Utterance | Dialogue]]]:
+def _read_ahead(items: Iterable[SourceItem], workers: int) -> Iterator[tuple[SourceItem, Future[Utterance | Dialogue]]]:
     """The items in order, each with its content, which threads decode ahead."""
-    waiting: deque[tuple[Item, Future[Utterance | Dialogue]]] = deque()
+    waiting: deque[tuple[SourceItem, Future[Utterance | Dialogue]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         for item in items:
             waiting.append((item, pool.submit(item.read)))
