@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from duologue.cli import main
 from duologue.config import read_json, read_json_lines
-from duologue.training.corpus import TokenCorpus
+from duologue.training.corpus import Task, TokenCorpus
 from duologue.training.data import Clips
 from duologue.training.sources.items import ImportOptions
 from duologue.training.sources.writer import import_source
@@ -222,7 +222,7 @@ def test_a_command_of_lhotse_is_never_run(tmp_path: Path) -> None:
 
 def test_swift(tmp_path: Path) -> None:
     write_tones(tmp_path)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "messages": [
                 {"role": "system", "content": "Be kind."},
@@ -339,10 +339,11 @@ def test_an_imported_corpus_becomes_tokens(tmp_path: Path, tiny_folder: Path) ->
     rows = [{"messages": talk, "audios": ["clip0.wav", "long.wav"]}, {"messages": written, "audios": ["clip1.wav"]}]
     source = write_lines(tmp_path / "in.jsonl", rows)
     import_source("ms-swift", source, tmp_path / "corpus", valid_share=0)
-    parts = {name: str(tiny_folder / name) for name in ("tokenizer", "vocabulary")}
+    parts: dict[str, Any] = {name: str(tiny_folder / name) for name in ("tokenizer", "vocabulary")}
     recipe = TokensRecipe((str(tmp_path / "corpus"),), **parts, out=str(tmp_path / "tokens"))
     assert run_tokens(recipe).tasks == {"clip": 3, "chat": 2}
-    chats = TokenCorpus(tmp_path / "tokens", tasks=("chat",))
+    tasks: tuple[Task, ...] = ("chat",)
+    chats = TokenCorpus(tmp_path / "tokens", tasks=tasks)
     modalities = [[labeled.turn.modality for labeled in chat.turns] for chat in chats]
     assert modalities == [[Modality.SPEECH, Modality.INTERLEAVED], [Modality.SPEECH, Modality.TEXT]]
 
