@@ -40,7 +40,7 @@ def test_help_needs_no_heavy_import() -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
-    for command in ("chat", "tokenize", "synthesize", "train", "plot", "evaluate", "doctor", "bench"):
+    for command in ("chat", "tokenize", "synthesize", "data", "train", "plot", "evaluate", "doctor", "bench"):
         assert command in done.stdout
 
 

@@ -277,14 +277,24 @@ class Models:
         """
         if self.recognizer is None:
             raise ValueError(f"{self.card.name} has no recognizer: it cannot write down what it hears")
-        table, size = self.tokenizer.quantizer.codebook.weight, self.recognizer.config.max_tokens
-        if codes and not 0 <= min(codes) <= max(codes) < len(table):
-            raise ValueError(f"speech tokens go from 0 to {len(table) - 1}, got {min(codes)} to {max(codes)}")
-        texts = []
-        for at in range(0, len(codes), size):
-            piece = torch.tensor([codes[at : at + size]], device=table.device)
-            texts += self.recognizer.transcribe(Padded.full(functional.embedding(piece, table)))
-        return " ".join(text for text in texts if text)
+        return transcribe(codes, self.tokenizer, self.recognizer)
+
+
+@torch.inference_mode()
+def transcribe(codes: Sequence[int], tokenizer: SpeechTokenizer, recognizer: Recognizer | SpeechRecognizer) -> str:
+    """Transcribes the speech tokens of one utterance in pieces of 30 s.
+
+    Raises:
+        ValueError: a code lies outside the codebook.
+    """
+    table, size = tokenizer.quantizer.codebook.weight, recognizer.config.max_tokens
+    if codes and not 0 <= min(codes) <= max(codes) < len(table):
+        raise ValueError(f"speech tokens go from 0 to {len(table) - 1}, got {min(codes)} to {max(codes)}")
+    texts = []
+    for at in range(0, len(codes), size):
+        piece = torch.tensor([codes[at : at + size]], device=table.device)
+        texts += recognizer.transcribe(Padded.full(functional.embedding(piece, table)))
+    return " ".join(text for text in texts if text)
 
 
 def _engine_sizes(language: PreTrainedModel, max_sessions: int | None, max_cached_tokens: int | None) -> dict[str, Any]:

@@ -75,10 +75,33 @@ def load_audio(
         parts: list[Samples] = []
         loaded = rate
         for each in _files_in(stream):
-            wav, loaded = _load(each, name, loaded, max_s - sum(map(len, parts)) / (loaded or 1), max_s)
-            parts.append(wav)
+            channels, loaded = _load(each, name, loaded, max_s - sum(map(len, parts)) / (loaded or 1), max_s)
+            parts.append(mix_down(channels))
     assert loaded is not None
     return check_wav(np.concatenate(parts), loaded, name), loaded
+
+
+def load_channels(
+    source: str | Path | bytes, rate: int | None = None, max_s: float = MAX_FILE_S, name: str = ""
+) -> tuple[list[Samples], int]:
+    """Reads every channel of a sound file; a damaged or cut file is refused.
+
+    Args:
+        source, rate, max_s, name: as in `load_audio`.
+
+    Returns:
+        one wav (S,) float32 in [-1, 1] for each channel, and their sample rate.
+
+    Raises:
+        AudioTooLong: the file is longer than `max_s`.
+        ValueError: as in `load_audio`, or the file cannot be decoded to its end.
+    """
+    name = name or ("the audio" if isinstance(source, bytes) else str(source))
+    with closing(_open(source, name)) as stream:
+        files = [_load(each, name, rate, max_s, max_s, whole=True) for each in _files_in(stream)]
+    loaded = files[0][1]
+    joined = zip(*(channels for channels, _ in files), strict=True)
+    return [check_wav(np.concatenate(parts), loaded, name) for parts in joined], loaded
 
 
 def save_audio(path: str | Path, wav: Samples, sample_rate: int) -> None:
@@ -162,8 +185,13 @@ def _read_at(stream: BinaryIO, at: int, count: int) -> bytes:
     return stream.read(count)
 
 
-def _load(stream: BinaryIO, name: str, rate: int | None, left_s: float, max_s: float) -> tuple[Samples, int]:
-    """Reads one file, (S,) float32 at `rate`, or at the rate of the file."""
+def _load(
+    stream: BinaryIO, name: str, rate: int | None, left_s: float, max_s: float, whole: bool = False
+) -> tuple[list[Samples], int]:
+    """Reads the channels of one file, each (S,) float32 at `rate`, or at the rate of the file.
+
+    `whole`: a damaged file raises ValueError.
+    """
     channels: list[list[Samples]] = []
     resamplers: list[StreamingResampler] = []
     seconds, from_rate = 0.0, 0
@@ -187,15 +215,17 @@ def _load(stream: BinaryIO, name: str, rate: int | None, left_s: float, max_s: f
     except _Damaged as error:
         if not channels:
             raise ValueError(f"{name} is not a sound file that can be read ({error}); use {FORMATS}") from None
+        if whole:
+            raise ValueError(f"{name} is damaged: only its first {seconds:.1f} s can be read ({error})") from None
         logger.warning("%s is damaged: only its first %.1f s could be read (%s)", name, seconds, error)
     if not channels:
         raise ValueError(f"{name} is empty: it holds no samples")
     for parts, resampler in zip(channels, resamplers, strict=True):
         parts.append(resampler.step(np.zeros(0, np.float32), last=True))
-    return _mix_down([np.concatenate(parts) for parts in channels]), rate or from_rate
+    return [np.concatenate(parts) for parts in channels], rate or from_rate
 
 
-def _mix_down(channels: list[Samples]) -> Samples:
+def mix_down(channels: list[Samples]) -> Samples:
     """Returns the mean of the channels that are not silent, or the loudest one if they cancel each other."""
     if len(channels) == 1:
         return channels[0]

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from duologue.cli import bench, chat, evaluate, models, serve, talk, train
+from duologue.cli import bench, chat, data, evaluate, models, serve, talk, train
 from duologue.cli.parser import FAILED, Parser, checked_device
 from duologue.machine import version_of
 
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), BAD_INPUT)
     except ImportError as error:
         return _fail(
-            f'{error.name or error} is not installed: pip install "duologue[serve,talk,train,eval]"', BAD_INPUT
+            f'{error.name or error} is not installed: pip install "duologue[serve,talk,train,eval,data]"', BAD_INPUT
         )
     except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -54,7 +54,7 @@ def _parser() -> Parser:
     parser = Parser(prog="duologue", description="A spoken chatbot: it listens, thinks and answers aloud.")
     parser.add_argument("--version", action="version", version=f"duologue {version_of('duologue')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for group in (chat, talk, serve, models, train, evaluate, bench):
+    for group in (chat, talk, serve, models, data, train, evaluate, bench):
         group.add(commands)
     return parser
 
