@@ -107,3 +107,10 @@ def test_a_short_key_is_refused_and_not_shown(
     output = capsys.readouterr().err
     assert "at least 16 characters" in output
     assert "tooshort" not in output
+
+
+def test_a_key_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    file = tmp_path / "keys.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + KEY.encode() + b"\r\n")
+    file.chmod(0o600)
+    assert _given(_arguments(keys=file))["api_keys"] == (KEY,)

@@ -92,7 +92,8 @@ def test_a_session_accepts_its_own_dump() -> None:
     [
         {"model": "gpt-realtime-2.1", "tracing": "auto"},
         {"tracing": {"workflow_name": "x"}, "prompt": {"id": "pmpt_1"}, "reasoning": {"effort": "low"}},
-        {"tools": [{"type": "function", "name": "f", "parameters": {}}], "tool_choice": "auto"},
+        {"tools": [], "tool_choice": "auto"},
+        {"tools": None, "tool_choice": "none", "parallel_tool_calls": False},
         {"audio": {"output": {"voice": {"id": "marin"}}, "input": {"noise_reduction": {"type": "near_field"}}}},
         {"output_modalities": ["text", "audio"]},
         {"include": ["item.input_audio_transcription.logprobs"]},
@@ -123,6 +124,10 @@ def test_foreign_fields_are_accepted(changes: dict[str, Any]) -> None:
         (listening(turn_detection={"type": "server_vad", "threshold": 1.5}), f"{VAD}.threshold", "invalid_value"),
         (listening(turn_detection={"type": "semantic_vad", "threshold": 0.5}), f"{VAD}.threshold", "unknown_parameter"),
         ({"audio": 5}, "session.audio", "invalid_value"),
+        ({"tools": [{"type": "function", "name": "get_weather", "parameters": {}}]}, "session.tools", "invalid_value"),
+        ({"tools": [{"type": "mcp", "server_label": "x"}]}, "session.tools", "invalid_value"),
+        ({"tool_choice": "required"}, "session.tool_choice", "invalid_value"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "session.tool_choice", "invalid_value"),
     ],
 )  # fmt: skip
 def test_a_refusal_names_the_field(changes: dict[str, Any], param: str, code: str) -> None:

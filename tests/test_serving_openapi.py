@@ -19,6 +19,7 @@ ROUTES = [
     ("POST", "/v1/audio/speech"),
     ("POST", "/v1/audio/transcriptions"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/realtime/client_secrets"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
     ("GET", "/healthz"),

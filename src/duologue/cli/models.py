@@ -119,7 +119,8 @@ def _read_tokens(source: str) -> tuple[list[int], str | None]:
     """Reads the tokens of a JSON file, and the hash of their tokenizer if the file holds it."""
     name = "stdin" if source == "-" else source
     try:
-        data = json.loads(sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8"))
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+        data = json.loads(text.removeprefix("\ufeff"))
     except FileNotFoundError:
         raise ValueError(f"{source}: there is no such file") from None
     except IsADirectoryError:

@@ -124,7 +124,7 @@ def _keys(file: Path | None) -> tuple[str, ...]:
         if not file.is_file():
             raise ValueError(f"{file} does not exist")
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except UnicodeDecodeError:
             raise ValueError(f"{file} is not a text file of API keys") from None
         keys += [line.strip() for line in lines if not line.lstrip().startswith("#")]

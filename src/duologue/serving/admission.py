@@ -132,12 +132,10 @@ class Admission:
         """
         if not self.settings.api_keys:
             return ""
-        scheme, _, offered = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer":
-            offered = next((p.removeprefix(KEY_SUBPROTOCOL) for p in subprotocols if p.startswith(KEY_SUBPROTOCOL)), "")
+        offered = offered_key(authorization, subprotocols)
         name = ""
         for index, key in enumerate(self.settings.api_keys):
-            if hmac.compare_digest(key.encode(), offered.strip().encode("utf-8", "replace")):
+            if hmac.compare_digest(key.encode(), offered.encode("utf-8", "replace")):
                 name = f"key-{index}"
         if not name:
             self.metrics.refused.labels("key").inc()
@@ -145,8 +143,11 @@ class Admission:
             raise AdmissionError(401, "invalid_api_key", f"{problem}: send it as `Authorization: Bearer KEY`")
         return name
 
-    def check_address(self, host: str | None, origin: str | None) -> None:
+    def check_address(self, host: str | None, origin: str | None, allowed: str | None = None) -> None:
         """Checks the page's `origin` and the `host` name (with or without a port) of a request.
+
+        Args:
+            allowed: one more allowed origin, of the request's client secret.
 
         Raises:
             AdmissionError: the page belongs to another server. Without keys, a host name that is not one of this
@@ -160,7 +161,7 @@ class Admission:
                 "host_not_allowed",
                 f"this server does not accept the host name {name!r}; use localhost or 127.0.0.1",
             )
-        if origin is None or origin in self.settings.allowed_origins:
+        if origin is None or origin == allowed or origin in self.settings.allowed_origins:
             return
         if urlsplit(origin).netloc.lower() != (host or "").lower():
             self.metrics.refused.labels("origin").inc()
@@ -219,6 +220,14 @@ class Admission:
         if self.draining.is_set():
             self.metrics.refused.labels("draining").inc()
             raise AdmissionError(503, "server_stopping", STOPPING, 1012)
+
+
+def offered_key(authorization: str | None, subprotocols: Sequence[str] = ()) -> str:
+    """Returns the key that a client sends in its header or, as browsers do, in a WebSocket subprotocol; "" if none."""
+    scheme, _, offered = (authorization or "").partition(" ")
+    if scheme.lower() != "bearer":
+        offered = next((p.removeprefix(KEY_SUBPROTOCOL) for p in subprotocols if p.startswith(KEY_SUBPROTOCOL)), "")
+    return offered.strip()
 
 
 def new_session_id() -> str:

@@ -2,6 +2,7 @@
 
 GET  /                          the web page
 WS   /v1/realtime               live conversations
+POST /v1/realtime/client_secrets  short-lived keys for web pages
 POST /v1/audio/speech           text to speech
 POST /v1/audio/transcriptions   speech to text
 POST /v1/chat/completions       one answer, text and audio in and out
@@ -27,6 +28,7 @@ from starlette.types import Scope
 
 from duologue.conversation.chatbot import Chatbot
 from duologue.machine import version_of
+from duologue.serving.client_secrets import ClientSecrets, client_secret_routes
 from duologue.serving.completions import completion_routes
 from duologue.serving.errors import ApiError, add_error_handlers, documented
 from duologue.serving.middleware import RequestGuard
@@ -96,7 +98,9 @@ def create_app(bot: Chatbot, settings: Settings | None = None) -> FastAPI:
         app.include_router(routes(service), dependencies=guarded)
     app.include_router(_model_routes(service), dependencies=guarded)
     app.include_router(_status_routes(service))
-    app.include_router(realtime_routes(service))
+    secrets = ClientSecrets()
+    app.include_router(client_secret_routes(service, secrets), dependencies=guarded)
+    app.include_router(realtime_routes(service, secrets))
     app.router.routes.append(_Page("/", StaticFiles(directory=PAGE, html=True), name="page"))
     app.add_middleware(RequestGuard, settings=service.settings, admission=service.admission, metrics=service.metrics)
     # Outermost, so that an allowed page can read an error response.
@@ -104,8 +108,9 @@ def create_app(bot: Chatbot, settings: Settings | None = None) -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(service.settings.allowed_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type"],
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # OpenAI's clients send `x-stainless-*`, `openai-organization` and more
+            expose_headers=["Location", "Retry-After"],
         )
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
@@ -122,10 +127,12 @@ def _model_routes(service: Service) -> APIRouter:
         transcribes=models.recognizer is not None,
     )
 
+    @router.head("/v1/models", include_in_schema=False)
     @router.get("/v1/models", summary="List the models", responses=documented())
     async def all_models() -> ModelList:
         return ModelList(data=[served])
 
+    @router.head("/v1/models/{model}", include_in_schema=False)
     @router.get("/v1/models/{model}", summary="Describe one model", responses=documented(404))
     async def one_model(model: str) -> ModelObject:
         if model != served.id:
@@ -138,16 +145,19 @@ def _model_routes(service: Service) -> APIRouter:
 def _status_routes(service: Service) -> APIRouter:
     router = APIRouter(tags=["server"])
 
+    @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz", summary="Liveness")
     async def healthz() -> ServerStatus:
         return ServerStatus(status="ok")
 
+    @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", summary="Readiness for new conversations", responses={503: {"model": ServerStatus}})
     async def readyz() -> JSONResponse:
         if service.admission.draining.is_set():
             return JSONResponse(ServerStatus(status="stopping").model_dump(), 503)
         return JSONResponse(ServerStatus(status="ready").model_dump())
 
+    @router.head("/metrics", include_in_schema=False, dependencies=[Depends(service.key)])
     @router.get(
         "/metrics",
         summary="Prometheus metrics",

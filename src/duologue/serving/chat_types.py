@@ -1,7 +1,7 @@
 """Request and response types of `/v1/chat/completions`, as OpenAI's clients know them.
 
-Unsupported fields that would change the answer are errors that name the field. Fields without effect (`user`,
-`metadata`, `store` ...) are accepted.
+Unsupported fields that would change the answer are errors that name the field, unless their value is neutral (null, 0,
+an empty list). Fields without effect (`user`, `metadata`, `store` ...) are accepted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from pydantic import Field, field_validator, model_validator
 
 from duologue.language.sampling import Sampling
 from duologue.serving.encoders import FileFormat
-from duologue.serving.objects import Body, Strict, VoiceId
+from duologue.serving.objects import Body, Strict, ToolChoice, Tools, VoiceId
+
+Empty: TypeAlias = Annotated[list[Any], Field(max_length=0)] | None
+"""A list that clients send without content."""
 
 
 class TextPart(Strict):
@@ -26,6 +29,9 @@ class InputAudio(Strict):
 
     data: str = Field(repr=False)
     format: Literal["wav", "mp3", "flac", "opus"] = "wav"
+
+
+Neutral: TypeAlias = Annotated[float, Field(ge=0, le=0)]
 
 
 class AudioPart(Strict):
@@ -62,6 +68,9 @@ class AssistantMessage(Strict):
     audio: AudioReference | None = None
     name: str | None = None
     refusal: None = None
+    annotations: Empty = None
+    tool_calls: Empty = None
+    function_call: None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -111,12 +120,27 @@ class ChatRequest(Body):
     n: Literal[1] | None = None
     response_format: TextFormat | None = None
     logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    frequency_penalty: Neutral | None = None
+    presence_penalty: Neutral | None = None
+    stop: Empty = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    tools: Tools = Field(default=[])
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool | None = None
+    functions: Tools = Field(default=[], description="Deprecated name of tools.")
+    function_call: ToolChoice = Field(default="auto", description="Deprecated name of tool_choice.")
+    prediction: None = None
+    web_search_options: None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
     user: str | None = None
     store: bool | None = None
     metadata: dict[str, str] | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
     @field_validator("messages", mode="before")
     @classmethod

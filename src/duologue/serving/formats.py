@@ -69,17 +69,27 @@ class WireDecoder:
     def __init__(self, wire: Format) -> None:
         self.wire = wire
         self._resampler = StreamingResampler(wire.rate, rates.LISTEN_SAMPLE_RATE)
+        self._num_in = self._num_out = 0
 
     def step(self, audio: str) -> Wav:
         """Decodes base64 text; returns the 16 kHz samples that are ready. A ProtocolError (see `unpack`) leaves the
         state unchanged."""
         wav = unpack(audio, self.wire)
-        return self._resampler.step(wav) if len(wav) else _EMPTY
+        ready = self._resampler.step(wav) if len(wav) else _EMPTY
+        self._num_in += len(wav)
+        self._num_out += len(ready)
+        return ready
+
+    @property
+    def num_buffered(self) -> int:
+        """Number of samples that `end` would return."""
+        return round(self._num_in * rates.LISTEN_SAMPLE_RATE / self.wire.rate) - self._num_out
 
     def end(self) -> Wav:
         """Returns the buffered rest and resets the resampler."""
         wav = self._resampler.step(_EMPTY, last=True)
         self._resampler = StreamingResampler(self.wire.rate, rates.LISTEN_SAMPLE_RATE)
+        self._num_in = self._num_out = 0
         return wav
 
 

@@ -26,6 +26,7 @@ from duologue.serving.turn_detection import (
     SileroStream,
     SpeechProbability,
     TurnDetector,
+    TurnEnded,
     TurnSettings,
     TurnStarted,
 )
@@ -156,22 +157,16 @@ class InputAudioBuffer:
         """Ends the turn: at the detection, or at the last sample if the client commits.
 
         Raises:
-            ProtocolError: the turn is shorter than 100 ms.
+            ProtocolError: the turn is shorter than 100 ms. If the client commits, the audio is kept.
         """
         if detection is not None:
             await self._hear_until(detection.sample)
+            self._check_length(self._open)
         else:
+            self._check_length(self._open + self._num_waiting + self._incoming.num_buffered)
             await self._hear_until(self._total)
             await self._hear(self._incoming.end())
             self._restart()
-        if to_ms(self._open) < MIN_COMMIT_MS:
-            have = 1000 * self._open / RATE
-            self.clear()
-            raise ProtocolError(
-                f"the input audio buffer is too small to commit: it holds {have:.0f} ms, and at least "
-                f"{MIN_COMMIT_MS} ms are needed",
-                "input_audio_buffer_commit_empty",
-            )
         loop = asyncio.get_running_loop()
         began, parts = loop.time(), self._parts
         self._parts, self._open = [], 0
@@ -179,6 +174,22 @@ class InputAudioBuffer:
         vocabulary = self.ear.models.vocabulary
         turn = turn_of(Role.USER, vocabulary.speech_ids(spoken.codes), vocabulary)
         return UserTurn(turn, AudioClip.of(parts, RATE), loop.time() - began)
+
+    def _check_length(self, num_samples: int) -> None:
+        if to_ms(num_samples) < MIN_COMMIT_MS:
+            raise ProtocolError(
+                f"the input audio buffer is too small to commit: it holds {1000 * num_samples / RATE:.0f} ms, and at "
+                f"least {MIN_COMMIT_MS} ms are needed",
+                "input_audio_buffer_commit_empty",
+            )
+
+    def end_turn(self) -> TurnEnded | None:
+        """Ends the open turn without waiting for its silence. The caller ends it with `commit`, as after `append`."""
+        detector = self.detector
+        if detector is None or not detector.speaking:
+            return None
+        detector.end_turn()
+        return TurnEnded(detector.sample)
 
     def clear(self) -> None:
         """Drops all audio that is not committed."""

@@ -162,6 +162,18 @@ class Items:
             return len(self.order)
         return 0 if after == "root" else self.order.index(self.get(after, "create", "previous_item_id")) + 1
 
+    def check_call(self, body: AnyItem) -> None:
+        """Raises ProtocolError if the body is the result of a call that the conversation does not hold."""
+        if not isinstance(body, FunctionCallOutput):
+            return
+        calls = (item.body for item in self.order if isinstance(item.body, FunctionCall))
+        if not any(call.call_id == body.call_id for call in calls):
+            raise ProtocolError(
+                f"there is no function call {body.call_id[:70]!r} in the conversation",
+                "item_create_invalid_call_id",
+                "item.call_id",
+            )
+
     def add(self, item: Item, after: str | None = None) -> str | None:
         """Inserts an item at the end, at the start (after "root") or after another one; returns the previous item's id.
 

@@ -1,7 +1,7 @@
 """Objects of the Realtime protocol: session configuration, conversation items, responses.
 
 Parsing is strict: an unknown key or an unsupported value is an error that names its field. Fields without effect here
-(foreign model names, tracing, tools) are accepted and kept; `docs/protocol.md` lists them.
+(foreign model names, tracing) are accepted and kept; `docs/protocol.md` lists them.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -33,7 +34,10 @@ ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
 OwnEvents: TypeAlias = Literal["duologue.tokens", "duologue.timings"]
 
 # OpenAI's voices; they map to the model's first voice.
-FOREIGN_VOICES = ("alloy", "ash", "ballad", "cedar", "coral", "echo", "marin", "sage", "shimmer", "verse")
+FOREIGN_VOICES = (
+    *("alloy", "ash", "ballad", "cedar", "coral", "echo", "fable"),
+    *("marin", "nova", "onyx", "sage", "shimmer", "verse"),
+)
 
 # Fields where null means "off"; elsewhere null keeps the value.
 _MAY_BE_NULL = {"turn_detection", "transcription", "noise_reduction", "idle_timeout_ms", "include", "tracing", "prompt"}
@@ -66,9 +70,17 @@ class Strict(BaseModel):
 
 
 class Body(Strict):
-    """The body of a request; lone surrogates in its strings are replaced."""
+    """The body of a request. Lone surrogates in its strings are replaced, and null means the default of a field."""
 
     _text = model_validator(mode="before")(valid_strings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        optional = {name for name, field in cls.model_fields.items() if not field.is_required()}
+        return {name: given for name, given in value.items() if given is not None or name not in optional}
 
 
 class OmitUnset(Strict):
@@ -157,6 +169,25 @@ class AudioInput(Strict):
     turn_detection: TurnDetection | None = ServerVad()
 
 
+def _no_tools(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if value:
+        functions = (tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in value)
+        names = ", ".join(str(function.get("name") or function.get("type"))[:60] for function in functions)
+        raise ValueError(f"this server calls no tools; leave out {names[:300]}")
+    return value
+
+
+def _no_tool_choice(value: str | dict[str, Any]) -> str | dict[str, Any]:
+    if value not in ("auto", "none"):
+        raise ValueError("this server calls no tools; only 'auto' and 'none' are possible")
+    return value
+
+
+# Clients send an empty list and "auto" by default. Anything else asks for a call, which no answer may ignore.
+Tools: TypeAlias = Annotated[list[dict[str, Any]], AfterValidator(_no_tools)]
+ToolChoice: TypeAlias = Annotated[str | dict[str, Any], AfterValidator(_no_tool_choice)]
+
+
 class VoiceId(Strict):
     id: str
 
@@ -210,8 +241,8 @@ class SessionConfig(Strict):
     max_output_tokens: MaxTokens = "inf"
     truncation: Literal["auto", "disabled"] = "auto"
     include: list[Literal["item.input_audio_transcription.logprobs"] | OwnEvents] | None = None
-    tools: list[dict[str, Any]] = []
-    tool_choice: str | dict[str, Any] = "auto"
+    tools: Tools = []
+    tool_choice: ToolChoice = "auto"
     parallel_tool_calls: bool = True
     tracing: str | dict[str, Any] | None = None
     prompt: dict[str, Any] | None = None
@@ -332,8 +363,8 @@ class ResponseParams(Strict):
     audio: ResponseAudio | None = None
     max_output_tokens: MaxTokens | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     prompt: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None

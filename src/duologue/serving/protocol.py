@@ -124,7 +124,7 @@ def read_client_event(text: str | bytes) -> ClientEvent:
     if isinstance(text, bytes):
         raise ProtocolError("events are JSON in text messages; binary messages are not used", "invalid_message")
     try:
-        data = json.loads(text)
+        data = json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError):
         raise ProtocolError("the message is not JSON", "invalid_json") from None
     if not isinstance(data, dict):

@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
 from starlette.websockets import WebSocketState
 
-from duologue.serving.admission import AdmissionError, ClientConnection, new_session_id
+from duologue.serving.admission import AdmissionError, ClientConnection, new_session_id, offered_key
+from duologue.serving.client_secrets import ClientSecrets
 from duologue.serving.errors import error_response
 from duologue.serving.items import Items, SavedConversation
-from duologue.serving.objects import Audio, AudioOutput, ProtocolError, SessionConfig
+from duologue.serving.objects import ProtocolError, SessionConfig
 from duologue.serving.protocol import Error, new_id
 from duologue.serving.realtime_session import RealtimeSession
 from duologue.serving.recording import SessionRecorder
@@ -48,19 +49,28 @@ class ConnectionManager:
     """The open connections of one server."""
 
     service: Service
+    secrets: ClientSecrets
     _open: dict[str, _OpenConnection] = field(default_factory=dict)  # by session id
 
     async def connect(self, socket: WebSocket, model: str, session_id: str) -> None:
         """Handles one WebSocket from its request to its end."""
         service = self.service
         offered = socket.scope.get("subprotocols") or []
+        headers = socket.headers
+        host, origin, authorization = headers.get("host"), headers.get("origin"), headers.get("authorization")
         try:
-            service.admission.check_address(socket.headers.get("host"), socket.headers.get("origin"))
-            key = service.admission.check_key(socket.headers.get("authorization"), offered)
+            secret = self.secrets.find(offered_key(authorization, offered))
+            if secret is None:
+                service.admission.check_address(host, origin)
+                key, config = service.admission.check_key(authorization, offered), service.session_config()
+            else:
+                service.admission.check_address(host, origin, secret.allowed_origin)
+                secret.claim(origin, model)
+                key, config = secret.key, secret.config
             await self._disconnect_previous(session_id, key)
             with service.admission.session(key):
                 await socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-                await self._serve(socket, model or service.model, session_id, key)
+                await self._serve(socket, config, model or config.model or service.model, session_id, key)
         except AdmissionError as error:
             await self._refuse(socket, error)
 
@@ -73,12 +83,11 @@ class ConnectionManager:
                 async with asyncio.timeout(DISCONNECT_S):
                     await existing.closed.wait()
 
-    async def _serve(self, socket: WebSocket, model: str, session_id: str, key: str) -> None:
+    async def _serve(self, socket: WebSocket, config: SessionConfig, model: str, session_id: str, key: str) -> None:
         service, settings = self.service, self.service.settings
         saved = service.resumable.take(session_id, key) if session_id else None
         if saved is None:
             session_id = new_session_id()
-            config = SessionConfig(audio=Audio(output=AudioOutput(voice=service.bot.models.card.voices[0])))
             saved = SavedConversation(config, Items(service.bot.models.vocabulary, new_id("conv")))
         else:
             service.metrics.sessions_resumed.inc()
@@ -183,11 +192,17 @@ async def _run_session(
 
 async def _receive_messages(socket: WebSocket, session: RealtimeSession, settings: Settings) -> None:
     """Receives messages until it raises SessionEnded."""
+    clock = asyncio.get_running_loop().time
+    idle_at = clock() + settings.idle_s
     while True:
+        stalls_at = session.turn_stalls_at
         try:
-            async with asyncio.timeout(settings.idle_s):
+            async with asyncio.timeout_at(idle_at if stalls_at is None else min(idle_at, stalls_at)):
                 message = await socket.receive()
         except TimeoutError:
+            if stalls_at is not None and stalls_at < idle_at:
+                await session.end_stalled_turn()
+                continue
             raise SessionEnded(1000, f"the client has sent nothing for {settings.idle_s:g} s", "idle") from None
         except (WebSocketDisconnect, RuntimeError):
             raise SessionEnded(1000, "the client disconnected", "client") from None
@@ -198,6 +213,7 @@ async def _receive_messages(socket: WebSocket, session: RealtimeSession, setting
         if len(content) > settings.max_message_bytes:
             raise SessionEnded(1009, f"a message may have at most {settings.max_message_bytes} bytes", "message_size")
         await session.take(content)
+        idle_at = clock() + settings.idle_s
 
 
 async def _end_after(session_s: float) -> None:
@@ -221,9 +237,9 @@ def _ending_of(group: BaseExceptionGroup[SessionEnded]) -> SessionEnded:
     return SessionEnded(first.code, first.reason, first.label)
 
 
-def realtime_routes(service: Service) -> APIRouter:
+def realtime_routes(service: Service, secrets: ClientSecrets) -> APIRouter:
     router = APIRouter()
-    conversations = ConnectionManager(service)
+    conversations = ConnectionManager(service, secrets)
 
     @router.websocket("/v1/realtime")
     async def realtime(socket: WebSocket, model: str = "", session_id: str = "") -> None:

@@ -68,6 +68,7 @@ class RealtimeSession:
         self._others: dict[str, ActiveResponse] = {}
         self._speech_item = new_id("item")  # id of the user's next item
         self._idle_timer_runs = False
+        self._appended_at = 0.0  # end of the work on the last audio, on the event loop's clock
         self._instructions = ""
         self._instructions_turn: Turn | None = None
         on_sound = None if client.recorder is None else client.recorder.heard
@@ -171,8 +172,26 @@ class RealtimeSession:
 
     async def _append(self, audio: str) -> None:
         self._start_idle_timer()
-        async for detection in self.input_buffer.append(audio):
-            await self._detected(detection)
+        try:
+            async for detection in self.input_buffer.append(audio):
+                await self._detected(detection)
+        finally:
+            self._appended_at = asyncio.get_running_loop().time()
+
+    @property
+    def turn_stalls_at(self) -> float | None:
+        """Time at which the open turn is to be ended because no audio arrives; None without an open turn."""
+        detector = self.input_buffer.detector
+        return self._appended_at + self.settings.stalled_turn_s if detector is not None and detector.speaking else None
+
+    async def end_stalled_turn(self) -> None:
+        """Ends the open turn of a client that sends no more audio."""
+        if (detection := self.input_buffer.end_turn()) is not None:
+            try:
+                await self._detected(detection)
+            except (ProtocolError, ValueError, WorkerFull) as error:
+                refused = error if isinstance(error, ProtocolError) else ProtocolError(str(error), "request_failed")
+                await self._send_error(refused)
 
     def _start_idle_timer(self) -> None:
         """Starts the idle timeout once the last response has been played."""
@@ -269,6 +288,7 @@ class RealtimeSession:
     async def _create_item(self, event: protocol.CreateItem) -> None:
         settings = self.settings
         self.items.check_new(event.item.id, event.previous_item_id)  # before its audio is tokenized
+        self.items.check_call(event.item)
         wire = self.config.audio.input.format
         item = await new_item(self.bot, event.item, wire, settings.max_input_chars, settings.audio_buffer_s)
         await self._announce(item, await self._add(item, event.previous_item_id))

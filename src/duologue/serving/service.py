@@ -24,6 +24,7 @@ from duologue.language.sampling import Sampling
 from duologue.serving.admission import Admission, ResumeStore
 from duologue.serving.errors import ApiError
 from duologue.serving.metrics import Metrics
+from duologue.serving.objects import Audio, AudioOutput, SessionConfig
 from duologue.serving.settings import Settings
 from duologue.sound_files import AudioTooLong, load_audio
 
@@ -64,6 +65,10 @@ class Service:
     def model(self) -> str:
         """The model's name. Requests for any other name are served by this model."""
         return self.bot.models.card.name
+
+    def session_config(self) -> SessionConfig:
+        """Returns the configuration of a new real-time session."""
+        return SessionConfig(audio=Audio(output=AudioOutput(voice=self.bot.models.card.voices[0])))
 
     async def tokenize(self, wav: NDArray[np.float32]) -> tuple[int, ...]:
         """Returns the speech tokens of wav (S,) at 16 kHz. Live conversations take precedence."""

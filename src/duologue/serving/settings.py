@@ -20,13 +20,14 @@ class Settings:
         api_keys: accepted keys, never printed. Empty admits every client.
         allowed_origins: origins of other servers' pages (`https://talk.example.org`) that may use this server.
         allowed_hosts: host names accepted besides loopback on a server without keys (guards against DNS rebinding).
-        max_message_bytes: size of one WebSocket message.
+        max_message_bytes: size of one WebSocket message. The default holds an event of 15 MiB, as OpenAI's server.
         max_upload_bytes: size of one request body.
         max_input_chars: length of a text to speak or answer.
         max_request_audio_s: audio in one transcription or completion request.
         audio_buffer_s: uncommitted audio of a session.
         session_s: maximum duration of a session.
         idle_s: a session without client events for this time is closed.
+        stalled_turn_s: a turn in which the client sends no audio for this time is ended.
         max_items: items of a session's conversation.
         max_sessions, max_sessions_per_key: concurrent sessions; without keys all clients share one key.
         max_requests: concurrent requests that use the models; more are refused.
@@ -47,13 +48,14 @@ class Settings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     allowed_origins: tuple[str, ...] = ()
     allowed_hosts: tuple[str, ...] = ()
-    max_message_bytes: int = 4 * 2**20
+    max_message_bytes: int = 16 * 2**20
     max_upload_bytes: int = 25 * 2**20
     max_input_chars: int = 4096
     max_request_audio_s: float = 600.0
     audio_buffer_s: float = 120.0
     session_s: float = 3600.0
     idle_s: float = 600.0
+    stalled_turn_s: float = 3.0
     max_items: int = 1000
     max_sessions: int = 32
     max_sessions_per_key: int = 16
@@ -90,18 +92,19 @@ class Settings:
                 "set DUOLOGUE_API_KEYS, or listen on 127.0.0.1"
             )
         for origin in self.allowed_origins:
-            parts = urlsplit(origin)
-            if (
-                parts.scheme not in ("http", "https")
-                or not parts.netloc
-                or origin != f"{parts.scheme}://{parts.netloc}"
-            ):
+            if not is_origin(origin):
                 raise ValueError(f"an allowed origin looks like https://talk.example.org, not {origin!r}")
 
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the server."""
         return is_loopback_host(self.host)
+
+
+def is_origin(text: str) -> bool:
+    """Returns whether a text is the origin of a web page."""
+    parts = urlsplit(text)
+    return parts.scheme in ("http", "https") and parts.netloc != "" and text == f"{parts.scheme}://{parts.netloc}"
 
 
 def is_loopback_host(host: str) -> bool:

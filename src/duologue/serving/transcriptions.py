@@ -198,6 +198,7 @@ def transcription_routes(service: Service) -> APIRouter:
 # Parameters of OpenAI's route that would change the result are refused.
 _UNSUPPORTED = ("keywords", "known_speaker_names", "known_speaker_references", "include")
 _ACCEPTED = ("file", "model", "language", "prompt", "temperature", "response_format", "stream", "chunking_strategy")
+_LONG_CODES = {"eng": "en", "zho": "zh", "chi": "zh", "cmn": "zh"}  # ISO 639-2 and 639-3, for the models' languages
 _GRANULARITY = ("timestamp_granularities", "timestamp_granularities[]")
 
 
@@ -214,10 +215,18 @@ async def _refuse_unsupported(request: Request, service: Service, language: str 
                 raise ApiError(f"{name}: only segment is supported", param=name)
         elif name not in _ACCEPTED:
             raise ApiError(f"{name} is not a parameter of this route", "unknown_parameter", name)
-    if language and language.partition("-")[0].lower() not in card.languages:
+    if language and language.lower() != "auto" and language_code(language) not in card.languages:
         raise ApiError(
             f"{card.name} does not know {language!r}; it knows {', '.join(card.languages)}", param="language"
         )
+
+
+def language_code(name: str) -> str:
+    """Returns the ISO 639-1 code of a language: `en` for `en_US`, `English` and `eng`. Other names stay as they are."""
+    from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+
+    first = name.strip().lower().replace("_", "-").partition("-")[0]
+    return _LONG_CODES.get(first) or TO_LANGUAGE_CODE.get(first, first)
 
 
 def _schema(model: type[BaseModel]) -> dict[str, Any]:

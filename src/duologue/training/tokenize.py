@@ -267,7 +267,7 @@ def _labeled(turn: Mapping[str, Any], clip: Mapping[str, Any], language: str, vo
 def _texts(file: Path, vocabulary: Vocabulary) -> list[CorpusSample]:
     """The lines of a text file as written samples."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} cannot be read as text: {error}") from None
     turns = [Turn(Role.ASSISTANT, Modality.TEXT, tuple(vocabulary.encode_text(line))) for line in lines if line.strip()]
