@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duologue.client.playback import Playback, PlaybackCut
+from duologue.client.playback import Playback, PlaybackPosition
 from tests.clock import Clock
 
 RATE = 1000  # one sample is one millisecond
@@ -67,7 +67,7 @@ def test_a_cut_says_what_was_heard_and_not_what_was_given_to_the_device() -> Non
     playback.take(100, delay_s=0.13)  # until 230 ms from here
     clock.now += 0.1  # 130 ms in the device still, 70 were heard
     assert playback.active
-    assert playback.cut() == [PlaybackCut("a", 70)]
+    assert playback.cut() == [PlaybackPosition("a", 70)]
     assert not playback.active
     playback.add("a", sound(0, 10))  # on the way when the cut came
     assert not playback.take(10).any()
@@ -82,7 +82,7 @@ def test_an_item_in_the_device_counts_as_unheard_though_nothing_of_it_waits() ->
     playback.end("b")
     playback.take(200)
     clock.now += 0.04
-    assert playback.cut() == [PlaybackCut("a", 40), PlaybackCut("b", 0)]
+    assert playback.cut() == [PlaybackPosition("a", 40), PlaybackPosition("b", 0)]
 
 
 def test_nothing_is_cut_when_everything_was_heard() -> None:
@@ -125,7 +125,7 @@ def test_whatever_the_chunks_every_sample_is_played_once_and_a_cut_is_exact(
     heard = min(len(played), total)
     assert played[:heard] == sound(0, heard).tolist()
     assert not any(played[heard:])
-    assert playback.cut() == [PlaybackCut("a", heard)]
+    assert playback.cut() == [PlaybackPosition("a", heard)]
 
 
 def test_two_threads_lose_nothing() -> None:
@@ -144,3 +144,20 @@ def test_two_threads_lose_nothing() -> None:
     thread.join()
     played += playback.take(37).tolist()
     assert [sample for sample in played if sample] == sound(0, total).tolist()
+
+
+def test_what_the_device_has_played_is_known() -> None:
+    clock = Clock()
+    playback = Playback(RATE, ahead_ms=0, clock=clock)
+    assert playback.heard is None
+    playback.add("a", sound(0, 50))
+    playback.end("a")
+    playback.add("b", sound(0, 50))
+    playback.take(80, delay_s=0.02)
+    assert playback.heard is None  # still inside the device
+    clock.now += 0.05
+    assert playback.heard == PlaybackPosition("a", 30)
+    clock.now += 0.03
+    assert playback.heard == PlaybackPosition("b", 10)
+    clock.now += 1.0
+    assert playback.heard == PlaybackPosition("b", 30)

@@ -87,6 +87,10 @@ def test_typed_question_is_answered_aloud_without_gaps(visit: Open, server: Page
     assert reply["heard_after_ms"] > 50
     assert [run["kind"] for run in reply["tokens"]] == ["text", "speech"] * 6
     assert reply["timings"]["first_audio_ms"] == 322
+    reports = [event["played_ms"] for event in server.of("playback.ack")]
+    assert reports == sorted(reports)
+    assert len(reports) > 5
+    assert reports[-1] == 2400  # all of it
 
 
 def test_talks_hands_free_and_interrupts_to_the_millisecond(visit: Open, server: PageServer, tmp_path: Path) -> None:

@@ -177,6 +177,38 @@ def test_barge_in_stops_playback_and_truncates() -> None:
     assert summary.errors == ["nothing was said"]
 
 
+@pytest.mark.parametrize("taken", [True, False])
+def test_playback_is_reported_to_a_server_that_takes_reports(taken: bool) -> None:
+    async def script(peer: Peer) -> None:
+        await peer.send("session.created", session={})
+        offer = await peer.until("session.update")
+        while offer["session"].get("include") is None:
+            offer = await peer.until("session.update")
+        if taken:
+            await peer.send("session.updated", session=offer["session"])
+        else:
+            fault = {"type": "invalid_request_error", "message": "unknown", "event_id": offer["event_id"]}
+            await peer.send("error", error=fault)
+        await peer.until("input_audio_buffer.append")
+        await peer.hear_turn()
+        await peer.begin_answer()
+        await peer.sound(SOUND)
+        await peer.end_answer()
+
+    summary, peer, seen = asyncio.run(hold(script, TalkSettings(), a_second))
+    reports = [event for event in peer.received if event["type"] == "playback.ack"]
+    assert summary.errors == []
+    assert not any(event["type"] == "error" for event in seen)
+    if not taken:
+        assert reports == []
+        return
+    positions = [report["played_ms"] for report in reports]
+    assert {report["item_id"] for report in reports} == {"answer"}
+    assert positions == sorted(set(positions))
+    assert positions[-1] == 1000  # all of it
+    assert 4 <= len(positions) <= 7  # every 200 ms, and at the end
+
+
 def test_without_barge_in_the_server_hears_silence_while_the_answer_plays() -> None:
     async def script(peer: Peer) -> None:
         await peer.until("input_audio_buffer.append")

@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from duologue.client.connection import WIRE_RATE, Connection, ConnectionLost, ServerEvent, decode_pcm
-from duologue.client.playback import Playback
+from duologue.client.playback import Playback, PlaybackPosition
 
 SILENT_SERVER_S = 60.0
+ACK_S = 0.2  # interval of the reports of what was played
+ACK_UPDATE = "playback-reports"  # id of the event that offers them; only this server takes the offer
 TRANSCRIBER = "gpt-4o-mini-transcribe"  # OpenAI's name; this server accepts any
 
 Observer = Callable[[ServerEvent], None]
@@ -141,6 +143,8 @@ class TalkClient:
         self._answers: dict[str, Exchange] = {}  # by the answer's item id
         self._cut: set[str] = set()  # interrupted active responses
         self._turn_end = self._last_event = clock()
+        self._reports_playback = False  # the server takes `playback.ack`
+        self._reported: tuple[PlaybackPosition | None, float] = (None, 0.0)
         self._stopped = asyncio.Event()
 
     def stop(self) -> None:
@@ -189,6 +193,7 @@ class TalkClient:
             if not self._settings.barge_in and self._playback.active:
                 pcm = np.zeros_like(pcm)
             await self._connection.append(pcm)
+            await self._report_playback()
         if self._settings.manual:
             self._answer_due, self._turn_end = True, self._clock()
             await self._connection.send({"type": "input_audio_buffer.commit"})
@@ -198,6 +203,7 @@ class TalkClient:
         rest = 0
         async for pcm in silence:
             rest += len(pcm)
+            await self._report_playback()
             if rest >= tail_s * WIRE_RATE and not self.busy:
                 return
             if self._clock() - self._last_event > SILENT_SERVER_S:
@@ -206,6 +212,17 @@ class TalkClient:
                 )
             if not self._settings.manual:
                 await self._connection.append(pcm)
+
+    async def _report_playback(self) -> None:
+        """Reports the position of playback: at intervals, and at the end."""
+        heard, (last, at) = self._playback.heard, self._reported
+        if not self._reports_playback or heard is None or heard == last:
+            return
+        if self._clock() - at < ACK_S and self._playback.active:
+            return
+        self._reported = heard, self._clock()
+        event = {"type": "playback.ack", "item_id": heard.item_id, "played_ms": heard.played_ms}
+        await self._connection.send(event)
 
     @property
     def busy(self) -> bool:
@@ -216,11 +233,19 @@ class TalkClient:
         while True:
             event = await self._connection.receive()
             self._last_event = self._clock()
+            if event["type"] == "error" and event["error"].get("event_id") == ACK_UPDATE:
+                continue  # a server of another kind
             await self._take(event)
             self._observe(event)
 
     async def _take(self, event: ServerEvent) -> None:
         match event["type"]:
+            case "session.created":
+                offer = {"type": "realtime", "include": ["duologue.playback"]}
+                await self._connection.send({"type": "session.update", "event_id": ACK_UPDATE, "session": offer})
+            case "session.updated":
+                include = event.get("session", {}).get("include") or ()
+                self._reports_playback = "duologue.playback" in include
             case "input_audio_buffer.speech_started":
                 self._user_speaks = True
                 await self._stop_playing()

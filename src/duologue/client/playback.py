@@ -23,12 +23,12 @@ CHUNK = WIRE_RATE // 50  # samples: 20 ms
 
 
 @dataclass(frozen=True)
-class PlaybackCut:
-    """The position at which an item was cut.
+class PlaybackPosition:
+    """A position in an item: where it was cut, or what was heard of it.
 
     Attributes:
         item_id: the item.
-        played_ms: milliseconds already played.
+        played_ms: milliseconds of the item before it.
     """
 
     item_id: str
@@ -158,7 +158,7 @@ class Playback:
                 self._given.popleft()
             return pcm
 
-    def cut(self) -> list[PlaybackCut]:
+    def cut(self) -> list[PlaybackPosition]:
         """Drops all queued audio (barge-in). Returns the position of each item that was not played to its end."""
         with self._lock:
             num_heard = self._num_heard()
@@ -174,8 +174,20 @@ class Playback:
             self._items.clear()
             self._given.clear()
             return [
-                PlaybackCut(item_id, position * 1000 // self.sample_rate) for item_id, position in positions.items()
+                PlaybackPosition(item_id, position * 1000 // self.sample_rate)
+                for item_id, position in positions.items()
             ]
+
+    @property
+    def heard(self) -> PlaybackPosition | None:
+        """The latest item of which the device has played something, and the position in it."""
+        with self._lock:
+            num_heard = self._num_heard()
+            for piece in reversed(self._given):
+                if piece.start < num_heard:
+                    position = piece.first + min(piece.num_samples, num_heard - piece.start)
+                    return PlaybackPosition(piece.item_id, position * 1000 // self.sample_rate)
+            return None
 
     @property
     def active(self) -> bool:

@@ -17,19 +17,29 @@ MAX_BLOCK_TOKENS = 40
 """Maximum tokens of a block, 3.2 s of audio: decoded audio cannot be revoked at barge-in."""
 
 
+ACK_TOLERANCE_S = 0.05
+"""Audio at the end of a reply that a client need not acknowledge."""
+
+
 @dataclass
 class PlaybackClock:
-    """An estimate of playback: each chunk plays on arrival, or after the previous one.
+    """The playback position: an estimate, or what the client acknowledges.
+
+    In the estimate, each chunk plays on arrival, or after the previous one.
 
     Attributes:
         sent_s: duration of all chunks.
         ends_at: time at which playback ends; None before the first chunk.
         underruns: number of chunks that arrived after playback had ended.
+        acked_s: the acknowledged position; None means the estimate counts.
+        stopped: whether playback was stopped; later acknowledgments are late.
     """
 
     sent_s: float = 0.0
     ends_at: float | None = None
     underruns: int = 0
+    acked_s: float | None = None
+    stopped: bool = False
 
     def sent(self, duration_s: float, now: float) -> None:
         """Records a new chunk."""
@@ -42,15 +52,25 @@ class PlaybackClock:
         """Returns the seconds of audio played so far."""
         if self.ends_at is None:
             return 0.0
+        if self.acked_s is not None:
+            return self.acked_s
         return max(0.0, self.sent_s - max(0.0, self.ends_at - now))
 
     def stop(self, played_s: float) -> None:
         """Ends playback at `played_s`."""
         self.sent_s, self.ends_at = played_s, None if self.ends_at is None else 0.0
+        self.acked_s, self.stopped = None, True
+
+    def ack(self, played_s: float) -> None:
+        """Records the client's report that it has played `played_s`. The position never moves back."""
+        if not self.stopped:
+            self.acked_s = max(self.acked_s or 0.0, min(played_s, self.sent_s))
 
     def is_over(self, now: float) -> bool:
         """Returns whether all audio was played."""
-        return self.ends_at is None or now >= self.ends_at
+        if self.ends_at is None or self.acked_s is None:
+            return self.ends_at is None or now >= self.ends_at
+        return self.acked_s >= self.sent_s - ACK_TOLERANCE_S
 
 
 class BlockPolicy:

@@ -74,7 +74,7 @@ class ResponseSpec:
         truncate: whether the oldest turns may be dropped to fit the context length.
         question_s: seconds spent on the last step of the question.
         in_conversation: whether the reply becomes an item of the conversation.
-        notify: names of the `duologue.*` events that the client requested.
+        notify: names of the `duologue.*` events that the client requested or promised.
     """
 
     response: Response
@@ -101,7 +101,7 @@ class ActiveResponse:
         live: whether the client still receives this response.
         cancelled: queued events of this response are dropped.
         over: set when `response.done` is queued.
-        playback: estimate of the client's playback position.
+        playback: the client's playback position, acknowledged or estimated.
     """
 
     spec: ResponseSpec
@@ -118,6 +118,8 @@ class ActiveResponse:
     item: Item | None = None
 
     def __post_init__(self) -> None:
+        if "duologue.playback" in self.spec.notify:
+            self.playback.ack(0.0)  # until the first report, nothing has been played
         self._emitting = asyncio.Lock()
         self._finished = False
         self._ids: list[int] = []
@@ -176,7 +178,7 @@ class ActiveResponse:
             self.recorder.cut(played_ms)
 
     def _stop_playing(self) -> float:
-        """Stops the playback clock and returns the milliseconds played, as estimated by the server."""
+        """Stops the playback clock and returns the milliseconds played."""
         played_s = self.playback.played_s(asyncio.get_running_loop().time())
         self.playback.stop(played_s)
         return 1000 * played_s

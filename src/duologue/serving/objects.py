@@ -31,7 +31,7 @@ Model = TypeVar("Model", bound=BaseModel)
 Modality: TypeAlias = Literal["text", "audio"]
 Status: TypeAlias = Literal["in_progress", "completed", "cancelled", "incomplete", "failed"]
 ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
-OwnEvents: TypeAlias = Literal["duologue.tokens", "duologue.timings"]
+OwnEvents: TypeAlias = Literal["duologue.tokens", "duologue.timings", "duologue.playback"]
 
 # OpenAI's voices; they map to the model's first voice.
 FOREIGN_VOICES = (

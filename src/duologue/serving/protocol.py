@@ -1,7 +1,7 @@
 """Events of OpenAI's Realtime protocol (general availability), from clients and from the server.
 
 Names and fields match the types of the `openai` package (3.54.0). The server adds `duologue.tokens` and
-`duologue.timings`, sent only to clients that request them in `session.include`.
+`duologue.timings`, sent only to clients that request them in `session.include`, and takes `playback.ack`.
 """
 
 from __future__ import annotations
@@ -87,6 +87,14 @@ class TruncateItem(_FromClient):
     audio_end_ms: float = Field(ge=0, allow_inf_nan=False)
 
 
+class AckPlayback(_FromClient):
+    """A report that `played_ms` of an item's audio have been played. An extension of the protocol."""
+
+    type: Literal["playback.ack"]
+    item_id: str
+    played_ms: float = Field(ge=0, allow_inf_nan=False)
+
+
 class CreateResponse(_FromClient):
     type: Literal["response.create"]
     response: ResponseParams | None = None
@@ -106,6 +114,7 @@ ClientEvent: TypeAlias = (
     | RetrieveItem
     | DeleteItem
     | TruncateItem
+    | AckPlayback
     | CreateResponse
     | CancelResponse
 )

@@ -148,6 +148,11 @@ class RealtimeSession:
                 await self._delete_item(event.item_id)
             case protocol.TruncateItem():
                 await self._truncate_item(event)
+            case protocol.AckPlayback():
+                # An item may be deleted while its report is on the way: other ids are no error.
+                for answer in (self.current, *self._others.values()):
+                    if answer is not None and answer.item is not None and answer.item.id == event.item_id:
+                        answer.playback.ack(event.played_ms / 1000)
             case protocol.CreateResponse():
                 requested_at = asyncio.get_running_loop().time()
                 await self._respond(event.response or ResponseParams(), requested_at)

@@ -1,5 +1,6 @@
 // Connects the parts of the page: connection, microphone, player, transcript. `view.js` and `inside.js` draw them.
 
+import { acknowledge } from "./acknowledge.js";
 import { Conversation } from "./conversation.js";
 import * as dialogs from "./dialogs.js";
 import { Inside } from "./inside.js";
@@ -418,8 +419,7 @@ find("write").addEventListener("submit", async (event) => {
     await Promise.all([connection.open(), player.start()]);
   } catch {
     turn.note = "Not sent: there is no connection.";
-    conversation.changed(turn);
-    return;
+    return conversation.changed(turn);
   }
   question = { endedMs, pauseMs: 0 };
   const content = [{ type: "input_text", text: words }];
@@ -488,12 +488,12 @@ async function look(attempt = 0) {
     view.settled();
   } catch {
     view.line("No answer", "waiting");
-    const action = { words: "Try now", run: () => look() };
-    view.notice("The server does not answer. Is it running?", { action, passing: true });
+    view.notice("The server does not answer. Is it running?", { action: { words: "Try now", run: () => look() }, passing: true });
     setTimeout(() => connection.state === "closed" && !state.model && look(attempt + 1), Math.min(15000, 1000 * 2 ** attempt));
   }
 }
 
+acknowledge(player, connection);
 connection.key = settings.key;
 voices([]);
 phase();

@@ -7,8 +7,9 @@ export const RATE = 24000;
 const START_MS = 3000; // without a loudspeaker the browser never starts, and reports no error
 
 /**
- * Events: "broken"; "silent"; "started" {id, latencyMs}, "finished" {id, playedMs}, "gap" {id, ms}; and "heard" {pcm:
- * Float32Array, at, stream, id, level, peak, waitingMs} with all that was played, `at` samples after its stream began.
+ * Events: "broken"; "silent"; "started" {id, latencyMs}, "finished" {id, playedMs}, "gap" {id, ms}, "dropped" {id, ms}
+ * without a loudspeaker; and "heard" {pcm: Float32Array, at, stream, id, playedMs, level, peak, waitingMs} with all that
+ * was played, `at` samples after its stream began.
  */
 export class Player extends EventTarget {
   #node = null;
@@ -82,7 +83,9 @@ export class Player extends EventTarget {
       this.jitterMs = (data.jitter * 1000) / RATE;
       const level = Math.sqrt(energy / data.heard.length);
       const waitingMs = (data.waiting * 1000) / RATE;
-      this.#tell("heard", { pcm: data.heard, at: data.at, stream: this.#context, id: data.id, peak, level, waitingMs });
+      const playedMs = (data.played * 1000) / RATE;
+      const where = { at: data.at, stream: this.#context, id: data.id, playedMs };
+      this.#tell("heard", { pcm: data.heard, ...where, peak, level, waitingMs });
     } else if ("gap" in data) {
       this.gaps += 1;
       this.gapMs += (data.gap * 1000) / RATE;
@@ -103,7 +106,8 @@ export class Player extends EventTarget {
   push(id, base64) {
     const samples = samplesOf(base64);
     const ms = (samples.length * 1000) / RATE;
-    this.#port?.postMessage({ do: "push", id, samples }, [samples.buffer]);
+    if (this.#port) this.#port.postMessage({ do: "push", id, samples }, [samples.buffer]);
+    else this.#tell("dropped", { id, ms });
     return ms;
   }
 

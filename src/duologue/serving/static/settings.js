@@ -2,7 +2,7 @@
 
 const PLACE = "duologue.settings";
 const KEY_PLACE = "duologue.key"; // only while the tab is open
-export const INCLUDE = ["duologue.tokens", "duologue.timings"];
+export const INCLUDE = ["duologue.tokens", "duologue.timings", "duologue.playback"];
 
 export const DEFAULTS = {
   voice: "",
