@@ -20,6 +20,7 @@ ROUTES = [
     ("POST", "/v1/audio/transcriptions"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/realtime/client_secrets"),
+    ("POST", "/v1/realtime/calls"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
     ("GET", "/healthz"),

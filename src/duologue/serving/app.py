@@ -3,6 +3,7 @@
 GET  /                          the web page
 WS   /v1/realtime               live conversations
 POST /v1/realtime/client_secrets  short-lived keys for web pages
+POST /v1/realtime/calls         live conversations over WebRTC
 POST /v1/audio/speech           text to speech
 POST /v1/audio/transcriptions   speech to text
 POST /v1/chat/completions       one answer, text and audio in and out
@@ -28,11 +29,12 @@ from starlette.types import Scope
 
 from duologue.conversation.chatbot import Chatbot
 from duologue.machine import version_of
+from duologue.serving.calls import CallOrigins, call_routes
 from duologue.serving.client_secrets import ClientSecrets, client_secret_routes
 from duologue.serving.completions import completion_routes
 from duologue.serving.errors import ApiError, add_error_handlers, documented
 from duologue.serving.middleware import RequestGuard
-from duologue.serving.realtime import realtime_routes
+from duologue.serving.realtime import ConnectionManager, realtime_routes
 from duologue.serving.recording import remove_leftovers
 from duologue.serving.service import Service
 from duologue.serving.settings import Settings
@@ -80,6 +82,7 @@ def create_app(bot: Chatbot, settings: Settings | None = None) -> FastAPI:
     clients, and `await app.state.service.admission.wait_until_idle()` waits for the others.
     """
     service = Service(bot, settings or Settings())
+    connections = ConnectionManager(service, ClientSecrets())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -88,6 +91,7 @@ def create_app(bot: Chatbot, settings: Settings | None = None) -> FastAPI:
             remove_leftovers(service.settings.record_folder)
         yield
         service.admission.drain()
+        await connections.end_calls()
         service.resumable.clear()
 
     app = FastAPI(title="Duologue", lifespan=lifespan, docs_url=None, redoc_url=None)
@@ -98,9 +102,9 @@ def create_app(bot: Chatbot, settings: Settings | None = None) -> FastAPI:
         app.include_router(routes(service), dependencies=guarded)
     app.include_router(_model_routes(service), dependencies=guarded)
     app.include_router(_status_routes(service))
-    secrets = ClientSecrets()
-    app.include_router(client_secret_routes(service, secrets), dependencies=guarded)
-    app.include_router(realtime_routes(service, secrets))
+    app.include_router(client_secret_routes(service, connections.secrets), dependencies=guarded)
+    app.include_router(realtime_routes(connections))
+    app.include_router(call_routes(connections))
     app.router.routes.append(_Page("/", StaticFiles(directory=PAGE, html=True), name="page"))
     app.add_middleware(RequestGuard, settings=service.settings, admission=service.admission, metrics=service.metrics)
     # Outermost, so that an allowed page can read an error response.
@@ -112,6 +116,7 @@ def create_app(bot: Chatbot, settings: Settings | None = None) -> FastAPI:
             allow_headers=["*"],  # OpenAI's clients send `x-stainless-*`, `openai-organization` and more
             expose_headers=["Location", "Retry-After"],
         )
+    app.add_middleware(CallOrigins, secrets=connections.secrets)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 

@@ -108,6 +108,11 @@ class ClientSecrets:
         self._by_hash[_hash(value)] = secret
         return value
 
+    def has_origin(self, origin: str) -> bool:
+        """Returns whether a valid secret belongs to this origin."""
+        now = self.clock()
+        return any(one.allowed_origin == origin and one.expires_at > now for one in self._by_hash.values())
+
     def find(self, value: str) -> ClientSecret | None:
         """Returns the secret of a value, or None if the value is a key of another kind.
 

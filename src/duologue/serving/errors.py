@@ -60,6 +60,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
         413: "The body is too large.",
         429: "The server is busy.",
         500: "The server failed.",
+        501: "The server was installed without this part.",
         503: "The server is stopping.",
     }
     return {status: {"model": ErrorBody, "description": texts[status]} for status in (401, 403, 500, *statuses)}

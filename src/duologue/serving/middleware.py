@@ -19,6 +19,9 @@ from duologue.serving.settings import Settings
 # Probes may use any host name; they reveal only that the server is alive.
 OPEN_PATHS = ("/healthz", "/readyz")
 
+# Its route checks the client itself: client secrets are keys there.
+CALLS = "/v1/realtime/calls"
+
 # The page loads nothing from other origins and must not be framed.
 PAGE_HEADERS = {
     "Content-Security-Policy": (
@@ -60,9 +63,9 @@ class RequestGuard:
                 raise ClientDisconnect from None
 
         try:
-            if scope["path"] not in OPEN_PATHS:
+            if scope["path"] not in (*OPEN_PATHS, CALLS):
                 self._admission.check_address(headers.get("host"), headers.get("origin"))
-            if scope["path"].startswith("/v1/") or scope["path"] == "/metrics":
+            if (scope["path"].startswith("/v1/") and scope["path"] != CALLS) or scope["path"] == "/metrics":
                 self._admission.check_key(headers.get("authorization"))  # before a body is read
             length = headers.get("content-length", "")
             if length.isdecimal() and int(length) > self._settings.max_upload_bytes:

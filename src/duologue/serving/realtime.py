@@ -11,10 +11,13 @@ import logging
 import sys
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import MutableMapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from fastapi import APIRouter, WebSocket, WebSocketDisconnect
+from starlette.datastructures import Headers
 from starlette.websockets import WebSocketState
 
 from duologue.serving.admission import AdmissionError, ClientConnection, new_session_id, offered_key
@@ -37,6 +40,14 @@ CLOSE_S = 2.0  # wait for the client's close frame
 MAX_REASON = 120  # bytes; a close frame holds 123
 
 
+class SessionSocket(Protocol):
+    """What a session uses of a WebSocket; a call over WebRTC has the same methods."""
+
+    async def send_text(self, data: str) -> None: ...
+    async def receive(self) -> MutableMapping[str, Any]: ...
+    async def close(self, code: int = 1000, reason: str = "") -> None: ...
+
+
 @dataclass(eq=False)
 class _OpenConnection:
     key: str
@@ -51,28 +62,60 @@ class ConnectionManager:
     service: Service
     secrets: ClientSecrets
     _open: dict[str, _OpenConnection] = field(default_factory=dict)  # by session id
+    _calls: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def connect(self, socket: WebSocket, model: str, session_id: str) -> None:
         """Handles one WebSocket from its request to its end."""
-        service = self.service
         offered = socket.scope.get("subprotocols") or []
-        headers = socket.headers
-        host, origin, authorization = headers.get("host"), headers.get("origin"), headers.get("authorization")
         try:
-            secret = self.secrets.find(offered_key(authorization, offered))
-            if secret is None:
-                service.admission.check_address(host, origin)
-                key, config = service.admission.check_key(authorization, offered), service.session_config()
-            else:
-                service.admission.check_address(host, origin, secret.allowed_origin)
-                secret.claim(origin, model)
-                key, config = secret.key, secret.config
+            key, config = self.admit(socket.headers, model, offered)
             await self._disconnect_previous(session_id, key)
-            with service.admission.session(key):
+            with self.service.admission.session(key):
                 await socket.accept(SUBPROTOCOL if SUBPROTOCOL in offered else None)
-                await self._serve(socket, config, model or config.model or service.model, session_id, key)
+                await self._serve(socket, config, model or config.model or self.service.model, session_id, key)
         except AdmissionError as error:
             await self._refuse(socket, error)
+
+    def admit(self, headers: Headers, model: str, offered: Sequence[str] = ()) -> tuple[str, SessionConfig]:
+        """Returns the name of the client's key, and the configuration of its new session.
+
+        Args:
+            headers: of the request.
+            model: the model that the client asks for, or "".
+            offered: subprotocols of a WebSocket.
+
+        Raises:
+            AdmissionError: the key, the client secret, the page or the host name is not accepted.
+        """
+        admission = self.service.admission
+        host, origin, authorization = headers.get("host"), headers.get("origin"), headers.get("authorization")
+        secret = self.secrets.find(offered_key(authorization, offered))
+        if secret is None:
+            admission.check_address(host, origin)
+            return admission.check_key(authorization, offered), self.service.session_config()
+        admission.check_address(host, origin, secret.allowed_origin)
+        secret.claim(origin, model)
+        return secret.key, secret.config
+
+    def start_call(self, call: SessionSocket, config: SessionConfig, key: str) -> None:
+        """Serves a call in a task of its own. Raises AdmissionError."""
+        counted = ExitStack()
+        counted.enter_context(self.service.admission.session(key))
+
+        async def serve() -> None:
+            with counted:
+                await self._serve(call, config, config.model or self.service.model, "", key)
+
+        task = asyncio.create_task(serve())
+        self._calls.add(task)
+        task.add_done_callback(self._calls.discard)
+
+    async def end_calls(self) -> None:
+        """Ends all calls when the server stops."""
+        calls = list(self._calls)
+        for task in calls:
+            task.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
 
     async def _disconnect_previous(self, session_id: str, key: str) -> None:
         """Ends the earlier connection of a client that reconnects before the server noticed the drop."""
@@ -83,7 +126,7 @@ class ConnectionManager:
                 async with asyncio.timeout(DISCONNECT_S):
                     await existing.closed.wait()
 
-    async def _serve(self, socket: WebSocket, config: SessionConfig, model: str, session_id: str, key: str) -> None:
+    async def _serve(self, socket: SessionSocket, config: SessionConfig, model: str, session_id: str, key: str) -> None:
         service, settings = self.service, self.service.settings
         saved = service.resumable.take(session_id, key) if session_id else None
         if saved is None:
@@ -158,7 +201,7 @@ async def _finish_recording(recorder: SessionRecorder, saved: SavedConversation)
 
 
 async def _run_session(
-    socket: WebSocket, service: Service, client: ClientConnection, conversation: SavedConversation
+    socket: SessionSocket, service: Service, client: ClientConnection, conversation: SavedConversation
 ) -> None:
     """Runs one conversation over an accepted WebSocket until it closes. Updates `conversation`."""
     settings, metrics = service.settings, service.metrics
@@ -190,7 +233,7 @@ async def _run_session(
                 await socket.close(ending.code, ending.reason)
 
 
-async def _receive_messages(socket: WebSocket, session: RealtimeSession, settings: Settings) -> None:
+async def _receive_messages(socket: SessionSocket, session: RealtimeSession, settings: Settings) -> None:
     """Receives messages until it raises SessionEnded."""
     clock = asyncio.get_running_loop().time
     idle_at = clock() + settings.idle_s
@@ -237,9 +280,8 @@ def _ending_of(group: BaseExceptionGroup[SessionEnded]) -> SessionEnded:
     return SessionEnded(first.code, first.reason, first.label)
 
 
-def realtime_routes(service: Service, secrets: ClientSecrets) -> APIRouter:
+def realtime_routes(conversations: ConnectionManager) -> APIRouter:
     router = APIRouter()
-    conversations = ConnectionManager(service, secrets)
 
     @router.websocket("/v1/realtime")
     async def realtime(socket: WebSocket, model: str = "", session_id: str = "") -> None:
