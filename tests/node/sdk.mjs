@@ -2,6 +2,7 @@
 //
 //   node sdk.mjs BASE_URL KEY [realtime]
 
+import net from 'node:net';
 import OpenAI, { toFile } from 'openai';
 
 const [baseURL, apiKey, realtime] = process.argv.slice(2);
@@ -70,7 +71,10 @@ await attempt('tools', async () => {
 
 if (realtime) {
   const { OpenAIRealtimeWS } = await import('openai/realtime/ws');
-  const socket = new OpenAIRealtimeWS({ model: 'gpt-realtime' }, client);
+  // The SDK takes wss: only, as behind a proxy with TLS. Its messages go over plain TCP here.
+  const { hostname: host, port } = new URL(baseURL);
+  const options = { createConnection: () => net.connect({ host, port }) };
+  const socket = new OpenAIRealtimeWS({ model: 'gpt-realtime', options }, client);
   socket.on('error', (error) => tell('realtime', { error: error.message }) ?? process.exit(0));
   socket.on('session.created', () => {
     const item = { type: 'message', role: 'user', content: [{ type: 'input_text', text: 'Hello' }] };

@@ -125,7 +125,7 @@ class Call:
                 return
             case "response.output_audio.done":
                 self._end(event["item_id"])
-            case "conversation.item.truncated" if event["item_id"] in self._responses:
+            case "conversation.item.truncated" if event["item_id"] == next(reversed(self._responses), None):
                 self._clear()
         self._send(event, data)
 

@@ -104,7 +104,10 @@ class ConnectionManager:
 
         async def serve() -> None:
             with counted:
-                await self._serve(call, config, config.model or self.service.model, "", key)
+                try:
+                    await self._serve(call, config, config.model or self.service.model, "", key)
+                finally:
+                    await call.close()
 
         task = asyncio.create_task(serve())
         self._calls.add(task)
