@@ -16,6 +16,7 @@ import pytest
 
 from duologue import rates
 from duologue.audio import resample
+from duologue.pcm import from_int16
 from tests.live_server import NUM_SPEECH, TEXT, TIMEOUT_S, LiveServer, kept, question, scripted_bot, serving
 
 aiortc = pytest.importorskip("aiortc", reason="aiortc is not installed: pip install duologue[webrtc]")
@@ -49,7 +50,7 @@ class Microphone(MediaStreamTrack):  # type: ignore[misc]
         self._began, self._count = time.monotonic(), 0
 
     def ask(self) -> None:
-        wav = question(before_s=0.0, after_s=0.0).astype(np.float32) / 32768
+        wav = from_int16(question(before_s=0.0, after_s=0.0))
         self.samples = (resample(wav, 24_000, RATE) * 32767).astype(np.int16)
 
     async def recv(self) -> Any:

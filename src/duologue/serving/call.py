@@ -30,7 +30,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from duologue.audio import StreamingResampler
 from duologue.client.playback import Playback, PlaybackPosition
-from duologue.pcm import to_int16
+from duologue.pcm import from_int16, to_int16
 from duologue.serving.errors import ApiError
 from duologue.serving.formats import pack, unpack
 from duologue.serving.objects import Format, Pcm, Pcma, Pcmu
@@ -254,5 +254,5 @@ class Call:
 
 def _mono(frame: AudioFrame) -> NDArray[np.float32]:
     """Returns the samples (S,) of a frame of 16-bit packed audio: the mean of its channels."""
-    samples = frame.to_ndarray().reshape(-1, len(frame.layout.channels))
-    return (samples.astype(np.float32).mean(axis=1) / 32768).astype(np.float32)
+    channels: NDArray[np.int16] = frame.to_ndarray().reshape(-1, len(frame.layout.channels))
+    return np.mean(from_int16(channels), axis=1, dtype=np.float32)
