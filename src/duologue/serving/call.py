@@ -254,5 +254,6 @@ class Call:
 
 def _mono(frame: AudioFrame) -> NDArray[np.float32]:
     """Returns the samples (S,) of a frame of 16-bit packed audio: the mean of its channels."""
-    channels: NDArray[np.int16] = frame.to_ndarray().reshape(-1, len(frame.layout.channels))
-    return np.mean(from_int16(channels), axis=1, dtype=np.float32)
+    samples = np.asarray(frame.to_ndarray(), np.int16).reshape(-1, len(frame.layout.channels))
+    mean: NDArray[np.float32] = np.mean(from_int16(samples), axis=1, dtype=np.float32)
+    return mean
