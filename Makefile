@@ -91,7 +91,7 @@ $(OLDEST)/.installed: | $(VENV)/.dev
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,data,eval,serve,talk,clients,browser,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,data,eval,serve,talk,clients,browser,webrtc,dev]"
 	@touch $(VENV)/.core $@
 
 # After the synthesizers: apt-get runs once at a time.
