@@ -8,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from duologue.language.vllm_plugin import make_processor
-from duologue.released.language import is_released
-from duologue.released.text import load_released_vocabulary
+from duologue.released.text import RANKS_FILE, load_released_vocabulary
 from duologue.vocabulary import Vocabulary
 
 
@@ -21,7 +20,7 @@ def find_vocabulary(folder: Path) -> Vocabulary:
     """
     if (folder / "vocabulary.json").is_file():
         return Vocabulary.load(folder)
-    if is_released(folder):
+    if (folder / RANKS_FILE).is_file():
         return load_released_vocabulary(folder)
     beside = folder.parent / "vocabulary"
     if (beside / "vocabulary.json").is_file():
