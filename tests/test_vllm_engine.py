@@ -145,7 +145,7 @@ def test_a_missing_server_or_another_one_is_named(vocabulary: Vocabulary, server
 def test_a_server_that_dies_later_is_named(engine: VllmEngine, server: FakeVllm) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    engine._client.base_url = f"http://127.0.0.1:{port}"  # type: ignore[assignment]
+    engine._client.base_url = f"http://127.0.0.1:{port}"
     with pytest.raises(RuntimeError, match="no vLLM server answers at"):
         list(engine.stream(*JOBS[0]))
 

@@ -88,6 +88,16 @@ def test_runner_v2_draws_the_ids_of_our_engine(runner: FakeRunner, expected: lis
     assert ours(runner) == expected
 
 
+def test_runner_v2_counts_only_ids_of_the_reply(vocabulary: Vocabulary) -> None:
+    """Text of the prompt before it and old text after it lie in the same slot."""
+    states = SlotStates(3, 40, vocabulary.size)
+    states.all_token_ids.gpu[:] = vocabulary.encode_text("a")[0]
+    states.all_token_ids.gpu[1, 12:14] = vocabulary.speech_id(3)
+    processor = RunnerV2Processor(vocabulary, config_of(vocabulary, speculative_config=None), states)
+    slots, prompts, lengths = torch.tensor([1, 0, 2]), torch.tensor([10, 5, 39]), torch.tensor([6, 9, 0])
+    assert processor._count_text(slots, prompts, lengths, 9).tolist() == [4, 9, 0]
+
+
 def test_a_hidden_id_that_was_never_drawn_here_is_an_error(vocabulary: Vocabulary) -> None:
     processor = RunnerV1Processor(vocabulary, config_of(vocabulary), torch.device("cpu"))
     request = request_of(JOBS[0])

@@ -18,7 +18,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from duologue.config import parse_config, to_mapping
 from duologue.interleave import Kind, Schedule
 from duologue.language.drawing import LIKELY, DrawMasks, draw, draw_exactly, draw_settings, rows_at
 from duologue.language.sampling import Sampling
-from duologue.language.scripts import TEXT_LANGUAGES, TextLanguage
+from duologue.language.scripts import TextLanguage
 from duologue.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class _Drawer:
         is_text[: vocabulary.size] = torch.from_numpy(vocabulary.kinds == Kind.TEXT)
         self.is_text = is_text.to(device)
         self._languages: dict[TextLanguage | None, int] = {None: self.masks.text_mask(None)}
-        for language in TEXT_LANGUAGES:
+        for language in get_args(TextLanguage):
             try:
                 self._languages[language] = self.masks.text_mask(language)  # now, because it takes a second
             except ValueError as error:
