@@ -114,7 +114,7 @@ class VllmEngine:
     @property
     def cached_tokens(self) -> int:
         """Number of ids of running replies and their prompts; the server's own cache is not counted."""
-        return sum(len(request.prompt) + len(request.ids) for request in [*self._tasks])
+        return sum(len(request.prompt) + len(request.ids) for request in [*self._tasks] if not request.ended)
 
     def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
         """Returns 0: only the server knows its cache."""
