@@ -285,7 +285,12 @@ def make_processor(find_vocabulary: Callable[[Path], Vocabulary]) -> type:
     def validate_params(cls: type, sampling_params: Any) -> None:
         check_request(sampling_params)
 
-    members = {"__new__": construct, "validate_params": classmethod(validate_params), "__doc__": __doc__}
+    members = {
+        "__module__": __name__,
+        "__new__": construct,
+        "validate_params": classmethod(validate_params),
+        "__doc__": __doc__,
+    }
     return type("Interleave", _processor_bases(), members)
 
 
