@@ -107,6 +107,14 @@ def _metric(engine: VllmEngine, name: str) -> float:
     return sum(map(float, values))
 
 
+def _settle(engine: VllmEngine) -> None:
+    """Waits for the usage, which follows the last id."""
+    deadline = time.monotonic() + 30.0
+    while engine._tasks:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 async def _collect(engine: VllmEngine, job: Job) -> list[int]:
     return [token async for token in engine.generate(*job)]
 
@@ -130,9 +138,11 @@ def test_warming_and_later_turns_find_the_prefix(engine: VllmEngine, plain: Plai
     job = prompt, Sampling(temperature=0.0, max_tokens=40), INTERLEAVED
     reply = list(engine.stream(*job))
     assert reply == list(plain.stream(*job))
+    _settle(engine)
     assert engine.num_cached - before[0] == 80
     turn = [*prompt, *reply, *prompt[:5]]
     list(engine.stream(turn, Sampling(temperature=0.0, max_tokens=5), INTERLEAVED))
+    _settle(engine)
     found = engine.num_cached - before[0] - 80
     assert found == (len(prompt) + len(reply) - 1) // BLOCK * BLOCK
     assert _metric(engine, "vllm:prefix_cache_hits_total") - before[1] == 80 + found

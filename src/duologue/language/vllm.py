@@ -210,7 +210,8 @@ class VllmEngine:
             self._loop.call_soon_threadsafe(self._abort, request)
 
     def _abort(self, request: Request) -> None:
-        if (task := self._tasks.get(request)) is not None:
+        # A whole reply reads on: the usage follows its last id, and the connection remains for the next one.
+        if (task := self._tasks.get(request)) is not None and not request.drawing.ended:
             task.cancel()  # closes the connection
 
     async def _reply(self, request: Request, schedule: Schedule) -> None:
