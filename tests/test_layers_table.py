@@ -37,6 +37,7 @@ LAYERS = {
     "decoder": 2,
     "released": 3,
     "models": 4,
+    "vllm_processor": 4,
     "client": 4,
     "conversation": 5,
     "evaluation": 6,

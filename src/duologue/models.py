@@ -25,8 +25,9 @@ from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.language.backbone import Provenance, load_language, load_provenance
-from duologue.language.engine import MAX_CACHED_TOKENS, Engine, PlainEngine, check_engine
+from duologue.language.engine import MAX_CACHED_TOKENS, MAX_SESSIONS, Engine, PlainEngine, check_engine
 from duologue.language.sampling import Sampling
+from duologue.language.vllm import VllmEngine
 from duologue.layers import Padded
 from duologue.quantization import Scheme, check_available, quantize
 from duologue.released.folder import ReleasedFolder
@@ -42,7 +43,7 @@ CARD_VERSION = 1
 CACHED_PER_SESSION = 2048
 """Ids of a conversation and its reply, by which the cache grows with the sessions."""
 
-EngineName = Literal["plain"]
+EngineName = Literal["plain", "vllm"]
 DecoderDtype = Literal["float32", "bfloat16"]
 Decoder: TypeAlias = SpeechDecoder[Any, Any]
 
@@ -241,31 +242,39 @@ class Models:
         decoder_dtype: DecoderDtype | None = None,
         max_sessions: int | None = None,
         max_cached_tokens: int | None = None,
+        engine_url: str | None = None,
     ) -> Models:
         """Loads a model folder.
 
         Args:
             dtype: of the language model; by default bfloat16 for released models and float32 for ours.
             quantization: "int8" or "int4" for the language model's linear layers.
-            engine: runs the language model; only "plain", see docs/engines.md.
+            engine: runs the language model: "plain" here, or "vllm" in the server at `engine_url`, see docs/engines.md.
             decoder_dtype: of a released decoder's U-Net, "float32" or "bfloat16"; by default bfloat16 on CUDA. All
                 other float32 there is exact, without TF32.
             max_sessions: maximum number of running replies, and of cached conversations.
             max_cached_tokens: maximum ids in the KV caches; by default at least `CACHED_PER_SESSION` per session.
 
         Raises:
-            ValueError: a part is missing, damaged or incompatible, a library is missing, or a dtype is not supported.
+            ValueError: a part is missing, damaged or incompatible, a library is missing, a dtype is not supported, or
+                no usable server answers at `engine_url`.
         """
         opened = open_folder(folder)
         card = opened.card
-        check_engine(engine)
+        check_engine(engine, engine_url)
+        if engine_url is not None and (dtype is not None or quantization is not None):
+            raise ValueError("the vLLM server loads the language model: give dtype and quantization to it")
         if quantization is not None:
             check_available(quantization, torch.device(device))
         set_float32_precision(device)
         opened.check()
         tokenizer, decoder = opened.load_tokenizer(device), opened.load_decoder(device, decoder_dtype)
-        language = opened.load_language(device, dtype, quantization)
-        made = PlainEngine(language, opened.vocabulary, **_engine_sizes(language, max_sessions, max_cached_tokens))
+        made: Engine
+        if engine_url is not None:
+            made = VllmEngine(engine_url, opened.vocabulary, max_sessions or MAX_SESSIONS, max_cached_tokens)
+        else:
+            language = opened.load_language(device, dtype, quantization)
+            made = PlainEngine(language, opened.vocabulary, **_engine_sizes(language, max_sessions, max_cached_tokens))
         return cls(tokenizer, opened.vocabulary, made, decoder, card, opened.load_recognizer(device))
 
     @torch.inference_mode()

@@ -62,7 +62,10 @@ def add(commands: Any) -> None:
     serve.add_argument("--until-stdin-ends", action="store_true", help="stop when standard input is closed")
     serve.add_argument("--verbose", action="store_true", help="log connections, never their content")
     add_precision(serve)
-    serve.add_argument("--engine", default="plain", help=argparse.SUPPRESS)  # reports removed engines
+    serve.add_argument(
+        "--engine", default="plain", metavar="NAME", help="plain, or vllm for a vLLM server (default: plain)"
+    )
+    serve.add_argument("--engine-url", metavar="URL", help="address of the vLLM server, such as http://127.0.0.1:8001")
 
 
 def _serve(args: argparse.Namespace) -> None:
@@ -84,8 +87,8 @@ def _serve(args: argparse.Namespace) -> None:
     from duologue.conversation.chatbot import load
     from duologue.serving.app import create_app
 
-    sizes = settings.max_sessions, args.cached_tokens
-    bot = load(args.model, args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype, *sizes)
+    language = settings.max_sessions, args.cached_tokens, args.engine_url
+    bot = load(args.model, args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype, *language)
     warn_if_untrained(bot.models.card)
     warm_up(bot)
 

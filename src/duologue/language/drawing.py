@@ -184,6 +184,31 @@ def rows_of(rows: Sequence[DrawRow], device: torch.device | str = "cpu") -> Tens
     return torch.tensor(rows, dtype=torch.float32, device=device)
 
 
+def rows_at(whole: Tensor, real: Tensor, num_ids: Tensor, num_text: Tensor) -> Tensor:
+    """Returns the rows (R, 10) float32 of the next draws, those of `DrawState.row`, without a host state.
+
+    Args:
+        whole: (R, 5) int64, the whole numbers of `draw_settings`.
+        real: (R, 4) float32, its other numbers.
+        num_ids, num_text: (R,) int64, ids of the replies so far, and text among them.
+    """
+    max_tokens, text_run, speech_run, seed, text_mask = whole.unbind(1)
+    kinds = allowed_kinds(num_ids, num_text, max_tokens, text_run, speech_run)
+    fixed = torch.stack((*kinds, text_mask), 1).float()
+    return torch.cat((fixed, real, uniform_at(seed, num_ids, 2)), 1)
+
+
+def draw_settings(sampling: Sampling, schedule: Schedule, text_mask: int) -> tuple[list[int], list[float]]:
+    """Returns the numbers that stay the same in all draws of a reply, see `rows_at`.
+
+    Args:
+        text_mask: see `DrawMasks.text_mask`.
+    """
+    whole = [sampling.max_tokens, schedule.text_run, schedule.speech_run, seed_number(sampling.seed), text_mask]
+    speech = sampling.temperature if sampling.speech_temperature is None else sampling.speech_temperature
+    return whole, [sampling.temperature, speech, sampling.top_p, float(sampling.top_k or 0)]
+
+
 def draw(
     scores: Tensor, masks: Tensor, rows: Tensor, num_likely: int | None = LIKELY, limits_k: bool = True
 ) -> tuple[Tensor, Tensor]:

@@ -187,7 +187,7 @@ class PlainEngine:
         return sum(len(kept.ids) for kept in self._all_kept())
 
     def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
-        return max((_common_prefix(kept.ids, prompt_ids) for kept in self._all_kept()), default=0)
+        return max((common_prefix(kept.ids, prompt_ids) for kept in self._all_kept()), default=0)
 
     def _all_kept(self) -> list[CachedSequence]:
         return [*self._kept, *(row.kept for row in [*self._rows])]
@@ -386,7 +386,7 @@ class PlainEngine:
         """
         best, shared = None, 0
         for kept in self._all_kept():
-            if (common := _common_prefix(kept.ids, prompt)) > shared:
+            if (common := common_prefix(kept.ids, prompt)) > shared:
                 best, shared = kept, common
         if best is None:
             return CachedSequence(slot=self._new_slot())
@@ -427,15 +427,19 @@ class PlainEngine:
         kept.slot = -1
 
 
-def check_engine(name: str) -> None:
-    """Raises ValueError for any engine but "plain"."""
+def check_engine(name: str, url: str | None = None) -> None:
+    """Raises ValueError for any engine but "plain", and "vllm" with a URL."""
     if name == "continuous":
         raise ValueError("engine 'continuous' was removed, because it was slower than 'plain': leave the option out")
-    if name != "plain":
-        raise ValueError(f"unknown engine {name!r}; the only choice is plain")
+    if name not in ("plain", "vllm"):
+        raise ValueError(f"unknown engine {name!r}; the choices are plain and vllm")
+    if name == "vllm" and url is None:
+        raise ValueError("engine 'vllm' needs the URL of its server, such as http://127.0.0.1:8001")
+    if name == "plain" and url is not None:
+        raise ValueError("engine 'plain' has no server, so it takes no URL")
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Returns the number of equal leading ids; compares slices, because a loop over ids is slow."""
     a, b = (ids if isinstance(ids, list) else list(ids) for ids in (a, b))
     low, size, limit = 0, 16, min(len(a), len(b))
