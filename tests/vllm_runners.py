@@ -54,7 +54,8 @@ class FakeRunner:
     def scores(self, request: VllmRequest, num_ids: int | None = None) -> Tensor:
         with torch.inference_mode():
             ids = [*request.prompt, *request.ids][:num_ids]
-            return self.model(torch.tensor([ids])).logits[0, -1].float()
+            scores: Tensor = self.model(torch.tensor([ids])).logits[0, -1].float()
+            return scores
 
     def sample(self, batch: Sequence[VllmRequest], apply: Callable[[Tensor], Tensor], logits: Tensor) -> list[int]:
         """Returns the argmax, and checks which scores remain."""
