@@ -1,4 +1,4 @@
-"""Gives pocket another voice: trains its flow on your recordings (needs `pip install "duologue[train]"`).
+"""Gives pocket another voice: trains its flow on your recordings (needs `pip install -e ".[train]"`).
 
 python examples/finetune_voice.py OUT one.wav two.wav ... [--steps 2000], then: duologue chat --model OUT/model
 """

@@ -19,7 +19,7 @@ from duologue.audio import resample
 from duologue.pcm import from_int16
 from tests.live_server import NUM_SPEECH, TEXT, TIMEOUT_S, LiveServer, kept, question, scripted_bot, serving
 
-aiortc = pytest.importorskip("aiortc", reason="aiortc is not installed: pip install duologue[webrtc]")
+aiortc = pytest.importorskip("aiortc", reason="aiortc is not installed: pip install -e '.[webrtc]'")
 from aiortc.mediastreams import MediaStreamError, MediaStreamTrack  # noqa: E402
 from av import AudioFrame  # noqa: E402
 

@@ -472,4 +472,4 @@ def test_a_missing_library_is_one_sentence(
     with tarfile.open(tmp_path / "a.tar", "w"):
         pass
     assert main(["data", "import", "webdataset", str(tmp_path), "-o", str(tmp_path / "corpus")]) == 2
-    assert "webdataset is not installed: pip install" in capsys.readouterr().err
+    assert "webdataset is not installed: run pip install" in capsys.readouterr().err

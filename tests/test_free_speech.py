@@ -366,7 +366,7 @@ def test_a_missing_or_other_voice_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         raise PackageNotFoundError(package)
 
     monkeypatch.setattr(natural_voices, "version", missing)
-    with pytest.raises(RuntimeError, match=r"hibari-tts is not installed; .* pip install 'duologue\[voices\]'"):
+    with pytest.raises(RuntimeError, match=r"hibari-tts is not installed; .* pip install -e '\.\[voices\]'"):
         natural_voices.require("hibari-tts")
     monkeypatch.setattr(natural_voices, "version", lambda package: "9.9")
     with pytest.raises(RuntimeError, match="piper-tts 9.9 is installed; the recipe is made for 1.8.0"):

@@ -113,7 +113,7 @@ def test_no_device_is_one_sentence(
 
 def test_no_sounddevice_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sounddevice", None)
-    with pytest.raises(ValueError, match=r'sounddevice is not installed: pip install "duologue\[talk\]"'):
+    with pytest.raises(ValueError, match=r'sounddevice is not installed: run pip install -e "\.\[talk\]"'):
         devices("microphone")
 
 

@@ -25,7 +25,7 @@ def require(*packages: str) -> None:
             found = version(package)
         except PackageNotFoundError:
             raise RuntimeError(
-                f"{package} is not installed; natural voices need it: pip install 'duologue[voices]'"
+                f"{package} is not installed; natural voices need it: run pip install -e '.[voices]'"
             ) from None
         if found != VERSIONS[package]:
             raise RuntimeError(f"{package} {found} is installed; the recipe is made for {VERSIONS[package]}")

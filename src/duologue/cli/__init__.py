@@ -35,7 +35,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), BAD_INPUT)
     except ImportError as error:
         return _fail(
-            f'{error.name or error} is not installed: pip install "duologue[serve,talk,train,eval,data]"', BAD_INPUT
+            f'{error.name or error} is not installed: run pip install -e ".[serve,talk,train,eval,data]" in the '
+            "folder of Duologue",
+            BAD_INPUT,
         )
     except BrokenPipeError:  # the reader closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

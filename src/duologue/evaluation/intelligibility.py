@@ -97,7 +97,9 @@ class Naturalness:
         try:
             from speechmos import dnsmos
         except ImportError as error:
-            raise Unavailable(f'{error.name} is not installed: pip install "duologue[eval]"') from None
+            raise Unavailable(
+                f'{error.name} is not installed: run pip install -e ".[eval]" in the folder of Duologue'
+            ) from None
         self._dnsmos = dnsmos
 
     def __call__(self, wav: NDArray[np.float32], sample_rate: int) -> float:

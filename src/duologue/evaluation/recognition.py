@@ -44,7 +44,9 @@ class WhisperJudge:
         try:
             from faster_whisper import WhisperModel
         except ImportError as error:
-            raise Unavailable(f'{error.name} is not installed: pip install "duologue[eval]"') from None
+            raise Unavailable(
+                f'{error.name} is not installed: run pip install -e ".[eval]" in the folder of Duologue'
+            ) from None
         logging.getLogger("faster_whisper").setLevel(logging.WARNING)
         threads = min(_MAX_THREADS, torch.get_num_threads())
         try:

@@ -382,7 +382,9 @@ def _new_client(url: str, max_sessions: int) -> httpx.AsyncClient:
     try:
         import httpx
     except ImportError:
-        raise ValueError("the engine 'vllm' needs httpx: pip install 'duologue[vllm]'") from None
+        raise ValueError(
+            "the engine 'vllm' needs httpx: run pip install -e '.[vllm]' in the folder of Duologue"
+        ) from None
     key = os.environ.get(KEY_VARIABLE)
     return httpx.AsyncClient(
         base_url=url,

@@ -58,7 +58,11 @@ def call_routes(connections: ConnectionManager) -> APIRouter:
     async def calls(request: Request, model: str = "") -> Response:
         key, config = connections.admit(request.headers, model)
         if importlib.util.find_spec("aiortc") is None:
-            raise ApiError("this server has no WebRTC: install duologue[webrtc]", "webrtc_not_installed", status=501)
+            raise ApiError(
+                "this server has no WebRTC: run pip install -e '.[webrtc]' in the folder of Duologue",
+                "webrtc_not_installed",
+                status=501,
+            )
         from duologue.serving.call import Call
 
         offer, session = await _offer(request)

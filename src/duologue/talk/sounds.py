@@ -29,7 +29,9 @@ def devices(*kinds: Literal["microphone", "loudspeaker"]) -> Any:
     try:
         import sounddevice
     except ImportError:
-        raise ValueError('sounddevice is not installed: pip install "duologue[talk]"') from None
+        raise ValueError(
+            'sounddevice is not installed: run pip install -e ".[talk]" in the folder of Duologue'
+        ) from None
     except OSError as error:  # the package is installed, PortAudio is not
         raise ValueError(
             f"{error}: install it (Debian: apt install libportaudio2; macOS: brew install portaudio)"
