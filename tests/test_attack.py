@@ -193,7 +193,7 @@ def test_each_refusal_is_an_error_event(frame: str | bytes, code: str | None, wa
     asyncio.run(attack())
 
 
-@pytest.mark.parametrize("num_bytes", [5 * 2**20, 40 * 2**20])
+@pytest.mark.parametrize("num_bytes", [17 * 2**20, 40 * 2**20])
 def test_a_message_that_is_too_large_closes_with_a_reason(num_bytes: int, watched: ServerProcess) -> None:
     async def attack() -> None:
         async with open_connection(watched.url) as connection, asyncio.timeout(GIVE_UP_S):

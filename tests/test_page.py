@@ -282,7 +282,9 @@ def test_settings_reach_the_server_and_stay(visit: Open, server: PageServer) -> 
     detection = sessions[0]["audio"]["input"]["turn_detection"]
     assert (detection["type"], detection["eagerness"]) == ("semantic_vad", "low")
     assert any(session.get("instructions") == "Be brief." for session in sessions)
-    assert any(session.get("include") == ["duologue.tokens", "duologue.timings"] for session in sessions)
+    assert any(
+        session.get("include") == ["duologue.tokens", "duologue.timings", "duologue.playback"] for session in sessions
+    )
     assert all(session["type"] == "realtime" for session in sessions)
     page.get_by_role("button", name="Stop listening").click()
     one.type("In writing.")
