@@ -16,7 +16,7 @@ import pytest
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, Schedule
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
-from duologue.language.vllm import BLOCK, VllmEngine
+from duologue.language.vllm import VllmEngine
 from duologue.released.convert import convert
 from duologue.released.language import load_released_language
 from duologue.released.random_weights import ReleasedLanguageSizes, write_random_language
@@ -26,6 +26,7 @@ from tests.vllm_runners import Job
 
 VARIABLE = "DUOLOGUE_VLLM_PYTHON"
 PYTHON = os.environ.get(VARIABLE)
+CPU_BLOCK = 32  # ids of a cached block: the smallest of the CPU attention, whose default is 128
 START_S = 400.0
 # vLLM on a CPU takes heads of 32 and more.
 SIZES = ReleasedLanguageSizes(128, 2, 4, 2, 32, 192, 2048, codebook_size=256, num_ranks=448, first_speech=40)
@@ -71,6 +72,7 @@ def engine(request: pytest.FixtureRequest, original: Path, vocabulary: Vocabular
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
     command += ["--logits-processors", "duologue.vllm_processor:Interleave", "--skip-tokenizer-init"]
     command += ["--enable-prompt-tokens-details", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
+    command += ["--block-size", str(CPU_BLOCK)]
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(Path(__file__).parent.parent / "src")
     with (
@@ -139,13 +141,13 @@ def test_warming_and_later_turns_find_the_prefix(engine: VllmEngine, plain: Plai
     reply = list(engine.stream(*job))
     assert reply == list(plain.stream(*job))
     _settle(engine)
-    assert engine.num_cached - before[0] == 80
+    assert engine.num_cached - before[0] == 64
     turn = [*prompt, *reply, *prompt[:5]]
     list(engine.stream(turn, Sampling(temperature=0.0, max_tokens=5), INTERLEAVED))
     _settle(engine)
-    found = engine.num_cached - before[0] - 80
-    assert found == (len(prompt) + len(reply) - 1) // BLOCK * BLOCK
-    assert _metric(engine, "vllm:prefix_cache_hits_total") - before[1] == 80 + found
+    found = engine.num_cached - before[0] - 64
+    assert found == (len(prompt) + len(reply) - 1) // CPU_BLOCK * CPU_BLOCK
+    assert _metric(engine, "vllm:prefix_cache_hits_total") - before[1] == 64 + found
 
 
 def test_barge_in_takes_the_reply_out_of_the_batch(engine: VllmEngine) -> None:
