@@ -6,12 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from benchmarks.gpu.__main__ import SECTIONS, main
 from benchmarks.gpu.record import Record
-from benchmarks.gpu.slots import allowed_kinds, draw
-from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Schedule
 
 ROOT = Path(__file__).parent.parent
 # The device's machine has none of these.
@@ -43,34 +40,6 @@ def test_a_failure_costs_one_line(tmp_path: Path) -> None:
     assert "FAILED RuntimeError" in record.table()
     with pytest.raises(ValueError, match="unknown sections"):
         main(["--only", "nothing"])
-
-
-@pytest.mark.parametrize("schedule", [INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, Schedule(2, 3)])
-def test_allowed_kinds_are_those_of_the_interleave(schedule: Schedule) -> None:
-    generator = torch.Generator().manual_seed(0)
-    runs = [torch.tensor([size]) for size in (schedule.text_run, schedule.speech_run)]
-    for _ in range(20):
-        state = InterleaveState(schedule)
-        for _ in range(60):
-            allowed = state.allowed
-            counts = [torch.tensor([count]) for count in (state.num_text + state.num_speech, state.num_text)]
-            assert allowed_kinds(*counts, *runs)[0].tolist() == [allowed.text, allowed.speech, allowed.end]
-            choices = [kind for kind in allowed.kinds if not kind.end]
-            chosen = choices[int(torch.randint(len(choices), (1,), generator=generator))]
-            state.advance(next(kind for kind in type(state.run) if kind in chosen))
-
-
-def test_the_draw_follows_the_probabilities() -> None:
-    scores = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
-    kinds = torch.tensor([0, 0, 1, 1, 2])
-    rows = 20000
-    uniforms = torch.rand(rows, 2, generator=torch.Generator().manual_seed(0))
-    one = torch.ones(rows)
-    allowed = torch.tensor([[True, True, False]]).expand(rows, -1)
-    ids = draw(scores.expand(rows, -1), kinds, allowed, one, one, uniforms, 5)
-    shares = torch.bincount(ids, minlength=5) / rows
-    torch.testing.assert_close(shares[:4], scores[:4].softmax(0), atol=0.02, rtol=0)
-    assert shares[4] == 0
 
 
 def test_it_imports_without_what_the_machine_lacks() -> None:

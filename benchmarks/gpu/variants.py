@@ -9,14 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.language import step_gb
+from benchmarks.gpu.language import draw_row, step_gb
 from benchmarks.gpu.record import Run
-from benchmarks.gpu.slots import Slots, allowed_kinds, draw
-from duologue.interleave import INTERLEAVED, Kind
-from duologue.language.stepping import EagerStepper, StepRow
+from benchmarks.gpu.slots import Slots
+from duologue.interleave import Kind
+from duologue.language.drawing import DrawMasks, draw, rows_of
+from duologue.language.stepping import EagerStepper, SpeechColumns, StepRow
 from duologue.vocabulary import Vocabulary
 
-TOP = 2048
 COMPILE_S = 20.0  # a compiled variant is left out with less time
 
 
@@ -105,33 +105,21 @@ class Step:
 
 
 class DrawInputs:
-    """Static inputs of a draw of one more id of speech or an end, after a run of text and some speech."""
+    """Static inputs of the package's draw of one more id, after a run of text."""
 
     def __init__(self, device: torch.device, vocabulary: Vocabulary, rows: int, num_ids: int) -> None:
-        table = torch.full((num_ids,), 9)
-        known = torch.from_numpy(vocabulary.kinds.astype("int64"))
-        for number, kind in enumerate((Kind.TEXT, Kind.SPEECH, Kind.END)):
-            table[: vocabulary.size][known == int(kind)] = number
-        self.kinds = table.to(device)
-
-        def rows_of(value: float) -> Tensor:
-            return torch.full((rows,), value, device=device)
-
-        self.num_ids, self.num_text = rows_of(20), rows_of(13)
-        self.runs = rows_of(INTERLEAVED.text_run), rows_of(INTERLEAVED.speech_run)
-        self.temperature, self.top_p = rows_of(0.8), rows_of(0.8)
-        self.uniforms = torch.rand(rows, 2, device=device)
+        masks = DrawMasks(vocabulary, num_ids, device)
+        self.table = masks.table
+        self.speech_table = SpeechColumns(vocabulary, masks).table[:, : vocabulary.codebook_size]
+        self.rows = rows_of([draw_row(vocabulary, masks, Kind.SPEECH)] * rows, device)
 
     def draw(self, scores: Tensor) -> Tensor:
         """Draws from scores (R, V)."""
-        allowed = allowed_kinds(self.num_ids, self.num_text, *self.runs)
-        return draw(scores.float(), self.kinds, allowed, self.temperature, self.top_p, self.uniforms, TOP)
+        return draw(scores.float(), self.table, self.rows)[0]
 
     def draw_speech(self, scores: Tensor) -> Tensor:
         """Draws from scores of speech alone."""
-        kinds = torch.ones_like(scores[0], dtype=torch.int64)
-        allowed = allowed_kinds(self.num_ids, self.num_text, *self.runs)
-        return draw(scores.float(), kinds, allowed, self.temperature, self.top_p, self.uniforms, TOP)
+        return draw(scores.float(), self.speech_table, self.rows)[0]
 
 
 def _compare(run: Run, slots: Slots, num_kept: int) -> None:
