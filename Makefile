@@ -31,7 +31,7 @@ OLDEST_TESTS := tests/test_engine.py tests/test_engines.py tests/test_language.p
 VLLM := $(VENV)/vllm
 VLLM_VERSION ?= 0.32.0
 
-.PHONY: help demo serve test pytest test-oldest test-vllm check bench pocket clean
+.PHONY: help demo serve test pytest test-oldest test-vllm test-gguf check bench pocket clean
 
 help:
 	@echo "make demo    answer a recorded spoken question aloud with the bundled model (sets up $(VENV) first)"
@@ -39,6 +39,7 @@ help:
 	@echo "make test    everything CI runs: ruff, mypy, pytest"
 	@echo "make test-oldest  the tests of the language model with the oldest transformers that is supported"
 	@echo "make test-vllm  the engine over a real vLLM server on the CPU (installs several GB first)"
+	@echo "make test-gguf  the engine over llama.cpp (compiles llama-cpp-python for minutes first)"
 	@echo "make check   ruff and mypy only"
 	@echo "make bench   every benchmark with the bundled model, into benchmarks/results/ (about ten minutes)"
 	@echo "make pocket  regenerate the corpus and train the bundled model from nothing (hours; stop and resume as you like)"
@@ -62,6 +63,10 @@ test-oldest: $(VENV)/.dev $(OLDEST)/.installed
 
 test-vllm: $(VENV)/.dev $(VLLM)/.installed
 	DUOLOGUE_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/test_vllm_live.py
+
+test-gguf: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gguf]"
+	$(BIN)/python -m pytest tests/test_gguf.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -401,7 +401,11 @@ def num_step_threads(*modules: nn.Module) -> int:
 
     A second thread slows the short operations of a small model by up to 2x (docs/engines.md).
     """
-    num_parameters = sum(parameter.numel() for module in modules for parameter in module.parameters())
+    return num_threads_for(sum(parameter.numel() for module in modules for parameter in module.parameters()))
+
+
+def num_threads_for(num_parameters: int) -> int:
+    """Returns the number of CPU threads for steps of a model of this size, as `num_step_threads`."""
     return 1 if num_parameters <= _FEW_PARAMETERS else torch.get_num_threads()
 
 

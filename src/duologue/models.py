@@ -24,8 +24,10 @@ from duologue.cuda import set_float32_precision
 from duologue.decoder.decoder import SpeechDecoder
 from duologue.decoder.flow import Flow, FlowConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
+from duologue.language import llama
 from duologue.language.backbone import Provenance, load_language, load_provenance
 from duologue.language.engine import MAX_CACHED_TOKENS, MAX_SESSIONS, Engine, PlainEngine, check_engine
+from duologue.language.graphs import GraphStepper
 from duologue.language.sampling import Sampling
 from duologue.language.vllm import VllmEngine
 from duologue.layers import Padded
@@ -43,7 +45,7 @@ CARD_VERSION = 1
 CACHED_PER_SESSION = 2048
 """Ids of a conversation and its reply, by which the cache grows with the sessions."""
 
-EngineName = Literal["plain", "vllm"]
+EngineName = Literal["plain", "graphs", "vllm"]
 DecoderDtype = Literal["float32", "bfloat16"]
 Decoder: TypeAlias = SpeechDecoder[Any, Any]
 
@@ -228,7 +230,7 @@ class Models:
             raise ValueError(f"the parts of {self.card.name} have codebooks of unequal sizes: {sizes}")
         _check_device("tokenizer", self.tokenizer)
         _check_device("decoder", self.decoder)
-        if isinstance(self.engine, PlainEngine):
+        if isinstance(self.engine, PlainEngine) and self.engine.language is not None:
             _check_device("language model", self.engine.language)
 
     @classmethod
@@ -243,17 +245,20 @@ class Models:
         max_sessions: int | None = None,
         max_cached_tokens: int | None = None,
         engine_url: str | None = None,
+        gguf: str | Path | None = None,
     ) -> Models:
         """Loads a model folder.
 
         Args:
             dtype: of the language model; by default bfloat16 for released models and float32 for ours.
             quantization: "int8" or "int4" for the language model's linear layers.
-            engine: runs the language model: "plain" here, or "vllm" in the server at `engine_url`, see docs/engines.md.
+            engine: runs the language model: "plain" here, "graphs" with captured steps on CUDA, or "vllm" in the server
+                at `engine_url`, see docs/engines.md.
             decoder_dtype: of a released decoder's U-Net, "float32" or "bfloat16"; by default bfloat16 on CUDA. All
                 other float32 there is exact, without TF32.
             max_sessions: maximum number of running replies, and of cached conversations.
             max_cached_tokens: maximum ids in the KV caches; by default at least `CACHED_PER_SESSION` per session.
+            gguf: file of the language model for llama.cpp, written by `duologue convert`; the folder gives the rest.
 
         Raises:
             ValueError: a part is missing, damaged or incompatible, a library is missing, a dtype is not supported, or
@@ -264,6 +269,8 @@ class Models:
         check_engine(engine, engine_url)
         if engine_url is not None and (dtype is not None or quantization is not None):
             raise ValueError("the vLLM server loads the language model: give dtype and quantization to it")
+        if gguf is not None and (dtype is not None or quantization is not None or engine != "plain"):
+            raise ValueError("a GGUF file has its own dtype and engine: leave dtype, quantization and engine out")
         if quantization is not None:
             check_available(quantization, torch.device(device))
         set_float32_precision(device)
@@ -272,9 +279,13 @@ class Models:
         made: Engine
         if engine_url is not None:
             made = VllmEngine(engine_url, opened.vocabulary, max_sessions or MAX_SESSIONS, max_cached_tokens)
+        elif gguf is not None:
+            made = _llama_engine(gguf, opened.vocabulary, max_sessions or MAX_SESSIONS, max_cached_tokens)
         else:
             language = opened.load_language(device, dtype, quantization)
-            made = PlainEngine(language, opened.vocabulary, **_engine_sizes(language, max_sessions, max_cached_tokens))
+            sizes = _engine_sizes(language, max_sessions, max_cached_tokens)
+            stepper = _graph_stepper(language, opened.vocabulary, sizes) if engine == "graphs" else None
+            made = PlainEngine(language, opened.vocabulary, **sizes, stepper=stepper)
         return cls(tokenizer, opened.vocabulary, made, decoder, card, opened.load_recognizer(device))
 
     @torch.inference_mode()
@@ -315,6 +326,25 @@ def _engine_sizes(language: PreTrainedModel, max_sessions: int | None, max_cache
         wanted = max(MAX_CACHED_TOKENS, positions, max_sessions * CACHED_PER_SESSION)
         max_cached_tokens = wanted if max_cached_tokens is None else max_cached_tokens
     return sizes if max_cached_tokens is None else {**sizes, "max_cached_tokens": max_cached_tokens}
+
+
+def _graph_stepper(language: PreTrainedModel, vocabulary: Vocabulary, sizes: dict[str, Any]) -> GraphStepper:
+    """Returns a stepper with captured steps, whose slots together hold the cached ids."""
+    num_rows = sizes.get("max_sessions", MAX_SESSIONS)
+    num_slots = num_rows + sizes.get("max_caches", MAX_SESSIONS)
+    num_cells = sizes.get("max_cached_tokens", MAX_CACHED_TOKENS)
+    positions: int = language.config.get_text_config().max_position_embeddings
+    stepper = GraphStepper(language, vocabulary, num_slots, min(positions, max(2048, num_cells // num_slots)))
+    stepper.warm_up(num_rows)
+    return stepper
+
+
+def _llama_engine(
+    path: str | Path, vocabulary: Vocabulary, max_sessions: int, max_cached_tokens: int | None
+) -> PlainEngine:
+    num_cells = max_cached_tokens or llama.MAX_CACHED_TOKENS
+    stepper = llama.LlamaStepper(path, vocabulary, 2 * max_sessions, num_cells)
+    return PlainEngine(None, vocabulary, max_sessions, num_cells, max_sessions, stepper=stepper)
 
 
 def _check_device(name: str, part: nn.Module) -> None:

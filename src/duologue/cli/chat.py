@@ -53,7 +53,7 @@ def _chat(args: argparse.Namespace) -> None:
     recorded = [
         load_audio(path) for path in args.questions
     ]  # before the models are loaded, so that a bad file fails at once
-    bot = load(args.model, args.device, args.dtype, args.quantize, decoder_dtype=args.decoder_dtype)
+    bot = load(args.model, args.device, args.dtype, args.quantize, decoder_dtype=args.decoder_dtype, gguf=args.gguf)
     warn_if_untrained(bot.models.card)
     session = bot.session(voice=args.voice, sampling=_sampling(args, bot.models.card))
     turns = []

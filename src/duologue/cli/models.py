@@ -32,8 +32,11 @@ def add(commands: Any) -> None:
         "format", nargs="?", choices=FORMATS, default=FORMATS[0], help=f"format of the folder (default: {FORMATS[0]})"
     )
     convert.add_argument("folder", type=Path, help="folder of the language model, the whole released set, or Whisper")
-    convert.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="a new folder")
+    convert.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="a new folder, or x.gguf")
     convert.add_argument("--dtype", choices=DTYPES, help="dtype of the new weights (default: unchanged)")
+    convert.add_argument(
+        "--gguf", metavar="TYPE", help="write a GGUF file for llama.cpp with matrices in f32, f16, bf16, q8_0 or q4_0"
+    )
 
     random = add_command(
         commands, "init-random", _init_random, "write a released set with random weights, for load tests"
@@ -144,12 +147,22 @@ def _convert(args: argparse.Namespace) -> None:
         sizes = convert_whisper_ct2(args.folder, args.output)
         print(json.dumps({"folder": str(args.output), **sizes}) if args.json else f"{args.folder} -> {args.output}")
         return
+    from duologue.language.backbone import PROVENANCE_FILE, load_provenance
     from duologue.released.convert import convert
     from duologue.released.folder import ReleasedFolder
+    from duologue.released.gguf import write_gguf
 
     released = ReleasedFolder.find(args.folder)
-    folder = args.folder if released is None else released.language_path
-    convert(folder, args.output, args.dtype, progress=sys.stderr.isatty())
+    folder = released.language_path if released is not None else args.folder
+    if (folder / "duologue.json").is_file():
+        folder = folder / "language"
+    if args.gguf is not None or args.output.suffix == ".gguf":
+        if args.dtype is not None:
+            raise ValueError("a GGUF file takes its dtype from --gguf: leave --dtype out")
+        made_with = asdict(load_provenance(folder)) if (folder / PROVENANCE_FILE).is_file() else None
+        write_gguf(folder, args.output, args.gguf or "f16", made_with, progress=sys.stderr.isatty())
+    else:
+        convert(folder, args.output, args.dtype, progress=sys.stderr.isatty())
     if args.json:
         print(json.dumps({"folder": str(args.output)}))
     else:

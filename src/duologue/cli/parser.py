@@ -42,6 +42,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def add_precision(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the language model (default: bfloat16 if released)")
     parser.add_argument("--quantize", choices=SCHEMES, help="quantize the language model's matrices to 8 or 4 bits")
+    parser.add_argument(
+        "--gguf", type=Path, metavar="FILE", help="language model for llama.cpp, from `duologue convert --gguf`"
+    )
     add_decoder_dtype(parser)
 
 

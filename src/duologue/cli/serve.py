@@ -63,7 +63,10 @@ def add(commands: Any) -> None:
     serve.add_argument("--verbose", action="store_true", help="log connections, never their content")
     add_precision(serve)
     serve.add_argument(
-        "--engine", default="plain", metavar="NAME", help="plain, or vllm for a vLLM server (default: plain)"
+        "--engine",
+        default="plain",
+        metavar="NAME",
+        help="plain, graphs for captured steps on CUDA, or vllm for a vLLM server (default: plain)",
     )
     serve.add_argument("--engine-url", metavar="URL", help="address of the vLLM server, such as http://127.0.0.1:8001")
 
@@ -87,7 +90,7 @@ def _serve(args: argparse.Namespace) -> None:
     from duologue.conversation.chatbot import load
     from duologue.serving.app import create_app
 
-    language = settings.max_sessions, args.cached_tokens, args.engine_url
+    language = settings.max_sessions, args.cached_tokens, args.engine_url, args.gguf
     bot = load(args.model, args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype, *language)
     warn_if_untrained(bot.models.card)
     warm_up(bot)

@@ -121,9 +121,9 @@ def tokenize(models: Models, wav: NDArray[np.float32], sample_rate: int) -> list
 
 def language_of(models: Models) -> PreTrainedModel:
     """Returns the language model of the plain engine. Raises ValueError for other engines."""
-    if isinstance(models.engine, PlainEngine):
+    if isinstance(models.engine, PlainEngine) and models.engine.language is not None:
         return models.engine.language
-    raise ValueError(f"the straight path needs the plain engine, not {type(models.engine).__name__}")
+    raise ValueError("the straight path needs the plain engine and a model of transformers")
 
 
 def generate(

@@ -137,16 +137,17 @@ def load(
     max_sessions: int | None = None,
     max_cached_tokens: int | None = None,
     engine_url: str | None = None,
+    gguf: str | Path | None = None,
 ) -> Chatbot:
     """Loads a chatbot by preset ("pocket"), model folder, released set, or OWNER/NAME on the model hub.
 
     Args:
-        dtype, quantization, engine, max_sessions, max_cached_tokens, engine_url: of the language model, see
-            `Models.load`.
+        dtype, quantization, engine, max_sessions, max_cached_tokens, engine_url, gguf: of the language model,
+            see `Models.load`.
         decoder_dtype: of a released decoder's U-Net, by default bfloat16 on CUDA and float32 elsewhere.
 
     Raises:
         ValueError: names the request and the choices, or the fault of the model.
     """
-    rest = engine, decoder_dtype, max_sessions, max_cached_tokens, engine_url
+    rest = engine, decoder_dtype, max_sessions, max_cached_tokens, engine_url, gguf
     return Chatbot(Models.load(model_folder(name), device, dtype, quantization, *rest))

@@ -118,7 +118,8 @@ class PlainEngine:
     Long prompts run in chunks together with the other replies, which bounds their delay.
 
     Args:
-        model: a causal LM of transformers over the joint vocabulary, in evaluation mode, with full attention.
+        model: a causal LM of transformers over the joint vocabulary, in evaluation mode, with full attention; None if
+            the stepper has its own weights.
         max_sessions: maximum number of running replies.
         max_cached_tokens: maximum ids in the KV caches of running replies and recent conversations. None takes 65536,
             or the model's positions if more.
@@ -128,13 +129,13 @@ class PlainEngine:
         stepper: runs the steps; None for an `EagerStepper` of the model.
 
     Attributes:
-        language: the model as given.
+        language: the model as given; None if the stepper has its own weights.
         num_computed: ids run through the model so far.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None,
         vocabulary: Vocabulary,
         max_sessions: int = MAX_SESSIONS,
         max_cached_tokens: int | None = None,
@@ -144,14 +145,18 @@ class PlainEngine:
         stepper: Stepper | None = None,
     ) -> None:
         self.num_computed = 0
-        max_positions: int = model.config.get_text_config().max_position_embeddings
+        if stepper is None:
+            if model is None:
+                raise ValueError("an engine needs a model or a stepper")
+            stepper = EagerStepper(model, vocabulary)
+        max_positions = stepper.max_positions
         if max_cached_tokens is None:
             max_cached_tokens = max(MAX_CACHED_TOKENS, max_positions)
         self._requests = RunningRequests(
             vocabulary, max_positions, max_sessions, max_cached_tokens, max_unread, on_room=self._work_on
         )
         self.language = model
-        self.stepper: Stepper = EagerStepper(model, vocabulary) if stepper is None else stepper
+        self.stepper: Stepper = stepper
         self._max_caches, self._max_step_tokens = max_caches, max_step_tokens
         self._kept: list[
             CachedSequence
@@ -162,7 +167,8 @@ class PlainEngine:
         self._arrived: list[_EngineJob] = []
         self._is_working = False
         self._lock = threading.Lock()
-        self._executor = ThreadPoolExecutor(1, "language", torch.set_num_threads, (num_step_threads(model),))
+        num_threads = 1 if model is None else num_step_threads(model)
+        self._executor = ThreadPoolExecutor(1, "language", torch.set_num_threads, (num_threads,))
 
     @property
     def max_positions(self) -> int:
@@ -423,20 +429,21 @@ class PlainEngine:
 
     def _release(self, kept: CachedSequence) -> None:
         if kept.slot >= 0:
+            self.stepper.release(kept.slot)
             heapq.heappush(self._free_slots, kept.slot)
         kept.slot = -1
 
 
 def check_engine(name: str, url: str | None = None) -> None:
-    """Raises ValueError for any engine but "plain", and "vllm" with a URL."""
+    """Raises ValueError for any engine but "plain", "graphs", and "vllm" with a URL."""
     if name == "continuous":
         raise ValueError("engine 'continuous' was removed, because it was slower than 'plain': leave the option out")
-    if name not in ("plain", "vllm"):
-        raise ValueError(f"unknown engine {name!r}; the choices are plain and vllm")
+    if name not in ("plain", "graphs", "vllm"):
+        raise ValueError(f"unknown engine {name!r}; the choices are plain, graphs and vllm")
     if name == "vllm" and url is None:
         raise ValueError("engine 'vllm' needs the URL of its server, such as http://127.0.0.1:8001")
-    if name == "plain" and url is not None:
-        raise ValueError("engine 'plain' has no server, so it takes no URL")
+    if name != "vllm" and url is not None:
+        raise ValueError(f"engine {name!r} has no server, so it takes no URL")
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

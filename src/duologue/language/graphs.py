@@ -55,6 +55,7 @@ class GraphStepper(EagerStepper):
         if self._glm is None or model.device.type != "cuda" or model.dtype not in (torch.float16, torch.bfloat16):
             raise ValueError("CUDA graphs need an unchanged Glm on CUDA in float16 or bfloat16")
         self.num_slots = num_slots
+        self.max_positions = num_positions
         self._padding_slot = num_slots
         config = model.config
         shape = 2, num_slots + 1, num_positions, int(config.num_key_value_heads), int(config.head_dim)
@@ -100,6 +101,9 @@ class GraphStepper(EagerStepper):
         if rest:
             stepped.update(zip(rest, super().step([rows[i] for i in rest]), strict=True))
         return [stepped[i] for i in range(len(rows))]
+
+    def release(self, slot: int) -> None:
+        """Does nothing: the next ids of the slot replace the old ones."""
 
     def keep_only(self, slots: Sequence[int]) -> None:
         """Leaves the slots, which graphs address, and returns only cached blocks of the allocator."""

@@ -1,7 +1,7 @@
 """Steps of a language model over many conversations at once: ids in, drawn ids out.
 
 The scheduler (`engine.py`) decides which ids run in a step. A `Stepper` runs them: `EagerStepper` on any device and any
-causal LM of transformers, `graphs.GraphStepper` on CUDA.
+causal LM of transformers, `graphs.GraphStepper` on CUDA, `llama.LlamaStepper` in llama.cpp.
 """
 
 from __future__ import annotations
@@ -54,10 +54,12 @@ class Stepper(Protocol):
     Attributes:
         masks: the masks that the rows of draws refer to.
         num_slots: number of slots; None grows with their use.
+        max_positions: maximum ids of a slot.
     """
 
     masks: DrawMasks
     num_slots: int | None
+    max_positions: int
 
     def step(self, rows: Sequence[StepRow]) -> list[Stepped]:
         """Runs new ids of all rows; each row has a slot of its own. A failed step may be tried again."""
@@ -69,6 +71,10 @@ class Stepper(Protocol):
 
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         """Copies the first ids of one slot to another."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """Forgets the ids of a slot. A stepper may keep them until the slot is used again."""
         ...
 
     def keep_only(self, slots: Sequence[int]) -> None:
@@ -93,6 +99,7 @@ class EagerStepper:
 
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary) -> None:
         config = model.config.get_text_config()
+        self.max_positions: int = config.max_position_embeddings
         kinds = set(getattr(config, "layer_types", None) or ("full_attention",))
         if kinds != {"full_attention"} or getattr(config, "attn_logit_softcapping", None):
             raise ValueError(
@@ -143,6 +150,9 @@ class EagerStepper:
     @torch.inference_mode()
     def copy_prefix(self, source: int, target: int, length: int) -> None:
         self.cache.copy(source, target, length)
+
+    def release(self, slot: int) -> None:
+        """Does nothing: the next ids of the slot replace the old ones."""
 
     @torch.inference_mode()
     def keep_only(self, slots: Sequence[int]) -> None:
