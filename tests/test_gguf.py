@@ -22,6 +22,7 @@ from duologue.language.stepping import EagerStepper, StepRow
 from duologue.released.gguf import GGUF_TYPES, write_gguf
 from duologue.released.random_weights import init_random
 from duologue.vocabulary import Vocabulary
+from recipes.pocket.text import train_text_tokenizer
 from tests.tiny_language import tiny_vocabulary
 
 SIZES = LanguageConfig(width=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=32, ffn_dim=96, max_positions=512)
@@ -206,7 +207,7 @@ class TestLlamaCpp:
         from duologue.language.llama import LlamaStepper
 
         write_gguf(folder, tmp_path / "x.gguf", "f32", {"vocabulary": vocabulary.hash})
-        other = Vocabulary.extend(vocabulary.text, codebook_size=32, multiple_of=16)
+        other = Vocabulary.extend(train_text_tokenizer(["one and two"], 320), codebook_size=32, multiple_of=16)
         with pytest.raises(ValueError, match="was made for another vocabulary"):
             LlamaStepper(tmp_path / "x.gguf", other)
         (tmp_path / "bad.gguf").write_bytes(b"no model")
