@@ -406,7 +406,7 @@ def test_a_model_with_other_attention_is_refused(model: PreTrainedModel, vocabul
     ("name", "message"),
     [
         ("continuous", "engine 'continuous' was removed, because it was slower than 'plain': leave the option out"),
-        ("fast", "unknown engine 'fast'; the choices are plain and vllm"),
+        ("fast", "unknown engine 'fast'; the choices are plain, graphs and vllm"),
         ("vllm", "engine 'vllm' needs the URL of its server, such as http://127.0.0.1:8001"),
     ],
 )
