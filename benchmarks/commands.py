@@ -175,6 +175,13 @@ def _sessions(args: argparse.Namespace) -> None:
     _run(args, _model(bot), lambda: measure_sessions(bot, counts, args.seconds, args.seed))
 
 
+def _talk(args: argparse.Namespace) -> None:
+    from benchmarks.talk import measure_talk
+
+    bot = _load(args)
+    _run(args, _model(bot), lambda: measure_talk(bot, args.minutes, args.replies, args.ahead, args.seed))
+
+
 def _engine(args: argparse.Namespace) -> None:
     from benchmarks.engine import measure_engine, random_language, stored_language
     from duologue.conversation.chatbot import model_folder
@@ -300,6 +307,18 @@ BENCHES = (
             ),
             Option("--seconds", seconds, 45.0, "of the last run", "S"),
             Option("--seed", int, 0, "of pauses, questions and sampling"),
+        ),
+        precision=True,
+    ),
+    Bench(
+        "talk",
+        "an hour in one conversation, simulated, and ids of interrupted replies that were never heard",
+        _talk,
+        (
+            Option("--minutes", seconds, 60.0, "of the conversation", "M"),
+            Option("--replies", positive, 30, "with interruptions, in real time, for each limit"),
+            Option("--ahead", seconds, (8.0, 2.0), "limits in seconds, beside none", "S", many=True),
+            Option("--seed", int, 0, "of questions, interruptions and sampling"),
         ),
         precision=True,
     ),

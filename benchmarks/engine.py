@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from benchmarks.harness import AIMS, Spread
+from benchmarks.harness import AIMS, Spread, resident_mb
 from benchmarks.plots import draw_lines
 from duologue.checkpoint import Dtype
 from duologue.evaluation.report import Row
@@ -131,10 +131,10 @@ def measure_engine(
     Args:
         counts: replies at once; the last is compared with the first.
     """
-    before = _resident_mb()
+    before = resident_mb()
     clients = _Clients(PlainEngine(model, vocabulary, max_sessions=max(*counts, 2)), vocabulary)
     clients.replies(1, prompt_tokens, 4)  # takes its memory, and warms up
-    grown_mb = _resident_mb() - before
+    grown_mb = resident_mb() - before
     speeds: dict[int, list[float]] = {count: [] for count in counts}
     firsts: dict[int, list[float]] = {count: [] for count in counts}
     prefixes = []
@@ -201,12 +201,3 @@ class _Clients:
     def _prompt(self, num_tokens: int) -> list[int]:
         codes = (self._random.randrange(self._vocabulary.codebook_size) for _ in range(num_tokens))
         return list(self._vocabulary.speech_ids(list(codes)))
-
-
-def _resident_mb() -> float:
-    """Memory that this process has resident now, in 10^6 bytes; NaN where the system does not tell."""
-    try:
-        pages = Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]
-    except (OSError, IndexError):
-        return float("nan")
-    return int(pages) * 1024 / 1e6

@@ -1,5 +1,6 @@
 """The benches, tiny: what they measure is there, and their checks fail where the aim is missed."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from benchmarks import sessions
+from benchmarks import sessions, talk
 from benchmarks.commit import CommitTimes, measure_commits
 from benchmarks.decoder import DecoderBench, measure_decoder
 from benchmarks.harness import AIMS, Spread
 from benchmarks.sessions import Crowd, Exchange, Loudspeaker, SessionsBench, measure_sessions
+from benchmarks.talk import measure_talk
 from benchmarks.tokenizer import measure_tokenizer, random_tokenizer
 from duologue.conversation.chatbot import Chatbot, load
 from duologue.decoder.decoder import SpeechDecoder
@@ -219,6 +221,28 @@ def test_underruns_and_silence_do_not_pass() -> None:
     rows = {row.name: row for row in SessionsBench((mute,)).rows()}
     assert rows["questions without sound"].value == 1.0
     assert rows["refused"].note == "full"
+
+
+def test_bench_talk_goes_beyond_the_positions_and_counts_what_nobody_heard(
+    bot: Chatbot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(talk, "NUM_COMPARED", 2)
+    monkeypatch.setattr(talk, "INTERRUPTED_SHARE", 1.0)
+    monkeypatch.setattr(talk, "questions", lambda: [noise(0.5)])
+    monkeypatch.setattr(talk, "STOP_AFTER_S", (0.05, 0.1))
+    result = measure_talk(bot, 0.1, 2, (0.5,))
+    assert len(result.turns) >= 2
+    assert result.turns[-1].minute >= 0.1
+    unlimited, limited = result.interruptions
+    assert unlimited.ahead_s is None
+    assert unlimited.num_interrupted == limited.num_interrupted == 2
+    assert 0 < limited.generated <= unlimited.generated
+    assert limited.heard < limited.generated
+    assert set(oks(result)) == {"talk.slower_at_the_end", "talk.memory_growth_mb"}
+    assert drawn(result)
+    slow = tuple(dataclasses.replace(one, first_audio_s=9.0, memory_mb=1e6) for one in result.turns[-2:])
+    worse = dataclasses.replace(result, turns=(*result.turns, *slow))
+    assert oks(worse) == {"talk.slower_at_the_end": False, "talk.memory_growth_mb": False}
 
 
 def test_sessions_of_nobody_or_no_time(bot: Chatbot) -> None:

@@ -140,12 +140,13 @@ class TestLlamaCpp:
     def _library(self) -> None:
         pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (make test-gguf)")
 
-    def stepper(self, folder: Path, vocabulary: Vocabulary, path: Path, dtype: Any = "f32", **sizes: int) -> Any:
+    def stepper(self, folder: Path, vocabulary: Vocabulary, path: Path, dtype: Any = "f32", **sizes: Any) -> Any:
         from duologue.language.llama import LlamaStepper
 
         if not path.exists():
             write_gguf(folder, path, dtype)
-        return LlamaStepper(path, vocabulary, **{"num_slots": 8, "num_cells": 2048, **sizes}, full_precision=True)
+        settings: dict[str, Any] = {"num_slots": 8, "num_cells": 2048, "full_precision": True, **sizes}
+        return LlamaStepper(path, vocabulary, **settings)
 
     @pytest.mark.parametrize(("dtype", "error"), [("f32", 2e-3), ("f16", 2e-2)])
     def test_scores_are_those_of_transformers(
