@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from duologue.cli import main
-from duologue.cli.serve import KEYS_VARIABLE, _given
+from duologue.cli.serve import KEYS_VARIABLE, given_settings
 
 KEY = "secret-key-of-the-tests"
 
@@ -63,6 +63,8 @@ def _arguments(**given: Any) -> argparse.Namespace:
         "idle_s",
         "session_s",
         "resume_s",
+        "store",
+        "store_s",
         "drain_s",
         "stall_s",
         "ahead_s",
@@ -80,21 +82,21 @@ def test_keys_come_from_a_file_and_the_environment(
     file.write_text(f"# of friends\n{KEY}-1\n\n {KEY}-2 \n", encoding="utf-8")
     file.chmod(0o644)
     monkeypatch.setenv(KEYS_VARIABLE, f"{KEY}-3, {KEY}-1")
-    assert _given(_arguments(keys=file))["api_keys"] == (f"{KEY}-3", f"{KEY}-1", f"{KEY}-2")
+    assert given_settings(_arguments(keys=file))["api_keys"] == (f"{KEY}-3", f"{KEY}-1", f"{KEY}-2")
     output = capsys.readouterr().err
     assert f"chmod 600 {file}" in output
     assert KEY not in output
     file.chmod(0o600)
-    _given(_arguments(keys=file))
+    given_settings(_arguments(keys=file))
     assert capsys.readouterr().err == ""
     file.write_text("# nothing\n", encoding="utf-8")
     monkeypatch.delenv(KEYS_VARIABLE)
     with pytest.raises(ValueError, match="holds no API key"):
-        _given(_arguments(keys=file))
+        given_settings(_arguments(keys=file))
 
 
 def test_only_given_arguments_change_settings() -> None:
-    given = _given(_arguments(max_sessions=3, drain_s=1.5, record_folder=Path("records")))
+    given = given_settings(_arguments(max_sessions=3, drain_s=1.5, record_folder=Path("records")))
     wanted = {"max_sessions": 3, "drain_s": 1.5, "record_folder": Path("records")}
     assert given == {"host": "127.0.0.1", "port": 0, "api_keys": (), "allowed_origins": (), **wanted}
 
@@ -113,4 +115,4 @@ def test_a_key_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     file = tmp_path / "keys.txt"
     file.write_bytes(b"\xef\xbb\xbf" + KEY.encode() + b"\r\n")
     file.chmod(0o600)
-    assert _given(_arguments(keys=file))["api_keys"] == (KEY,)
+    assert given_settings(_arguments(keys=file))["api_keys"] == (KEY,)

@@ -44,6 +44,7 @@ LAYERS = {
     "training": 7,
     "serving": 7,
     "talk": 7,
+    "scale": 7,
     "doctor": 7,
     "cli": 8,
     "__main__": 9,
@@ -118,6 +119,7 @@ def is_folder(name: str) -> bool:
         "training",
         "serving",
         "talk",
+        "scale",
         "client",
         "cli",
     }

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from duologue.cli import bench, chat, data, evaluate, models, serve, talk, train
+from duologue.cli import bench, chat, data, evaluate, models, scale, serve, talk, train
 from duologue.cli.parser import FAILED, Parser, checked_device
 from duologue.machine import version_of
 
@@ -56,7 +56,7 @@ def _parser() -> Parser:
     parser = Parser(prog="duologue", description="A spoken chatbot: it listens, thinks and answers aloud.")
     parser.add_argument("--version", action="version", version=f"duologue {version_of('duologue')}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
-    for group in (chat, talk, serve, models, data, train, evaluate, bench):
+    for group in (chat, talk, serve, scale, models, data, train, evaluate, bench):
         group.add(commands)
     return parser
 

@@ -20,6 +20,12 @@ KEYS_VARIABLE = "DUOLOGUE_API_KEYS"
 
 def add(commands: Any) -> None:
     serve = add_command(commands, "serve", _serve, "real-time server and web page", model=True)
+    add_settings(serve)
+    serve.add_argument("--until-stdin-ends", action="store_true", help="stop when standard input is closed")
+
+
+def add_settings(serve: argparse.ArgumentParser) -> None:
+    """Adds the arguments of the settings and the engine."""
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     serve.add_argument("--port", type=_port, default=8000, help="0 picks a free port (default: 8000)")
     serve.add_argument(
@@ -47,6 +53,10 @@ def add(commands: Any) -> None:
     serve.add_argument("--idle-s", type=_seconds, metavar="S", help="close idle conversations after S seconds")
     serve.add_argument("--session-s", type=_seconds, metavar="S", help="maximum duration of a conversation")
     serve.add_argument("--resume-s", type=_seconds, metavar="S", help="keep dropped conversations for S seconds")
+    serve.add_argument(
+        "--store", metavar="PLACE", help="folder or Redis URL: other servers and a restarted one resume conversations"
+    )
+    serve.add_argument("--store-s", type=_seconds, metavar="S", help="keep stored conversations for S seconds")
     serve.add_argument("--stall-s", type=_seconds, metavar="S", help="drop clients that read nothing for S seconds")
     serve.add_argument(
         "--ahead-s", type=_seconds, metavar="S", help="generate a reply at most S seconds ahead of its playback"
@@ -59,7 +69,6 @@ def add(commands: Any) -> None:
         const=False,
         help="let the model read digits in /v1/audio/speech; by default numbers become English words",
     )
-    serve.add_argument("--until-stdin-ends", action="store_true", help="stop when standard input is closed")
     serve.add_argument("--verbose", action="store_true", help="log connections, never their content")
     add_precision(serve)
     serve.add_argument(
@@ -75,7 +84,7 @@ def _serve(args: argparse.Namespace) -> None:
     from duologue.serving.server import Server, listen, url_of, warm_up
     from duologue.serving.settings import Settings
 
-    settings = Settings(**_given(args))
+    settings = Settings(**given_settings(args))
     if args.until_stdin_ends:
         threading.Thread(target=_stop_when_stdin_ends, name="stdin", daemon=True).start()
     if settings.record_folder is not None:
@@ -114,16 +123,16 @@ def _stop_when_stdin_ends() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the command line and environment as fields of Settings."""
     limits = ("max_sessions", "max_sessions_per_key", "idle_s", "session_s", "resume_s", "stall_s", "ahead_s")
-    names = (*limits, "drain_s", "record_folder", "write_out_numbers")
+    names = (*limits, "store", "store_s", "drain_s", "record_folder", "write_out_numbers")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    keys = _keys(args.keys)
+    keys = read_keys(args.keys)
     return {"host": args.host, "port": args.port, "api_keys": keys, "allowed_origins": tuple(args.origin), **given}
 
 
-def _keys(file: Path | None) -> tuple[str, ...]:
+def read_keys(file: Path | None) -> tuple[str, ...]:
     """Reads API keys from a file and the environment. Other users could read keys on the command line."""
     keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",")]
     if file is not None:

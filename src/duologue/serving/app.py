@@ -171,7 +171,9 @@ def _status_routes(service: Service) -> APIRouter:
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **documented()},
     )
     async def metrics() -> Response:
-        return Response(service.metrics.exposition(), media_type=service.metrics.content_type)
+        gather = service.gather_metrics
+        page = service.metrics.exposition() if gather is None else await gather()
+        return Response(page, media_type=service.metrics.content_type)
 
     return router
 

@@ -203,10 +203,12 @@ class SavedConversation:
     Attributes:
         config: the session configuration as clients see it.
         items: the items.
+        revision: the last one of this server in the store of sessions; 0 if there is none.
     """
 
     config: SessionConfig
     items: Items
+    revision: int = 0
 
 
 def answerable(vocabulary: Vocabulary, turns: Sequence[Turn | None]) -> Conversation:

@@ -29,7 +29,7 @@ class Metrics:
         self.sessions_resumed = counter("sessions_resumed", "Sessions resumed after a dropped connection.")
         # reason: key, origin, host, full, full_for_key, busy, draining
         self.refused = counter("refused", "Refused clients, by reason.", "reason")
-        # reason: client, idle, session_length, stalled, message_size, draining, error
+        # reason: client, idle, session_length, stalled, message_size, draining, moved, error
         self.closed = counter("sessions_closed", "Closed sessions, by reason.", "reason")
         self.requests = counter("requests", "REST requests, by route and status.", "route", "status")
         self.requests_running = gauge("requests_running", "REST requests that the models work on.")

@@ -30,6 +30,7 @@ from duologue.serving.realtime_session import RealtimeSession
 from duologue.serving.recording import SessionRecorder
 from duologue.serving.send_queue import SendQueue, SessionEnded
 from duologue.serving.service import Service
+from duologue.serving.session_records import SessionWriter
 from duologue.serving.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ class ConnectionManager:
 
     async def _serve(self, socket: SessionSocket, config: SessionConfig, model: str, session_id: str, key: str) -> None:
         service, settings = self.service, self.service.settings
-        saved = service.resumable.take(session_id, key) if session_id else None
+        saved = await service.resume(session_id, key) if session_id else None
         if saved is None:
             session_id = new_session_id()
             saved = SavedConversation(config, Items(service.bot.models.vocabulary, new_id("conv")))
@@ -145,7 +146,8 @@ class ConnectionManager:
             client.recorder = await asyncio.to_thread(
                 SessionRecorder, settings.record_folder, session_id, service.model
             )
-        task = asyncio.create_task(_run_session(socket, service, client, saved))
+        writer = SessionWriter(service.sessions, session_id, key, saved)
+        task = asyncio.create_task(_run_session(socket, service, client, saved, writer))
         existing = self._open[session_id] = _OpenConnection(key, task)
         log.info("conversation started (%s), %d open", key or "no key", len(self._open))
         try:
@@ -154,6 +156,7 @@ class ConnectionManager:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+            await writer.write()
             service.resumable.put(session_id, key, saved)
             if client.recorder is not None:
                 await _finish_recording(client.recorder, saved)
@@ -204,11 +207,15 @@ async def _finish_recording(recorder: SessionRecorder, saved: SavedConversation)
 
 
 async def _run_session(
-    socket: SessionSocket, service: Service, client: ClientConnection, conversation: SavedConversation
+    socket: SessionSocket,
+    service: Service,
+    client: ClientConnection,
+    conversation: SavedConversation,
+    writer: SessionWriter,
 ) -> None:
     """Runs one conversation over an accepted WebSocket until it closes. Updates `conversation`."""
     settings, metrics = service.settings, service.metrics
-    queue = SendQueue(socket, settings.outbound_events, settings.stall_s, metrics)
+    queue = SendQueue(socket, settings.outbound_events, settings.stall_s, metrics, writer.note)
     session: RealtimeSession | None = None
     # The default reason: the tasks were cancelled from outside.
     ending = SessionEnded(1012, "the server ended the connection", "draining")
@@ -216,6 +223,7 @@ async def _run_session(
         async with asyncio.TaskGroup() as tasks:
             session = RealtimeSession(service.bot, settings, metrics, client, queue, tasks, conversation)
             tasks.create_task(queue.send())
+            tasks.create_task(writer.run())
             tasks.create_task(_end_after(settings.session_s))
             tasks.create_task(_end_when_draining(client, session, queue))
             await session.begin()

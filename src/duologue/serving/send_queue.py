@@ -32,10 +32,16 @@ class Socket(Protocol):
 
 
 class SendQueue:
-    """Events in order. `put` waits while the queue is full. A client that blocks one event for `stall_s` is dropped."""
+    """Events in order. `put` waits while the queue is full. A client that blocks one event for `stall_s` is dropped.
 
-    def __init__(self, socket: Socket, max_events: int, stall_s: float, metrics: Metrics) -> None:
-        self._socket, self._stall_s, self._metrics = socket, stall_s, metrics
+    Args:
+        observe: called with the type of each event when it enters the queue.
+    """
+
+    def __init__(
+        self, socket: Socket, max_events: int, stall_s: float, metrics: Metrics, observe: Callable[[str], None]
+    ) -> None:
+        self._socket, self._stall_s, self._metrics, self._observe = socket, stall_s, metrics, observe
         self._queue: asyncio.Queue[tuple[ServerEvent, Callable[[], bool] | None, Callable[[], None] | None]]
         self._queue = asyncio.Queue(max_events)
 
@@ -53,6 +59,7 @@ class SendQueue:
             when_sent: called after sending.
         """
         self._metrics.outbound_events.observe(self._queue.qsize())
+        self._observe(event.type)
         await self._queue.put((event, unless, when_sent))
 
     async def send(self) -> None:

@@ -23,8 +23,11 @@ from duologue.conversation.mouth import Mouth
 from duologue.language.sampling import Sampling
 from duologue.serving.admission import Admission, ResumeStore
 from duologue.serving.errors import ApiError
+from duologue.serving.items import SavedConversation
 from duologue.serving.metrics import Metrics
 from duologue.serving.objects import Audio, AudioOutput, SessionConfig
+from duologue.serving.session_records import take_stored
+from duologue.serving.session_store import open_store
 from duologue.serving.settings import Settings
 from duologue.sound_files import AudioTooLong, load_audio
 
@@ -36,15 +39,21 @@ _BEARER = HTTPBearer(auto_error=False, description="An API key, if the server ha
 
 @dataclass(eq=False)
 class Service:
-    """A served chatbot with its admission control and metrics."""
+    """A served chatbot with its admission control and metrics.
+
+    Attributes:
+        gather_metrics: returns the page of `/metrics` for several servers; None shows this server's own metrics.
+    """
 
     bot: Chatbot
     settings: Settings
     metrics: Metrics = field(default_factory=Metrics)
+    gather_metrics: Callable[[], Awaitable[bytes]] | None = None
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.settings, self.metrics)
         self.resumable = ResumeStore(self.settings.resume_s, self.settings.max_sessions)
+        self.sessions = open_store(self.settings.store, self.settings.store_s) if self.settings.store else None
         worker, watch = self.bot.worker, self.metrics.watch
         watch("sessions_kept", "Dropped conversations that can be resumed.", lambda: len(self.resumable))
         watch("tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
@@ -69,6 +78,21 @@ class Service:
     def session_config(self) -> SessionConfig:
         """Returns the configuration of a new real-time session."""
         return SessionConfig(audio=Audio(output=AudioOutput(voice=self.bot.models.card.voices[0])))
+
+    async def resume(self, session_id: str, key: str) -> SavedConversation | None:
+        """Takes the conversation of a dropped client from memory or from the store.
+
+        Memory also holds audio, but another server may have continued the conversation in the meantime.
+        """
+        kept = self.resumable.take(session_id, key)
+        if self.sessions is None:
+            return kept
+        stored = await take_stored(self.sessions, session_id, key, self.bot.models.vocabulary)
+        if kept is None or (stored is not None and stored.revision != kept.revision + 1):
+            return stored
+        if stored is not None:
+            kept.revision = stored.revision
+        return kept
 
     async def tokenize(self, wav: NDArray[np.float32]) -> tuple[int, ...]:
         """Returns the speech tokens of wav (S,) at 16 kHz. Live conversations take precedence."""

@@ -35,7 +35,10 @@ class Settings:
         stall_s: a client that reads nothing for this time while events wait is dropped.
         ahead_s: a reply is not generated further than this ahead of its playback.
         record_folder: folder of recordings; None records nothing.
-        resume_s: time to keep the conversation of a dropped client; 0 keeps none.
+        resume_s: time to keep the conversation of a dropped client in memory; 0 keeps none.
+        store: folder or Redis URL where conversations are stored as token ids, so that another server or a restarted
+            one can resume them; "" stores none.
+        store_s: time to live of a stored conversation after its last change.
         drain_s: maximum time for current answers after SIGTERM.
         write_out_numbers: numbers in English text to be spoken become words; else the model reads digits.
 
@@ -65,6 +68,8 @@ class Settings:
     ahead_s: float = 8.0
     record_folder: Path | None = None
     resume_s: float = 60.0
+    store: str = field(default="", repr=False)  # a URL can hold a password
+    store_s: float = 86_400.0
     drain_s: float = 20.0
     write_out_numbers: bool = True
 

@@ -1,0 +1,152 @@
+"""`duologue scale`: the real-time server on several GPUs or machines, as cells of Ray Serve."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import logging
+import os
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from duologue.cli import serve
+from duologue.cli.parser import add_command, positive
+from duologue.serving.settings import Settings
+
+CELL_ARGUMENTS = ("model", "device", "dtype", "quantize", "engine", "decoder_dtype", "cached_tokens", "engine_url")
+
+
+def add(commands: Any) -> None:
+    scale = add_command(commands, "scale", _scale, "real-time server of several cells, spread by Ray Serve", model=True)
+    scale.add_argument(
+        "--replicas", type=positive, default=1, metavar="N", help="cells, each with a model (default: 1)"
+    )
+    scale.add_argument(
+        "--max-replicas", type=positive, metavar="N", help="start more cells while conversations are many"
+    )
+    scale.add_argument("--gpus", type=float, metavar="N", help="GPUs of a cell (default: 1 on CUDA, otherwise 0)")
+    scale.add_argument("--cpus", type=float, default=1.0, metavar="N", help="processors of a cell (default: 1)")
+    scale.add_argument(
+        "--address", metavar="ADDRESS", help="running Ray cluster, such as auto (default: start Ray here)"
+    )
+    serve.add_settings(scale)
+
+
+def _scale(args: argparse.Namespace) -> None:
+    from duologue.scale.cells import CellSettings
+    from duologue.scale.run import run
+    from duologue.serving.server import listen, url_of
+
+    settings = Settings(**serve.given_settings(args))
+    cells = cell_settings(
+        settings,
+        {name: getattr(args, name) for name in ("replicas", "max_replicas", "gpus", "cpus")},
+        args.device,
+        CellSettings,
+    )
+    # Finds a free port, and a port in use before any slow work. Ray's proxy binds it again.
+    with listen(settings) as listening:
+        url, port = url_of(listening), listening.getsockname()[1]
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING)
+
+    def announce() -> None:
+        if args.json:
+            print(json.dumps({"url": url, "replicas": cells.replicas, "pid": os.getpid()}), flush=True)
+            return
+        print(f"{cells.replicas} cells are ready ({args.device}): open {url} and talk. Ctrl+C stops them.", flush=True)
+
+    arguments = {name: getattr(args, name) for name in CELL_ARGUMENTS}
+    build = functools.partial(build_cell, arguments, settings)
+    run(build, cells, settings.host, port, args.address, announce)
+
+
+def cell_settings(settings: Settings, given: Mapping[str, Any], device: str, kind: Callable[..., Any]) -> Any:
+    """Returns the cells that fit a server's settings.
+
+    Args:
+        given: fields of `CellSettings`; None means the default.
+        kind: `CellSettings`, which needs Ray.
+    """
+    gpus = given.get("gpus")
+    values = {name: value for name, value in given.items() if value is not None}
+    return kind(
+        **{
+            **values,
+            "gpus": float(device.startswith("cuda")) if gpus is None else gpus,
+            "capacity": settings.max_sessions,
+            "requests": settings.max_requests,
+            "drain_s": settings.drain_s,
+        }
+    )
+
+
+class ServedCell:
+    """The app of one cell, as `duologue.scale` uses it (`CellApp`)."""
+
+    def __init__(self, asgi: Any) -> None:
+        self.asgi, self._service = asgi, asgi.state.service
+
+    @property
+    def gather_metrics(self) -> Callable[[], Awaitable[bytes]] | None:
+        gather: Callable[[], Awaitable[bytes]] | None = self._service.gather_metrics
+        return gather
+
+    @gather_metrics.setter
+    def gather_metrics(self, gather: Callable[[], Awaitable[bytes]] | None) -> None:
+        self._service.gather_metrics = gather
+
+    def exposition(self) -> bytes:
+        page: bytes = self._service.metrics.exposition()
+        return page
+
+    def drain(self) -> None:
+        self._service.admission.drain()
+
+    def num_active(self) -> int:
+        return int(self._service.admission.num_active)
+
+
+def build_cell(arguments: Mapping[str, Any], settings: Settings) -> ServedCell:
+    """Loads the model and returns the app. Called in the process of the cell."""
+    from duologue.conversation.chatbot import load
+    from duologue.serving.app import create_app
+    from duologue.serving.server import warm_up
+
+    given = {"device": "cpu", "engine": "plain", **arguments}
+    names = ("device", "dtype", "quantize", "engine", "decoder_dtype")
+    language = settings.max_sessions, given.get("cached_tokens"), given.get("engine_url")
+    bot = load(given["model"], *(given.get(name) for name in names), *language)
+    warm_up(bot)
+    return ServedCell(create_app(bot, settings))
+
+
+def application(arguments: Mapping[str, Any]) -> Any:
+    """Builds the Ray Serve application of a configuration file: `import_path: duologue.cli.scale:application`.
+
+    Args:
+        arguments: those of `build_cell`, fields of `CellSettings` and fields of `Settings`. API keys come from the
+            environment.
+
+    Raises:
+        ValueError: an unknown name, or a value out of its range.
+    """
+    from duologue.scale import cells
+
+    kinds = (CELL_ARGUMENTS, _names(cells.CellSettings), _names(Settings))
+    unknown = set(arguments) - {name for names in kinds for name in names}
+    if unknown:
+        raise ValueError(f"there is no argument {', '.join(sorted(unknown))} of a cell")
+    keys = serve.read_keys(None)
+    settings = Settings(
+        **{"host": "0.0.0.0", "api_keys": keys, **{k: v for k, v in arguments.items() if k in _names(Settings)}}
+    )
+    given = {name: value for name, value in arguments.items() if name in _names(cells.CellSettings)}
+    model = {"model": "pocket", **{name: value for name, value in arguments.items() if name in CELL_ARGUMENTS}}
+    chosen = cell_settings(settings, given, str(model.get("device", "cpu")), cells.CellSettings)
+    return cells.application(functools.partial(build_cell, model, settings), chosen)
+
+
+def _names(kind: Any) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
