@@ -217,6 +217,13 @@ def _server(args: argparse.Namespace) -> None:
         _run(args, {"name": args.model, "url": args.server}, lambda: measure_server(url, pid, key, *counts))
 
 
+def _scale(args: argparse.Namespace) -> None:
+    from benchmarks.scale import measure_scale
+
+    counts = args.replicas, args.conversations, args.seconds, args.max_tokens, args.rounds
+    _run(args, {"name": args.model}, lambda: measure_scale(args.model, args.device, *counts))
+
+
 def _load(args: argparse.Namespace) -> Chatbot:
     from duologue.conversation.chatbot import load
 
@@ -347,6 +354,18 @@ BENCHES = (
             Option("--cycles", int, 0, "connections that come and go"),
             Option("--max-tokens", positive, None, "of an answer"),
             Option("--spread", seconds, 4.0, "time over which the clients begin", "S"),
+        ),
+    ),
+    Bench(
+        "scale",
+        "conversations over the cells of `duologue scale`, one of which is killed",
+        _scale,
+        (
+            Option("--replicas", positive, 2, "cells"),
+            Option("--conversations", positive, 16, "at once"),
+            Option("--seconds", seconds, 10.0, "of sound alone, without and with Ray", "S"),
+            Option("--max-tokens", positive, 60, "of an answer"),
+            Option("--rounds", positive, 2, "answers of each client before the kill, and after it"),
         ),
     ),
 )

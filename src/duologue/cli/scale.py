@@ -40,6 +40,8 @@ def _scale(args: argparse.Namespace) -> None:
     from duologue.serving.server import listen, url_of
 
     settings = Settings(**serve.given_settings(args))
+    if args.until_stdin_ends:
+        serve.stop_when_stdin_ends()
     cells = cell_settings(
         settings,
         {name: getattr(args, name) for name in ("replicas", "max_replicas", "gpus", "cpus")},

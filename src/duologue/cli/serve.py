@@ -21,7 +21,6 @@ KEYS_VARIABLE = "DUOLOGUE_API_KEYS"
 def add(commands: Any) -> None:
     serve = add_command(commands, "serve", _serve, "real-time server and web page", model=True)
     add_settings(serve)
-    serve.add_argument("--until-stdin-ends", action="store_true", help="stop when standard input is closed")
 
 
 def add_settings(serve: argparse.ArgumentParser) -> None:
@@ -69,6 +68,7 @@ def add_settings(serve: argparse.ArgumentParser) -> None:
         const=False,
         help="let the model read digits in /v1/audio/speech; by default numbers become English words",
     )
+    serve.add_argument("--until-stdin-ends", action="store_true", help="stop when standard input is closed")
     serve.add_argument("--verbose", action="store_true", help="log connections, never their content")
     add_precision(serve)
     serve.add_argument(
@@ -86,7 +86,7 @@ def _serve(args: argparse.Namespace) -> None:
 
     settings = Settings(**given_settings(args))
     if args.until_stdin_ends:
-        threading.Thread(target=_stop_when_stdin_ends, name="stdin", daemon=True).start()
+        stop_when_stdin_ends()
     if settings.record_folder is not None:
         settings.record_folder.mkdir(parents=True, exist_ok=True)
         if not os.access(settings.record_folder, os.W_OK):
@@ -116,11 +116,16 @@ def _serve(args: argparse.Namespace) -> None:
     Server(create_app(bot, settings), on_ready=announce).run([listening])
 
 
-def _stop_when_stdin_ends() -> None:
-    with contextlib.suppress(OSError):
-        while os.read(0, 4096):
-            pass
-    os.kill(os.getpid(), signal.SIGTERM)
+def stop_when_stdin_ends() -> None:
+    """Sends SIGTERM to this process when its standard input is closed."""
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):
+            while os.read(0, 4096):
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=wait, name="stdin", daemon=True).start()
 
 
 def given_settings(args: argparse.Namespace) -> dict[str, Any]:

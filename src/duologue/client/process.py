@@ -1,4 +1,4 @@
-"""A private server: `duologue serve` on a free port of this machine, stopped at the end."""
+"""A private server: `duologue serve` or `duologue scale` on a free port of this machine, stopped at the end."""
 
 from __future__ import annotations
 
@@ -49,25 +49,27 @@ class ServerProcess:
 
 
 @contextlib.contextmanager
-def start_server(model: str, arguments: Sequence[str] = ()) -> Iterator[ServerProcess]:
+def start_server(model: str, arguments: Sequence[str] = (), command: str = "serve") -> Iterator[ServerProcess]:
     """Starts `duologue serve` without API keys and waits until it is ready.
 
     Args:
         model: preset or folder.
-        arguments: additional arguments of `duologue serve`.
+        arguments: additional arguments of the command.
+        command: "serve", or "scale" for several cells.
 
     Raises:
         ValueError: the server did not start; the message ends with its last line of output.
     """
     source = str(Path(__file__).parents[2])
     paths = os.pathsep.join(path for path in (source, os.environ.get("PYTHONPATH", "")) if path)
-    command = [sys.executable, "-m", "duologue", "serve", "--host", HOST, "--port", "0", "--model", model, "--json"]
-    command.append("--until-stdin-ends")  # stops the server even if this process is killed
+    server_command = [sys.executable, "-m", "duologue", command, "--host", HOST, "--port", "0"]
+    # The server stops even if this process is killed.
+    server_command += ["--model", model, "--json", "--until-stdin-ends"]
     with tempfile.TemporaryDirectory(prefix="duologue-") as folder:
         log = Path(folder) / "server.log"
         with log.open("wb") as file:
             process = subprocess.Popen(
-                [*command, *arguments],
+                [*server_command, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=subprocess.STDOUT,
