@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 from duologue.cli import serve
 from duologue.cli.parser import add_command, positive
+from duologue.scale.settings import CellSettings
 from duologue.serving.settings import Settings
 
 CELL_ARGUMENTS = ("model", "device", "dtype", "quantize", "engine", "decoder_dtype", "cached_tokens", "engine_url")
@@ -35,19 +37,16 @@ def add(commands: Any) -> None:
 
 
 def _scale(args: argparse.Namespace) -> None:
-    from duologue.scale.cells import CellSettings
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError('ray is not installed: run pip install -e ".[serve,scale]" in the folder of Duologue')
     from duologue.scale.run import run
     from duologue.serving.server import listen, url_of
 
     settings = Settings(**serve.given_settings(args))
     if args.until_stdin_ends:
         serve.stop_when_stdin_ends()
-    cells = cell_settings(
-        settings,
-        {name: getattr(args, name) for name in ("replicas", "max_replicas", "gpus", "cpus")},
-        args.device,
-        CellSettings,
-    )
+    given = {name: getattr(args, name) for name in ("replicas", "max_replicas", "gpus", "cpus")}
+    cells = cell_settings(settings, given, args.device)
     # Finds a free port, and a port in use before any slow work. Ray's proxy binds it again.
     with listen(settings) as listening:
         url, port = url_of(listening), listening.getsockname()[1]
@@ -64,24 +63,19 @@ def _scale(args: argparse.Namespace) -> None:
     run(build, cells, settings.host, port, args.address, announce)
 
 
-def cell_settings(settings: Settings, given: Mapping[str, Any], device: str, kind: Callable[..., Any]) -> Any:
+def cell_settings(settings: Settings, given: Mapping[str, Any], device: str) -> CellSettings:
     """Returns the cells that fit a server's settings.
 
     Args:
         given: fields of `CellSettings`; None means the default.
-        kind: `CellSettings`, which needs Ray.
     """
-    gpus = given.get("gpus")
-    values = {name: value for name, value in given.items() if value is not None}
-    return kind(
-        **{
-            **values,
-            "gpus": float(device.startswith("cuda")) if gpus is None else gpus,
-            "capacity": settings.max_sessions,
-            "requests": settings.max_requests,
-            "drain_s": settings.drain_s,
-        }
-    )
+    values = {
+        "gpus": float(device.startswith("cuda")),
+        "capacity": settings.max_sessions,
+        "requests": settings.max_requests,
+        "drain_s": settings.drain_s,
+    }
+    return CellSettings(**{**values, **{name: value for name, value in given.items() if value is not None}})
 
 
 class ServedCell:
@@ -134,20 +128,26 @@ def application(arguments: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: an unknown name, or a value out of its range.
     """
-    from duologue.scale import cells
+    from duologue.scale.cells import application as application_of
 
-    kinds = (CELL_ARGUMENTS, _names(cells.CellSettings), _names(Settings))
-    unknown = set(arguments) - {name for names in kinds for name in names}
+    model, cells, settings = read_arguments(arguments)
+    return application_of(functools.partial(build_cell, model, settings), cells)
+
+
+def read_arguments(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], CellSettings, Settings]:
+    """Returns the arguments of `build_cell`, the cells and the settings. Raises ValueError as `application`."""
+    kinds = {name: kind for kind in (CellSettings, Settings) for name in _names(kind)}
+    unknown = set(arguments) - set(kinds) - set(CELL_ARGUMENTS)
     if unknown:
-        raise ValueError(f"there is no argument {', '.join(sorted(unknown))} of a cell")
-    keys = serve.read_keys(None)
+        raise ValueError(f"a cell has no argument {', '.join(sorted(unknown))}")
+    # Ray's proxy listens for other machines, so that the cells need API keys.
+    basis = {"host": "0.0.0.0", "api_keys": serve.read_keys(None)}
     settings = Settings(
-        **{"host": "0.0.0.0", "api_keys": keys, **{k: v for k, v in arguments.items() if k in _names(Settings)}}
+        **{**basis, **{name: value for name, value in arguments.items() if kinds.get(name) is Settings}}
     )
-    given = {name: value for name, value in arguments.items() if name in _names(cells.CellSettings)}
+    given = {name: value for name, value in arguments.items() if kinds.get(name) is CellSettings}
     model = {"model": "pocket", **{name: value for name, value in arguments.items() if name in CELL_ARGUMENTS}}
-    chosen = cell_settings(settings, given, str(model.get("device", "cpu")), cells.CellSettings)
-    return cells.application(functools.partial(build_cell, model, settings), chosen)
+    return model, cell_settings(settings, given, str(model.get("device", "cpu"))), settings
 
 
 def _names(kind: Any) -> set[str]:

@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray import serve
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from duologue.scale.expositions import join_expositions
+from duologue.scale.settings import APPLICATION, DEPLOYMENT, CellSettings
 
-APPLICATION = "duologue"
-DEPLOYMENT = "Cell"
 ASK_S = 5.0  # for an answer of all cells
-# An operator's requests are never refused because a cell is full of conversations.
-SPARE_REQUESTS = 8
 
 
 class CellApp(Protocol):
@@ -42,59 +37,6 @@ class CellApp(Protocol):
 
     def num_active(self) -> int:
         """Returns the number of open conversations and running requests."""
-
-
-@dataclass(frozen=True)
-class CellSettings:
-    """The cells of one application.
-
-    Attributes:
-        replicas: cells at the start, and at least.
-        max_replicas: more cells are started while conversations are many; None keeps `replicas`.
-        capacity: conversations that one cell holds.
-        requests: other requests that one cell works on at a time.
-        target: conversations per cell at which another cell is started, as a share of the capacity.
-        gpus, cpus: of one cell. Fractions let several cells share a GPU.
-        drain_s: a cell that is to stop keeps its conversations for this time at most.
-    """
-
-    replicas: int = 1
-    max_replicas: int | None = None
-    capacity: int = 32
-    requests: int = 16
-    target: float = 0.7
-    gpus: float = 0.0
-    cpus: float = 1.0
-    drain_s: float = 20.0
-
-    def __post_init__(self) -> None:
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError(
-                f"the maximum of {self.max_replicas} replicas is below the {self.replicas} that run at the start"
-            )
-
-    def options(self) -> dict[str, Any]:
-        """Returns the options of the Ray Serve deployment."""
-        options: dict[str, Any] = {
-            "name": DEPLOYMENT,
-            "max_ongoing_requests": self.capacity + self.requests + SPARE_REQUESTS,
-            "ray_actor_options": {"num_cpus": self.cpus, "num_gpus": self.gpus},
-            "graceful_shutdown_timeout_s": self.drain_s,
-            "graceful_shutdown_wait_loop_s": 0.5,
-            "request_router_config": RequestRouterConfig(
-                request_router_class="duologue.scale.routing:FewestConversations"
-            ),
-        }
-        if self.max_replicas is None:
-            return {**options, "num_replicas": self.replicas}
-        scaling = AutoscalingConfig(
-            min_replicas=self.replicas,
-            max_replicas=self.max_replicas,
-            target_ongoing_requests=self.target * self.capacity,
-            upscale_delay_s=5.0,
-            downscale_delay_s=600.0,
-        )
-        return {**options, "autoscaling_config": scaling}
 
 
 @serve.ingress()

@@ -14,7 +14,8 @@ import ray
 from ray import serve
 from ray.serve.config import HTTPOptions
 
-from duologue.scale.cells import APPLICATION, CellApp, CellSettings, application, ask_cells
+from duologue.scale.cells import CellApp, application, ask_cells
+from duologue.scale.settings import APPLICATION, CellSettings
 
 log = logging.getLogger(__name__)
 

@@ -41,12 +41,14 @@ def open_store(place: str, keep_s: float) -> SessionStore:
         keep_s: time to live of a record after its last write, in seconds.
 
     Raises:
-        ValueError: the folder is not writable, or the server cannot be reached.
-        ImportError: redis is not installed.
+        ValueError: the folder is not writable, the server cannot be reached, or redis is not installed.
     """
     if not place.startswith(REDIS_SCHEMES):
         return FolderStore(Path(place), keep_s)
-    import redis
+    try:
+        import redis
+    except ImportError:
+        raise ValueError('redis is not installed: run pip install -e ".[redis]" in the folder of Duologue') from None
 
     client = redis.Redis.from_url(place, socket_timeout=5.0, socket_connect_timeout=5.0)
     try:
