@@ -46,8 +46,6 @@ def run(
     def handle(sig: int, frame: FrameType | None) -> None:
         stop.set()
 
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, handle)
     # Ray runs its workers at niceness 15: other programs would take the processor from live conversations.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -59,6 +57,9 @@ def run(
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False)
     else:
         ray.init(address)
+    # Not before: `ray.init` sets handlers of its own.
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, handle)
     try:
         serve.start(http_options=HTTPOptions(host=host, port=port))
         serve.run(application(build, settings), name=APPLICATION, route_prefix="/")
