@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import importlib
 import importlib.util
@@ -73,7 +74,11 @@ def test_a_served_cell(tiny_folder: Path) -> None:
     app = create_app(scripted_bot(tiny_folder)[0], Settings())
     cell = ServedCell(app)
     assert (cell.asgi, cell.gather_metrics, cell.num_active()) == (app, None, 0)
-    assert b"duologue_sessions 0.0" in cell.exposition()
+
+    async def page() -> bytes:  # the tasks of the event loop are among the metrics
+        return cell.exposition()
+
+    assert b"duologue_sessions 0.0" in asyncio.run(page())
     with app.state.service.admission.request():
         assert cell.num_active() == 1
     assert not app.state.service.admission.draining.is_set()
