@@ -123,10 +123,10 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     if importlib.util.find_spec("ray") is None:
         assert main(["scale"]) == 2
         assert 'ray is not installed: run pip install -e ".[serve,scale]"' in capsys.readouterr().err
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     for argv, sentence in (
         (["--replicas", "0"], "not a positive whole number"),
         (["--host", "0.0.0.0"], "needs API keys"),
+        (["--replicas", "3", "--max-replicas", "2"], "maximum of 2 replicas is below the 3"),
     ):
         assert main(["scale", *argv]) == 2
         assert sentence in capsys.readouterr().err

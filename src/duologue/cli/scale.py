@@ -37,16 +37,16 @@ def add(commands: Any) -> None:
 
 
 def _scale(args: argparse.Namespace) -> None:
-    if importlib.util.find_spec("ray") is None:
-        raise ValueError('ray is not installed: run pip install -e ".[serve,scale]" in the folder of Duologue')
-    from duologue.scale.run import run
-    from duologue.serving.server import listen, url_of
-
     settings = Settings(**serve.given_settings(args))
     if args.until_stdin_ends:
         serve.stop_when_stdin_ends()
     given = {name: getattr(args, name) for name in ("replicas", "max_replicas", "gpus", "cpus")}
     cells = cell_settings(settings, given, args.device)
+    if importlib.util.find_spec("ray") is None:
+        raise ValueError('ray is not installed: run pip install -e ".[serve,scale]" in the folder of Duologue')
+    from duologue.scale.run import run
+    from duologue.serving.server import listen, url_of
+
     # Finds a free port, and a port in use before any slow work. Ray's proxy binds it again.
     with listen(settings) as listening:
         url, port = url_of(listening), listening.getsockname()[1]
