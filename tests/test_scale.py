@@ -15,7 +15,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from duologue.cli import main
-from duologue.cli.scale import ServedCell, cell_settings, read_arguments
+from duologue.cli.scale import CELL_ARGUMENTS, ServedCell, build_cell, cell_settings, read_arguments
 from duologue.cli.serve import KEYS_VARIABLE
 from duologue.scale.expositions import join_expositions
 from duologue.scale.settings import CellSettings
@@ -146,6 +146,13 @@ def test_arguments_of_a_configuration_file(monkeypatch: pytest.MonkeyPatch) -> N
         read_arguments({})
 
 
+def test_a_cell_is_loaded_as_the_server_loads_it(tiny_folder: Path) -> None:
+    args = {**dict.fromkeys(CELL_ARGUMENTS), "model": str(tiny_folder), "device": "cpu", "engine": "plain"}
+    cell = build_cell(args, Settings(max_sessions=3))
+    bot = cell.asgi.state.service.bot
+    assert (bot.models.card.name, bot.models.engine.max_sessions) == ("tiny", 3)
+
+
 # The manifest.
 
 
@@ -157,13 +164,15 @@ def test_the_manifest_is_a_ray_service() -> None:
     "path", ["spec.serveConfigV2", "spec.rayClusterConfig.headGroupSpec.template.spec.containers.0.image", "kind"]
 )
 def test_the_schema_sees_faults(path: str) -> None:
-    for spoil in (lambda parent, key: parent.pop(key), lambda parent, key: parent.update({f"{key}s": parent.pop(key)})):
+    for renamed in (False, True):
         broken = copy.deepcopy(MANIFEST)
         parent: Any = broken
         *way, last = path.split(".")
         for step in way:
             parent = parent[int(step) if step.isdecimal() else step]
-        spoil(parent, last)
+        value = parent.pop(last)
+        if renamed:
+            parent[f"{last}s"] = value
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate(broken, SCHEMA)
 

@@ -10,14 +10,26 @@ import json
 import logging
 import os
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from duologue.cli import serve
 from duologue.cli.parser import add_command, positive
 from duologue.scale.settings import CellSettings
+from duologue.serving.session_store import REDIS_SCHEMES
 from duologue.serving.settings import Settings
 
-CELL_ARGUMENTS = ("model", "device", "dtype", "quantize", "engine", "decoder_dtype", "cached_tokens", "engine_url")
+CELL_ARGUMENTS = (
+    "model",
+    "device",
+    "dtype",
+    "quantize",
+    "engine",
+    "decoder_dtype",
+    "cached_tokens",
+    "engine_url",
+    "gguf",
+)
 
 
 def add(commands: Any) -> None:
@@ -42,6 +54,8 @@ def _scale(args: argparse.Namespace) -> None:
         serve.stop_when_stdin_ends()
     given = {name: getattr(args, name) for name in ("replicas", "max_replicas", "gpus", "cpus")}
     cells = cell_settings(settings, given, args.device)
+    if settings.store and not settings.store.startswith(REDIS_SCHEMES):  # Ray chooses the folder that a cell runs in
+        settings = dataclasses.replace(settings, store=str(Path(settings.store).resolve()))
     if importlib.util.find_spec("ray") is None:
         raise ValueError('ray is not installed: run pip install -e ".[serve,scale]" in the folder of Duologue')
     from duologue.scale.run import run
@@ -110,10 +124,9 @@ def build_cell(arguments: Mapping[str, Any], settings: Settings) -> ServedCell:
     from duologue.serving.app import create_app
     from duologue.serving.server import warm_up
 
-    given = {"device": "cpu", "engine": "plain", **arguments}
-    names = ("device", "dtype", "quantize", "engine", "decoder_dtype")
-    language = settings.max_sessions, given.get("cached_tokens"), given.get("engine_url")
-    bot = load(given["model"], *(given.get(name) for name in names), *language)
+    names = {"model": "name", "quantize": "quantization", "cached_tokens": "max_cached_tokens"}
+    given: dict[str, Any] = {names.get(name, name): value for name, value in arguments.items()}
+    bot = load(**given, max_sessions=settings.max_sessions)
     warm_up(bot)
     return ServedCell(create_app(bot, settings))
 
