@@ -196,7 +196,7 @@ async def _interrupted(
             num_interrupted += 1
             generated += counted[0] - before
             heard += len(session.conversation.turns[-1].ids)
-    del engine.stepper.step  # type: ignore[method-assign]
+    del engine.stepper.step
     return Interruptions(limit, replies, num_interrupted, generated, heard)
 
 
