@@ -87,7 +87,14 @@ def seconds(text: str) -> float:
 def add(names: Any) -> None:
     """Adds a parser for each bench."""
     for bench in BENCHES:
-        parser: Parser = add_command(names, bench.name, bench.run, bench.help, model=not bench.random_weights)
+        parser: Parser = add_command(
+            names,
+            bench.name,
+            bench.run,
+            bench.help,
+            model=not bench.random_weights,
+            examples=(f"duologue bench {bench.name}", f"duologue bench {bench.name} --json -o results"),
+        )
         parser.set_defaults(bench=bench.name)
         if bench.random_weights:
             parser.add_argument("--model", help="a preset or a model folder (default: random weights of pocket's size)")

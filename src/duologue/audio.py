@@ -17,12 +17,14 @@ from torch.nn import functional
 from transformers.audio_utils import mel_filter_bank
 
 from duologue import rates
+from duologue.config import check_type
 from duologue.layers import Padded, reset_rows, split_at, take
 from duologue.pcm import Pcm, as_float
 
 
 def check_wav(pcm: Pcm, sample_rate: int, name: str = "the audio") -> NDArray[np.float32]:
-    """Returns samples (S,) as float32 in [-1, 1]. Raises ValueError if they are unusable."""
+    """Returns samples (S,) as float32 in [-1, 1]. Raises ValueError if they are unusable, TypeError for a bad rate."""
+    check_type("sample_rate", sample_rate, int, float, np.integer, np.floating)
     wav = as_float(pcm, name)
     if not 4000 <= sample_rate <= 384000:
         raise ValueError(f"{name} has a sample rate of {sample_rate} Hz; rates from 4000 to 384000 are taken")

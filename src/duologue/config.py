@@ -234,3 +234,14 @@ def _parse_union(args: tuple[Any, ...], value: Any, path: str, where: str) -> An
             continue
     names = ", ".join(getattr(arg, "__name__", str(arg)) for arg in args)
     raise ValueError(f"{path}{where} is {value!r}, which is none of {names}")
+
+
+def check_type(name: str, value: object, *kinds: type) -> None:
+    """Checks the type of an argument.
+
+    Raises:
+        TypeError: names the argument, the type of its value and the types that it takes.
+    """
+    if isinstance(value, bool) and bool not in kinds or not isinstance(value, kinds):
+        wanted = " or ".join(kind.__name__ for kind in kinds)
+        raise TypeError(f"{name} must be {wanted}, not {type(value).__name__}")

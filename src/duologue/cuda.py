@@ -24,6 +24,19 @@ CAPTURE_LOCK = threading.Lock()
 """Held by every capture of the process: a capture begins with a synchronization, which ends another one."""
 
 
+def check_device(name: str | torch.device) -> None:
+    """Checks that torch can use a device here. Raises ValueError, and TypeError for what is not a name."""
+    if not isinstance(name, str | torch.device):
+        raise TypeError(f"device must be a name such as 'cpu' or 'cuda', not {type(name).__name__}")
+    if str(name) == "cpu":
+        return
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"torch has no device {str(name)!r} on this machine ({reason})") from None
+
+
 def set_float32_precision(device: torch.device | str, exact: bool = True) -> None:
     """Sets float32 matrix products and convolutions of the process to IEEE float32, or to TF32.
 

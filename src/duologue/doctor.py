@@ -58,7 +58,7 @@ class Check:
 
 def examine(model: str | Path = "pocket") -> list[Check]:
     """Checks the machine, the libraries and one model. Changes nothing."""
-    return [*_machine(), *_torch(), *_extras(), *_programs(), *_model(model)]
+    return [*_machine(), *_torch(), *_extras(), *_sound(), *_programs(), *_model(model)]
 
 
 def format_checks(checks: list[Check]) -> str:
@@ -127,6 +127,31 @@ def _extras() -> Iterator[Check]:
             yield Check(f"extra {extra}", CheckState.MISSING, f"for {purpose}: without {', '.join(missing)}", mend)
         else:
             yield Check(f"extra {extra}", CheckState.OK, f"for {purpose}: complete")
+
+
+def _sound() -> Iterator[Check]:
+    """Loads PortAudio and asks it for the default devices, which an installed package alone does not prove."""
+    try:
+        import sounddevice
+    except ImportError:
+        return  # reported as a part of its extra
+    except OSError as error:
+        mend = "sudo apt-get install libportaudio2 (macOS: brew install portaudio)"
+        yield Check("PortAudio", CheckState.MISSING, f"for duologue talk: {error}", mend)
+        return
+    yield Check("PortAudio", CheckState.OK, sounddevice.get_portaudio_version()[1])
+    for name, kind, open_default in (
+        ("microphone", "input", sounddevice.check_input_settings),
+        ("loudspeaker", "output", sounddevice.check_output_settings),
+    ):
+        try:
+            device = sounddevice.query_devices(kind=kind)
+            open_default(samplerate=device["default_samplerate"], channels=1, dtype="int16")
+        except (ValueError, sounddevice.PortAudioError) as error:
+            mend = "talk through the page of duologue serve, or give duologue talk audio files"
+            yield Check(name, CheckState.MISSING, f"for duologue talk: none can be opened ({error})", mend)
+        else:
+            yield Check(name, CheckState.OK, f"{device['name']}, {device['default_samplerate']:.0f} Hz")
 
 
 def _programs() -> Iterator[Check]:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from duologue.checkpoint import Dtype, file_hash, load_component, read_extra, read_kind
+from duologue.checkpoint import DTYPES, Dtype, file_hash, load_component, read_extra, read_kind
 from duologue.config import parse_config, read_json, to_mapping, write_json
 from duologue.cuda import set_float32_precision
 from duologue.decoder.decoder import SpeechDecoder
@@ -267,6 +267,8 @@ class Models:
         opened = open_folder(folder)
         card = opened.card
         check_engine(engine, engine_url)
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; the choices are {', '.join(DTYPES)}")
         if engine_url is not None and (dtype is not None or quantization is not None):
             raise ValueError("the vLLM server loads the language model: give dtype and quantization to it")
         if gguf is not None and (dtype is not None or quantization is not None or engine != "plain"):

@@ -113,6 +113,14 @@ def save_audio(path: str | Path, wav: Samples, sample_rate: int) -> None:
         raise ValueError(f"{path} cannot be written: {error}") from None
 
 
+def wav_bytes(wav: Samples, sample_rate: int) -> bytes:
+    """Returns wav (S,) float32 as the bytes of a 16-bit WAV file."""
+    stream = io.BytesIO()
+    with soundfile.SoundFile(stream, "w", sample_rate, 1, "PCM_16", format="WAV") as file:
+        write_blocks(file, wav)
+    return stream.getvalue()
+
+
 def write_blocks(file: soundfile.SoundFile, wav: Samples) -> None:
     """Appends wav (S,) float32, clipped to [-1, 1], to an open file."""
     for start in range(0, len(wav), _WRITE_FRAMES):

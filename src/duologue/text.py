@@ -10,6 +10,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
+def shortened(text: str, most: int = 60) -> str:
+    """Returns the text, or its beginning and an ellipsis if it is longer than `most` characters."""
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
 def valid_unicode(text: str) -> str:
     """Replaces lone surrogates, which UTF-8 cannot encode, by U+FFFD. JSON can hold them: a client cut an emoji."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

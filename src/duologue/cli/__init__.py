@@ -7,16 +7,23 @@ the function to run.
 
 from __future__ import annotations
 
+import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from duologue.cli import bench, chat, data, evaluate, models, scale, serve, talk, train
-from duologue.cli.parser import FAILED, Parser, checked_device
+from duologue.cli.parser import FAILED, Parser, add_subcommands, epilog
 from duologue.machine import version_of
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+EXAMPLES = (
+    "duologue chat question.wav -o answer.wav",
+    "duologue serve",
+    "duologue doctor",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,11 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Disables telemetry. Must be set before onnxruntime is imported.
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    _replace_unprintable()
     try:
-        args = _parser().parse_args(argv)
+        args = argument_parser().parse_command(argv)
+        args.json = "json" in args
         args.argv = list(sys.argv[1:] if argv is None else argv)
-        if "device" in args:
-            args.device = checked_device(args.device)
+        if getattr(args, "device", "cpu") != "cpu":
+            from duologue.cuda import check_device
+
+            check_device(args.device)
         return int(args.run(args) or 0)
     except ValueError as error:
         return _fail(str(error), BAD_INPUT)
@@ -52,13 +63,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="duologue", description="A spoken chatbot: it listens, thinks and answers aloud.")
+def argument_parser() -> Parser:
+    """Returns the parser of all commands. Its namespaces hold the function to run as `run`."""
+    parser = Parser(
+        prog="duologue",
+        description="A spoken chatbot: it listens, thinks and answers aloud.",
+        epilog=epilog(EXAMPLES),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"duologue {version_of('duologue')}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+    commands = add_subcommands(parser, "commands", "COMMAND")
     for group in (chat, talk, serve, scale, models, data, train, evaluate, bench):
         group.add(commands)
     return parser
+
+
+def _replace_unprintable() -> None:
+    """Lets a console print `?` for what its encoding lacks. The default raises an error, and the answer is lost."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _fail(sentence: str, code: int) -> int:

@@ -8,22 +8,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from duologue.cli.parser import Parser
+from duologue.cli.parser import add_command, add_group
 
+EXAMPLES = ("duologue bench latency", "duologue bench sessions --sessions 4 --json")
 CHECKOUT = Path(__file__).parents[3]
 
 
 def add(commands: Any) -> None:
     """Adds `bench`, with its benchmarks if this is a checkout of the repository."""
     text = "measure this machine"
-    bench: Parser = commands.add_parser("bench", help=text, description=text[0].upper() + text[1:] + ".")
     if not (CHECKOUT / "benchmarks" / "commands.py").is_file():
+        bench = add_command(commands, "bench", _refuse, text, examples=EXAMPLES)
         bench.add_argument("arguments", nargs=argparse.REMAINDER, help="see the repository")
-        bench.set_defaults(run=_refuse)
         return
     if str(CHECKOUT) not in sys.path:
         sys.path.insert(0, str(CHECKOUT))
-    names = bench.add_subparsers(title="benches", metavar="NAME", required=True, parser_class=Parser)
+    names = add_group(commands, "bench", text, "benches", "NAME", EXAMPLES)
     importlib.import_module("benchmarks.commands").add(names)
 
 

@@ -21,8 +21,16 @@ if TYPE_CHECKING:
 BUNDLED_QUESTION = "question.wav"  # in the folder of pocket; it asks for the capital of France
 
 
+EXAMPLES = (
+    "duologue chat question.wav -o answer.wav",
+    'duologue chat --text "What is two plus three?"',
+    "duologue chat first.wav second.wav --json",
+)
+
+
 def add(commands: Any) -> None:
-    chat = add_command(commands, "chat", _chat, "ask spoken or written questions and get spoken answers", model=True)
+    text = "ask spoken or written questions and get spoken answers"
+    chat = add_command(commands, "chat", _chat, text, model=True, examples=EXAMPLES)
     chat.add_argument(
         "questions",
         nargs="*",
@@ -70,6 +78,8 @@ def _chat(args: argparse.Namespace) -> None:
         if written is not None:
             save_audio(written, reply.audio, reply.sample_rate)
         if not args.json:
+            if reply.heard:
+                print(f"\nheard: {printable(reply.heard)}", end="")
             print(f"\n{_times(reply.timings)}{f' -> {written}' if written else ''}")
         turns.append({"question": str(question), **_reply_json(reply, written)})
     if args.json:
@@ -115,6 +125,7 @@ def _times(timings: Timings) -> str:
 
 def _reply_json(reply: Reply, written: Path | None) -> dict[str, Any]:
     return {
+        "heard": reply.heard,
         "text": reply.text,
         "audio": None if written is None else str(written),
         "sample_rate": reply.sample_rate,

@@ -8,19 +8,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import FAILED, Parser, add_command, add_device, positive
+from duologue.cli.parser import FAILED, add_command, add_device, add_group, positive
 from duologue.training.sources import KINDS
 
 if TYPE_CHECKING:
     from duologue.training.checking import Transcribe
 
+IMPORT_EXAMPLES = (
+    "duologue data import ljspeech LJSpeech-1.1 -o corpus",
+    "duologue data import datasets sentences -o corpus --columns text=sentence",
+)
+CHECK_EXAMPLES = ("duologue data check corpus", "duologue data check corpus --recognizer pocket --limit 500")
+
 
 def add(commands: Any) -> None:
     text = "import and check training data"
-    data: Parser = commands.add_parser("data", help=text, description=text[0].upper() + text[1:] + ".")
-    actions = data.add_subparsers(title="actions", metavar="ACTION", required=True, parser_class=Parser)
+    actions = add_group(commands, "data", text, "actions", "ACTION", (IMPORT_EXAMPLES[0], CHECK_EXAMPLES[0]))
 
-    importing = add_command(actions, "import", _import, "import a data set as an audio corpus; resumes if stopped")
+    text = "import a data set as an audio corpus; resumes if stopped"
+    importing = add_command(actions, "import", _import, text, examples=IMPORT_EXAMPLES)
     kinds = "; ".join(f"{name}: {what}" for name, (_, what) in KINDS.items())
     importing.add_argument("kind", choices=KINDS, metavar="KIND", help=kinds)
     importing.add_argument("source", type=Path, help="file or folder of the data set")
@@ -42,7 +48,8 @@ def add(commands: Any) -> None:
     importing.add_argument("--valid", type=float, default=0.02, help="share of the split valid (default: 0.02)")
     importing.add_argument("--workers", type=positive, default=2, help="threads that decode (default: 2)")
 
-    check = add_command(actions, "check", _check, "find faulty clips in an audio corpus and draw the distributions")
+    text = "find faulty clips in an audio corpus and draw the distributions"
+    check = add_command(actions, "check", _check, text, examples=CHECK_EXAMPLES)
     check.add_argument("corpus", type=Path, help="folder of the corpus")
     check.add_argument(
         "-o", "--output", type=Path, metavar="FOLDER", help="for check.json, check.png (default: corpus)"

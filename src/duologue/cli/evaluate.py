@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import Parser, add_command, positive, warn_if_untrained
+from duologue.cli.parser import Parser, add_command, add_group, positive, warn_if_untrained
 from duologue.machine import version_of
 
 if TYPE_CHECKING:
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     Result = tuple[Report, Sequence[ScoredExchange]]  # and what the page of players shows
 
 TEST_DATA = "runs/pocket/corpus/test"
+EXAMPLES = ("duologue evaluate pocket -o report", "duologue evaluate pocket --limit 20 --json")
 RESULTS = "report"  # report.json, report.png, report.html
 
 
 def add(commands: Any) -> None:
     text = "evaluate a chatbot on a held-out test set"
-    evaluate: Parser = commands.add_parser("evaluate", help=text, description=text[0].upper() + text[1:] + ".")
-    suites = evaluate.add_subparsers(title="suites", metavar="SUITE", required=True, parser_class=Parser)
+    suites = add_group(commands, "evaluate", text, "suites", "SUITE", EXAMPLES)
 
     pocket = _add(suites, "pocket", _pocket, "the whole chatbot and its parts")
     pocket.add_argument("--limit", type=positive, metavar="N", help="evaluate only N dialogues and variants")
@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
 
 
 def _add(suites: Any, name: str, evaluate: Callable[[argparse.Namespace, TestSet], Result], text: str) -> Parser:
-    suite = add_command(suites, name, _evaluate, text, model=True)
+    suite = add_command(suites, name, _evaluate, text, model=True, examples=EXAMPLES)
     suite.set_defaults(suite=name, evaluate=evaluate)
     suite.add_argument(
         "--data", type=Path, default=Path(TEST_DATA), help=f"folder of the test set (default: {TEST_DATA})"

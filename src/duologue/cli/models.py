@@ -13,21 +13,30 @@ from duologue.cli.parser import DTYPES, FAILED, add_command, add_decoder_dtype, 
 
 RANDOM_PRESETS = ("tiny", "9b")
 FORMATS = ("glm-4-voice", "whisper-ct2")
+EXAMPLES = {
+    "tokenize": ("duologue tokenize question.wav -o tokens.json",),
+    "synthesize": ("duologue synthesize tokens.json -o speech.wav",),
+    "convert": ("duologue convert glm-4-voice-9b -o converted", "duologue convert whisper-ct2 whisper-base -o whisper"),
+    "init-random": ("duologue init-random tiny -o random",),
+    "doctor": ("duologue doctor", "duologue doctor --model glm-4-voice-9b"),
+}
 
 
 def add(commands: Any) -> None:
     """Adds the commands."""
-    tokenize = add_command(commands, "tokenize", _tokenize, "audio -> speech tokens", model=True)
+    tokenize = add_command(commands, "tokenize", _tokenize, "audio -> speech tokens", model=True, examples=EXAMPLES["tokenize"])
     tokenize.add_argument("audio", type=Path, help="an audio file")
     tokenize.add_argument("-o", "--output", type=Path, metavar="TOKENS", help="a JSON file for `synthesize`")
 
-    synthesize = add_command(commands, "synthesize", _synthesize, "speech tokens -> audio", model=True)
+    text = "speech tokens -> audio"
+    synthesize = add_command(commands, "synthesize", _synthesize, text, model=True, examples=EXAMPLES["synthesize"])
     synthesize.add_argument("tokens", help="a JSON list of tokens or the output of `tokenize`; - reads stdin")
     synthesize.add_argument("-o", "--output", type=Path, required=True, metavar="AUDIO", help="an audio file")
     synthesize.add_argument("--seed", type=int, default=0, help="seed of the decoder's noise")
     add_decoder_dtype(synthesize)
 
-    convert = add_command(commands, "convert", _convert, "convert a released language model, or a CTranslate2 Whisper")
+    text = "convert a released language model, or a CTranslate2 Whisper"
+    convert = add_command(commands, "convert", _convert, text, examples=EXAMPLES["convert"])
     convert.add_argument(
         "format", nargs="?", choices=FORMATS, default=FORMATS[0], help=f"format of the folder (default: {FORMATS[0]})"
     )
@@ -38,14 +47,14 @@ def add(commands: Any) -> None:
         "--gguf", metavar="TYPE", help="write a GGUF file for llama.cpp with matrices in f32, f16, bf16, q8_0 or q4_0"
     )
 
-    random = add_command(
-        commands, "init-random", _init_random, "write a released set with random weights, for load tests"
-    )
+    text = "write a released set with random weights, for load tests"
+    random = add_command(commands, "init-random", _init_random, text, examples=EXAMPLES["init-random"])
     random.add_argument("preset", choices=RANDOM_PRESETS, metavar="PRESET", help="tiny, or 9b: the published sizes")
     random.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="a new folder")
     random.add_argument("--seed", type=int, default=0)
 
-    doctor = add_command(commands, "doctor", _doctor, "check this machine and suggest fixes")
+    text = "check this machine and suggest fixes"
+    doctor = add_command(commands, "doctor", _doctor, text, examples=EXAMPLES["doctor"])
     doctor.add_argument("--model", default="pocket", help="a preset or a model folder (default: pocket)")
 
 

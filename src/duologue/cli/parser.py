@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,20 +21,90 @@ AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that raises its errors as ValueError, one sentence each."""
+    """A parser that raises its errors as ValueError, one sentence each, with a similar name where there is one."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see: {self.prog} --help)")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            choices = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(
+                action, f"{value!r} is not one of its values{_similar(str(value), map(str, action.choices))}: {choices}"
+            )
 
-def add_command(commands: Any, name: str, run: Any, text: str, model: bool = False) -> Parser:
-    parser: Parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(run=run)
-    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
+    def parse_command(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Parses the arguments of a command. An unknown option is compared with those of that command.
+
+        Raises:
+            ValueError: an argument is missing, unknown or bad.
+        """
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            parser: Parser = args.parser
+            options = parser._option_string_actions
+            raise ValueError(
+                f"{unknown[0]} is not an argument of {parser.prog}{_similar(unknown[0].partition('=')[0], options)} "
+                f"(see: {parser.prog} --help)"
+            )
+        return args
+
+
+def _similar(name: str, names: Iterable[str]) -> str:
+    """Returns ", did you mean NAME?" or an empty string."""
+    found = difflib.get_close_matches(name, list(names), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def add_command(
+    commands: Any, name: str, run: Any, text: str, model: bool = False, examples: Sequence[str] = ()
+) -> Parser:
+    """Adds the parser of a command.
+
+    Args:
+        text: what it does, without a period.
+        model: whether it takes `--model` and `--device`.
+        examples: complete command lines, shown below the options.
+    """
+    parser = _add_parser(commands, name, text, examples)
+    parser.set_defaults(run=run, parser=parser)
+    add_json(parser)
     if model:
         parser.add_argument("--model", default="pocket", help="a preset or a model folder (default: pocket)")
         add_device(parser)
     return parser
+
+
+def add_group(commands: Any, name: str, text: str, title: str, metavar: str, examples: Sequence[str] = ()) -> Any:
+    """Adds a command of several commands and returns the place for them. Alone, it prints its help."""
+    return add_subcommands(_add_parser(commands, name, text, examples), title, metavar)
+
+
+def _add_parser(commands: Any, name: str, text: str, examples: Sequence[str]) -> Parser:
+    parser: Parser = commands.add_parser(
+        name,
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=epilog(examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def add_subcommands(parser: Parser, title: str, metavar: str) -> Any:
+    """Returns the place for the commands of a parser, which prints its help without one."""
+    add_json(parser)
+    parser.set_defaults(run=lambda _: parser.print_help(), parser=parser)
+    return parser.add_subparsers(title=title, metavar=metavar, parser_class=Parser)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds `--json`. Without a default, so that one before the name of the command is kept."""
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print JSON, for programs")
+
+
+def epilog(examples: Sequence[str]) -> str | None:
+    return "\n".join(["examples:", *(f"  {example}" for example in examples)]) if examples else None
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
@@ -73,20 +145,6 @@ def checked_output(output: Path) -> Path:
     if not output.parent.is_dir():
         raise ValueError(f"{output} cannot be written: the folder {output.parent} does not exist")
     return output
-
-
-def checked_device(name: str) -> str:
-    """Returns the name if torch supports the device. Raises ValueError otherwise."""
-    if name == "cpu":
-        return name
-    import torch
-
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"torch has no device {name!r} on this machine ({reason})") from None
-    return name
 
 
 def warn_if_untrained(card: Card) -> None:

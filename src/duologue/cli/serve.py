@@ -18,8 +18,15 @@ from duologue.cli.parser import add_command, add_precision, positive, warn_if_un
 KEYS_VARIABLE = "DUOLOGUE_API_KEYS"
 
 
+EXAMPLES = (
+    "duologue serve",
+    "duologue serve --host 0.0.0.0 --keys keys.txt",
+    "duologue serve --origin https://talk.example.org",
+)
+
+
 def add(commands: Any) -> None:
-    serve = add_command(commands, "serve", _serve, "real-time server and web page", model=True)
+    serve = add_command(commands, "serve", _serve, "real-time server and web page", model=True, examples=EXAMPLES)
     add_settings(serve)
 
 

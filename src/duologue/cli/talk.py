@@ -16,8 +16,16 @@ if TYPE_CHECKING:
     from duologue.client.conversation import TalkSummary
 
 
+EXAMPLES = (
+    "duologue talk",
+    "duologue talk --server http://127.0.0.1:8000",
+    "duologue talk --input question.wav --output answers.wav",
+)
+
+
 def add(commands: Any) -> None:
-    talk = add_command(commands, "talk", _talk, "talk with a chatbot through microphone and loudspeaker", model=True)
+    text = "talk with a chatbot through microphone and loudspeaker"
+    talk = add_command(commands, "talk", _talk, text, model=True, examples=EXAMPLES)
     talk.add_argument(
         "--server",
         metavar="URL",

@@ -10,9 +10,16 @@ from typing import Any
 from duologue.cli.parser import add_command, add_device
 from duologue.training.recipes import STAGES
 
+TRAIN_EXAMPLES = (
+    "duologue train tokenizer --recipe recipes/pocket/tokenizer.yaml",
+    "duologue train chat --recipe recipes/pocket/chat.yaml --set loop.num_steps=20",
+)
+PLOT_EXAMPLES = ("duologue plot runs/tokenizer",)
+
 
 def add(commands: Any) -> None:
-    train = add_command(commands, "train", _train, "train one part of a chatbot; resumes from the last checkpoint")
+    text = "train one part of a chatbot; resumes from the last checkpoint"
+    train = add_command(commands, "train", _train, text, examples=TRAIN_EXAMPLES)
     stages = "; ".join(f"{name}: {what}" for name, what in STAGES.items())
     train.add_argument("stage", choices=STAGES, metavar="STAGE", help=stages)
     train.add_argument("--recipe", type=Path, required=True, help="a YAML file, see recipes/")
@@ -27,7 +34,7 @@ def add(commands: Any) -> None:
     )
     add_device(train)
 
-    plot = add_command(commands, "plot", _plot, "plot the curves of a training run")
+    plot = add_command(commands, "plot", _plot, "plot the curves of a training run", examples=PLOT_EXAMPLES)
     plot.add_argument("folder", type=Path, help="folder of the run")
     plot.add_argument("-o", "--output", type=Path, help="the plot (default: curves.png in the folder)")
 

@@ -8,9 +8,12 @@ differs by at most 1e-4.
 
 from __future__ import annotations
 
+import base64
+import html
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from itertools import pairwise
 
 import numpy as np
@@ -29,6 +32,8 @@ from duologue.language.sampling import Sampling
 from duologue.layers import Padded, step_threads
 from duologue.models import Models
 from duologue.pcm import Pcm
+from duologue.sound_files import wav_bytes
+from duologue.text import shortened
 from duologue.turns import Conversation, Modality, Role
 from duologue.vocabulary import Vocabulary
 
@@ -37,9 +42,12 @@ from duologue.vocabulary import Vocabulary
 class Reply:
     """A complete reply.
 
+    A notebook shows it with a player.
+
     Attributes:
         audio: float32 (S,) in [-1, 1]; empty for a written reply.
         speech_tokens: codes in [0, codebook_size).
+        recognize: returns what the recognizer reads in the question; None without a recognizer or a spoken question.
     """
 
     text: str
@@ -48,6 +56,24 @@ class Reply:
     speech_tokens: tuple[int, ...]
     reason: EndReason
     timings: Timings
+    recognize: Callable[[], str] | None = None
+
+    @cached_property
+    def heard(self) -> str | None:
+        """What the model heard in the question, read by its recognizer on first use; None as `recognize`."""
+        return None if self.recognize is None else self.recognize()
+
+    def __repr__(self) -> str:
+        spoken = f"{len(self.audio) / self.sample_rate:.1f} s of speech" if self.audio.size else "no speech"
+        return f"Reply({shortened(self.text)!r}, {spoken}, {self.reason})"
+
+    def _repr_html_(self) -> str:
+        """Returns the text and a player for notebooks."""
+        text = f"<p>{html.escape(self.text)}</p>"
+        if not self.audio.size:
+            return text
+        sound = base64.b64encode(wav_bytes(self.audio, self.sample_rate)).decode()
+        return f'{text}<audio controls src="data:audio/wav;base64,{sound}"></audio>'
 
 
 @torch.inference_mode()
@@ -108,7 +134,13 @@ def answer(
     )
     reason = EndReason.END if said.state.ended else EndReason.LENGTH
     spoken = vocabulary.decode_text(said.text).lstrip()
-    return Reply(spoken, audio, rates.SPEAK_SAMPLE_RATE, tuple(codes), reason, timings)
+    recognize = recognition(models, heard)
+    return Reply(spoken, audio, rates.SPEAK_SAMPLE_RATE, tuple(codes), reason, timings, recognize)
+
+
+def recognition(models: Models, codes: Sequence[int]) -> Callable[[], str] | None:
+    """Returns what reads these speech tokens; None without a recognizer or tokens."""
+    return partial(models.transcribe, tuple(codes)) if codes and models.recognizer is not None else None
 
 
 def tokenize(models: Models, wav: NDArray[np.float32], sample_rate: int) -> list[int]:

@@ -10,14 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
+
+import numpy as np
 
 from duologue import rates
 from duologue.audio import check_wav
 from duologue.checkpoint import Dtype
+from duologue.config import check_type
 from duologue.conversation.answer import Reply, answer
 from duologue.conversation.events import Event
 from duologue.conversation.session import Session
 from duologue.conversation.worker import Worker
+from duologue.cuda import check_device
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
 from duologue.layers import num_step_threads
@@ -38,8 +43,12 @@ class Chatbot:
 
     def __init__(self, models: Models) -> None:
         self.models = models
-        device = next(models.decoder.parameters()).device
-        self.worker = Worker(num_threads=num_step_threads(models.tokenizer), device=device)
+        self.device = next(models.decoder.parameters()).device
+        self.worker = Worker(num_threads=num_step_threads(models.tokenizer), device=self.device)
+
+    def __repr__(self) -> str:
+        card = self.models.card
+        return f"Chatbot({card.name}{'' if card.trained else ', not trained'}, {self.device})"
 
     @property
     def sample_rate(self) -> int:
@@ -77,7 +86,10 @@ class Chatbot:
 
         Raises:
             ValueError: no question or two, unreadable or unusable audio, or an unknown voice.
+            TypeError: an argument of another type.
         """
+        check_type("audio", audio, str, Path, np.ndarray, bytes, bytearray, memoryview, NoneType)
+        check_type("text", text, str, NoneType)
         if (audio is None) == (text is None):
             raise ValueError("give a question either as audio or as text")
         session = self.session(voice=voice, sampling=sampling)
@@ -101,7 +113,9 @@ def model_folder(name: str | Path = "pocket") -> Path:
 
     Raises:
         ValueError: names the request and the choices.
+        TypeError: the name is neither str nor Path.
     """
+    check_type("name", name, str, Path)
     folder = Path(__file__).parent.parent / str(name) if name in PRESETS else Path(name)
     if folder.is_dir():
         return folder
@@ -147,7 +161,9 @@ def load(
         decoder_dtype: of a released decoder's U-Net, by default bfloat16 on CUDA and float32 elsewhere.
 
     Raises:
-        ValueError: names the request and the choices, or the fault of the model.
+        ValueError: names the request and the choices, the device that is missing, or the fault of the model.
+        TypeError: an argument of another type.
     """
+    check_device(device)
     rest = engine, decoder_dtype, max_sessions, max_cached_tokens, engine_url, gguf
     return Chatbot(Models.load(model_folder(name), device, dtype, quantization, *rest))

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from duologue.text import shortened
+
 
 class EndReason(StrEnum):
     """The reason why a reply ended."""
@@ -56,6 +58,10 @@ class AudioDelta:
     sample_rate: int
     first_sample: int
 
+    def __repr__(self) -> str:
+        start, seconds = self.first_sample / self.sample_rate, len(self.wav) / self.sample_rate
+        return f"AudioDelta({seconds:.2f} s from {start:.2f} s)"
+
 
 @dataclass(frozen=True)
 class Timings:
@@ -102,6 +108,9 @@ class ReplyDone:
     reason: EndReason
     timings: Timings
     text_is_estimate: bool = False
+
+    def __repr__(self) -> str:
+        return f"ReplyDone({shortened(self.text)!r}, {len(self.tokens)} speech tokens, {self.reason})"
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,20 @@ A session owns states and ids, no weights.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from pathlib import Path
+from types import NoneType
 
 import numpy as np
 
 from duologue import rates
-from duologue.conversation.answer import Reply
+from duologue.config import check_type
+from duologue.conversation.answer import Reply, recognition
 from duologue.conversation.block_policy import BlockPolicy
 from duologue.conversation.ear import Ear
 from duologue.conversation.events import AudioDelta, Event, Interrupted, ReplyDone
@@ -29,6 +32,7 @@ from duologue.language.sampling import Sampling
 from duologue.models import Models
 from duologue.pcm import Pcm
 from duologue.turns import Conversation, Role, Turn
+from duologue.vocabulary import Kind
 
 
 class Session:
@@ -43,6 +47,7 @@ class Session:
 
     Raises:
         ValueError: an unknown voice, or a conversation in another vocabulary.
+        TypeError: an argument of another type.
     """
 
     def __init__(
@@ -56,6 +61,9 @@ class Session:
         sampling: Sampling | None = None,
         policy: Callable[[], BlockPolicy] = BlockPolicy,
     ) -> None:
+        check_type("language", language, str)
+        check_type("voice", voice, str)
+        check_type("sampling", sampling, Sampling, NoneType)
         card, vocabulary = models.card, models.vocabulary.hash
         if voice and voice not in card.voices:
             raise ValueError(f"{card.name} has no voice {voice!r}; it has {', '.join(card.voices)}")
@@ -69,6 +77,9 @@ class Session:
         self._policy = policy
         self._written = ""
         self._mouth: Mouth | None = None
+
+    def __repr__(self) -> str:
+        return f"Session({self.models.card.name}, {len(self._conversation.turns)} turns)"
 
     @property
     def conversation(self) -> Conversation:
@@ -92,7 +103,8 @@ class Session:
         await self.ear.hear(pcm, sample_rate)
 
     def write(self, text: str) -> None:
-        """Appends text to the user's turn."""
+        """Appends text to the user's turn. Raises TypeError for anything but str."""
+        check_type("text", text, str)
         self._written += text
 
     def discard(self) -> None:
@@ -155,28 +167,47 @@ class Session:
             if isinstance(event, ReplyDone):
                 done = event
         audio = np.concatenate(parts) if parts else np.zeros(0, np.float32)
-        return Reply(done.text, audio, rates.SPEAK_SAMPLE_RATE, done.tokens, done.reason, done.timings)
+        vocabulary = self.models.vocabulary
+        question = next(turn for turn in reversed(self._conversation.turns) if turn.role is not Role.ASSISTANT)
+        spoken = (token for token in question.ids if vocabulary.kind(token) is Kind.SPEECH)
+        recognize = recognition(self.models, vocabulary.speech_codes(spoken))
+        return Reply(done.text, audio, rates.SPEAK_SAMPLE_RATE, done.tokens, done.reason, done.timings, recognize)
 
     def events(self, *, text_only: bool = False) -> Iterator[Event]:
-        """Yields the events of `reply` in code without an event loop; a thread produces them."""
+        """Yields the events of `reply` in code without an event loop; a thread produces them.
+
+        The thread has ended when the iteration ends. An iteration that is left early cancels the reply.
+        """
         events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
+        loop = asyncio.new_event_loop()
 
         async def produce() -> None:
-            async for event in self.reply(text_only=text_only):
-                events.put(event)
+            async with aclosing(self.reply(text_only=text_only)) as reply:
+                async for event in reply:
+                    events.put(event)
+
+        producing = loop.create_task(produce())
 
         def work() -> None:
             try:
-                asyncio.run(produce())
+                with asyncio.Runner(loop_factory=lambda: loop) as runner:
+                    runner.get_loop().run_until_complete(producing)
                 events.put(None)
             except BaseException as error:
                 events.put(error)
 
-        threading.Thread(target=work, name="reply", daemon=True).start()
-        while (event := events.get()) is not None:
-            if isinstance(event, BaseException):
-                raise event
-            yield event
+        # A thread that runs while the interpreter shuts down can abort it.
+        thread = threading.Thread(target=work, name="reply")
+        thread.start()
+        try:
+            while (event := events.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the reply is complete
+                loop.call_soon_threadsafe(producing.cancel)
+            thread.join()
 
     def interrupt(self, played_ms: float) -> None:
         """Interrupts the reply; the history keeps the heard part. Thread-safe, also after the reply is complete.
@@ -184,6 +215,7 @@ class Session:
         Args:
             played_ms: milliseconds of the reply's audio that were played.
         """
+        check_type("played_ms", played_ms, int, float)
         if played_ms < 0:
             raise ValueError(f"played_ms must not be negative, got {played_ms}")
         num_samples = int(played_ms * rates.SPEAK_SAMPLE_RATE / 1000)
