@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +233,7 @@ def _scale(args: argparse.Namespace) -> None:
 
 
 def _load(args: argparse.Namespace) -> Chatbot:
+    print(f"duologue: loading {args.model}", file=sys.stderr, flush=True)
     from duologue.conversation.chatbot import load
 
     bot = load(args.model, args.device, args.dtype, args.quantize, decoder_dtype=args.decoder_dtype)

@@ -23,6 +23,7 @@ from duologue.conversation.chatbot import Chatbot
 from duologue.conversation.events import SpeechDelta, TextDelta
 from duologue.conversation.session import Session
 from duologue.evaluation.report import Row
+from duologue.progress import steps
 
 SPEECH_S = (2.5, 3.9, 10.0, 29.0)
 NUM_TURNS = 10
@@ -79,12 +80,12 @@ async def _measure(
 ) -> CommitTimes:
     by_speech: dict[float, list[float]] = {seconds: [] for seconds in speech_s}
     by_turn: dict[int, list[float]] = {1: [], num_turns: []}
-    for index in range(warm_up + repetitions):
+    for index in steps(range(warm_up + repetitions), "part 5 of 6, questions of many lengths"):
         for seconds, taken in by_speech.items():
             waited = await _first_token(bot, _new_session(bot, index), _question(seconds, index), 1)
             taken += [waited] if index >= warm_up else []
     # A long conversation takes its time: half as many of them.
-    for index in range((repetitions + 1) // 2):
+    for index in steps(range((repetitions + 1) // 2), "part 6 of 6, long conversations"):
         session = _new_session(bot, index)
         for turn in range(1, num_turns + 1):
             waited = await _first_token(bot, session, _question(TURN_S, turn + num_turns * index), REPLY_TOKENS)

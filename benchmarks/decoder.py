@@ -26,6 +26,7 @@ from duologue.decoder.flow import state_bytes
 from duologue.evaluation.report import Row
 from duologue.layers import Padded
 from duologue.models import Decoder
+from duologue.progress import steps
 
 BLOCKS = (10, 25)
 BASELINE_BLOCK = 25  # tokens, as the released code has it
@@ -206,7 +207,7 @@ class _Run:
         last = max(k for k in range(2, num_blocks) if (k - 1) * size % rates.BLOCK_TOKENS == 0)
         places: dict[int, Any] = {}
         replies, curves = [], []
-        for _ in range(1 + num_replies):
+        for _ in steps(range(1 + num_replies), f"replies in blocks of {size} tokens"):
             state, curve = self.fresh(), []
             for index in range(num_blocks):
                 if index in (1, last):
@@ -219,7 +220,7 @@ class _Run:
             replies.append(sum(curve) + now(self.device) - start)
             curves.append(curve)
         second, final = [], []
-        for _ in range(1 + repetitions):
+        for _ in steps(range(1 + repetitions), f"second and last block of {size} tokens"):
             second.append(self._step(1, size, copy.deepcopy(places[1]), computed))
             final.append(self._step(last, size, copy.deepcopy(places[last]), computed))
         second_ms, last_ms = Spread.of(second[1:]).scaled(1000), Spread.of(final[1:]).scaled(1000)
@@ -240,7 +241,7 @@ class _Run:
         num_blocks = self._codes.shape[1] // size
         places = sorted({round(index) for index in np.linspace(1, num_blocks, min(BASELINE_POINTS, num_blocks))})
         costs = {}
-        for index in places:
+        for index in steps(places, "every block decoded anew"):
             start = now(self.device)
             self.at_once(index * size)
             costs[index] = now(self.device) - start

@@ -30,6 +30,7 @@ from duologue.language.backbone import LanguageConfig, new_glm
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
 from duologue.models import open_folder
+from duologue.progress import steps
 from duologue.vocabulary import Vocabulary
 
 COUNTS = (1, 4, 8, 16)
@@ -138,13 +139,14 @@ def measure_engine(
     speeds: dict[int, list[float]] = {count: [] for count in counts}
     firsts: dict[int, list[float]] = {count: [] for count in counts}
     prefixes = []
-    for _ in range(repetitions):
-        for count in counts:
-            start = time.perf_counter()
-            replies = clients.replies(count, prompt_tokens, reply_tokens)
-            speeds[count].append(sum(num for num, _ in replies) / (time.perf_counter() - start))
-            firsts[count].extend(1000 * first for _, first in replies)
-        prefixes.append(clients.prefix())
+    rounds = [(count, number) for _ in range(repetitions) for number, count in enumerate(counts)]
+    for count, number in steps(rounds, "replies at once"):
+        start = time.perf_counter()
+        replies = clients.replies(count, prompt_tokens, reply_tokens)
+        speeds[count].append(sum(num for num, _ in replies) / (time.perf_counter() - start))
+        firsts[count].extend(1000 * first for _, first in replies)
+        if number == len(counts) - 1:
+            prefixes.append(clients.prefix())
     first, second = (Spread.of(values) for values in zip(*prefixes, strict=True))
     parameters = list(model.parameters())
     config = model.config.get_text_config()

@@ -33,9 +33,16 @@ from duologue.evaluation.report import Row
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY
 from duologue.layers import Padded
 from duologue.models import Models
+from duologue.progress import steps
 from duologue.turns import Conversation, Modality, Role, Turn
 
 CHUNK_S = 0.1  # of the question, as a microphone gives it
+PARTS = (
+    "part 1 of 6, speech tokenizer",
+    "part 2 of 6, language model",
+    "part 3 of 6, speech decoder",
+    "part 4 of 6, replies",  # the last parts are those of `measure_commits`
+)
 WHOLE_REPLIES = 3  # that are made to their end; a reply is made as it is played, so that takes its time
 
 
@@ -131,7 +138,7 @@ def measure_latency(
     models, rounds = bot.models, warm_up + repetitions
     with torch.inference_mode():
         codes, listen_mb = _codes(models, wav)
-        listening = _times(rounds, warm_up, lambda _: _time_tokenizer(models, wav))
+        listening = _times(rounds, warm_up, lambda _: _time_tokenizer(models, wav), PARTS[0])
         prefill, steps = _time_language(models, codes, rounds, warm_up)
         flow, vocoder, speak_mb = _time_decoder(models, codes, rounds, warm_up)
     num_steps = INTERLEAVED.text_run + rates.BLOCK_TOKENS
@@ -144,7 +151,7 @@ def measure_latency(
         "vocoder, first block": _timing(vocoder),
     }
     ahead, at_once = [], []
-    for index in range(rounds):
+    for index in steps(range(rounds), PARTS[3]):
         whole = index >= rounds - WHOLE_REPLIES
         ahead.append(asyncio.run(_time_reply(bot, wav, 2 * index, True, whole)))
         at_once.append(asyncio.run(_time_reply(bot, wav, 2 * index + 1, False, False)))
@@ -195,7 +202,7 @@ def _time_language(models: Models, codes: list[int], rounds: int, warm_up: int) 
     prefill, steps = [], []
     size = models.vocabulary.codebook_size
     num_steps = INTERLEAVED.text_run + rates.BLOCK_TOKENS
-    for index in range(rounds):
+    for index in steps(range(rounds), PARTS[1]):
         changed = [(codes[0] + 1 + index) % size, *codes[1:]]
         turn = Turn(Role.USER, Modality.SPEECH, tuple(models.vocabulary.speech_ids(changed)))
         prompt = models.vocabulary.prompt_ids(Conversation((turn,)))
@@ -227,7 +234,7 @@ def _time_decoder(
     block = (codes * rates.BLOCK_TOKENS)[: rates.BLOCK_TOKENS]
     tokens = Padded.full(torch.tensor([block], device=_device(models)))
     flow, vocoder = [], []
-    for _ in range(rounds):
+    for _ in steps(range(rounds), PARTS[2]):
         state = models.decoder.init_state(1, models.card.num_steps, models.card.guidance_scale)
         start = _now(models)
         mel = models.decoder.flow.step(tokens, state.flow)
@@ -269,8 +276,8 @@ def _first_audio(replies: list[Timings]) -> Spread | None:
     return _spread([timings.first_audio_s for timings in replies if timings.first_audio_s is not None])
 
 
-def _times(rounds: int, warm_up: int, work: Callable[[int], float]) -> list[float]:
-    return [work(index) for index in range(rounds)][warm_up:]
+def _times(rounds: int, warm_up: int, work: Callable[[int], float], name: str) -> list[float]:
+    return [work(index) for index in steps(range(rounds), name)][warm_up:]
 
 
 def _now(models: Models) -> float:

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from benchmarks.harness import AIMS, Spread, now
 from benchmarks.plots import draw_lines
@@ -31,6 +29,7 @@ from duologue.decoder.decoder import SpeechDecoderState
 from duologue.decoder.flow import state_bytes
 from duologue.evaluation.report import Row
 from duologue.layers import Padded
+from duologue.progress import steps
 from duologue.released.decoder.blocks import Streaming
 from duologue.released.decoder.decoder import ReleasedDecoder, build_released_decoder
 from duologue.released.decoder.flow import NUM_STEPS, ReleasedFlowConfig
@@ -252,7 +251,7 @@ class _Run:
         """Seconds of each block, of the vocoder in all, of the end; states before the two places; size in MB."""
         state, blocks, vocoder_s = self._fresh(), [], 0.0
         places: dict[int, SpeechDecoderState] = {}
-        for index in _bar(range(self._num_blocks), "window, all blocks"):
+        for index in steps(range(self._num_blocks), "window, all blocks"):
             if index in (self._first_full, self._num_blocks - 1):
                 places[index] = copy.deepcopy(state)
             flow_s, spoken_s = self._step(index, state)
@@ -271,7 +270,7 @@ class _Run:
     def _in_turns(self, places: dict[int, SpeechDecoderState], text: str) -> dict[int, list[tuple[float, float]]]:
         """Seconds of flow and vocoder at each place, in turns: a busy moment of the machine hits all of them."""
         taken: dict[int, list[tuple[float, float]]] = {index: [] for index in places}
-        for _ in _bar(range(self._repetitions), text):
+        for _ in steps(range(self._repetitions), text):
             for index, state in places.items():
                 taken[index].append(self._step(index, copy.deepcopy(state)))
         return taken
@@ -282,7 +281,7 @@ class _Run:
         indices = sorted({round(x) for x in np.linspace(1, self._num_blocks, min(RELEASED_POINTS, self._num_blocks))})
         speaker = torch.zeros(1, config.spk_embed_dim, device=self._device)
         points = []
-        for index in _bar(indices, "released mode, some blocks"):
+        for index in steps(indices, "released mode, some blocks"):
             start = now(self._device)
             mu = flow.condition(Padded.full(self._codes[:, : index * self._size]))
             condition_s = now(self._device) - start
@@ -305,10 +304,6 @@ class _Run:
         noise = torch.randn(1, mel.shape[1] * network.config.hop_length, harmonics, device=mel.device)
         phase = torch.zeros(1, harmonics, device=mel.device)
         speak_as_released(network, mel, phase, noise, torch.zeros(1, 0, device=mel.device))
-
-
-def _bar(items: Sequence[int], text: str) -> Iterator[int]:
-    yield from tqdm(items, text, mininterval=5.0, file=sys.stderr)
 
 
 def _flow_times(taken: dict[int, list[tuple[float, float]]]) -> list[float]:

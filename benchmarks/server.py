@@ -17,7 +17,7 @@ import contextlib
 import itertools
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from duologue.client.conversation import TalkClient, TalkSettings
 from duologue.client.playback import Playback, Ticker, in_real_time, silence
 from duologue.evaluation.report import Row
 from duologue.pcm import to_int16
+from duologue.progress import bar
 from duologue.rates import LISTEN_SAMPLE_RATE
 
 MAX_FIRST_AUDIO_S = 1.5
@@ -228,8 +229,10 @@ async def _load(
     said: Sequence[NDArray[np.int16]],
 ) -> Load:
     begun = time.monotonic()
-    clients = [_Client(index, index * spread_s / num_clients, num_turns, said) for index in range(num_clients)]
-    await asyncio.gather(*(client.run(url, key, settings) for client in clients))
+    with bar(num_clients * num_turns, "server", "questions") as line:
+        delays = [index * spread_s / num_clients for index in range(num_clients)]
+        clients = [_Client(index, delay, num_turns, said, line.update) for index, delay in enumerate(delays)]
+        await asyncio.gather(*(client.run(url, key, settings) for client in clients))
     turns = tuple(turn for client in clients for turn in client.turns)
     return Load(
         num_clients=num_clients,
@@ -247,7 +250,15 @@ async def _load(
 class _Client:
     """Asks `num_turns` questions, beginning with another one than its neighbour, and listens to the answers."""
 
-    def __init__(self, index: int, delay_s: float, num_turns: int, said: Sequence[NDArray[np.int16]]) -> None:
+    def __init__(
+        self,
+        index: int,
+        delay_s: float,
+        num_turns: int,
+        said: Sequence[NDArray[np.int16]],
+        answered: Callable[[], object],
+    ) -> None:
+        self._answered = answered
         self._index, self._delay_s, self._num_turns, self._said = index, delay_s, num_turns, said
         self._asked: list[float] = []  # when the last sample of each question was sent
         self.turns: list[Turn] = []
@@ -287,6 +298,7 @@ class _Client:
             async for pcm in _until(silence(ticker), talk):
                 playback.take(len(pcm))
                 yield pcm
+            self._answered()
 
 
 async def _for(source: AsyncIterator[NDArray[np.int16]], seconds: float) -> AsyncIterator[NDArray[np.int16]]:

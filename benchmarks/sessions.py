@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from benchmarks.harness import AIMS, Spread, peak_memory_mb
 from benchmarks.plots import draw_lines
@@ -31,6 +32,7 @@ from duologue.conversation.worker import WorkerFull, WorkerStats
 from duologue.evaluation.report import Row
 from duologue.language.requests import EngineFull
 from duologue.machine import num_cores
+from duologue.progress import bar
 
 CHUNK_MS = 40
 SILENT = "no reply had any sound"
@@ -222,9 +224,12 @@ async def _crowd(bot: Chatbot, count: int, seconds: float, asked: Sequence[NDArr
     before, cpu = bot.worker.stats(), time.process_time()
     start = time.perf_counter()
     users = [_User(bot, index, start, asked, seed) for index in range(count)]
-    async with asyncio.TaskGroup() as group:
-        for user in users:
-            group.create_task(user.talk(seconds))
+    with bar(round(seconds), f"sessions: {count}", "seconds") as line:
+        async with asyncio.TaskGroup() as group:
+            clock = asyncio.create_task(_tick(line))
+            for user in users:
+                group.create_task(user.talk(seconds))
+        clock.cancel()
     duration = time.perf_counter() - start
     after, cpu = bot.worker.stats(), time.process_time() - cpu
     exchanges = tuple(sorted((one for user in users for one in user.exchanges), key=lambda one: one.said_at))
@@ -247,6 +252,13 @@ async def _crowd(bot: Chatbot, count: int, seconds: float, asked: Sequence[NDArr
         longest_queue=after.most_waiting,
         memory_mb=peak_memory_mb(),
     )
+
+
+async def _tick(line: tqdm[Any]) -> None:
+    """Shows the seconds as they go by, up to the last."""
+    while line.n < line.total:
+        await asyncio.sleep(1)
+        line.update(1)
 
 
 @dataclass

@@ -35,6 +35,7 @@ from duologue.audio import LogMel
 from duologue.decoder.flow import state_bytes
 from duologue.evaluation.report import Row
 from duologue.layers import Padded
+from duologue.progress import steps
 from duologue.released.random_weights import PRESETS
 from duologue.tokenizer.tokenizer import SpeechTokenizer
 
@@ -185,7 +186,7 @@ def measure_tokenizer(
     with torch.inference_mode(), one_thread():
         offline: list[_Once] = []
         runs: dict[float, list[_Run]] = {chunk_ms: [] for chunk_ms in (*chunks_ms, CURVE_CHUNK_MS)}
-        for index in range(warm_up + repetitions):
+        for index in steps(range(warm_up + repetitions), "part 1 of 3, offline and streams"):
             once = _offline(tokenizer, wav)
             offline += [once] if index >= warm_up else []
             for chunk_ms, done in runs.items():
@@ -292,7 +293,7 @@ def _baseline(
     indices = sorted({round(index) for index in np.linspace(1, num_blocks, min(BASELINE_POINTS, num_blocks))})
     return [
         (index, _offline(tokenizer, wav[: round(index * block_s * rates.LISTEN_SAMPLE_RATE)]).compute_s)
-        for index in indices
+        for index in steps(indices, "part 2 of 3, every block tokenized anew")
     ]
 
 
@@ -307,7 +308,7 @@ def _ends(tokenizer: SpeechTokenizer, wav: NDArray[np.float32], repetitions: int
     device, block = _device(tokenizer), tokenizer.block_tokens * rates.SAMPLES_PER_TOKEN
     closed = (len(wav) // block - 1) * block
     commit = {}
-    for share in (0.1, 0.5, 1.0):
+    for share in steps((0.1, 0.5, 1.0), "part 3 of 3, ends of speech"):
         state = tokenizer.init_state(1)
         tokenizer.step(_as_batch(tokenizer, wav[: closed + round(share * block)]), state)
         seconds, asked = [], []

@@ -22,6 +22,7 @@ LAYERS = {
     "turns": 0,
     "scoring": 0,
     "text": 0,
+    "progress": 0,
     "audio": 1,
     "audio_effects": 1,
     "sound_files": 1,

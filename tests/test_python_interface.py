@@ -108,7 +108,9 @@ def test_representations_fit_a_line_and_notebooks_get_a_player(bot: duologue.Cha
     done = events[-1]
     assert isinstance(done, duologue.ReplyDone)
     reply = duologue.Reply("5 < 6 & " + "so on " * 30, wav, 22_050, (1,), done.reason, done.timings)
-    assert repr(reply) == "Reply('5 < 6 & so on so on so on so on so on so on so on so on so …', 1.0 s of speech, end)".replace(
+    assert repr(
+        reply
+    ) == "Reply('5 < 6 & so on so on so on so on so on so on so on so on so …', 1.0 s of speech, end)".replace(
         "end", str(done.reason)
     )
     shown = reply._repr_html_()

@@ -7,6 +7,7 @@ import io
 import json
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import pytest
 from duologue import doctor
 from duologue.cli import argument_parser, main
 from duologue.cli.parser import Parser
+from duologue.progress import steps
 
 Capture = pytest.CaptureFixture[str]
 
@@ -98,11 +100,46 @@ def test_a_console_without_a_character_prints_a_question_mark(
     out, err = Console(), Console()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
-    command = ["chat", "--text", "Zwei plus drei é 你好?", "--text-only", "--model", str(tiny_folder), "--max-tokens", "4"]
+    command = [
+        "chat",
+        "--text",
+        "Zwei plus drei é 你好?",
+        "--text-only",
+        "--model",
+        str(tiny_folder),
+        "--max-tokens",
+        "4",
+    ]
     assert main(command) == 0
     assert out.file.getvalue().decode("cp1252").startswith("you: Zwei plus drei é ???\ntiny: ")
     assert main(["chat", "没有.wav"]) == 2
     assert "??.wav: there is no such file" in err.file.getvalue().decode("cp1252")
+
+
+def test_a_long_command_says_step_and_time_from_the_first_moment(capsys: Capture) -> None:
+    seen = []
+    for number in steps(range(3), "part 1 of 2, replies"):
+        seen.append((number, capsys.readouterr().err))
+        time.sleep(0.01)
+    assert seen[0][0] == 0
+    assert "part 1 of 2, replies: 0 of 3 steps, 00:00 so far, ? left" in seen[0][1]  # before any work
+    assert "replies: 3 of 3 steps, 00:00 so far, 00:00 left" in capsys.readouterr().err
+
+
+def test_bench_latency_is_never_silent(
+    question: Path, tiny_folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["--question", str(question), "--repetitions", "1", "--warm-up", "0", "--model", str(tiny_folder)]
+
+    def stop(*_: object) -> None:
+        raise ValueError("the parts before are enough")
+
+    monkeypatch.setattr("benchmarks.latency.measure_commits", stop)
+    assert main(["bench", "latency", *few]) == 2
+    shown = capsys.readouterr().err
+    assert f"loading {tiny_folder}" in shown
+    for part in ("1 of 6, speech tokenizer", "2 of 6, language model", "3 of 6, speech decoder", "4 of 6, replies"):
+        assert f"part {part}: 0 of 1 steps" in shown
 
 
 class PortAudioError(Exception):

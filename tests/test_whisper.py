@@ -79,13 +79,16 @@ def test_the_text_decoder_is_whispers(folder: Path, reference: WhisperForConditi
     text = opened.text()
     ragged = Padded(memory, torch.tensor([9, 4]))
     prompt, none = torch.tensor(text.prompt()), torch.tensor([], dtype=torch.int64)
-    rows = recognizer.decoder.greedy(prompt, ragged, text.end, none, torch.tensor([6, 3]))
+    scored = recognizer.decoder.greedy(prompt, ragged, text.end, none, torch.tensor([6, 3]))
+    rows = [[own for own, _ in row] for row in scored]
     assert [len(row) <= limit for row, limit in zip(rows, (6, 3), strict=True)] == [True, True]
     for row, length, content in zip(rows, (9, 4), memory, strict=True):
         known = torch.tensor([*text.prompt(), *row])[None]
         with torch.no_grad():
             scores = recognizer.decoder.logits(recognizer.decoder(known, Padded.full(content[None, :length])))
         assert scores[0, len(prompt) - 1 : -1].argmax(-1).tolist() == row
+        best = scores[0, len(prompt) - 1 : -1].log_softmax(-1).amax(-1)
+        torch.testing.assert_close(torch.tensor([logprob for _, logprob in scored.pop(0)]), best, atol=1e-4, rtol=1e-4)
 
 
 def test_the_rest_becomes_the_recognizer(folder: Path) -> None:

@@ -28,6 +28,13 @@ from duologue.language.sampling import Sampling
 from duologue.models import Card
 from duologue.vocabulary import Vocabulary
 
+QUESTIONS = (
+    "What is the capital of France?",
+    "What is eight plus six?",
+    "What is the opposite of big?",
+    "What day comes after Thursday?",
+    "Who are you?",
+)
 MAX_BYTES = 40 * 2**20
 
 
@@ -67,7 +74,8 @@ def assemble(runs: Path, out: Path, untrained: bool = False, max_tokens: int = 6
     else:
         model, provenance = load_language(language), load_provenance(language)
     save_language(out / "language", model, provenance, dtype="float16")
-    Card("pocket", trained=not missing, sampling=Sampling(temperature=0.0, max_tokens=max_tokens)).save(out)
+    sampling = Sampling(temperature=0.0, max_tokens=max_tokens)
+    Card("pocket", trained=not missing, sampling=sampling, questions=QUESTIONS).save(out)
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     if size > MAX_BYTES:
         raise ValueError(

@@ -242,6 +242,6 @@ def check_type(name: str, value: object, *kinds: type) -> None:
     Raises:
         TypeError: names the argument, the type of its value and the types that it takes.
     """
-    if isinstance(value, bool) and bool not in kinds or not isinstance(value, kinds):
+    if (isinstance(value, bool) and bool not in kinds) or not isinstance(value, kinds):
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise TypeError(f"{name} must be {wanted}, not {type(value).__name__}")

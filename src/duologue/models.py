@@ -34,7 +34,7 @@ from duologue.layers import Padded
 from duologue.quantization import Scheme, check_available, quantize
 from duologue.released.folder import ReleasedFolder
 from duologue.released.language import load_released_language
-from duologue.tokenizer.recognizer import Recognizer, RecognizerConfig
+from duologue.tokenizer.recognizer import HeardToken, Recognizer, RecognizerConfig, joined
 from duologue.tokenizer.speech_recognizer import SpeechRecognizer, load_speech_recognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.vocabulary import Vocabulary
@@ -60,6 +60,7 @@ class Card:
         sampling: default sampling of replies.
         num_steps, guidance_scale: solver settings of the flow; None for those of its config.
         follows_instructions: the model was trained with system turns; other models get no instructions.
+        questions: what people may ask; the web page offers it.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Card:
     num_steps: int | None = None
     guidance_scale: float | None = None
     follows_instructions: bool = False
+    questions: tuple[str, ...] = ()
 
     def save(self, folder: str | Path) -> None:
         write_json(Path(folder) / CARD_FILE, {"kind": "Chatbot", "version": CARD_VERSION, **to_mapping(self)})
@@ -184,7 +186,13 @@ class _ReleasedFolder(ReleasedFolder):
     @cached_property
     def card(self) -> Card:
         name = self.path.resolve().name
-        return Card(name, trained=not self.is_random, languages=("en", "zh"), follows_instructions=True)
+        return Card(
+            name,
+            trained=not self.is_random,
+            languages=("en", "zh"),
+            follows_instructions=True,
+            questions=("What can you do?", "Tell me a short story.", "用中文介绍一下你自己。"),
+        )
 
     def load_language(
         self, device: str = "cpu", dtype: Dtype | None = None, quantization: Scheme | None = None
@@ -301,6 +309,21 @@ class Models:
             raise ValueError(f"{self.card.name} has no recognizer: it cannot write down what it hears")
         return transcribe(codes, self.tokenizer, self.recognizer)
 
+    @torch.inference_mode()
+    def transcribe_tokens(self, codes: Sequence[int]) -> list[HeardToken]:
+        """Transcribes as `transcribe` does; returns the tokens of the text with their log probabilities."""
+        if self.recognizer is None:
+            raise ValueError(f"{self.card.name} has no recognizer: it cannot write down what it hears")
+        return transcribe_tokens(codes, self.tokenizer, self.recognizer)
+
+    @cached_property
+    def num_parameters(self) -> int | None:
+        """Parameters of tokenizer, language model and decoder; None if a server holds the language model."""
+        if not isinstance(self.engine, PlainEngine):
+            return None
+        parts = (self.tokenizer, self.engine.language, self.decoder)
+        return sum(parameter.numel() for part in parts for parameter in part.parameters())
+
 
 @torch.inference_mode()
 def transcribe(codes: Sequence[int], tokenizer: SpeechTokenizer, recognizer: Recognizer | SpeechRecognizer) -> str:
@@ -309,14 +332,25 @@ def transcribe(codes: Sequence[int], tokenizer: SpeechTokenizer, recognizer: Rec
     Raises:
         ValueError: a code lies outside the codebook.
     """
+    return joined(transcribe_tokens(codes, tokenizer, recognizer))
+
+
+@torch.inference_mode()
+def transcribe_tokens(
+    codes: Sequence[int], tokenizer: SpeechTokenizer, recognizer: Recognizer | SpeechRecognizer
+) -> list[HeardToken]:
+    """Transcribes as `transcribe` does; returns the tokens of the text with their log probabilities."""
     table, size = tokenizer.quantizer.codebook.weight, recognizer.config.max_tokens
     if codes and not 0 <= min(codes) <= max(codes) < len(table):
         raise ValueError(f"speech tokens go from 0 to {len(table) - 1}, got {min(codes)} to {max(codes)}")
-    texts = []
+    heard: list[HeardToken] = []
     for at in range(0, len(codes), size):
         piece = torch.tensor([codes[at : at + size]], device=table.device)
-        texts += recognizer.transcribe(Padded.full(functional.embedding(piece, table)))
-    return " ".join(text for text in texts if text)
+        [tokens] = recognizer.transcribe_tokens(Padded.full(functional.embedding(piece, table)))
+        if heard and tokens:
+            heard.append(HeardToken(" ", 0.0))
+        heard += tokens
+    return heard
 
 
 def _engine_sizes(language: PreTrainedModel, max_sessions: int | None, max_cached_tokens: int | None) -> dict[str, Any]:

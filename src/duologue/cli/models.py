@@ -24,7 +24,9 @@ EXAMPLES = {
 
 def add(commands: Any) -> None:
     """Adds the commands."""
-    tokenize = add_command(commands, "tokenize", _tokenize, "audio -> speech tokens", model=True, examples=EXAMPLES["tokenize"])
+    tokenize = add_command(
+        commands, "tokenize", _tokenize, "audio -> speech tokens", model=True, examples=EXAMPLES["tokenize"]
+    )
     tokenize.add_argument("audio", type=Path, help="an audio file")
     tokenize.add_argument("-o", "--output", type=Path, metavar="TOKENS", help="a JSON file for `synthesize`")
 

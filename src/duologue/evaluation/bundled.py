@@ -21,6 +21,7 @@ from duologue.evaluation.recognition import Judge
 from duologue.evaluation.report import Row
 from duologue.evaluation.testset import TestClip
 from duologue.pcm import to_int16
+from duologue.progress import steps
 from duologue.sound_files import load_audio
 
 GROUP = "bundled questions"
@@ -98,7 +99,7 @@ def ask_variants(
 ) -> list[ScoredExchange]:
     """The recordings in turn, `num` times in all, each time at another level, in other noise and another room."""
     exchanges = []
-    for index in range(num):
+    for index in steps(range(num), "part 3 of 5, questions in noise", "questions"):
         recording = recordings[index % len(recordings)]
         sound = vary(recording, recordings[(index + 1) % len(recordings)], np.random.default_rng((seed, index)))
         exchanges.append(_ask(bot, recording, VARIED, sound, None, None))

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from duologue.conversation.chatbot import Chatbot, Reply
 from duologue.evaluation.intelligibility import Naturalness
 from duologue.evaluation.prosody import PLAIN, Prosody, measure_prosody, style_change
 from duologue.evaluation.recognition import Judge
 from duologue.evaluation.testset import TestClip, TestDialogue, TestSet, TestTurn, spread
+from duologue.progress import steps
 from duologue.scoring import is_correct, normalize
 
 TYPED = "typed"
@@ -128,7 +128,7 @@ def converse(
         return references.get(clip.id)
 
     exchanges = []
-    for dialogue in tqdm(test_set.dialogues, "conversations", disable=None, leave=False):
+    for dialogue in steps(test_set.dialogues, "part 4 of 5, conversations", "dialogues"):
         replies = list(_ask(bot, dialogue, test_set.clips))
         for index, (turn, reply) in enumerate(zip(dialogue.turns, replies, strict=True)):
             question, last = test_set.clips[turn.question], index == len(replies) - 1
@@ -154,7 +154,7 @@ def type_questions(bot: Chatbot, test_set: TestSet, keep_sound: Collection[str] 
     unlike = {tuple(turn.question_text for turn in one.turns): one for one in reversed(test_set.dialogues)}
     dialogues = [one for questions, one in unlike.items() if all(questions)][::-1]
     exchanges = []
-    for dialogue in tqdm(spread(dialogues, MAX_TYPED), "typed questions", disable=None, leave=False):
+    for dialogue in steps(list(spread(dialogues, MAX_TYPED)), "part 5 of 5, typed questions", "dialogues"):
         session = bot.session()
         for turn in dialogue.turns:
             session.write(turn.question_text)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from duologue import rates
 from duologue.audio import resample
@@ -18,6 +17,7 @@ from duologue.evaluation.report import Row, difference_row
 from duologue.evaluation.testset import SEEN, SPLIT_NAMES, SPLITS, UNSEEN, WARPED, TestClip, TestSet, spread
 from duologue.layers import Padded
 from duologue.models import Models
+from duologue.progress import steps
 from duologue.tokenizer.recognizer import Recognizer
 from duologue.tokenizer.speech_recognizer import SpeechRecognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer
@@ -85,7 +85,7 @@ def decoder_rows(
     group = "decoder"
     clips = plain_replies(test_set)
     codes, _ = tokenize(models.tokenizer, clips)
-    made = {c.id: _resynthesize(models, codes[c.id]) for c in tqdm(clips, "resynthesis", disable=None, leave=False)}
+    made = {c.id: _resynthesize(models, codes[c.id]) for c in steps(clips, "part 2 of 5, resynthesis", "clips")}
     rows = []
     if judge is None:
         rows.append(Row(group, "WER after resynthesis", None, "%", skipped=why_not))
@@ -119,13 +119,18 @@ def tokenize(
     tokenizer: SpeechTokenizer,
     clips: Sequence[TestClip],
     recognizer: Recognizer | SpeechRecognizer | None = None,
+    name: str = "speech tokens",
 ) -> tuple[dict[str, NDArray[np.int64]], dict[str, str]]:
-    """Codes of each clip of at most 30 s by id, and with a recognition head the text of the user's clips."""
+    """Codes of each clip of at most 30 s by id, and with a recognition head the text of the user's clips.
+
+    Args:
+        name: of the work, for the progress line.
+    """
     codes: dict[str, NDArray[np.int64]] = {}
     texts: dict[str, str] = {}
     device = tokenizer.quantizer.codebook.weight.device
     order = sorted(clips, key=lambda clip: (clip.role, len(clip.samples)))
-    for at in tqdm(range(0, len(order), _BATCH), "tokenizer", disable=None, leave=False):
+    for at in steps(range(0, len(order), _BATCH), name, "batches"):
         batch = order[at : at + _BATCH]
         wav = Padded.stack([torch.from_numpy(_at_16k(clip)) for clip in batch])
         quantized = tokenizer.quantize_piece(Padded(wav.values.to(device), wav.lengths.to(device)))

@@ -57,7 +57,7 @@ def evaluate_pocket(
     naturalness, why_no_mos = if_available(Naturalness)
     recordings = load_bundled()
     speech = short_speech(test_set)
-    codes, transcripts = tokenize(bot.models.tokenizer, speech, bot.models.recognizer)
+    codes, transcripts = tokenize(bot.models.tokenizer, speech, bot.models.recognizer, "part 1 of 5, speech tokens")
     _, own_transcripts = tokenize(bot.models.tokenizer, [one.clip for one in recordings], bot.models.recognizer)
     rows = [
         *tokenizer_rows(bot.models, test_set, codes, transcripts),

@@ -159,13 +159,14 @@ class Admission:
             raise AdmissionError(
                 403,
                 "host_not_allowed",
-                f"this server does not accept the host name {name!r}; use localhost or 127.0.0.1",
+                f"this server does not accept the host name {name!r}; use localhost or 127.0.0.1, or start it with "
+                "--keys FILE, which admits every host name",
             )
         if origin is None or origin == allowed or origin in self.settings.allowed_origins:
             return
         if urlsplit(origin).netloc.lower() != (host or "").lower():
             self.metrics.refused.labels("origin").inc()
-            raise AdmissionError(403, "origin_not_allowed", f"pages of {origin!r} may not use this server")
+            raise AdmissionError(403, "origin_not_allowed", f"pages of {origin!r} may not use this server, which --origin at its start would admit")
 
     @contextmanager
     def session(self, key: str) -> Iterator[None]:

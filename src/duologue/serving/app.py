@@ -45,7 +45,7 @@ PAGE = Path(__file__).parent / "static"
 
 
 class ModelObject(BaseModel):
-    """The served model and the choices it offers."""
+    """The served model and the choices it offers. `records` says that the server keeps every conversation."""
 
     id: str
     object: Literal["model"] = "model"
@@ -55,6 +55,10 @@ class ModelObject(BaseModel):
     languages: list[str]
     voices: list[str]
     transcribes: bool
+    follows_instructions: bool = False
+    num_parameters: int | None = None
+    questions: list[str] = []
+    records: bool = False
 
 
 class ModelList(BaseModel):
@@ -130,6 +134,10 @@ def _model_routes(service: Service) -> APIRouter:
         languages=list(models.card.languages),
         voices=list(models.card.voices),
         transcribes=models.recognizer is not None,
+        follows_instructions=models.card.follows_instructions,
+        num_parameters=models.num_parameters,
+        questions=list(models.card.questions),
+        records=service.settings.record_folder is not None,
     )
 
     @router.head("/v1/models", include_in_schema=False)

@@ -22,11 +22,11 @@ OPEN_PATHS = ("/healthz", "/readyz")
 # Its route checks the client itself: client secrets are keys there.
 CALLS = "/v1/realtime/calls"
 
-# The page loads nothing from other origins and must not be framed.
+# The page loads nothing from other origins. Only pages of allowed origins may frame it.
 PAGE_HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "base-uri 'none'; form-action 'none'; frame-ancestors "
     ),
     "Permissions-Policy": "microphone=(self), camera=(), geolocation=()",
     "Cross-Origin-Opener-Policy": "same-origin",
@@ -40,6 +40,9 @@ class RequestGuard:
 
     def __init__(self, app: ASGIApp, settings: Settings, admission: Admission, metrics: Metrics) -> None:
         self._app, self._settings, self._admission, self._metrics = app, settings, admission, metrics
+        frames = " ".join(("'self'", *settings.allowed_origins)) if settings.allowed_origins else "'none'"
+        policy = PAGE_HEADERS["Content-Security-Policy"] + frames
+        self._page_headers = {**HEADERS, **PAGE_HEADERS, "Content-Security-Policy": policy}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,7 +55,7 @@ class RequestGuard:
                 route = getattr(scope.get("route"), "path", None) or "other"
                 self._metrics.requests.labels(route, str(message["status"])).inc()
                 given = MutableHeaders(scope=message)
-                own = HEADERS if scope["path"].startswith("/v1/") else {**HEADERS, **PAGE_HEADERS}
+                own = HEADERS if scope["path"].startswith("/v1/") else self._page_headers
                 for name, value in own.items():
                     given.setdefault(name, value)
             try:

@@ -31,6 +31,7 @@ Model = TypeVar("Model", bound=BaseModel)
 Modality: TypeAlias = Literal["text", "audio"]
 Status: TypeAlias = Literal["in_progress", "completed", "cancelled", "incomplete", "failed"]
 ItemStatus: TypeAlias = Literal["in_progress", "completed", "incomplete"]
+LOGPROBS = "item.input_audio_transcription.logprobs"
 OwnEvents: TypeAlias = Literal["duologue.tokens", "duologue.timings", "duologue.playback"]
 
 # OpenAI's voices; they map to the model's first voice.

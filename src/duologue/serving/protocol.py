@@ -280,19 +280,41 @@ class Duration(Strict):
     seconds: float
 
 
+class TokenLogprob(Strict):
+    """One token of a transcript.
+
+    Attributes:
+        bytes: of the token in UTF-8.
+    """
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+    @classmethod
+    def of(cls, token: str, logprob: float) -> TokenLogprob:
+        return cls(token=token, logprob=round(logprob, 4), bytes=list(token.encode()))
+
+
 class _OfTranscription(ServerEvent):
     item_id: str
     content_index: int = 0
 
 
-class TranscriptionDelta(_OfTranscription):
+class _OfTranscript(OmitUnset, _OfTranscription):
+    """`logprobs` is set if `include` of the session asks for it."""
+
+    logprobs: list[TokenLogprob] | None = None
+
+
+class TranscriptionDelta(_OfTranscript):
     type: Literal["conversation.item.input_audio_transcription.delta"] = (
         "conversation.item.input_audio_transcription.delta"
     )
     delta: str
 
 
-class TranscriptionCompleted(_OfTranscription):
+class TranscriptionCompleted(_OfTranscript):
     type: Literal["conversation.item.input_audio_transcription.completed"] = (
         "conversation.item.input_audio_transcription.completed"
     )

@@ -21,6 +21,7 @@ from duologue.serving.input_audio import InputAudioBuffer, UserTurn, to_ms
 from duologue.serving.items import Item, SavedConversation, answerable, new_item
 from duologue.serving.metrics import Metrics
 from duologue.serving.objects import (
+    LOGPROBS,
     Content,
     ItemReference,
     Message,
@@ -36,6 +37,7 @@ from duologue.serving.protocol import ClientEvent, RealtimeError, new_id
 from duologue.serving.send_queue import SendQueue
 from duologue.serving.settings import Settings
 from duologue.serving.turn_detection import Detection, IdleTimedOut, TurnStarted
+from duologue.tokenizer.recognizer import joined
 from duologue.turns import Conversation, Modality, Role, Turn
 
 log = logging.getLogger(__name__)
@@ -265,17 +267,22 @@ class RealtimeSession:
         models = self.bot.models
         codes = models.vocabulary.speech_codes(heard.turn.ids)
         try:
-            text, _ = await self.bot.worker.submit(lambda: models.transcribe(codes))
+            tokens, _ = await self.bot.worker.submit(lambda: models.transcribe_tokens(codes))
         except (ValueError, WorkerFull) as error:
             body = RealtimeError(type="transcription_error", code="transcription_failed", message=str(error))
             await self.queue.put(protocol.TranscriptionFailed(item_id=item.id, error=body))
             return
+        text, logprobs = joined(tokens), None
+        if LOGPROBS in (self.config.include or ()):
+            logprobs = [protocol.TokenLogprob.of(token.text, token.logprob) for token in tokens]
         part = Content(type="input_audio", transcript=text)
         item.body = item.body.model_copy(update={"content": [part]})
         if text:
-            await self.queue.put(protocol.TranscriptionDelta(item_id=item.id, delta=text))
+            await self.queue.put(protocol.TranscriptionDelta(item_id=item.id, delta=text, logprobs=logprobs))
         usage = protocol.Duration(seconds=round(heard.sound.seconds, 3))
-        await self.queue.put(protocol.TranscriptionCompleted(item_id=item.id, transcript=text, usage=usage))
+        await self.queue.put(
+            protocol.TranscriptionCompleted(item_id=item.id, transcript=text, usage=usage, logprobs=logprobs)
+        )
 
     # Items.
 

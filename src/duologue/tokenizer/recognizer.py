@@ -9,6 +9,7 @@ Shapes: B batch, T speech tokens, N characters, D width, V characters of the alp
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,24 @@ from duologue.layers import Padded, attention_mask, sinusoids
 from duologue.tokenizer.encoder import EncoderLayer
 
 ALPHABET = " 'abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class HeardToken:
+    """A piece of a transcript.
+
+    Attributes:
+        text: characters, blanks included; the texts of all tokens in a row are the transcript.
+        logprob: log probability of the token after those before it.
+    """
+
+    text: str
+    logprob: float
+
+
+def joined(tokens: Iterable[HeardToken]) -> str:
+    """Returns the transcript of tokens, with single blanks between words."""
+    return " ".join("".join(token.text for token in tokens).split())
 
 
 @dataclass(frozen=True)
@@ -119,17 +138,32 @@ class Recognizer(nn.Module):
     @torch.inference_mode()
     def transcribe(self, values: Padded) -> list[str]:
         """Transcribes quantized vectors (B, T, D) greedily with the attention decoder."""
+        return [joined(tokens) for tokens in self.transcribe_tokens(values)]
+
+    @torch.inference_mode()
+    def transcribe_tokens(self, values: Padded) -> list[list[HeardToken]]:
+        """Transcribes as `transcribe` does; returns the characters with their log probabilities."""
         memory = self.memory(values)
         steps = _CachedDecoder(self, memory)
         best = torch.zeros(len(values.lengths), dtype=torch.int64, device=values.values.device)
         done = values.lengths == 0
-        symbols = [best]
+        symbols: list[Tensor] = []
+        scores: list[Tensor] = []
         limit = min(self.config.max_chars - 1, 4 + 4 * int(values.lengths.max()))
-        while len(symbols) <= limit and not bool(done.all()):
-            best = steps.step(best).argmax(-1) * ~done
+        while len(symbols) < limit and not bool(done.all()):
+            score, best = steps.step(best).log_softmax(-1).max(-1)
+            best = best * ~done
             done = done | (best == 0)
             symbols.append(best)
-        return [self.decode_text(row) for row in torch.stack(symbols, 1).tolist()]
+            scores.append(score)
+        if not symbols:
+            return [[] for _ in range(len(values.lengths))]
+        rows = zip(torch.stack(symbols, 1).tolist(), torch.stack(scores, 1).tolist(), strict=True)
+        alphabet = self.config.alphabet
+        return [
+            [HeardToken(alphabet[symbol - 1], score) for symbol, score in zip(*row, strict=True) if symbol]
+            for row in rows
+        ]
 
     def _ctc_log_probs(self, memory: Padded) -> Tensor:
         logits: Tensor = self.ctc(memory.values).float().unflatten(-1, (self.config.chars_per_token, -1))

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from duologue.checkpoint import load_component, save_component
 from duologue.config import read_json, write_json
 from duologue.layers import Padded, attention_mask, sinusoids, weigh
 from duologue.tokenizer.encoder import EncoderLayer, attention_weights
+from duologue.tokenizer.recognizer import HeardToken, joined
 
 TEXT_FILE = "tokenizer.json"
 KEPT_FILE = "text_ids.json"
@@ -138,8 +140,8 @@ class TextDecoder(nn.Module):
         return functional.linear(hidden, self.embed_tokens.weight).float()
 
     @torch.inference_mode()
-    def greedy(self, prompt: Tensor, memory: Padded, end: int, suppressed: Tensor, limits: Tensor) -> list[list[int]]:
-        """Most likely ids after a prompt (N,) for every row of the sound, without the end.
+    def greedy(self, prompt: Tensor, memory: Padded, end: int, suppressed: Tensor, limits: Tensor) -> list[list[tuple[int, float]]]:
+        """Most likely ids and their log probabilities after a prompt (N,) for every row, without the end.
 
         Args:
             suppressed: (S,) ids that are never chosen.
@@ -151,6 +153,7 @@ class TextDecoder(nn.Module):
         ids, position = prompt.expand(batch, -1), 0
         done = limits <= 0
         chosen: list[Tensor] = []
+        scored: list[Tensor] = []
         room = min(len(self.embed_positions.weight) - len(prompt), int(limits.max()))
         while len(chosen) < room and not bool(done.all()):
             x = self.embed_tokens(ids) + self.embed_positions.weight[position : position + ids.shape[1]]
@@ -159,12 +162,16 @@ class TextDecoder(nn.Module):
                 x, past[index] = layer(x, sounds[index], audible, past[index])
             scores = self.logits(self.layer_norm(x[:, -1]))
             scores[:, suppressed] = -torch.inf
-            best = torch.where(done | (limits <= len(chosen)), end, scores.argmax(-1))
+            score, likely = scores.log_softmax(-1).max(-1)
+            best = torch.where(done | (limits <= len(chosen)), end, likely)
             done = done | (best == end)
             chosen.append(best)
+            scored.append(score)
             ids = best[:, None]
-        rows = torch.stack(chosen, 1).tolist() if chosen else [[] for _ in range(batch)]
-        return [row[: row.index(end)] if end in row else row for row in rows]
+        if not chosen:
+            return [[] for _ in range(batch)]
+        rows = zip(torch.stack(chosen, 1).tolist(), torch.stack(scored, 1).tolist(), strict=True)
+        return [list(takewhile(lambda pair: pair[0] != end, zip(*row, strict=True))) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -245,12 +252,17 @@ class SpeechRecognizer(nn.Module):
     @torch.inference_mode()
     def transcribe(self, values: Padded, language: str = "en") -> list[str]:
         """Greedy text of quantized vectors (B, T, D)."""
+        return [joined(tokens) for tokens in self.transcribe_tokens(values, language)]
+
+    @torch.inference_mode()
+    def transcribe_tokens(self, values: Padded, language: str = "en") -> list[list[HeardToken]]:
+        """Greedy pieces of text of quantized vectors (B, T, D) with their log probabilities."""
         memory, text = self.memory(values), self.text
         # Fast speech has fewer than eight ids a second: a decoder that repeats itself is stopped there.
         limits = torch.where(values.lengths > 0, 8 + values.lengths * 2 // 3, 0)
         prompt, suppressed = (torch.tensor(ids, device=limits.device) for ids in (text.prompt(language), text.special))
         rows = self.decoder.greedy(prompt, self.readable(memory), text.end, suppressed[suppressed != text.end], limits)
-        return [text.decode(row) for row in rows]
+        return [text.pieces(row) for row in rows]
 
 
 def save_speech_recognizer(folder: Path, recognizer: SpeechRecognizer, dtype: torch.dtype | None = None) -> None:
@@ -356,6 +368,20 @@ class WhisperText:
     def decode(self, ids: list[int]) -> str:
         text: str = self._bpe.decode([self.kept[own] for own in ids], skip_special_tokens=True)
         return text.strip()
+
+    def pieces(self, ids: Sequence[tuple[int, float]]) -> list[HeardToken]:
+        """Returns the text of ids with log probabilities. Ids that end within a character count to the next one."""
+        found: list[HeardToken] = []
+        done, logprob = "", 0.0
+        for count in range(1, len(ids) + 1):
+            whole = self._bpe.decode([self.kept[own] for own, _ in ids[:count]], skip_special_tokens=True)
+            logprob += ids[count - 1][1]
+            if whole.endswith("\N{REPLACEMENT CHARACTER}") and count < len(ids):
+                continue
+            if whole != done:
+                found.append(HeardToken(whole[len(done) :], logprob))
+                done, logprob = whole, 0.0
+        return found
 
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` into a folder, and `text_ids.json` where ids were pruned."""

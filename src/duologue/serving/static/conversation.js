@@ -1,9 +1,23 @@
 // The turns of a conversation, in order, built from server events. Independent of the page and of audio.
 
+const UNSURE = 0.6; // probability of a word below which it counts as not heard clearly
+
+/** Returns the words of a transcript, {text, sure}, blanks included in the texts; null without log probabilities. */
+export function wordsOf(logprobs) {
+  if (!logprobs?.length) return null;
+  const words = [];
+  for (const { token, logprob } of logprobs) {
+    const last = words.at(-1);
+    if (!last || (/^\s/.test(token) && last.text.trim())) words.push({ text: token, logprob });
+    else Object.assign(last, { text: last.text + token, logprob: last.logprob + logprob });
+  }
+  return words.map(({ text, logprob }) => ({ text, sure: Math.exp(logprob) >= UNSURE }));
+}
+
 /**
  * One turn: {id, role: "user" | "assistant", text, spoken, status, startedMs, endedMs, responseId, audioMs, playedMs, cutMs,
- * runs: [{kind: "text" | "speech", count, ids}], timings, heardAfterMs, gaps, usage, note}.
- * Status: "listening" | "heard" | "done" | "answering" | "interrupted" | "incomplete" | "failed".
+ * runs: [{kind: "text" | "speech", count, ids}], timings, heardAfterMs, gaps, usage, note, words: [{text, sure}]}.
+ * Status: "listening" | "heard" | "done" | "waiting" | "unsent" | "answering" | "interrupted" | "incomplete" | "failed".
  * Events: "turn" {turn, fresh}; "moved" {turn, previous}: the new position is after `previous`.
  */
 export class Conversation extends EventTarget {
@@ -57,14 +71,19 @@ export class Conversation extends EventTarget {
     return this.#add(id, "user", "done", { text, endedMs: this.now() });
   }
 
+  /** Marks a typed turn that waits, or that was sent. */
+  mark(turn, status, note) {
+    this.#update(turn, { status, note });
+  }
+
   /** Ends every open turn after a lost connection. @param {boolean} asked whether a question was still being sent */
   lost(asked) {
     const last = this.turns.at(-1);
     if (asked && last?.role === "user") this.#update(last, { note: "The line dropped before this was answered." });
     for (const turn of this.turns) {
       if (turn.status === "answering" || turn.status === "listening") {
-        turn.status = turn.status === "answering" ? "failed" : "heard";
-        turn.note = "The line dropped.";
+        turn.note = turn.status === "answering" ? "The line dropped." : "The line dropped: not all of this was heard.";
+        turn.status = turn.status === "answering" ? "failed" : "unsent";
         turn.endedMs = this.now();
         this.changed(turn);
       }
@@ -162,7 +181,7 @@ export class Conversation extends EventTarget {
         this.#update(turn, { text: turn?.text + (event.delta ?? "") });
         break;
       case "conversation.item.input_audio_transcription.completed":
-        this.#update(turn, { text: event.transcript, status: "done" });
+        this.#update(turn, { text: event.transcript, status: "done", words: wordsOf(event.logprobs) });
         break;
       case "conversation.item.input_audio_transcription.failed":
         this.#update(turn, { status: "done", note: "What was said could not be written down." });

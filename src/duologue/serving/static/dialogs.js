@@ -16,13 +16,10 @@ export function openInside(open) {
 export const insideIsOver = () => find("room").classList.contains("over");
 export const insideIsClosed = () => find("room").classList.contains("closed");
 
-/** Sets up the panel's button. The panel starts closed where it would cover the transcript. */
+/** Sets up the panel's button. */
 export function setUpInside() {
   find("inside-button").addEventListener("click", () => openInside(insideIsClosed()));
   find("inside-close").addEventListener("click", () => openInside(false));
-  if (!narrow.matches) return;
-  find("room").classList.add("closed");
-  find("inside-button").setAttribute("aria-expanded", "false");
 }
 
 /** @param {() => object} about returns the further arguments of `wordsOf` when saving */
@@ -61,15 +58,25 @@ export function openSettings(name = "") {
   if (name) fields()[name].focus();
 }
 
-/** Shows the model's choices and whether it is trained. */
-export function showModel({ id, trained, transcribes }, words) {
+function sizeOf(parameters) {
+  if (!parameters) return "";
+  const [number, word] = parameters < 1e9 ? [Math.round(parameters / 1e6), "million"] : [(parameters / 1e9).toFixed(1), "billion"];
+  return `, ${number < 1 ? "less than 1" : number} ${word} parameters`;
+}
+
+/** Shows the model's name and size, whether it is trained, and only the settings that it follows. */
+export function showModel({ id, trained, transcribes, follows_instructions: follows, num_parameters: parameters, records }) {
   find("transcribe-row").hidden = !transcribes;
-  find("server-words").textContent = `Model: ${words}`;
-  find("model-words").hidden = trained;
-  find("model-words").textContent = `The model “${id}” is not trained: it shows how everything works, but its answers mean nothing.`;
+  find("instructions-row").hidden = !follows;
+  const words = `Model: ${id}${sizeOf(parameters)}.`;
+  find("server-words").textContent = words;
+  const untrained = " It is not trained: it shows how everything works, but its answers mean nothing.";
+  find("model-words").textContent = words + (trained ? "" : untrained);
+  find("records-words").hidden = !records;
 }
 
 export function offerVoices(names, chosen) {
+  find("voice-row").hidden = names.length < 2;
   settingsOf.offer(fields().voice, [["", "the model's own"], ...names.map((name) => [name, name])], chosen);
 }
 

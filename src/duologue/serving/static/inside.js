@@ -12,6 +12,7 @@ export const STAGES = {
   vocoder: "Vocoder",
   decoder: "Speech decoder",
 };
+// Every picture gives a stage the same color. "s5" is the line, "s6" is silence and the sound itself.
 const COLORS = { tokenizer: "s1", language: "s2", flow: "s3", vocoder: "s4", decoder: "s3" };
 
 export function seconds(ms) {
@@ -34,10 +35,10 @@ export function waiting(turn) {
     add(name, ms - elapsed, color);
     elapsed = ms;
   };
-  until("Rest of the tokens heard", timings.tokenize_ms, "s1");
-  until("Prefill", elapsed + (timings.prefill_ms ?? NaN), "s2");
-  until("First text token", timings.first_text_ms, "s3");
-  until("First speech block", timings.first_audio_ms, "s4");
+  until("Rest of the tokens heard", timings.tokenize_ms, COLORS.tokenizer);
+  until("Prefill", elapsed + (timings.prefill_ms ?? NaN), COLORS.language);
+  until("First text token", timings.first_text_ms, COLORS.language);
+  until("First speech block", timings.first_audio_ms, COLORS.decoder);
   if (Number.isFinite(turn.heardAfterMs)) add("Line and jitter buffer", turn.heardAfterMs - (turn.pauseMs ?? 0) - elapsed, "s5");
   return parts;
 }

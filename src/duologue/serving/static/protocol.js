@@ -18,16 +18,24 @@ const WORDS = {
 // Close codes after which a retry is useless.
 const FINAL = new Set([1008, 4401, 4403]);
 
+/** Returns the address of a route of the server, which may lie below a path. */
+export const place = (path) => new URL(path, document.baseURI);
+
 /**
- * Returns the server's model: {id, trained, voices, transcribes}; null if the API key is missing or wrong.
+ * Returns the server's model: {id, trained, voices, transcribes, follows_instructions, num_parameters, questions, records}.
+ * @throws {Error} with `refused` if the server refuses this page, and with `missesKey` if it wants another key.
  */
 export async function modelOf(key) {
   const headers = key ? { Authorization: `Bearer ${key}` } : {};
-  const answer = await fetch(new URL("/v1/models", location.href), { headers });
-  if (answer.status === 401) return null;
+  const answer = await fetch(place("v1/models"), { headers });
+  if (answer.status === 401) {
+    const words = key ? "This API key is wrong." : "This server needs an API key.";
+    throw Object.assign(new Error(words), { refused: true, missesKey: true });
+  }
+  if (answer.status === 403) throw Object.assign(new Error(sentence(0, (await answer.json()).error.message)), { refused: true });
   if (!answer.ok) throw new Error(answer.statusText);
   const [model] = (await answer.json()).data;
-  return { trained: true, voices: [], transcribes: true, ...model };
+  return { trained: true, voices: [], transcribes: true, follows_instructions: false, questions: [], records: false, ...model };
 }
 
 function sentence(code, reason) {
@@ -53,11 +61,24 @@ export class Connection extends EventTarget {
   key = "";
   model = "";
 
-  constructor(url = new URL("/v1/realtime", location.href)) {
+  constructor(url = place("v1/realtime")) {
     super();
     this.url = url;
     addEventListener("online", () => this.state === "waiting" && this.#connect());
     addEventListener("pagehide", () => this.#socket?.close(NORMAL));
+  }
+
+  /** Whether the page is trying to come back after a lost connection. */
+  get lost() {
+    return ["waiting", "refused"].includes(this.state) || (this.state === "connecting" && this.#attempt > 0);
+  }
+
+  /** Stops trying, because the server refuses this page. */
+  refuse(words) {
+    this.#drop();
+    const shown = sentence(0, words);
+    this.#settle(new Error(shown));
+    this.#become("refused", { words: shown });
   }
 
   #become(state, detail = {}) {
@@ -156,7 +177,7 @@ export class Connection extends EventTarget {
     }
     const retryS = BACK_OFF_S[Math.min(this.#attempt, BACK_OFF_S.length - 1)] * (0.8 + 0.4 * Math.random());
     this.#attempt += 1;
-    this.#become("waiting", { words, code, retryS, wasOpen });
+    this.#become("waiting", { words, code, retryS, wasOpen, attempt: this.#attempt });
     this.#timer = setTimeout(() => this.#connect(), retryS * 1000);
   }
 

@@ -3,6 +3,16 @@
 const PLACE = "duologue.settings";
 const KEY_PLACE = "duologue.key"; // only while the tab is open
 export const INCLUDE = ["duologue.tokens", "duologue.timings", "duologue.playback"];
+const LOGPROBS = "item.input_audio_transcription.logprobs";
+
+/** Returns a storage of the browser, or null: a page in a frame of another site may have none. */
+function storage(name) {
+  try {
+    return globalThis[name];
+  } catch {
+    return null;
+  }
+}
 
 export const DEFAULTS = {
   voice: "",
@@ -17,12 +27,13 @@ export const DEFAULTS = {
   transcribe: true,
   device: "",
   noiseSuppression: true,
+  hold: false, // the talk button: held while speaking, or clicked to begin and to end
 };
 
 export function load() {
-  const key = sessionStorage.getItem(KEY_PLACE) ?? "";
+  const key = storage("sessionStorage")?.getItem(KEY_PLACE) ?? "";
   try {
-    const kept = JSON.parse(localStorage.getItem(PLACE) ?? "{}");
+    const kept = JSON.parse(storage("localStorage")?.getItem(PLACE) ?? "{}");
     const known = Object.entries(kept).filter(([name, value]) => typeof value === typeof DEFAULTS[name]);
     return { ...DEFAULTS, ...Object.fromEntries(known), key };
   } catch {
@@ -31,8 +42,8 @@ export function load() {
 }
 
 export function keep({ key, ...settings }) {
-  localStorage.setItem(PLACE, JSON.stringify(settings));
-  sessionStorage.setItem(KEY_PLACE, key);
+  storage("localStorage")?.setItem(PLACE, JSON.stringify(settings));
+  storage("sessionStorage")?.setItem(KEY_PLACE, key);
 }
 
 /** Returns `turn_detection` for hands-free mode. */
@@ -49,10 +60,10 @@ export function detection(settings) {
 }
 
 /**
- * Returns the updates that configure a new session: {what, session}. They are sent separately, so that one refused update
+ * Returns the updates that configure a new session for a model: {what, session}. They are sent separately, so that one refused update
  * does not block the others.
  */
-export function updates(settings, handsFree, transcribes) {
+export function updates(settings, handsFree, { transcribes, follows_instructions: follows }) {
   const format = { type: "audio/pcm", rate: 24000 };
   const list = [
     {
@@ -71,9 +82,10 @@ export function updates(settings, handsFree, transcribes) {
   if (transcribes) {
     const transcription = settings.transcribe ? { model: "default" } : null;
     list.push({ what: "transcription", session: { audio: { input: { transcription } } } });
+    list.push({ what: "how clearly words were heard", session: { include: [...INCLUDE, LOGPROBS] } });
   }
   if (settings.voice) list.push({ what: "voice", session: { audio: { output: { voice: settings.voice } } } });
-  if (settings.instructions) list.push({ what: "instructions", session: { instructions: settings.instructions } });
+  if (settings.instructions && follows) list.push({ what: "instructions", session: { instructions: settings.instructions } });
   return list.map(({ what, session }) => ({ what, session: { type: "realtime", ...session } }));
 }
 
@@ -82,8 +94,8 @@ export function silenceMs(settings) {
   return settings.detection === "server_vad" ? settings.silence : DEFAULTS.silence;
 }
 
-/** Fills the form and calls `changed(settings, name)` on every change. */
-export function bind(form, settings, changed) {
+/** Fills the fields, shows the words of the form, and calls `changed(name)` on every change. */
+export function bind(fields, form, settings, changed) {
   const words = {
     speed: (value) => `${Number(value).toFixed(2)} ×`,
     silence: (value) => `${value} ms`,
@@ -94,7 +106,7 @@ export function bind(form, settings, changed) {
     for (const row of form.querySelectorAll("[data-for]")) row.hidden = row.dataset.for !== settings.detection;
   };
   for (const [name, value] of Object.entries(settings)) {
-    const field = form.elements[name];
+    const field = fields.find((one) => one.name === name);
     if (!field) continue;
     if (field.type === "checkbox") field.checked = value;
     else field.value = value;
@@ -103,7 +115,7 @@ export function bind(form, settings, changed) {
       keep(settings);
       show();
     });
-    field.addEventListener("change", () => changed(settings, name));
+    field.addEventListener("change", () => changed(name));
   }
   show();
 }

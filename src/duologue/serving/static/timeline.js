@@ -30,6 +30,12 @@ export class Timeline {
     this.wake();
   }
 
+  /** Sets the level of one side to silence at once. */
+  quiet(side) {
+    this.#levels[side] = 0;
+    this.wake();
+  }
+
   /** Returns the peaks of one side since `from` (milliseconds of performance.now). */
   since(side, from) {
     return this.#peaks[side].filter(({ t }) => t >= from).map(({ peak }) => peak);

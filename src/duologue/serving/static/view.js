@@ -1,6 +1,6 @@
 // The transcript, the status and the notice, on screen and for screen readers.
 
-import { seconds, waiting } from "./inside.js";
+import { seconds } from "./inside.js";
 import { shapeOf } from "./timeline.js";
 
 const clock = (ms) => `${Math.floor(ms / 60000)}:${String(Math.floor(ms / 1000) % 60).padStart(2, "0")}`;
@@ -18,7 +18,6 @@ export class View extends EventTarget {
   #dirty = new Set();
   #asked = 0;
   #chosen = null;
-  #longest = 1;
   #announced = new WeakSet();
   #passing = false;
   #atEnd = true;
@@ -82,7 +81,7 @@ export class View extends EventTarget {
     const time = node("time", "", clock(turn.startedMs));
     who.append(node("b", "", turn.role === "user" ? "You" : "Duologue"), time);
     const body = node("div");
-    row = { item, said: node("p", "said"), note: node("p", "note"), about: node("button", "about") };
+    row = { item, said: node("p", "said"), note: node("p", "note"), about: node("button", "about plain small") };
     row.about.type = "button";
     row.about.addEventListener("click", () => this.dispatchEvent(new CustomEvent("select", { detail: { turn } })));
     body.append(row.said, row.note, row.about);
@@ -108,12 +107,15 @@ export class View extends EventTarget {
     row.said.classList.toggle("pending", !turn.text);
     if (busy && !text) row.said.setAttribute("aria-label", turn.role === "user" ? "You are speaking" : "Thinking");
     else row.said.removeAttribute("aria-label");
-    if (text) parts.push(document.createTextNode(text));
+    const unsure = turn.words?.some((word) => !word.sure);
+    if (unsure) parts.push(...turn.words.map(({ text: word, sure }) => (sure ? document.createTextNode(word) : node("mark", "", word))));
+    else if (text) parts.push(document.createTextNode(text));
     if (busy) parts.push(node("span", "caret"));
     row.said.replaceChildren(...parts);
     const notes = [];
     if (turn.cutMs !== undefined) notes.push(`Interrupted after ${seconds(turn.cutMs)}.`);
     else if (turn.status === "interrupted") notes.push("Interrupted.");
+    if (unsure) notes.push("Underlined: not heard clearly.");
     if (turn.note) notes.push(turn.note);
     if (turn.gaps) notes.push(turn.gaps === 1 ? "One gap in its sound." : `${turn.gaps} gaps in its sound.`);
     row.note.textContent = notes.join(" ");
@@ -126,45 +128,11 @@ export class View extends EventTarget {
     }
   }
 
+  // Tokens and timings are shown in the panel, on demand.
   #about(turn, { about }) {
-    const steps = turn.role === "assistant" ? waiting(turn) : [];
-    const tokens = turn.runs.length > 0;
-    about.hidden = !tokens && steps.length === 0;
-    if (about.hidden) return;
+    about.hidden = turn.role !== "assistant" || (turn.runs.length === 0 && !turn.timings);
+    about.textContent = "How it was made";
     about.setAttribute("aria-pressed", String(turn === this.#chosen));
-    const total = steps.reduce((sum, step) => sum + step.ms, 0);
-    const first = turn.heardAfterMs ?? turn.timings?.first_audio_ms;
-    const figures = node("span", "figures");
-    if (Number.isFinite(first)) figures.append(node("b", "", seconds(first)), " to the first sound");
-    else if (tokens) figures.append("Tokens");
-    if (turn.audioMs > 0) figures.append(` · ${seconds(turn.audioMs)} long`);
-    about.replaceChildren(figures);
-    if (tokens) {
-      const mini = node("span", "mini");
-      for (const run of turn.runs) {
-        const bar = node("i", run.kind);
-        bar.style.flex = `${run.count} 1 0`;
-        mini.append(bar);
-      }
-      about.append(mini);
-    }
-    if (steps.length) {
-      // One scale for all turns makes them comparable.
-      if (total > this.#longest) {
-        this.#longest = total;
-        for (const one of this.#rows.keys()) if (one !== turn && one.timings) this.update(one);
-      }
-      const mini = node("span", "mini");
-      for (const { ms, color } of steps) {
-        const bar = node("i", color);
-        bar.style.width = `${(99 * ms) / this.#longest}%`;
-        mini.append(bar);
-      }
-      about.append(mini);
-      about.title = steps.map(({ name, ms }) => `${name} ${seconds(ms)}`).join("\n");
-    }
-    const words = steps.map(({ name, ms }) => `${name} ${seconds(ms)}`).join(", ");
-    about.setAttribute("aria-label", `${figures.textContent}. ${words}. Show the inside of this answer`);
   }
 
   status(words, phase) {
