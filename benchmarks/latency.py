@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from benchmarks.commit import NUM_TURNS, SPEECH_S, CommitTimes, measure_commits, say
 from benchmarks.harness import Spread, now
 from benchmarks.plots import draw_lines, draw_stack
-from duologue import rates
+from duologue import progress, rates
 from duologue.audio import resample
 from duologue.conversation.chatbot import Chatbot
 from duologue.conversation.events import AudioDelta, ReplyDone, Timings
@@ -33,7 +33,6 @@ from duologue.evaluation.report import Row
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY
 from duologue.layers import Padded
 from duologue.models import Models
-from duologue.progress import steps
 from duologue.turns import Conversation, Modality, Role, Turn
 
 CHUNK_S = 0.1  # of the question, as a microphone gives it
@@ -151,7 +150,7 @@ def measure_latency(
         "vocoder, first block": _timing(vocoder),
     }
     ahead, at_once = [], []
-    for index in steps(range(rounds), PARTS[3]):
+    for index in progress.steps(range(rounds), PARTS[3]):
         whole = index >= rounds - WHOLE_REPLIES
         ahead.append(asyncio.run(_time_reply(bot, wav, 2 * index, True, whole)))
         at_once.append(asyncio.run(_time_reply(bot, wav, 2 * index + 1, False, False)))
@@ -202,7 +201,7 @@ def _time_language(models: Models, codes: list[int], rounds: int, warm_up: int) 
     prefill, steps = [], []
     size = models.vocabulary.codebook_size
     num_steps = INTERLEAVED.text_run + rates.BLOCK_TOKENS
-    for index in steps(range(rounds), PARTS[1]):
+    for index in progress.steps(range(rounds), PARTS[1]):
         changed = [(codes[0] + 1 + index) % size, *codes[1:]]
         turn = Turn(Role.USER, Modality.SPEECH, tuple(models.vocabulary.speech_ids(changed)))
         prompt = models.vocabulary.prompt_ids(Conversation((turn,)))
@@ -234,7 +233,7 @@ def _time_decoder(
     block = (codes * rates.BLOCK_TOKENS)[: rates.BLOCK_TOKENS]
     tokens = Padded.full(torch.tensor([block], device=_device(models)))
     flow, vocoder = [], []
-    for _ in steps(range(rounds), PARTS[2]):
+    for _ in progress.steps(range(rounds), PARTS[2]):
         state = models.decoder.init_state(1, models.card.num_steps, models.card.guidance_scale)
         start = _now(models)
         mel = models.decoder.flow.step(tokens, state.flow)
@@ -277,7 +276,7 @@ def _first_audio(replies: list[Timings]) -> Spread | None:
 
 
 def _times(rounds: int, warm_up: int, work: Callable[[int], float], name: str) -> list[float]:
-    return [work(index) for index in steps(range(rounds), name)][warm_up:]
+    return [work(index) for index in progress.steps(range(rounds), name)][warm_up:]
 
 
 def _now(models: Models) -> float:

@@ -256,7 +256,7 @@ async def _crowd(bot: Chatbot, count: int, seconds: float, asked: Sequence[NDArr
 
 async def _tick(line: tqdm[Any]) -> None:
     """Shows the seconds as they go by, up to the last."""
-    while line.n < line.total:
+    while line.total and line.n < line.total:
         await asyncio.sleep(1)
         line.update(1)
 

@@ -34,6 +34,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+LOGPROBS = "item.input_audio_transcription.logprobs"
 LOUD, SILENCE_MS = 0.02, 500
 
 ANSWER = "Two and three make five. Shall we go on with something harder?"
@@ -61,6 +62,10 @@ class Script:
         busy: the next question finds an answer under way of which its client has not heard.
         transcribes: what was spoken comes back as text.
         answer: the words of an answer.
+        about: further fields of the model.
+        unsure: the log probability of the last word that was heard.
+        prefix: the path below which all addresses lie.
+        denies: connections are refused with this HTTP status, before they are open.
     """
 
     seconds: float = 2.4
@@ -73,17 +78,23 @@ class Script:
     key: str = ""
     answer: str = ANSWER
     heard: str = "What is two plus three?"
+    about: dict[str, Any] = field(default_factory=dict)
+    unsure: float | None = None
+    prefix: str = ""
+    denies: int = 0
 
 
 @dataclass
 class PageServer:
     """Runs in a thread of its own. `received` holds every event of every client, with the length of its sound only;
-    `sound` all sound that came, as bytes; `asked` the path of every request."""
+    `sound` all sound that came, as bytes; `asked` the path of every request. `/frame` frames the page `framed`."""
 
     script: Script = field(default_factory=Script)
     received: list[dict[str, Any]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     sound: bytearray = field(default_factory=bytearray)
+    framed: str = ""
+    policy: str = POLICY
     port: int = 0
     _sockets: set[ServerConnection] = field(default_factory=set)
     _known: set[str] = field(default_factory=set)
@@ -92,7 +103,7 @@ class PageServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/"
+        return f"http://127.0.0.1:{self.port}{self.script.prefix}/"
 
     def of(self, kind: str) -> list[dict[str, Any]]:
         """The events of one type that clients have sent."""
@@ -143,23 +154,30 @@ class PageServer:
     def _page(self, connection: ServerConnection, request: Request) -> Response | None:
         path = urlsplit(request.path).path
         self.asked.append(request.path)
+        if not path.startswith(f"{self.script.prefix}/"):
+            return self._answer(HTTPStatus.NOT_FOUND, b"not below the prefix", "text/plain")
+        path = path.removeprefix(self.script.prefix)
         if path == "/v1/realtime":
-            return None
+            denied = HTTPStatus(self.script.denies) if self.script.denies else None
+            return denied and self._answer(denied, b"denied", "text/plain")
+        if path == "/frame":
+            frame = f'<!doctype html><title>A frame</title><iframe src="{self.framed}" allow="microphone"></iframe>'
+            return self._answer(HTTPStatus.OK, frame.encode(), "text/html", policy="")
         if path == "/v1/models":
-            body = json.dumps({"object": "list", "data": [{"id": "mock", "object": "model", "trained": True}]}).encode()
+            model = {"id": "mock", "object": "model", "trained": True, **self.script.about}
+            body = json.dumps({"object": "list", "data": [model]}).encode()
             return self._answer(HTTPStatus.OK, body, "application/json")
         file = STATIC / (path.lstrip("/") or "index.html")
         if not file.is_file():
             return self._answer(HTTPStatus.NOT_FOUND, b"not here", "text/plain")
         return self._answer(HTTPStatus.OK, file.read_bytes(), mimetypes.guess_type(file.name)[0] or "text/plain")
 
-    @staticmethod
-    def _answer(status: HTTPStatus, body: bytes, kind: str) -> Response:
+    def _answer(self, status: HTTPStatus, body: bytes, kind: str, policy: str | None = None) -> Response:
         headers = Headers(
             {
                 "Content-Type": kind,
                 "Content-Length": str(len(body)),
-                "Content-Security-Policy": POLICY,
+                "Content-Security-Policy": self.policy if policy is None else policy,
                 "Cache-Control": "no-store",
             }
         )
@@ -279,7 +297,12 @@ class _Talk:
         await self.send("conversation.item.done", item=whole)
         if self.server.script.transcribes:
             kind = "conversation.item.input_audio_transcription.completed"
-            await self.send(kind, item_id=item, content_index=0, transcript=self.server.script.heard)
+            heard, unsure = self.server.script.heard, self.server.script.unsure
+            tokens = [f" {word}" for word in heard.split()]
+            scores = [-0.01] * (len(tokens) - 1) + [unsure]
+            told = {"logprobs": [{"token": a, "logprob": b, "bytes": []} for a, b in zip(tokens, scores, strict=True)]}
+            told = told if unsure is not None and LOGPROBS in self.include else {}
+            await self.send(kind, item_id=item, content_index=0, transcript=heard, **told)
 
     async def reply(self) -> None:
         response, item = self._id("resp"), self._id("item")

@@ -154,9 +154,10 @@ def test_push_to_talk_by_keyboard_and_escape(visit: Open, server: PageServer) ->
     expect(page.locator("#status")).to_have_text("Ready")
     order = [event["type"] for event in server.received if "append" not in event["type"]]
     assert order.index("input_audio_buffer.commit") < order.index("response.create")
+    page.get_by_label("Hold to talk").check()
     page.get_by_role("button", name="Hold to talk").focus()
     page.keyboard.press("Enter")  # switches, as a screen reader does
-    expect(page.get_by_role("button", name="Hold to talk")).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name="Release to send")).to_have_attribute("aria-pressed", "true")
     page.wait_for_timeout(400)
     page.keyboard.press("Enter")
     wait_for(lambda: len(server.of("input_audio_buffer.commit")) == 2, page)
@@ -228,7 +229,9 @@ def test_server_with_a_key_asks_for_it(visit: Open, server: PageServer) -> None:
     server.script.key = "a-key-of-the-page"
     one = visit()
     one.type("Hello?")
-    expect(one.page.get_by_role("alert")).to_have_text("This server needs an API key.")
+    expect(one.page.get_by_role("alert")).to_have_text(
+        "This server needs an API key. Its keys are those of its option --keys."
+    )
     one.page.get_by_role("button", name="Enter a key").click()
     one.page.get_by_label("API key").fill(server.script.key)
     one.page.get_by_role("button", name="Done").click()
@@ -248,7 +251,7 @@ def test_refused_and_missing_microphone_in_words(visit: Open, server: PageServer
 
     missing = "navigator.mediaDevices.getUserMedia = async () => { throw new DOMException('', 'NotFoundError') }"
     two = visit(script=missing)
-    two.page.get_by_role("button", name="Hold to talk").dispatch_event("click")
+    two.page.get_by_role("button", name="Talk hands-free").dispatch_event("click")
     expect(two.page.get_by_role("alert")).to_contain_text("No microphone was found")
 
 
@@ -267,21 +270,24 @@ def test_without_a_loudspeaker_answers_come_in_writing(visit: Open, server: Page
 
 
 def test_settings_reach_the_server_and_stay(visit: Open, server: PageServer) -> None:
+    server.script.about = {"follows_instructions": True, "voices": ["anna", "ben"]}
     one = visit()
     page = one.page
     page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Voice").select_option("ben")
     page.get_by_label("Answer with").select_option("text")
     page.get_by_label("It ends").select_option("semantic_vad")
     page.get_by_label("It waits").select_option("low")
     page.get_by_label("Instructions").fill("Be brief.")
     page.get_by_role("button", name="Done").click()
     page.get_by_role("button", name="Talk hands-free").click()
-    wait_for(lambda: len(server.of("session.update")) >= 5, page)
+    wait_for(lambda: len(server.of("session.update")) >= 7, page)
     sessions = [update["session"] for update in server.of("session.update")]
     assert sessions[0]["output_modalities"] == ["text"]
     detection = sessions[0]["audio"]["input"]["turn_detection"]
     assert (detection["type"], detection["eagerness"]) == ("semantic_vad", "low")
     assert any(session.get("instructions") == "Be brief." for session in sessions)
+    assert any(session.get("audio", {}).get("output", {}).get("voice") == "ben" for session in sessions)
     assert any(
         session.get("include") == ["duologue.tokens", "duologue.timings", "duologue.playback"] for session in sessions
     )
@@ -305,8 +311,8 @@ def test_names_order_and_contrast(visit: Open) -> None:
         names.append(
             page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.innerText")
         )
-    wanted = ["Skip to the talk button", "Inside", "Save", "Settings", "Transcript", "Talk hands-free", "Hold to talk"]
-    assert names[:7] == wanted
+    wanted = ["Skip to the talk button", "Inside", "Save", "Settings", "Transcript", "Talk hands-free"]
+    assert names[: len(wanted)] == wanted
     unnamed = page.evaluate(
         "[...document.querySelectorAll('button')].filter(b => !b.innerText.trim() && !b.ariaLabel && !b.hidden"
         " && b.offsetParent && !b.textContent.trim()).map(b => b.id)"

@@ -20,7 +20,7 @@ import torch
 import duologue
 from duologue.config import check_type
 
-TONE = 0.1 * np.sin(np.arange(16_000) / 16_000 * 2 * np.pi * 220, dtype=np.float32)
+TONE = (0.1 * np.sin(np.arange(16_000) / 16_000 * 2 * np.pi * 220)).astype(np.float32)
 
 
 @pytest.fixture(scope="module")

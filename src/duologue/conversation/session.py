@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 from types import NoneType
@@ -28,11 +28,11 @@ from duologue.conversation.events import AudioDelta, Event, Interrupted, ReplyDo
 from duologue.conversation.history import heard_part, reply_prompt, turn_of
 from duologue.conversation.mouth import Mouth
 from duologue.conversation.worker import Worker
+from duologue.interleave import Kind
 from duologue.language.sampling import Sampling
 from duologue.models import Models
 from duologue.pcm import Pcm
 from duologue.turns import Conversation, Role, Turn
-from duologue.vocabulary import Kind
 
 
 class Session:
@@ -122,7 +122,7 @@ class Session:
         turn, _ = await self._commit()
         return turn
 
-    async def reply(self, *, text_only: bool = False, max_tokens: int | None = None) -> AsyncIterator[Event]:
+    async def reply(self, *, text_only: bool = False, max_tokens: int | None = None) -> AsyncGenerator[Event, None]:
         """Ends the open user turn, if any, and yields the events of the reply; `ReplyDone` is last.
 
         Args:

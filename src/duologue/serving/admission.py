@@ -166,7 +166,11 @@ class Admission:
             return
         if urlsplit(origin).netloc.lower() != (host or "").lower():
             self.metrics.refused.labels("origin").inc()
-            raise AdmissionError(403, "origin_not_allowed", f"pages of {origin!r} may not use this server, which --origin at its start would admit")
+            raise AdmissionError(
+                403,
+                "origin_not_allowed",
+                f"pages of {origin!r} may not use this server, which --origin at its start would admit",
+            )
 
     @contextmanager
     def session(self, key: str) -> Iterator[None]:

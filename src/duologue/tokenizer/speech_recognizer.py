@@ -140,7 +140,9 @@ class TextDecoder(nn.Module):
         return functional.linear(hidden, self.embed_tokens.weight).float()
 
     @torch.inference_mode()
-    def greedy(self, prompt: Tensor, memory: Padded, end: int, suppressed: Tensor, limits: Tensor) -> list[list[tuple[int, float]]]:
+    def greedy(
+        self, prompt: Tensor, memory: Padded, end: int, suppressed: Tensor, limits: Tensor
+    ) -> list[list[tuple[int, float]]]:
         """Most likely ids and their log probabilities after a prompt (N,) for every row, without the end.
 
         Args:

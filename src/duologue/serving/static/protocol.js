@@ -68,6 +68,11 @@ export class Connection extends EventTarget {
     addEventListener("pagehide", () => this.#socket?.close(NORMAL));
   }
 
+  /** Whether much of what was sent still waits in the browser. */
+  get isBusy() {
+    return (this.#socket?.bufferedAmount ?? 0) > MAX_BUFFERED / 4;
+  }
+
   /** Whether the page is trying to come back after a lost connection. */
   get lost() {
     return ["waiting", "refused"].includes(this.state) || (this.state === "connecting" && this.#attempt > 0);

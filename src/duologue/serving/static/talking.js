@@ -11,9 +11,11 @@ import { phase } from "./status.js";
 
 const KEEP_OPEN_MS = 30000; // keeps the microphone open after push-to-talk, so that the next press loses no audio
 const KEPT_S = 20; // of hands-free speech without a connection
+const PAUSE_MS = 50; // while the line is busy with kept audio
 const SPEECH = 0.02; // level of what counts as lost speech
 
 let early = []; // audio that waits for the connection: {pcm, level}
+let draining = null; // the promise of `sendKept`
 let lostSamples = 0; // speech that no longer fits in `early`
 let closing = 0;
 let press = 0; // counts presses, so that a late permission does not reopen a released one
@@ -35,11 +37,19 @@ function keep(pcm, level) {
   }
 }
 
-/** Sends the audio that waited, and says what was lost. */
+async function drain() {
+  while (early.length && connection.state === "open") {
+    if (connection.isBusy) await new Promise((resolve) => setTimeout(resolve, PAUSE_MS));
+    else append(early.shift().pcm);
+  }
+}
+
+/** Sends the audio that waited, as fast as the line takes it, and says what was lost. Resolves when all is sent. */
 export function sendKept() {
-  for (const { pcm } of early.splice(0)) append(pcm);
+  draining ??= drain().finally(() => (draining = null));
   if (lostSamples > 0.3 * RATE) view.seam(`Not heard: ${(lostSamples / RATE).toFixed(1)} s of speech while the line was down`);
   lostSamples = 0;
+  return draining;
 }
 
 /** Empties the meter of the user. */
@@ -62,7 +72,7 @@ microphone.addEventListener("chunk", ({ detail: { pcm, at, stream, peak, level }
     timeline.add("you", peak, level);
     find("talk").style.setProperty("--level", Math.min(1, Math.sqrt(level) * 1.6).toFixed(2));
   }
-  if (connection.state === "open") append(pcm);
+  if (connection.state === "open" && !draining) append(pcm);
   else keep(pcm, level);
 });
 
@@ -172,6 +182,7 @@ export async function release() {
   }
   await connection.open().catch(() => {});
   if (connection.state !== "open") return;
+  await draining;
   state.question = { endedMs, pauseMs: 0 };
   connection.send({ type: "input_audio_buffer.commit" });
   ask();
