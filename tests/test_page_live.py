@@ -6,6 +6,7 @@ they wait as long as a busy machine needs.
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import threading
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
+from PIL import Image
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: browser)")
 pytest.importorskip("fastapi", reason="fastapi is not installed (extra: serve)")
@@ -29,11 +31,12 @@ import duologue
 from duologue.serving.app import create_app
 from duologue.serving.server import Server, listen, url_of
 from duologue.serving.settings import Settings
-from tests.browser import DESKTOP, PHONE, Visit, launch, needs_chromium, stretches
+from tests.browser import DESKTOP, Visit, launch, needs_chromium, stretches
 
 pytestmark = needs_chromium
 QUESTION = Path(duologue.__file__).parent / "pocket" / "question.wav"
 FINISHED = re.compile("done|incomplete")
+SIZES = ((360, 740), (768, 1024), (1280, 800), (1920, 1080))
 PICTURES = os.environ.get("DUOLOGUE_SCREENSHOTS")
 
 
@@ -101,24 +104,26 @@ def test_pictures(tmp_path: Path) -> None:
     folder = Path(PICTURES or "")
     folder.mkdir(parents=True, exist_ok=True)
     with serving("pocket") as (url, _), browsing(tmp_path, 1.0, 14.0) as browser:
-        for name, scheme, viewport in (
-            ("page-light", "light", DESKTOP),
-            ("page-dark", "dark", DESKTOP),
-            ("page-phone", "light", PHONE),
-        ):
-            phone = viewport is PHONE
-            visit = Visit.open(
-                browser,
-                url,
-                color_scheme=scheme,
-                viewport=viewport,
-                device_scale_factor=2 if phone else 1.5,
-                is_mobile=phone,
-                has_touch=phone,
-            )
-            _converse(visit, visit.page)
-            visit.page.screenshot(path=folder / f"{name}.png")
+        for scheme in ("light", "dark"):
+            visit = Visit.open(browser, url, color_scheme=scheme)
+            page = visit.page
+            expect(page.locator("#chips li").first).to_be_visible(timeout=120_000)
+            _picture(page, folder / f"page-empty-{scheme}.webp")
+            _converse(visit, page)
+            for width, height in SIZES:
+                page.set_viewport_size({"width": width, "height": height})
+                page.wait_for_timeout(300)
+                _picture(page, folder / f"page-{scheme}-{width}.webp")
+            page.set_viewport_size(DESKTOP)
+            page.get_by_role("button", name="How it was made").first.click()
+            page.wait_for_timeout(300)
+            _picture(page, folder / f"page-inside-{scheme}.webp")
             visit.close()
+
+
+def _picture(page: Page, path: Path) -> None:
+    """Saves what the page shows as WebP, which is a third of PNG."""
+    Image.open(io.BytesIO(page.screenshot())).save(path, quality=80, method=6)
 
 
 def _converse(visit: Visit, page: Page) -> None:

@@ -227,6 +227,14 @@ def test_transcripts_of_the_user(talk: Talk) -> None:
     assert event["usage"] == {"type": "duration", "seconds": pytest.approx(len(question()) / 24_000, abs=0.01)}
     item = talk.ask("conversation.item.retrieve", "conversation.item.retrieved", item_id=item_id)["item"]
     assert item["content"][0]["transcript"] == event["transcript"]
+    assert "logprobs" not in event
+    talk.update(include=["item.input_audio_transcription.logprobs"])
+    talk.append(question())
+    talk.send("input_audio_buffer.commit")
+    event = talk.until("conversation.item.input_audio_transcription.completed")[-1]
+    tokens = [one["token"] for one in event["logprobs"]]
+    assert " ".join("".join(tokens).split()) == event["transcript"]
+    assert all(one["logprob"] <= 0 and bytes(one["bytes"]).decode() == one["token"] for one in event["logprobs"])
 
 
 def test_duologue_events_on_request(talk: Talk) -> None:

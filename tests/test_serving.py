@@ -52,6 +52,12 @@ def test_the_page_has_security_headers(server: Running) -> None:
         assert client.get("/%2e%2e/settings.py").status_code == 404
 
 
+def test_only_allowed_origins_may_frame_the_page(guarded: Running) -> None:
+    with guarded.client() as client:
+        policy = client.get("/").headers["content-security-policy"]
+        assert policy.endswith("frame-ancestors 'self' https://talk.example.org")
+
+
 def test_model_routes(server: Running) -> None:
     with server.client() as client:
         models = client.get("/v1/models").json()
@@ -59,6 +65,9 @@ def test_model_routes(server: Running) -> None:
         assert [model["id"] for model in models["data"]] == ["tiny"]
         assert client.get("/v1/models/tiny").json() == models["data"][0]
         assert models["data"][0] | {"trained": False, "voices": ["default"], "transcribes": True} == models["data"][0]
+        assert models["data"][0]["num_parameters"] > 1000
+        offered = {"questions": [], "follows_instructions": False, "records": False}
+        assert models["data"][0] | offered == models["data"][0]
         missing = client.get("/v1/models/gpt-5")
         assert missing.status_code == 404
         assert error_of(missing)["code"] == "model_not_found"
@@ -118,6 +127,7 @@ def test_foreign_origins_are_refused(server: Running) -> None:
             response = client.post("/v1/chat/completions", headers={"Origin": origin}, json={})
             assert response.status_code == 403, origin
             assert error_of(response)["code"] == "origin_not_allowed"
+            assert "--origin" in str(error_of(response)["message"])  # the way out
             assert "access-control-allow-origin" not in response.headers
         own = client.get("/v1/models", headers={"Origin": server.url})
         assert own.status_code == 200
@@ -131,6 +141,7 @@ def test_foreign_host_names_are_refused(server: Running) -> None:
         response = client.get("/v1/models", headers={"Host": host, "Origin": f"http://{host}"})
         assert response.status_code == 403
         assert error_of(response)["code"] == "host_not_allowed"
+        assert "--keys" in str(error_of(response)["message"])
         for name in ("localhost", "127.0.0.1", "[::1]", "127.9.9.9"):
             assert client.get("/v1/models", headers={"Host": f"{name}:{port}"}).status_code == 200
 
