@@ -326,6 +326,8 @@ class _Talk:
         script = self.server.script
         words = script.answer.split(" ")
         if self.modality == "text":
+            if "duologue.tokens" in self.include:
+                yield "duologue.tokens", {"kind": "text", "count": len(words), "ids": list(range(len(words)))}
             yield "response.output_text.delta", {"delta": script.answer}
             yield "response.output_text.done", {"text": script.answer}
             return

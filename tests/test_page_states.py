@@ -208,6 +208,7 @@ def test_everything_is_reached_by_the_keyboard_alone(visit: Open, server: PageSe
 def violations(page: Page) -> list[str]:
     """What axe-core's rules find, and its best practices."""
     found = page.evaluate("axe.run(document, { resultTypes: ['violations'] })")
+    assert len(found["passes"]) > 15  # the rules were applied
     return [f"{one['id']}: {node['html'][:120]}" for one in found["violations"] for node in one["nodes"]]
 
 

@@ -61,7 +61,7 @@ def test_the_container_is_built_from_files_that_are_there_for_a_user_without_rig
 def test_the_container_starts_a_server_that_needs_keys_and_is_asked_for_its_health() -> None:
     steps = dict(instructions())
     command = json.loads(steps["ENTRYPOINT"])
-    args = cli._parser().parse_args(command[1:])
+    args = cli.argument_parser().parse_command(command[1:])
     assert command[0] == "duologue"
     assert args.port == int(steps["EXPOSE"])
     with pytest.raises(ValueError, match="needs API keys"):

@@ -9,8 +9,9 @@ const enterKey = { words: "Enter a key", run: () => dialogs.openSettings("key") 
  * Returns what to show for a refusal: {words, action}. `retry` is called by the action where no key is missing.
  */
 export function refusal(words, retry) {
-  if (/\bkey\b/i.test(words) && !words.includes("--keys FILE")) {
-    return { words: `${words} Its keys are those of its option --keys.`, action: enterKey };
+  if (/\bkey\b/i.test(words)) {
+    const problem = words.replace(/: send it as .*/, "."); // how programs send it
+    return { words: `${problem} Its keys are those of its option --keys.`, action: enterKey };
   }
   return { words, action: { words: "Try again", run: retry } };
 }
