@@ -158,8 +158,8 @@ class PageServer:
             return self._answer(HTTPStatus.NOT_FOUND, b"not below the prefix", "text/plain")
         path = path.removeprefix(self.script.prefix)
         if path == "/v1/realtime":
-            denied = HTTPStatus(self.script.denies) if self.script.denies else None
-            return denied and self._answer(denied, b"denied", "text/plain")
+            denies = self.script.denies
+            return self._answer(HTTPStatus(denies), b"denied", "text/plain") if denies else None
         if path == "/frame":
             frame = f'<!doctype html><title>A frame</title><iframe src="{self.framed}" allow="microphone"></iframe>'
             return self._answer(HTTPStatus.OK, frame.encode(), "text/html", policy="")
@@ -300,7 +300,9 @@ class _Talk:
             heard, unsure = self.server.script.heard, self.server.script.unsure
             tokens = [f" {word}" for word in heard.split()]
             scores = [-0.01] * (len(tokens) - 1) + [unsure]
-            told = {"logprobs": [{"token": a, "logprob": b, "bytes": []} for a, b in zip(tokens, scores, strict=True)]}
+            told: dict[str, Any] = {
+                "logprobs": [{"token": a, "logprob": b, "bytes": []} for a, b in zip(tokens, scores, strict=True)]
+            }
             told = told if unsure is not None and LOGPROBS in self.include else {}
             await self.send(kind, item_id=item, content_index=0, transcript=heard, **told)
 

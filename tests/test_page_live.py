@@ -1,13 +1,7 @@
-"""The page, a real browser and the real server: a recorded question is asked aloud, answered, the answer interrupted.
-
-With `DUOLOGUE_SCREENSHOTS=FOLDER` pictures are made of a conversation with the pocket model (those of `docs/images`);
-they wait as long as a busy machine needs.
-"""
+"""The page, a real browser and the real server: a recorded question is asked aloud, answered, the answer interrupted."""
 
 from __future__ import annotations
 
-import io
-import os
 import re
 import threading
 from collections.abc import Iterator
@@ -18,26 +12,23 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from PIL import Image
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: browser)")
 pytest.importorskip("fastapi", reason="fastapi is not installed (extra: serve)")
 pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra: serve)")
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra: serve)")
 
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, expect, sync_playwright
 
 import duologue
 from duologue.serving.app import create_app
 from duologue.serving.server import Server, listen, url_of
 from duologue.serving.settings import Settings
-from tests.browser import DESKTOP, Visit, launch, needs_chromium, stretches
+from tests.browser import Visit, launch, needs_chromium, stretches
 
 pytestmark = needs_chromium
 QUESTION = Path(duologue.__file__).parent / "pocket" / "question.wav"
 FINISHED = re.compile("done|incomplete")
-SIZES = ((360, 740), (768, 1024), (1280, 800), (1920, 1080))
-PICTURES = os.environ.get("DUOLOGUE_SCREENSHOTS")
 
 
 @contextmanager
@@ -97,42 +88,3 @@ def test_a_question_is_asked_answered_and_interrupted(tiny_folder: Path, tmp_pat
     assert asked["spoken"]
     assert stretches(wav[:, 0])
     assert stretches(wav[:, 1])
-
-
-@pytest.mark.skipif(not PICTURES, reason="pictures are made when DUOLOGUE_SCREENSHOTS names a folder")
-def test_pictures(tmp_path: Path) -> None:
-    folder = Path(PICTURES or "")
-    folder.mkdir(parents=True, exist_ok=True)
-    with serving("pocket") as (url, _), browsing(tmp_path, 1.0, 14.0) as browser:
-        for scheme in ("light", "dark"):
-            visit = Visit.open(browser, url, color_scheme=scheme)
-            page = visit.page
-            expect(page.locator("#chips li").first).to_be_visible(timeout=120_000)
-            _picture(page, folder / f"page-empty-{scheme}.webp")
-            _converse(visit, page)
-            for width, height in SIZES:
-                page.set_viewport_size({"width": width, "height": height})
-                page.wait_for_timeout(300)
-                _picture(page, folder / f"page-{scheme}-{width}.webp")
-            page.set_viewport_size(DESKTOP)
-            page.get_by_role("button", name="How it was made").first.click()
-            page.wait_for_timeout(300)
-            _picture(page, folder / f"page-inside-{scheme}.webp")
-            visit.close()
-
-
-def _picture(page: Page, path: Path) -> None:
-    """Saves what the page shows as WebP, which is a third of PNG."""
-    Image.open(io.BytesIO(page.screenshot())).save(path, quality=80, method=6)
-
-
-def _converse(visit: Visit, page: Page) -> None:
-    """One typed question and one spoken, until the second answer is being heard."""
-    finished = page.locator(".turn.they.done, .turn.they.incomplete")
-    visit.type("What is two plus three?")
-    expect(finished).to_have_count(1, timeout=120_000)
-    expect(page.locator("#status")).to_have_text("Ready", timeout=120_000)
-    page.get_by_role("button", name="Talk hands-free").click()
-    expect(page.locator("#status")).to_contain_text("Speaking", timeout=120_000)
-    expect(finished).to_have_count(2, timeout=120_000)
-    page.wait_for_timeout(300)

@@ -1,12 +1,14 @@
 """The states of the page that people meet: empty, unsure, disconnected, refused, below a path, in a frame; and its
 accessibility, by axe-core's rules in four widths and two color schemes.
 
-axe-core comes with `npm install --no-package-lock --prefix tests/node`.
+With `DUOLOGUE_SCREENSHOTS=FOLDER` the pictures of `docs/images` are made. axe-core comes with `npm install --no-package-lock --prefix tests/node`.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
 from tests.browser import Visit, launch, needs_chromium, wait_for
 from tests.page_server import POLICY, PageServer
@@ -246,3 +249,54 @@ def test_no_rule_of_axe_is_broken(visit: Open, server: PageServer, scheme: str) 
     page.get_by_role("button", name="Inside", exact=True).click()
     check("inside and a notice", WIDTHS[::2])
     assert {state: faults for state, faults in found.items() if faults} == {}
+
+
+# Two questions as the events of a server, so that the pictures are the same on every machine.
+CONVERSATION = """async (words) => {
+  const { conversation } = await import("/parts.js");
+  const take = (type, fields) => conversation.take({ type, ...fields });
+  const message = (id, role) => ({ id, type: "message", role, status: "in_progress", content: [] });
+  const answer = (number, text) => {
+    const ids = { response_id: `resp_${number}`, item_id: `reply_${number}` };
+    take("response.output_item.added", { ...ids, item: message(ids.item_id, "assistant") });
+    take("response.output_audio_transcript.done", { ...ids, transcript: text });
+    for (let i = 0; i < 3; i += 1) {
+      take("duologue.tokens", { ...ids, kind: "text", count: 13 });
+      take("duologue.tokens", { ...ids, kind: "speech", count: 26, ids: Array.from({ length: 26 }, (_, k) => k * 137 + 29) });
+    }
+    const stages = { tokenizer: 41, language: 640, flow: 310, vocoder: 122 };
+    const first = { tokenize_ms: 18, prefill_ms: 64, first_text_ms: 91, first_audio_ms: 322 };
+    take("duologue.timings", { ...ids, ...first, total_ms: 1150, audio_ms: 2400, stages });
+    take("response.done", { response: { id: ids.response_id, status: "completed", output: [] } });
+  };
+  conversation.typed("typed", "What is two plus three?");
+  answer(1, "It is five.");
+  take("input_audio_buffer.committed", { item_id: "spoken" });
+  const logprobs = words.map((token) => ({ token: ` ${token}`, logprob: token === "puppet" ? -1.7 : -0.01 }));
+  const transcript = words.join(" ");
+  take("conversation.item.input_audio_transcription.completed", { item_id: "spoken", transcript, logprobs });
+  answer(2, "The capital of France is Paris.");
+}"""
+PICTURES = os.environ.get("DUOLOGUE_SCREENSHOTS")
+
+
+@pytest.mark.skipif(not PICTURES, reason="pictures are made when DUOLOGUE_SCREENSHOTS names a folder")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_pictures(visit: Open, scheme: str) -> None:
+    folder = Path(PICTURES or "")
+    page = visit(script=WRITTEN, color_scheme=scheme).page
+
+    def picture(name: str, width: int = 1280) -> None:
+        page.set_viewport_size({"width": width, "height": 740 if width < 1000 else 800})
+        page.wait_for_timeout(200)
+        shot = Image.open(io.BytesIO(page.screenshot()))
+        shot.save(folder / f"page-{name}.webp", quality=80, method=6)
+
+    expect(page.get_by_role("button", name="Who are you?")).to_be_visible()
+    picture(f"empty-{scheme}")
+    page.evaluate(CONVERSATION, ["what", "is", "the", "capital", "of", "puppet"])
+    for width in WIDTHS:
+        picture(f"{scheme}-{width}", width)
+    page.set_viewport_size({"width": 1280, "height": 800})
+    page.get_by_role("button", name="How it was made").first.click()
+    picture(f"inside-{scheme}")
