@@ -1,4 +1,4 @@
-"""The page, a real browser and the real server: a recorded question is asked aloud, answered, the answer interrupted."""
+"""The page, a real browser and the real server: a question is asked aloud, answered, the answer interrupted."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The states of the page that people meet: empty, unsure, disconnected, refused, below a path, in a frame; and its
 accessibility, by axe-core's rules in four widths and two color schemes.
 
-With `DUOLOGUE_SCREENSHOTS=FOLDER` the pictures of `docs/images` are made. axe-core comes with `npm install --no-package-lock --prefix tests/node`.
+With `DUOLOGUE_SCREENSHOTS=FOLDER` the pictures of `docs/images` are made. axe-core comes with
+`npm install --no-package-lock --prefix tests/node`.
 """
 
 from __future__ import annotations
@@ -262,7 +263,8 @@ CONVERSATION = """async (words) => {
     take("response.output_audio_transcript.done", { ...ids, transcript: text });
     for (let i = 0; i < 3; i += 1) {
       take("duologue.tokens", { ...ids, kind: "text", count: 13 });
-      take("duologue.tokens", { ...ids, kind: "speech", count: 26, ids: Array.from({ length: 26 }, (_, k) => k * 137 + 29) });
+      const codes = Array.from({ length: 26 }, (_, k) => k * 137 + 29);
+      take("duologue.tokens", { ...ids, kind: "speech", count: 26, ids: codes });
     }
     const stages = { tokenizer: 41, language: 640, flow: 310, vocoder: 122 };
     const first = { tokenize_ms: 18, prefill_ms: 64, first_text_ms: 91, first_audio_ms: 322 };

@@ -12,6 +12,12 @@ function node(tag, className = "", text = "") {
   return made;
 }
 
+/** Returns the nodes of a word of a transcript; blanks are not underlined. */
+function heardWord({ text, sure }, index) {
+  const word = text.trimStart();
+  return [index ? text.slice(0, text.length - word.length) : "", sure ? word : node("mark", "", word)];
+}
+
 /** Event: "select" {turn}. */
 export class View extends EventTarget {
   #rows = new Map();
@@ -108,7 +114,7 @@ export class View extends EventTarget {
     if (busy && !text) row.said.setAttribute("aria-label", turn.role === "user" ? "You are speaking" : "Thinking");
     else row.said.removeAttribute("aria-label");
     const unsure = turn.words?.some((word) => !word.sure);
-    if (unsure) parts.push(...turn.words.map(({ text: word, sure }) => (sure ? document.createTextNode(word) : node("mark", "", word))));
+    if (unsure) parts.push(...turn.words.flatMap(heardWord));
     else if (text) parts.push(document.createTextNode(text));
     if (busy) parts.push(node("span", "caret"));
     row.said.replaceChildren(...parts);
