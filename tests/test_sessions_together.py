@@ -198,7 +198,7 @@ def test_a_reply_that_nobody_reads_to_its_end_leaves_nothing_behind(bot: Chatbot
         session.feed(speech(1.0, 5))
         events = session.reply()
         await anext(events)
-        await events.aclose()  # type: ignore[attr-defined]
+        await events.aclose()
         assert bot.models.engine.running == 0
         assert len(session.conversation) == 1
         _, done = await answer(session)  # the question is still open

@@ -318,10 +318,11 @@ class Models:
 
     @cached_property
     def num_parameters(self) -> int | None:
-        """Parameters of tokenizer, language model and decoder; None if a server holds the language model."""
-        if not isinstance(self.engine, PlainEngine):
+        """Parameters of tokenizer, language model and decoder; None if another library holds the language model."""
+        language = self.engine.language if isinstance(self.engine, PlainEngine) else None
+        if language is None:
             return None
-        parts = (self.tokenizer, self.engine.language, self.decoder)
+        parts = (self.tokenizer, language, self.decoder)
         return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
 

@@ -32,8 +32,15 @@ CELL_ARGUMENTS = (
 )
 
 
+EXAMPLES = (
+    "duologue scale --replicas 2",
+    "duologue scale --replicas 8 --gpus 1 --device cuda --store redis://127.0.0.1:6379/0",
+)
+
+
 def add(commands: Any) -> None:
-    scale = add_command(commands, "scale", _scale, "real-time server of several cells, spread by Ray Serve", model=True)
+    text = "real-time server of several cells, spread by Ray Serve"
+    scale = add_command(commands, "scale", _scale, text, model=True, examples=EXAMPLES)
     scale.add_argument(
         "--replicas", type=positive, default=1, metavar="N", help="cells, each with a model (default: 1)"
     )
