@@ -381,7 +381,13 @@ def test_both_stages_train_and_write_what_the_next_one_reads(
 
     loop = LoopConfig(10, 3e-3, warmup_steps=2, evaluate_every=5, sample_every=10**6, log_every=5)
     recipe = ChatRecipe(
-        str(folder / "tokens"), str(folder / "vocabulary"), str(final), loop, length=LENGTH, num_rows=4, num_questions=3
+        str(folder / "tokens"),
+        str(folder / "vocabulary"),
+        str(final),
+        loop=loop,
+        length=LENGTH,
+        num_rows=4,
+        num_questions=3,
     )
     chat = ChatStage(recipe)
     metrics = run(chat, loop, tmp_path / "chat")

@@ -220,7 +220,7 @@ def _chat(places: Places) -> tuple[TrainingStage, LoopConfig]:
         str(places.tokens),
         str(places.vocabulary),
         str(places.folder / "pretrain" / "final" / "language"),
-        _loop(),
+        loop=_loop(),
         mixture=Mixture(text=0.0, woven=0.0),
         length=128,
         num_rows=2,

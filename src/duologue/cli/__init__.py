@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("stopped", INTERRUPTED)
     except RuntimeError as error:
-        if type(error).__name__ == "NonFiniteLoss":
+        if type(error).__name__ in ("NonFiniteLoss", "RankLost"):
             return _fail(str(error), FAILED)
         raise
 

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from duologue.checkpoint import DTYPES, Dtype
 from duologue.config import parse_config, read_json, write_json
+from duologue.language.adapters import merged_state
 from duologue.vocabulary import Vocabulary
 
 PROVENANCE_FILE = "siblings.json"
@@ -137,7 +138,7 @@ def load_language(folder: str | Path, dtype: Dtype = "float32") -> PreTrainedMod
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} holds no .safetensors file, so it is no language model that can be read safely")
     try:
-        with _quiet():
+        with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 local_files_only=True,
@@ -148,11 +149,11 @@ def load_language(folder: str | Path, dtype: Dtype = "float32") -> PreTrainedMod
                 output_loading_info=True,
             )
     except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are damaged: {_sentence(error)}") from None
+        raise ValueError(f"the weights in {folder} are damaged: {failure_sentence(error)}") from None
     except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
         name = config.get("model_type")
         raise ValueError(
-            f"{folder} (model_type {name!r}) cannot be loaded as a language model: {_sentence(error)}"
+            f"{folder} (model_type {name!r}) cannot be loaded as a language model: {failure_sentence(error)}"
         ) from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(key if isinstance(key, str) else str(key[0]) for key in info.get(problem) or ()):
@@ -172,18 +173,21 @@ def save_language(
     dtype: Dtype = "float32",
     max_shard_bytes: int = 2**31,
 ) -> None:
-    """Writes a folder that `load_language` and plain transformers read; `model` is unchanged."""
+    """Writes a folder that `load_language` and plain transformers read; `model` is unchanged.
+
+    Adapters are merged into the weights, see `adapters.merged_state`.
+    """
     folder = Path(folder)
     cast: dict[tuple[int, torch.Size], Tensor] = {}  # tied embeddings are written once
     own = {
         name: cast.setdefault((value.data_ptr(), value.shape), value.to(DTYPES[dtype]))
-        for name, value in model.state_dict().items()
+        for name, value in merged_state(model).items()
         if value.is_floating_point()
     }
     kept = model.config.dtype
     model.config.dtype = DTYPES[dtype]
     try:
-        with _quiet():
+        with quiet_transformers():
             model.save_pretrained(folder, state_dict=own, max_shard_size=max_shard_bytes)
     finally:
         model.config.dtype = kept
@@ -221,7 +225,7 @@ def extend(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Suppresses the progress bars and reports of transformers."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -234,7 +238,7 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _sentence(error: Exception) -> str:
+def failure_sentence(error: Exception) -> str:
     """Returns a library's message on one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

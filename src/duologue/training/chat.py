@@ -8,20 +8,18 @@ does not forget to listen.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor, nn
 
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, InterleaveState, Kind, legal_prefix
-from duologue.language.backbone import load_language, save_language
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import GREEDY, Sampling
 from duologue.scoring import is_correct
 from duologue.training.corpus import CorpusSample, LabeledTurn, TokenCorpus
+from duologue.training.language import LanguageOptions, LanguageStage, evaluated_first, open_start
 from duologue.training.loop import Batch, LoopConfig
 from duologue.training.packing import (
     SPEECH,
@@ -31,13 +29,12 @@ from duologue.training.packing import (
     corrupt_heard_speech,
     decisions,
     fill,
-    losses,
     mean_losses,
     pack,
 )
-from duologue.training.pretrain import NUM_SAMPLES, Jobs, Mixture, both, open_corpora, write_lines
+from duologue.training.pretrain import NUM_SAMPLES, Jobs, Mixture, both, write_lines
 from duologue.turns import Conversation, Modality, Role, Turn
-from duologue.vocabulary import END_OF_TEXT, Vocabulary
+from duologue.vocabulary import Vocabulary
 
 SCHEDULES = {Modality.INTERLEAVED: INTERLEAVED, Modality.TEXT: TEXT_ONLY, Modality.SPEECH: SPEECH_ONLY}
 WHOLE = TEXT | SPEECH
@@ -84,12 +81,12 @@ class DialogueAugmentation:
 
 
 @dataclass(frozen=True)
-class ChatRecipe:
-    """Recipe of the stage `chat`.
+class ChatRecipe(LanguageOptions):
+    """Recipe of the stage `chat`; more keys are in `LanguageOptions`.
 
     Attributes:
         corpus, vocabulary: folders of the token corpus and of the vocabulary it was made with.
-        start_from: folder of the language model from stage 1.
+        start_from: folder of the language model from stage 1, or a released one; not with `backbone`.
         pretrain_share: share of the examples that are jobs of stage 1, drawn from `mixture`.
         length, num_rows: ids in a row, rows in a batch; `num_valid_rows` in the one validation batch.
         text_weight, speech_weight: loss weight of every text id and every speech id.
@@ -99,8 +96,8 @@ class ChatRecipe:
 
     corpus: str
     vocabulary: str
-    start_from: str
-    loop: LoopConfig
+    start_from: str = ""
+    loop: LoopConfig = field(kw_only=True)
     loss_mix: LossMix = field(default_factory=LossMix)
     augmentation: DialogueAugmentation = field(default_factory=DialogueAugmentation)
     mixture: Mixture = field(default_factory=Mixture)
@@ -112,6 +109,9 @@ class ChatRecipe:
     corrupt_heard_speech: float = 0.0
     num_valid_rows: int = 4
     num_questions: int = 100
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loop", evaluated_first(self, self.loop))
 
 
 def as_text(labeled: LabeledTurn, vocabulary: Vocabulary) -> LabeledTurn:
@@ -212,23 +212,19 @@ class Chats:
         return replace(turn, ids=turn.ids[: legal_prefix(kinds, heard)], interrupted=True)
 
 
-class ChatStage:
+class ChatStage(LanguageStage):
     """Training of a language model of stage 1 on dialogues."""
-
-    phases: Mapping[str, nn.Module]
-    weights: Mapping[str, float]
 
     def __init__(self, recipe: ChatRecipe) -> None:
         self.recipe = recipe
-        self.vocabulary, self.provenance, train, self.valid = open_corpora(
-            recipe.corpus, recipe.vocabulary, recipe.start_from
-        )
-        self.model = load_language(recipe.start_from)
-        self.phases = {"language": self.model}
-        self.weights = {"text": recipe.text_weight, "speech": recipe.speech_weight, "text_nll": 0.0, "speech_nll": 0.0}
-        self._padding_id = self.vocabulary.control_id(END_OF_TEXT)
-        self._chats = Chats(train, self.vocabulary, recipe.loss_mix, recipe.augmentation, recipe.length)
-        self._jobs = Jobs(train, self.vocabulary, recipe.mixture, recipe.length) if recipe.pretrain_share else None
+        start = open_start(recipe)
+        if start is None:
+            raise ValueError("stage chat needs a language model: give start_from, or backbone")
+        super().__init__(recipe, start, recipe.text_weight, recipe.speech_weight)
+        self._chats = Chats(start.train, self.vocabulary, recipe.loss_mix, recipe.augmentation, recipe.length)
+        self._jobs = None
+        if recipe.pretrain_share:
+            self._jobs = Jobs(start.train, self.vocabulary, recipe.mixture, recipe.length)
         answered = [i for i in self.valid.where("task", "chat") if self.valid[int(i)].answers]
         chosen = np.random.default_rng(0).permutation(answered)[: recipe.num_questions]
         self._questions = [self.valid[int(i)] for i in chosen]
@@ -243,15 +239,12 @@ class ChatStage:
 
         return pack(fill(draw, self.recipe.num_rows, self.recipe.length), self.recipe.length, self._padding_id)
 
-    def losses(self, phase: str, batch: Batch, progress: float) -> dict[str, Tensor]:
-        return losses(self.model, batch)
-
     def evaluate(self) -> dict[str, float]:
-        """Nats per id of validation replies; accuracy of greedy text answers to spoken and written questions."""
+        """Nats per id of validation replies, accuracy of greedy text answers, and perplexity of the text file."""
         plain = DialogueAugmentation(written_question=0.0, written_reply=0.0, interrupted=0.0, joined=0.0)
         chats = Chats(self.valid, self.vocabulary, LossMix(0.0, 0.0, 1.0), plain, self.recipe.length)
         rows = fill(partial(chats, np.random.default_rng(0)), self.recipe.num_valid_rows, self.recipe.length)
-        metrics = mean_losses(self.model, [pack(rows, self.recipe.length, self._padding_id)])
+        metrics = mean_losses(self.model, [pack(rows, self.recipe.length, self._padding_id)]) | self.perplexity()
         if self._questions:
             engine = PlainEngine(self.model, self.vocabulary)
             for name, written in (("spoken", False), ("written", True)):
@@ -281,12 +274,6 @@ class ChatStage:
                 }
             )
         write_lines(folder / "replies.jsonl", lines)
-
-    def save(self, folder: Path) -> None:
-        """Writes `folder/language`."""
-        save_language(
-            folder / "language", self.model, self.provenance, max_shard_bytes=self.recipe.loop.max_shard_bytes
-        )
 
     def _prompt(self, question: CorpusSample, written: bool) -> list[int]:
         turns = [

@@ -7,25 +7,34 @@ run therefore needs only weights, optimizer and step to equal an uninterrupted o
 from __future__ import annotations
 
 import csv
-import json
 import math
-import os
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from duologue.checkpoint import load_tensors, load_weights, module_tensors, save_tensors
 from duologue.cuda import set_float32_precision
+from duologue.training.checkpoints import Checkpoints
+from duologue.training.sharding import (
+    ShardedStage,
+    WholeCopies,
+    agreed,
+    average_gradients,
+    lost_ranks,
+    mean_over_ranks,
+    start_distributed,
+)
+from duologue.training.throughput import MeasuredStage, Throughput, peak_flops
 
 Batch = dict[str, Tensor]
 
@@ -40,7 +49,9 @@ class LoopConfig:
             rest of the time. For a machine whose speed is unknown; such a run cannot be repeated exactly.
         schedule: decay of the learning rate after the warm-up, down to `learning_rate * min_lr_ratio`.
         accumulate: batches per optimizer step and process.
+        precision: of the computation; weights stay in their own dtype.
         num_workers: processes that prepare batches; 0 for one thread of this process.
+        evaluate_first: whether to evaluate before the first step as well.
         checkpoint_every_s: seconds between checkpoints.
     """
 
@@ -59,6 +70,7 @@ class LoopConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     log_every: int = 10
     evaluate_every: int = 500
+    evaluate_first: bool = False
     sample_every: int = 1000
     checkpoint_every_s: float = 600.0
     max_shard_bytes: int = 2**31
@@ -131,19 +143,44 @@ class NonFiniteLoss(RuntimeError):
     """Training stopped before an optimizer step, because a loss is not a number."""
 
 
+@runtime_checkable
+class PreparedStage(Protocol):
+    """A stage that changes its modules for the device before they go there."""
+
+    def prepare(self, device: str) -> None: ...
+
+
 def run(stage: TrainingStage, config: LoopConfig, out: Path, device: str = "cpu") -> dict[str, float]:
     """Trains until `config.num_steps`, resuming from the newest checkpoint under `out`; returns the last evaluation.
 
+    Under torchrun all processes train together, see `sharding.py`.
+
     Args:
         device: "cuda" under torchrun is the device of the local rank. What is not in bfloat16 is in TF32 there.
+
+    Raises:
+        NonFiniteLoss: a loss is not a number.
+        RankLost: another process ended.
     """
-    rank, world, device = _start_distributed(device)
+    rank, world, device = start_distributed(device)
+    with lost_ranks():
+        return _run(stage, config, out, device, rank, world)
+
+
+def _run(stage: TrainingStage, config: LoopConfig, out: Path, device: str, rank: int, world: int) -> dict[str, float]:
     set_float32_precision(device, exact=False)
     out.mkdir(parents=True, exist_ok=True)
+    if isinstance(stage, PreparedStage):
+        stage.prepare(device)
+    whole = None
+    if world > 1 and isinstance(stage, ShardedStage):
+        whole = WholeCopies(stage, stage.phases, device, config.precision == "bf16")
     for module in stage.phases.values():
         module.to(device).train()
     optimizers = {name: _optimizer(module, config) for name, module in stage.phases.items()}
-    step, done = _resume(stage, optimizers, out / "checkpoints")
+    on_cuda = torch.device(device).type == "cuda"
+    checkpoints = Checkpoints(out / "checkpoints", stage.phases, optimizers, in_background=on_cuda)
+    step, done = checkpoints.resume()
     progress = _Progress(config, done)
     log = _Log(out, step) if rank == 0 else None
     saved_at = time.monotonic()
@@ -151,35 +188,42 @@ def run(stage: TrainingStage, config: LoopConfig, out: Path, device: str = "cpu"
     total = config.num_steps if config.minutes is None else None
     bar = tqdm(total=total, initial=step, desc=out.name, disable=rank > 0, mininterval=5.0, smoothing=0.05)
     batches = _prefetch(stage, config, step, rank, world, device)
-    while (done := progress.at(step)) < 1.0:
-        values: dict[str, float] = {}
-        micro = [next(batches) for _ in range(config.accumulate)]
-        for phase, module in stage.phases.items():
-            values |= _optimize(stage, phase, module, optimizers[phase], micro, step, done, config, device)
-        step += 1
-        is_last = progress.at(step) >= 1.0
-        bar.update()
-        if log and (step % config.log_every == 0 or step == 1):
-            bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-            log.write(step, values)
-        if log and (step % config.evaluate_every == 0 or is_last):
-            metrics = _quiet(stage, stage.evaluate)
-            line = f"{out.name} step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
-            tqdm.write(line, file=sys.stderr)
-            log.write(step, {f"valid/{name}": value for name, value in metrics.items()})
-        if log and (step % config.sample_every == 0 or is_last):
-            folder = out / "samples" / f"step-{step:07d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            _quiet(stage, lambda folder=folder: stage.sample(folder))
-        if log and (time.monotonic() - saved_at > config.checkpoint_every_s or is_last):
-            _checkpoint(stage, optimizers, step, progress.at(step), out / "checkpoints", config.max_shard_bytes)
-            saved_at = time.monotonic()
-        if distributed.is_initialized():
-            distributed.barrier()
+    if step == 0 and config.evaluate_first:
+        _evaluate(stage, out.name, step, log, whole)
+    peak = peak_flops(device)
+    throughput = Throughput(None if peak is None else peak * world)
+    try:
+        while (done := progress.at(step)) < 1.0:
+            values: dict[str, float] = {}
+            micro = [next(batches) for _ in range(config.accumulate)]
+            for phase, module in stage.phases.items():
+                values |= _optimize(stage, phase, module, optimizers[phase], micro, step, done, config, device)
+            if isinstance(stage, MeasuredStage):
+                for _, batch in micro:
+                    throughput.add(stage.work(batch), world)
+            step += 1
+            is_last = progress.at(step) >= 1.0
+            bar.update()
+            if log and (step % config.log_every == 0 or step == 1):
+                values |= throughput.read()
+                bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()}, refresh=False)
+                log.write(step, values)
+            evaluates = step % config.evaluate_every == 0 or is_last
+            if evaluates:
+                metrics = _evaluate(stage, out.name, step, log, whole)
+            if step % config.sample_every == 0 or is_last:
+                _sample(stage, out / "samples" / f"step-{step:07d}", rank, whole, update=not evaluates)
+            if agreed(time.monotonic() - saved_at > config.checkpoint_every_s, device) or is_last:
+                checkpoints.save(step, progress.at(step))
+                saved_at = time.monotonic()
+    finally:
+        checkpoints.finish()
     bar.close()
     if log:
         stage.save(out / "final")
         log.close()
+    if distributed.is_initialized():
+        distributed.barrier()  # torchrun ends all processes when one has left
     return metrics
 
 
@@ -209,36 +253,59 @@ def _optimize(
         total = torch.stack([loss.float() * stage.weights[name] for name, loss in losses.items()]).sum()
         (total / len(micro)).backward()
         computed.append({name: loss.detach() for name, loss in losses.items()})
+    average_gradients(module)
     # Losses are read after all work is queued: reading them earlier would let the device wait for the host.
     values: dict[str, float] = {}
+    fault = ""
     for (index, _), losses in zip(micro, computed, strict=True):
         read = {name: float(loss) for name, loss in losses.items()}
         if not all(math.isfinite(value) for value in read.values()):
-            raise NonFiniteLoss(
-                f"step {step + 1}, batch {index}: "
-                + ", ".join(f"{name} = {value}" for name, value in read.items())
-                + "; no weight was changed by this step. Lower learning_rate or look at the batch, then run again"
-            )
+            fault = f"batch {index}: " + ", ".join(f"{name} = {value}" for name, value in read.items())
+            break
         for name, value in read.items():
             values[name] = values.get(name, 0.0) + value / len(micro)
-    if distributed.is_initialized():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                distributed.all_reduce(parameter.grad)
-                parameter.grad /= distributed.get_world_size()
-    values["grad_norm" if len(stage.phases) == 1 else f"grad_norm/{phase}"] = float(
-        nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
-    )
+    # A mean over ranks, so that all stop when one has a fault.
+    values = mean_over_ranks({name: math.nan if fault else values[name] for name in computed[0]}, device)
+    if not all(math.isfinite(value) for value in values.values()):
+        raise NonFiniteLoss(
+            f"step {step + 1}, {fault or 'a batch of another process: a loss is not a number'}; no weight was changed "
+            "by this step. Lower learning_rate or look at the batch, then run again"
+        )
+    norm = nn.utils.clip_grad_norm_(module.parameters(), config.clip_norm)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    values["grad_norm" if len(stage.phases) == 1 else f"grad_norm/{phase}"] = float(norm)
     optimizer.step()
     return values
 
 
-def _quiet(stage: TrainingStage, work: Any) -> Any:
+def _evaluate(
+    stage: TrainingStage, name: str, step: int, log: _Log | None, whole: WholeCopies | None
+) -> dict[str, float]:
+    """Evaluates on the first rank; the others take part in gathering the weights and return nothing."""
+    if whole is not None:
+        whole.update()
+    if log is None:
+        return {}
+    metrics: dict[str, float] = _quiet(stage, stage.evaluate, whole)
+    shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+    tqdm.write(f"{name} step {step}: {shown}", file=sys.stderr)
+    log.write(step, {f"valid/{key}": value for key, value in metrics.items()})
+    return metrics
+
+
+def _sample(stage: TrainingStage, folder: Path, rank: int, whole: WholeCopies | None, update: bool) -> None:
+    if whole is not None and update:
+        whole.update()
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _quiet(stage, lambda: stage.sample(folder), whole)
+
+
+def _quiet(stage: TrainingStage, work: Any, whole: WholeCopies | None) -> Any:
     """Runs work in evaluation mode without gradients, then restores training mode."""
     for module in stage.phases.values():
         module.eval()
-    with torch.no_grad():
+    with torch.no_grad(), nullcontext() if whole is None else whole.on_device():
         result = work()
     for module in stage.phases.values():
         module.train()
@@ -289,59 +356,6 @@ def _optimizer(module: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
-
-
-def _start_distributed(device: str) -> tuple[int, int, str]:
-    """Joins the process group when started by torchrun; returns rank, number of processes, and this one's device."""
-    on_cuda = torch.device(device).type == "cuda"
-    if on_cuda and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{int(os.environ['LOCAL_RANK'])}"
-        torch.cuda.set_device(device)  # collectives use the current device
-    if "WORLD_SIZE" in os.environ and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if on_cuda else "gloo")
-    if distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size(), device
-    return 0, 1, device
-
-
-def _checkpoint(
-    stage: TrainingStage,
-    optimizers: Mapping[str, torch.optim.Optimizer],
-    step: int,
-    progress: float,
-    folder: Path,
-    max_shard_bytes: int,
-) -> None:
-    """Writes weights and optimizers as a new checkpoint, then removes the older one."""
-    unfinished = folder / f"step-{step:07d}.part"
-    unfinished.mkdir(parents=True, exist_ok=True)
-    for name, module in stage.phases.items():
-        save_tensors(unfinished, module_tensors(module), name, max_shard_bytes=max_shard_bytes)
-        state = optimizers[name].state_dict()["state"]
-        moments = {f"{i}.{key}": value.contiguous() for i, entry in state.items() for key, value in entry.items()}
-        save_tensors(unfinished, moments, f"{name}.optimizer", max_shard_bytes=max_shard_bytes)
-    (unfinished / "state.json").write_text(json.dumps({"version": 1, "step": step, "progress": progress}))
-    finished = unfinished.with_suffix("")
-    shutil.rmtree(finished, ignore_errors=True)
-    unfinished.rename(finished)
-    for old in sorted(folder.glob("step-???????"))[:-1]:
-        shutil.rmtree(old)
-
-
-def _resume(stage: TrainingStage, optimizers: Mapping[str, torch.optim.Optimizer], folder: Path) -> tuple[int, float]:
-    """Loads the newest checkpoint; returns its step and share of the training, or 0 when there is none."""
-    found = sorted(folder.glob("step-???????"))
-    if not found:
-        return 0, 0.0
-    for name, module in stage.phases.items():
-        load_weights(module, load_tensors(found[-1], name), str(found[-1]))
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in load_tensors(found[-1], f"{name}.optimizer").items():
-            index, field = key.split(".")
-            state.setdefault(int(index), {})[field] = value
-        optimizers[name].load_state_dict({**optimizers[name].state_dict(), "state": state})
-    state_of_run = json.loads((found[-1] / "state.json").read_text())
-    return int(state_of_run["step"]), float(state_of_run.get("progress", 0.0))
 
 
 class _Log:

@@ -3,7 +3,7 @@
 Several sequences share a row. The position ids of each start at 0, from which transformers makes a block-diagonal mask.
 No sequence attends to another one, so packing equals separate runs.
 
-Shapes: B rows, L ids of a row, N trained ids of a batch, V ids of the vocabulary.
+Shapes: B rows, L ids of a row, D width, N trained ids of a batch, V ids of the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from duologue.interleave import InterleaveState, Kind, Schedule
@@ -117,8 +118,12 @@ def pack(rows: Sequence[Sequence[Example]], length: int, padding_id: int) -> Bat
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
-def losses(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+def losses(model: PreTrainedModel, batch: Batch, chunk: int = 0) -> dict[str, Tensor]:
     """Cross-entropy of a packed batch.
+
+    Args:
+        chunk: number of ids whose scores over the vocabulary exist at once; 0 for all. Each chunk is computed again in
+            the backward pass, so memory is `chunk` times V instead of N times V values.
 
     Returns:
         text, speech: the sum over the ids that train each, divided by the number of all trained ids. Every id thus has
@@ -130,8 +135,17 @@ def losses(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
     ).last_hidden_state  # (B, L, D)
     chosen = batch["trains"] > UNTRAINED
     # Only trained ids need logits over the whole vocabulary.
-    scores = model.get_output_embeddings()(hidden[chosen]).float()  # (N, V)
-    nll = functional.cross_entropy(scores, batch["targets"][chosen], reduction="none")
+    trained, targets = hidden[chosen], batch["targets"][chosen]
+    head = model.get_output_embeddings()
+
+    def nll_of(vectors: Tensor, wanted: Tensor) -> Tensor:
+        return functional.cross_entropy(head(vectors).float(), wanted, reduction="none")
+
+    if 0 < chunk < len(targets):
+        pieces = zip(trained.split(chunk), targets.split(chunk), strict=True)
+        nll = torch.cat([checkpoint(nll_of, *piece, use_reentrant=False) for piece in pieces])
+    else:
+        nll = nll_of(trained, targets)
     values: dict[str, Tensor] = {}
     for name, number in LOSSES.items():
         of_kind = (batch["trains"][chosen] == number).to(nll.dtype)
@@ -139,6 +153,23 @@ def losses(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
         values[name] = total / max(len(nll), 1)
         values[f"{name}_nll"] = (total / of_kind.sum().clamp(min=1)).detach()
     return values
+
+
+class LanguageObjective(nn.Module):
+    """The training losses of a language model as one module, so that sharding sees the whole forward pass.
+
+    Args:
+        chunk: see `losses`.
+    """
+
+    def __init__(self, model: PreTrainedModel, chunk: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk = chunk
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns the values of `losses`."""
+        return losses(self.model, batch, self.chunk)
 
 
 @torch.no_grad()

@@ -14,25 +14,22 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from duologue.checkpoint import file_hash, load_component
+from duologue.checkpoint import file_hash
 from duologue.interleave import TEXT_ONLY, Kind, weave
-from duologue.language.backbone import (
-    PROVENANCE_FILE,
-    LanguageConfig,
-    Provenance,
-    extend,
-    load_language,
-    load_provenance,
-    new_glm,
-    save_language,
-    start_speech_embeddings,
-)
+from duologue.language.backbone import LanguageConfig, Provenance, extend, new_glm
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
-from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.training.corpus import CorpusSample, LabeledTurn, TokenCorpus
+from duologue.training.language import (
+    LanguageOptions,
+    LanguageStage,
+    LanguageStart,
+    evaluated_first,
+    open_corpora,
+    open_start,
+    start_from_codebook,
+)
 from duologue.training.loop import Batch, LoopConfig
 from duologue.training.packing import (
     SPEECH,
@@ -41,12 +38,11 @@ from duologue.training.packing import (
     Example,
     corrupt_heard_speech,
     fill,
-    losses,
     mean_losses,
     pack,
 )
 from duologue.turns import Conversation, Modality, Role, Turn
-from duologue.vocabulary import END_OF_TEXT, Sample, Task, Vocabulary
+from duologue.vocabulary import Sample, Task, Vocabulary
 
 NUM_SAMPLES = 8
 
@@ -75,14 +71,14 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class PretrainRecipe:
-    """Recipe of the stage `pretrain`.
+class PretrainRecipe(LanguageOptions):
+    """Recipe of the stage `pretrain`; more keys are in `LanguageOptions`.
 
     Attributes:
         corpus, vocabulary: folders of the token corpus and of the vocabulary it was made with.
         start_from: folder of a causal LM of any architecture; empty for a new Glm of the sizes in `language`.
-        tokenizer: folder of the frozen tokenizer; its codebook initializes the speech embeddings of a new Glm. May be
-            empty.
+        tokenizer: folder of the frozen tokenizer; its codebook initializes the speech embeddings of a new Glm or of a
+            backbone. May be empty.
         length, num_rows: ids in a row, rows in a batch; `num_valid_rows` in the one validation batch of each job.
         text_weight, speech_weight: loss weight of every text id and every speech id.
         corrupt_heard_speech: share of the speech ids without a loss that are replaced by random ones.
@@ -101,6 +97,9 @@ class PretrainRecipe:
     speech_weight: float = 1.0
     corrupt_heard_speech: float = 0.0
     num_valid_rows: int = 4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loop", evaluated_first(self, self.loop))
 
 
 class Jobs:
@@ -212,53 +211,15 @@ def by_kind(sample: Sample, vocabulary: Vocabulary) -> Example:
     return Example(sample.ids, trains.tolist())
 
 
-def open_corpora(
-    corpus: str, vocabulary: str, model_folder: str
-) -> tuple[Vocabulary, Provenance, TokenCorpus, TokenCorpus]:
-    """The vocabulary, the provenance of the corpus, and its samples for training and for validation.
-
-    Raises:
-        ValueError: corpus, vocabulary and the model in `model_folder` were not made with each other.
-    """
-    owner = Vocabulary.load(vocabulary)
-    train = TokenCorpus(corpus, splits=("train",))
-    provenance = train.manifest.siblings
-    provenance.check(
-        Provenance(provenance.tokenizer, owner.hash), f"the corpus {corpus}", f"the vocabulary {vocabulary}"
-    )
-    if model_folder and (Path(model_folder) / PROVENANCE_FILE).exists():
-        provenance.check(load_provenance(model_folder), f"the corpus {corpus}", f"the model {model_folder}")
-    return owner, provenance, train, TokenCorpus(corpus, splits=("valid",))
-
-
-class PretrainStage:
+class PretrainStage(LanguageStage):
     """Training of a language model on the mixture."""
-
-    phases: Mapping[str, nn.Module]
-    weights: Mapping[str, float]
 
     def __init__(self, recipe: PretrainRecipe) -> None:
         self.recipe = recipe
-        self.vocabulary, self.provenance, train, self.valid = open_corpora(
-            recipe.corpus, recipe.vocabulary, recipe.start_from
-        )
-        if recipe.start_from:
-            self.model = load_language(recipe.start_from)
-            extend(self.model, self.vocabulary)
-        else:
-            self.model = new_glm(self.vocabulary, recipe.language, recipe.loop.seed)
-            if recipe.tokenizer:
-                self.provenance.check(
-                    Provenance(file_hash(recipe.tokenizer), self.vocabulary.hash),
-                    f"the corpus {recipe.corpus}",
-                    f"the tokenizer {recipe.tokenizer}",
-                )
-                tokenizer = load_component(recipe.tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
-                start_speech_embeddings(self.model, self.vocabulary, tokenizer.quantizer.codebook.weight)
-        self.phases = {"language": self.model}
-        self.weights = {"text": recipe.text_weight, "speech": recipe.speech_weight, "text_nll": 0.0, "speech_nll": 0.0}
-        self._padding_id = self.vocabulary.control_id(END_OF_TEXT)
-        self._jobs = Jobs(train, self.vocabulary, recipe.mixture, recipe.length)
+        start = open_start(recipe, recipe.tokenizer) or _new_start(recipe)
+        extend(start.model, start.vocabulary)
+        super().__init__(recipe, start, recipe.text_weight, recipe.speech_weight)
+        self._jobs = Jobs(start.train, self.vocabulary, recipe.mixture, recipe.length)
 
     def batch(self, index: int) -> Batch:
         rng = np.random.default_rng((self.recipe.loop.seed, index))
@@ -269,12 +230,9 @@ class PretrainStage:
         rows = fill(draw, self.recipe.num_rows, self.recipe.length)
         return pack(rows, self.recipe.length, self._padding_id)
 
-    def losses(self, phase: str, batch: Batch, progress: float) -> dict[str, Tensor]:
-        return losses(self.model, batch)
-
     def evaluate(self) -> dict[str, float]:
-        """Nats per id on validation samples of each job, by kind of id."""
-        metrics: dict[str, float] = {}
+        """Nats per id on validation samples of each job, by kind of id; perplexity of the text file."""
+        metrics = self.perplexity()
         for name in (name for name, share in asdict(self.recipe.mixture).items() if share > 0):
             try:
                 jobs = Jobs(self.valid, self.vocabulary, Mixture(**{**_NO_JOB, name: 1.0}), self.recipe.length)
@@ -298,11 +256,19 @@ class PretrainStage:
             lines.append({"said": self.vocabulary.decode_text(text), "heard": self.vocabulary.decode_text(heard)})
         write_lines(folder / "transcripts.jsonl", lines)
 
-    def save(self, folder: Path) -> None:
-        """Writes `folder/language`."""
-        save_language(
-            folder / "language", self.model, self.provenance, max_shard_bytes=self.recipe.loop.max_shard_bytes
+
+def _new_start(recipe: PretrainRecipe) -> LanguageStart:
+    """A new Glm, with speech embeddings from the codebook if the recipe names the tokenizer."""
+    vocabulary, provenance, train, valid = open_corpora(recipe.corpus, recipe.vocabulary, "")
+    model = new_glm(vocabulary, recipe.language, recipe.loop.seed)
+    if recipe.tokenizer:
+        provenance.check(
+            Provenance(file_hash(recipe.tokenizer), vocabulary.hash),
+            f"the corpus {recipe.corpus}",
+            f"the tokenizer {recipe.tokenizer}",
         )
+        start_from_codebook(model, vocabulary, recipe.tokenizer)
+    return LanguageStart(model, vocabulary, provenance, train, valid)
 
 
 _NO_JOB = dict.fromkeys(asdict(Mixture()), 0.0)

@@ -1,0 +1,119 @@
+"""Several processes over gloo train a sharded language model as one process does, and any number of them resumes."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from duologue.language.backbone import load_language
+from duologue.training.loop import Batch, LoopConfig, run
+from duologue.training.pretrain import PretrainRecipe, PretrainStage
+from tests.tiny_language import small_corpus
+
+ROOT = Path(__file__).parent.parent
+LOOP = LoopConfig(
+    3, 1e-3, schedule="constant", warmup_steps=1, precision="fp32", evaluate_every=10**6, sample_every=10**6
+)
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+from tests.test_sharding import Killed, made
+from duologue.training.loop import run
+folder, out, killed_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+stage = made(folder, kind=Killed) if killed_at and os.environ["RANK"] == "1" else made(folder)
+run(stage, stage.recipe.loop, out)
+"""
+
+
+class Killed(PretrainStage):
+    """Its process is killed while it makes a batch of the second step."""
+
+    def batch(self, index: int) -> Batch:
+        if index > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch(index)
+
+
+def made(folder: Path, loop: LoopConfig = LOOP, kind: type[PretrainStage] = PretrainStage) -> PretrainStage:
+    return kind(small_corpus(folder, PretrainRecipe, loop=loop, activation_checkpointing=True, logits_chunk=16))
+
+
+def start(rank: int, port: int, *arguments: object) -> subprocess.Popen[str]:
+    environment = {
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        "OMP_NUM_THREADS": "1",
+        "PATH": "/usr/bin:/bin",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def two_ranks(folder: Path, out: Path, killed_at: int = 0) -> list[tuple[int, str]]:
+    """Runs two processes to their end; returns their exit codes and what they wrote."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [start(rank, port, folder, out, killed_at) for rank in (0, 1)]
+    try:
+        written = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(processes, written, strict=True)]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return dict(load_language(out / "final" / "language").state_dict())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus, and the run of two processes on it."""
+    folder = tmp_path_factory.mktemp("sharding")
+    small_corpus(folder, PretrainRecipe, loop=LOOP)
+    for code, text in two_ranks(folder, folder / "two"):
+        assert code == 0, text[-2000:]
+    return folder
+
+
+def test_two_ranks_equal_one(folder: Path, tmp_path: Path) -> None:
+    loop = replace(LOOP, accumulate=2)
+    run(made(folder, loop), loop, tmp_path)
+    one, two = weights(tmp_path), weights(folder / "two")
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], atol=1e-4, rtol=1e-4)
+    assert (folder / "two" / "log.csv").read_text().count("tokens_per_s") == 1
+
+
+def test_one_rank_resumes_what_two_ranks_wrote(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "two" / "checkpoints", tmp_path / "checkpoints")
+    run(made(folder), LOOP, tmp_path)  # nothing is left to train, so the weights are those of the checkpoint
+    for name, value in weights(folder / "two").items():
+        assert torch.equal(value, weights(tmp_path)[name]), name
+    longer = replace(LOOP, num_steps=5, accumulate=2)
+    run(made(folder, longer), longer, tmp_path / "whole")
+    shutil.copytree(folder / "two" / "checkpoints", tmp_path / "rest" / "checkpoints")
+    run(made(folder, longer), longer, tmp_path / "rest")
+    resumed = weights(tmp_path / "rest")
+    for name, value in weights(tmp_path / "whole").items():  # with the moments of the optimizer, too
+        torch.testing.assert_close(value, resumed[name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_killed_rank_stops_the_others_with_a_sentence(folder: Path, tmp_path: Path) -> None:
+    (first, text), (second, _) = two_ranks(folder, tmp_path, killed_at=1)
+    assert second == -signal.SIGKILL
+    assert first == 1
+    assert "RankLost: another process of this training ended" in text.splitlines()[-1]
