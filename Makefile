@@ -122,7 +122,7 @@ $(SCALE)/.installed: constraints.txt | $(VENV)/.dev
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,data,eval,serve,vllm,talk,clients,browser,webrtc,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,lora,data,eval,serve,vllm,talk,clients,browser,webrtc,dev]"
 	@touch $(VENV)/.core $@
 
 # After the synthesizers: apt-get runs once at a time.

@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.gpu.decoder import decoder
 from benchmarks.gpu.facts import facts
+from benchmarks.gpu.finetuning import finetuning
 from benchmarks.gpu.language import engine, model
 from benchmarks.gpu.record import Record, Run
 from benchmarks.gpu.streams import streams
@@ -39,8 +40,9 @@ SECTIONS: dict[str, tuple[Callable[[Run], None], float]] = {
     "streams": (streams, 20),
     "sessions": (sessions, 85),
     "variants": (variants, 70),
+    "finetuning": (finetuning, 40),
 }
-NEED_MODEL = ("engine", "streams", "sessions", "variants")
+NEED_MODEL = ("engine", "streams", "sessions", "variants", "finetuning")
 GRACE_S = 25.0  # after a section's deadline, before the process is given up
 LIMIT_S = 300.0
 TINY_PATIENCE = 20  # small models test the sections themselves, on machines that may be busy

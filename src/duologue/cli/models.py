@@ -1,4 +1,4 @@
-"""Commands on model folders and their parts: `tokenize`, `synthesize`, `convert`, `init-random` and `doctor`."""
+"""Commands on model folders and their parts: `tokenize`, `synthesize`, `convert`, `export`, `init-random`, `doctor`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 from duologue.cli.parser import DTYPES, FAILED, add_command, add_decoder_dtype, checked_output, warn_if_untrained
 
 RANDOM_PRESETS = ("tiny", "9b")
+EXPORT_FORMATS = ("released", "transformers")
 FORMATS = ("glm-4-voice", "whisper-ct2")
 EXAMPLES = {
     "tokenize": ("duologue tokenize question.wav -o tokens.json",),
     "synthesize": ("duologue synthesize tokens.json -o speech.wav",),
     "convert": ("duologue convert glm-4-voice-9b -o converted", "duologue convert whisper-ct2 whisper-base -o whisper"),
+    "export": ("duologue export runs/chat/final -o exported",),
     "init-random": ("duologue init-random tiny -o random",),
     "doctor": ("duologue doctor", "duologue doctor --model glm-4-voice-9b"),
 }
@@ -48,6 +50,15 @@ def add(commands: Any) -> None:
     convert.add_argument(
         "--gguf", metavar="TYPE", help="write a GGUF file for llama.cpp with matrices in f32, f16, bf16, q8_0 or q4_0"
     )
+
+    export = add_command(
+        commands, "export", _export, "write trained parts in the layouts of other tools", examples=EXAMPLES["export"]
+    )
+    export.add_argument("folder", type=Path, help="`final` of a training run, or the folder of a language model")
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="a new folder")
+    export.add_argument("--format", choices=EXPORT_FORMATS, default=EXPORT_FORMATS[0], help="default: released")
+    export.add_argument("--dtype", choices=DTYPES, help="dtype of the language model (default: unchanged)")
+    export.add_argument("--decoder", type=Path, help="a released decoder, whose vocoder stands beside a trained flow")
 
     text = "write a released set with random weights, for load tests"
     random = add_command(commands, "init-random", _init_random, text, examples=EXAMPLES["init-random"])
@@ -178,6 +189,20 @@ def _convert(args: argparse.Namespace) -> None:
         print(json.dumps({"folder": str(args.output)}))
     else:
         print(f"{folder} -> {args.output}")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from duologue.released.export import export_released, export_transformers
+
+    if args.format == "transformers":
+        export_transformers(args.folder, args.output, args.dtype)
+        parts = ["language"]
+    else:
+        parts = export_released(args.folder, args.output, args.dtype, args.decoder)
+    if args.json:
+        print(json.dumps({"folder": str(args.output), "format": args.format, "parts": parts}))
+    else:
+        print(f"{args.folder}: {', '.join(parts)} -> {args.output}")
 
 
 def _init_random(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What is trained of a language model: all of it, low-rank adapters (LoRA, arXiv:2106.09685), or some rows of its tables.
+"""What is trained of a language model: low-rank adapters (LoRA, arXiv:2106.09685), or some rows of its tables.
 
 Shapes: V ids of the vocabulary, R trained rows, D width.
 """

@@ -94,4 +94,14 @@ def _load_gguf(path: Path, dtype: Dtype) -> tuple[PreTrainedModel, Tokenizer]:
             )
     except (ValueError, KeyError, OSError, RuntimeError, ImportError, IndexError) as error:
         raise ValueError(f"{path} cannot be loaded as a language model: {failure_sentence(error)}") from None
-    return model.eval(), _fast_tokenizer(path.parent, gguf_file=path.name)
+    return _without_quantizer(model).eval(), _fast_tokenizer(path.parent, gguf_file=path.name)
+
+
+def _without_quantizer(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns a plain model with these dequantized weights; transformers would refuse to save the given one."""
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain: PreTrainedModel = type(model)(config)
+    plain.load_state_dict(model.state_dict())
+    return plain

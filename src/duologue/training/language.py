@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from duologue.checkpoint import file_hash, load_component
+from duologue.checkpoint import Dtype, file_hash, load_component
 from duologue.conversation.chatbot import model_folder
 from duologue.language.adapters import LoraOptions, add_lora, train_rows
 from duologue.language.backbone import (
@@ -54,6 +54,7 @@ class LanguageOptions:
             step, so that lost text ability shows.
         parts_from: a preset or model folder whose tokenizer, recognizer and decoder are saved beside the trained model.
             The result is a complete model folder.
+        dtype: of the loaded weights; "bfloat16" halves the memory of frozen ones, beside `lora`.
         logits_chunk: see `packing.losses`.
         lora: trains low-rank adapters instead of all weights.
         freeze_text_rows: trains only the rows of speech and controls of embedding and head; `lora` has its own key.
@@ -65,6 +66,7 @@ class LanguageOptions:
     parts_from: str = ""
     lora: LoraOptions | None = None
     freeze_text_rows: bool = False
+    dtype: Dtype = "float32"
     logits_chunk: int = 0
     activation_checkpointing: bool = False
 
@@ -88,6 +90,8 @@ class LanguageRecipe(Protocol):
     def lora(self) -> LoraOptions | None: ...
     @property
     def freeze_text_rows(self) -> bool: ...
+    @property
+    def dtype(self) -> Dtype: ...
     @property
     def logits_chunk(self) -> int: ...
     @property
@@ -154,7 +158,7 @@ def open_start(recipe: LanguageRecipe, tokenizer: str = "") -> LanguageStart | N
         raise ValueError("a run starts from `backbone` or from `start_from`, not from both")
     owner, provenance, train, valid = open_corpora(recipe.corpus, recipe.vocabulary, recipe.start_from)
     if recipe.backbone:
-        model, own = load_backbone(recipe.backbone, owner.codebook_size)
+        model, own = load_backbone(recipe.backbone, owner.codebook_size, recipe.dtype)
         if tokenizer:
             start_from_codebook(model, own, tokenizer)
         provenance = Provenance(provenance.tokenizer, own.hash)
@@ -162,9 +166,9 @@ def open_start(recipe: LanguageRecipe, tokenizer: str = "") -> LanguageStart | N
     if not recipe.start_from:
         return None
     if is_released(recipe.start_from):
-        model = load_released_language(recipe.start_from, "float32").requires_grad_(True)
+        model = load_released_language(recipe.start_from, recipe.dtype).requires_grad_(True)
     else:
-        model = load_language(recipe.start_from)
+        model = load_language(recipe.start_from, recipe.dtype)
     return LanguageStart(model, owner, provenance, train, valid)
 
 
@@ -239,7 +243,8 @@ class LanguageStage:
     def save(self, folder: Path) -> None:
         """Writes `folder/language` with its vocabulary; with `parts_from`, `folder` becomes a complete model."""
         place = folder / "language"
-        save_language(place, self.model, self.provenance, max_shard_bytes=self._options.loop.max_shard_bytes)
+        shard_bytes = self._options.loop.max_shard_bytes
+        save_language(place, self.model, self.provenance, self._options.dtype, shard_bytes)
         save_for_transformers(self.vocabulary, place)
         if self._parts is not None:
             _write_parts(self._parts, self.vocabulary, folder)
