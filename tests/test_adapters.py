@@ -16,16 +16,6 @@ from duologue.vocabulary import Vocabulary
 from tests.tiny_language import TINY, small_corpus, tiny_vocabulary
 
 LOOP = LoopConfig(2, 1e-2, warmup_steps=1, precision="fp32", evaluate_every=10**6, sample_every=10**6, log_every=1)
-UNTIED = LanguageConfig(
-    width=32,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    ffn_dim=48,
-    max_positions=512,
-    tie_embeddings=False,
-)
 
 
 @pytest.fixture(scope="module")

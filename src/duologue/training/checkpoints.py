@@ -54,7 +54,7 @@ class Checkpoints:
             future: Any = dcp.async_save(tensors, checkpoint_id=part, process_group=self._group)
             self._running = (future, part, state)
         else:
-            dcp.save(tensors, checkpoint_id=part)
+            dcp.save(tensors, checkpoint_id=part, no_dist=not distributed.is_initialized())
             self._complete(part, state)
 
     def finish(self) -> None:
@@ -95,7 +95,7 @@ class Checkpoints:
             moments[key] = (
                 torch.zeros_like(parameter) if alike else torch.zeros(about.size, dtype=about.properties.dtype)
             )
-        dcp.load({**wanted, **moments}, checkpoint_id=found[-1])
+        dcp.load({**wanted, **moments}, checkpoint_id=found[-1], no_dist=not distributed.is_initialized())
         for key, value in moments.items():
             _, phase, field, name = key.split("/", 3)
             self._optimizers[phase].state[parameters[_moment(phase, "", name)]][field] = value.detach()
