@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from duologue.config import load_config
 from duologue.interleave import Kind
 from duologue.language.adapters import LoraOptions, add_lora, merged_state, train_rows
 from duologue.language.backbone import load_language, new_glm
+from duologue.training.chat import ChatRecipe
 from duologue.training.loop import LoopConfig, run
 from duologue.training.pretrain import PretrainRecipe, PretrainStage
 from duologue.vocabulary import Vocabulary
@@ -79,6 +81,15 @@ def test_lora_is_merged_into_what_is_saved(tmp_path: Path) -> None:
     run(resumed, LOOP, tmp_path / "run")
     for name, parameter in stage.model.named_parameters():
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "qlora"])
+def test_the_recipes_of_the_9b_are_recipes(name: str) -> None:
+    path = Path(__file__).parent.parent / "recipes" / "released-9b" / f"{name}.yaml"
+    recipe = load_config(path, ChatRecipe)
+    assert (recipe.lora is None) is (name == "full")
+    assert recipe.loop.evaluate_first
+    assert recipe.activation_checkpointing
 
 
 def test_what_cannot_be_adapted_is_refused(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from duologue.training.checkpoints import Checkpoints
 from duologue.training.loop import Batch, LoopConfig, NonFiniteLoss, run
 
 
@@ -64,9 +66,12 @@ def weights_of(folder: Path) -> Tensor:
     return torch.cat([value.flatten() for value in state.values()])
 
 
-@pytest.mark.parametrize("max_shard_bytes", [2**31, 100])
-def test_resumed_equals_uninterrupted(tmp_path: Path, max_shard_bytes: int) -> None:
-    config = replace(CONFIG, checkpoint_every_s=0.0, max_shard_bytes=max_shard_bytes)
+@pytest.mark.parametrize("in_background", [False, True])
+def test_resumed_equals_uninterrupted(tmp_path: Path, in_background: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With checkpoints written in the background, too, as on CUDA."""
+    made = partial(Checkpoints, in_background=in_background)
+    monkeypatch.setattr("duologue.training.loop.Checkpoints", lambda *parts, **_: made(*parts))
+    config = replace(CONFIG, checkpoint_every_s=0.0)
     run(Line(), config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(Line(stop_at=7), config, tmp_path / "cut")
@@ -76,6 +81,14 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, max_shard_bytes: int) -> N
     logs = [list(csv.DictReader((tmp_path / name / "log.csv").open())) for name in ("whole", "cut")]
     first, second = ([(row["step"], row["name"], row["value"]) for row in log] for log in logs)
     assert first == second
+
+
+def test_a_checkpoint_of_an_earlier_release_is_refused(tmp_path: Path) -> None:
+    run(Line(), replace(CONFIG, num_steps=1), tmp_path)
+    state = tmp_path / "checkpoints" / "step-0000001" / "state.json"
+    state.write_text('{"version": 1, "step": 1, "progress": 0.1}')
+    with pytest.raises(ValueError, match="version 1; this release resumes version 2"):
+        run(Line(), CONFIG, tmp_path)
 
 
 def test_worker_processes_prepare_the_same_batches(tmp_path: Path) -> None:

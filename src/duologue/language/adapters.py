@@ -111,6 +111,9 @@ def train_rows(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
 class TrainedRows(nn.Module):
     """A table (V, D) of which some rows (R,) are trained, in float32, and the others are frozen."""
 
+    rows: Tensor
+    place: Tensor
+
     def __init__(self, table: Tensor, rows: Tensor) -> None:
         super().__init__()
         place = torch.full((len(table),), -1)

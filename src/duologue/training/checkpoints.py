@@ -51,7 +51,9 @@ class Checkpoints:
         state = {"version": VERSION, "step": step, "progress": progress}
         tensors = self._weights() | self._moments()
         if self._in_background:
-            future: Any = dcp.async_save(tensors, checkpoint_id=part, process_group=self._group)
+            future: Any = dcp.async_save(
+                tensors, checkpoint_id=part, process_group=self._group, no_dist=not distributed.is_initialized()
+            )
             self._running = (future, part, state)
         else:
             dcp.save(tensors, checkpoint_id=part, no_dist=not distributed.is_initialized())
