@@ -12,6 +12,7 @@ from duologue.language.backbone import Provenance, load_language, save_language
 from duologue.released.convert import convert
 from duologue.released.decoder.decoder import load_released_decoder
 from duologue.released.export import export_language, export_released
+from duologue.released.gguf import write_gguf
 from duologue.released.language import load_released_language, read_released
 from duologue.released.random_weights import init_random
 from duologue.released.text import load_released_vocabulary, save_for_transformers
@@ -62,6 +63,19 @@ def test_transformers_folders_of_both_kinds(folder: Path, tmp_path: Path) -> Non
     for name in ("a", "b"):
         for key, value in load_language(tmp_path / name).state_dict().items():
             assert torch.equal(value, wanted[key]), key
+
+
+def test_a_gguf_file_is_that_of_the_released_folder(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed (extra gguf)")
+    assert main(["export", str(folder / "final"), "-o", str(tmp_path / "a.gguf"), "--format", "gguf"]) == 0
+    write_gguf(folder / "released" / "language", tmp_path / "b.gguf")
+    from gguf import GGUFReader
+
+    first, second = (
+        {tensor.name: tensor.data for tensor in GGUFReader(tmp_path / name).tensors} for name in ("a.gguf", "b.gguf")
+    )
+    assert first.keys() == second.keys()
+    assert all((data == second[name]).all() for name, data in first.items())
 
 
 def test_a_flow_returns_to_the_released_layout(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from duologue.cli.parser import DTYPES, FAILED, add_command, add_decoder_dtype, checked_output, warn_if_untrained
 
 RANDOM_PRESETS = ("tiny", "9b")
-EXPORT_FORMATS = ("released", "transformers")
+EXPORT_FORMATS = ("released", "transformers", "gguf")
 FORMATS = ("glm-4-voice", "whisper-ct2")
 EXAMPLES = {
     "tokenize": ("duologue tokenize question.wav -o tokens.json",),
@@ -55,7 +55,7 @@ def add(commands: Any) -> None:
         commands, "export", _export, "write trained parts in the layouts of other tools", examples=EXAMPLES["export"]
     )
     export.add_argument("folder", type=Path, help="`final` of a training run, or the folder of a language model")
-    export.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="a new folder")
+    export.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="a new folder or file")
     export.add_argument("--format", choices=EXPORT_FORMATS, default=EXPORT_FORMATS[0], help="default: released")
     export.add_argument("--dtype", choices=DTYPES, help="dtype of the language model (default: unchanged)")
     export.add_argument("--decoder", type=Path, help="a released decoder, whose vocoder stands beside a trained flow")
@@ -192,10 +192,11 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from duologue.released.export import export_released, export_transformers
+    from duologue.released.export import export_gguf, export_released, export_transformers
 
-    if args.format == "transformers":
-        export_transformers(args.folder, args.output, args.dtype)
+    if args.format != "released":
+        write = export_gguf if args.format == "gguf" else export_transformers
+        write(args.folder, args.output, args.dtype)
         parts = ["language"]
     else:
         parts = export_released(args.folder, args.output, args.dtype, args.decoder)

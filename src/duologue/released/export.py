@@ -10,6 +10,7 @@ import base64
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,18 @@ from transformers import GlmConfig
 
 from duologue.checkpoint import DTYPES, FLOAT_TYPES, Dtype, StoredTensor, load_component, read_kind, stored_tensors
 from duologue.config import read_json, write_json
-from duologue.language.backbone import load_language, load_provenance, save_language
+from duologue.language.backbone import PROVENANCE_FILE, load_language, load_provenance, save_language
 from duologue.released.convert import convert
 from duologue.released.decoder.flow import ReleasedFlow, ReleasedFlowConfig
 from duologue.released.decoder.folder import read_decoder_config, write_decoder_config
+from duologue.released.gguf import GgufType, write_gguf
 from duologue.released.language import NativeWeight, chatglm_shapes, is_released, native_weights, read_config
 from duologue.released.text import RANKS_FILE, load_released_vocabulary, save_for_transformers
 from duologue.released.weights import write_stream
 from duologue.vocabulary import Vocabulary, byte_letters
 
 MAX_SHARD_BYTES = 2 * 10**9
+_GGUF_TYPES: dict[Dtype, GgufType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}
 _HEAD = "lm_head.weight"
 _TABLE = "model.embed_tokens.weight"
 
@@ -50,6 +53,13 @@ def export_transformers(folder: str | Path, out: str | Path, dtype: Dtype | None
     vocabulary = _vocabulary(place)
     save_language(out, load_language(place), load_provenance(place), dtype or "float32")
     save_for_transformers(vocabulary, out)
+
+
+def export_gguf(folder: str | Path, out: str | Path, dtype: Dtype | None = None) -> None:
+    """Writes a Glm as one GGUF file for llama.cpp, in float16 by default. Raises ValueError as `gguf.write_gguf`."""
+    place = _language_folder(folder)
+    made_with = asdict(load_provenance(place)) if (place / PROVENANCE_FILE).is_file() else None
+    write_gguf(place, out, _GGUF_TYPES[dtype or "float16"], made_with)
 
 
 def export_released(
