@@ -11,11 +11,11 @@ from duologue.config import read_json
 from duologue.language.backbone import Provenance, load_language, save_language
 from duologue.released.convert import convert
 from duologue.released.decoder.decoder import load_released_decoder
-from duologue.released.export import export_language, export_released
 from duologue.released.gguf import write_gguf
 from duologue.released.language import load_released_language, read_released
 from duologue.released.random_weights import init_random
 from duologue.released.text import load_released_vocabulary, save_for_transformers
+from duologue.training.export import export_language, export_released
 from tests.tiny_language import tiny_model, tiny_vocabulary
 
 

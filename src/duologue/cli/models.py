@@ -192,7 +192,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from duologue.released.export import export_gguf, export_released, export_transformers
+    from duologue.training.export import export_gguf, export_released, export_transformers
 
     if args.format != "released":
         write = export_gguf if args.format == "gguf" else export_transformers

@@ -1,4 +1,4 @@
-"""Trained parts in the released layouts, so that other tools run them; the opposite of `convert.py`.
+"""Trained parts in the released layouts, so that other tools run them; the opposite of `released/convert.py`.
 
 language/    ChatGLM shards, config.json, tokenizer.model, tokenizer_config.json
 decoder/     config.yaml, flow.pt, hift.pt
