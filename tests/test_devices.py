@@ -26,6 +26,7 @@ from duologue.tokenizer.quantizer import Quantized
 from duologue.tokenizer.tokenizer import SpeechTokenizer
 from duologue.training import loop, tokenize
 from duologue.training.recipes import train
+from duologue.training.sharding import start_distributed
 from duologue.training.tokenize import TokensRecipe
 from tests.released_sizes import small_decoder
 from tests.test_loop import CONFIG, Line
@@ -47,18 +48,18 @@ def test_a_rank_takes_the_device_of_its_number(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("device", device)))
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend: calls.append(("group", backend)))
-    assert loop._start_distributed("cuda") == (0, 1, "cuda:3")
-    assert calls == [("device", "cuda:3"), ("group", "nccl")]
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **_: calls.append(("group", backend)))
+    assert start_distributed("cuda") == (0, 1, "cuda:3")
+    assert calls == [("device", "cuda:3"), ("group", "cpu:gloo,cuda:nccl")]
     calls.clear()
-    assert loop._start_distributed("cpu") == (0, 1, "cpu")
+    assert start_distributed("cpu") == (0, 1, "cpu")
     assert calls == [("group", "gloo")]
 
 
 def test_without_torchrun_the_device_is_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert loop._start_distributed("cuda:1") == (0, 1, "cuda:1")
+    assert start_distributed("cuda:1") == (0, 1, "cuda:1")
 
 
 def test_batches_and_modules_go_to_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -70,7 +71,7 @@ def test_batches_and_modules_go_to_the_device(monkeypatch: pytest.MonkeyPatch, t
             seen.extend(parameter.device.type for parameter in self.phases[phase].parameters())
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "_start_distributed", lambda device: (0, 1, "meta"))
+    monkeypatch.setattr(loop, "start_distributed", lambda device: (0, 1, "meta"))
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device lacks
     with pytest.raises(KeyboardInterrupt):
         loop.run(Watched(), replace(CONFIG, precision="fp32"), tmp_path, "cuda")

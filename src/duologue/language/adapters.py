@@ -74,7 +74,7 @@ def add_lora(model: PreTrainedModel, vocabulary: Vocabulary, options: LoraOption
     targets = options.targets if isinstance(options.targets, str) else list(options.targets)
     config = peft.LoraConfig(
         r=options.rank,
-        lora_alpha=2 * options.rank if options.alpha is None else options.alpha,
+        lora_alpha=2 * options.rank if options.alpha is None else options.alpha,  # type: ignore[arg-type]
         lora_dropout=options.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",

@@ -6,6 +6,7 @@ The text rows and the tokenizer of a backbone stay as they are. `Vocabulary.exte
 from __future__ import annotations
 
 import importlib.util
+import struct
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -92,7 +93,7 @@ def _load_gguf(path: Path, dtype: Dtype) -> tuple[PreTrainedModel, Tokenizer]:
             model = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False, dtype=DTYPES[dtype]
             )
-    except (ValueError, KeyError, OSError, RuntimeError, ImportError, IndexError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, ImportError, IndexError, struct.error) as error:
         raise ValueError(f"{path} cannot be loaded as a language model: {failure_sentence(error)}") from None
     return _without_quantizer(model).eval(), _fast_tokenizer(path.parent, gguf_file=path.name)
 

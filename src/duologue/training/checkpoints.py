@@ -16,8 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_state_dict
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
 from duologue.training.sharding import repeated_layers
 
@@ -51,12 +54,12 @@ class Checkpoints:
         state = {"version": VERSION, "step": step, "progress": progress}
         tensors = self._weights() | self._moments()
         if self._in_background:
-            future: Any = dcp.async_save(
+            future: Any = async_save(
                 tensors, checkpoint_id=part, process_group=self._group, no_dist=not distributed.is_initialized()
             )
             self._running = (future, part, state)
         else:
-            dcp.save(tensors, checkpoint_id=part, no_dist=not distributed.is_initialized())
+            save_state_dict(tensors, checkpoint_id=part, no_dist=not distributed.is_initialized())
             self._complete(part, state)
 
     def finish(self) -> None:
@@ -89,7 +92,7 @@ class Checkpoints:
         parameters = {_moment(phase, "", name): p for phase, name, p in self._parameters()}
         moments: dict[str, Tensor] = {}
         for key, about in stored.items():
-            if not key.startswith("optimizer/"):
+            if not key.startswith("optimizer/") or not isinstance(about, TensorStorageMetadata):
                 continue
             _, phase, field, name = key.split("/", 3)
             parameter = parameters[_moment(phase, "", name)]
@@ -97,7 +100,7 @@ class Checkpoints:
             moments[key] = (
                 torch.zeros_like(parameter) if alike else torch.zeros(about.size, dtype=about.properties.dtype)
             )
-        dcp.load({**wanted, **moments}, checkpoint_id=found[-1], no_dist=not distributed.is_initialized())
+        load_state_dict({**wanted, **moments}, checkpoint_id=found[-1], no_dist=not distributed.is_initialized())
         for key, value in moments.items():
             _, phase, field, name = key.split("/", 3)
             self._optimizers[phase].state[parameters[_moment(phase, "", name)]][field] = value.detach()

@@ -128,7 +128,7 @@ def export_language(
             size = 0
         shards[-1][key] = shape
         size += num_bytes
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shapes in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         write_stream(out / name, shapes, written_as, _pieces(shapes, parts, stored, written_as))

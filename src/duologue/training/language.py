@@ -141,7 +141,8 @@ def open_corpora(
     valid = TokenCorpus(corpus, splits=("valid",))
     if own is None or own.hash == owner.hash:
         return owner, provenance, train, valid
-    return own, Provenance(provenance.tokenizer, own.hash), *_translated(owner, own, train, valid)
+    train, valid = _translated(owner, own, train, valid)
+    return own, Provenance(provenance.tokenizer, own.hash), train, valid
 
 
 def open_start(recipe: LanguageRecipe, tokenizer: str = "") -> LanguageStart | None:
@@ -261,7 +262,8 @@ def text_rows(path: str, vocabulary: Vocabulary, length: int) -> list[Example]:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"text_file {path} cannot be read as text ({error})") from None
     ids = vocabulary.encode_text(text[: 16 * length * MAX_TEXT_ROWS])
-    rows: list[Sequence[int]] = [ids[at : at + length] for at in range(0, len(ids), length)][:MAX_TEXT_ROWS]
+    starts = range(0, len(ids), length)[:MAX_TEXT_ROWS]
+    rows: list[Sequence[int]] = [ids[at : at + length] for at in starts]
     if not rows or len(rows[0]) < 2:
         raise ValueError(f"text_file {path} holds {len(ids)} ids of text; its perplexity needs at least 2")
     return [Example(row, [UNTRAINED, *[TEXT] * (len(row) - 1)]) for row in rows]
