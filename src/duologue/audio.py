@@ -14,7 +14,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.audio_utils import mel_filter_bank
 
 from duologue import rates
 from duologue.config import check_type
@@ -52,6 +51,21 @@ class StreamingResampler:
     def step(self, wav: NDArray[np.float32], last: bool = False) -> NDArray[np.float32]:
         """Returns the final output samples for input wav (S,) float32."""
         return wav if self._stream is None else self._stream.resample_chunk(wav, last=last)
+
+
+def mel_filters(n_fft: int, num_mels: int, f_max: float, sample_rate: int) -> Tensor:
+    """Returns triangular mel filters (1 + n_fft // 2, M) float32 from 0 to `f_max` Hz, each of equal area.
+
+    The scale is that of Slaney's Auditory Toolbox: linear below 1000 Hz and logarithmic above.
+    """
+    step = np.log(6.4) / 27.0  # of a mel above 1000 Hz, which are 15 mels
+    top = 3.0 * f_max / 200.0 if f_max < 1000.0 else 15.0 + np.log(f_max / 1000.0) / step
+    mels = np.linspace(0.0, top, num_mels + 2)
+    edges = np.where(mels < 15.0, 200.0 * mels / 3.0, 1000.0 * np.exp(step * (mels - 15.0)))
+    slopes = edges - np.linspace(0, sample_rate // 2, 1 + n_fft // 2)[:, None]
+    widths = np.diff(edges)
+    filters = np.maximum(0.0, np.minimum(-slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]))
+    return torch.from_numpy(filters * (2.0 / (edges[2:] - edges[:-2]))).float()
 
 
 @dataclass(frozen=True)
@@ -101,16 +115,8 @@ class LogMel(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
-        filters = mel_filter_bank(
-            1 + self.n_fft // 2,
-            config.num_mels,
-            0.0,
-            8000.0,
-            rates.LISTEN_SAMPLE_RATE,
-            norm="slaney",
-            mel_scale="slaney",
-        )
-        self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
+        filters = mel_filters(self.n_fft, config.num_mels, 8000.0, rates.LISTEN_SAMPLE_RATE)
+        self.register_buffer("filters", filters, persistent=False)
 
     def init_state(self, batch_size: int) -> LogMelState:
         zeros = torch.zeros(batch_size, dtype=torch.int64, device=self.window.device)
@@ -195,10 +201,8 @@ class SpeakMel(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("window", torch.hann_window(self.n_fft), persistent=False)
-        filters = mel_filter_bank(
-            1 + self.n_fft // 2, self.num_mels, 0.0, 8000.0, rates.SPEAK_SAMPLE_RATE, norm="slaney", mel_scale="slaney"
-        )
-        self.register_buffer("filters", torch.from_numpy(filters).float(), persistent=False)
+        filters = mel_filters(self.n_fft, self.num_mels, 8000.0, rates.SPEAK_SAMPLE_RATE)
+        self.register_buffer("filters", filters, persistent=False)
 
     def forward(self, wav: Tensor) -> Tensor:
         edge = (self.n_fft - rates.SPEAK_HOP) // 2

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
 
 from duologue.checkpoint import DTYPES, Dtype, file_hash, load_component, read_extra, read_kind
 from duologue.config import parse_config, read_json, to_mapping, write_json
@@ -38,6 +37,9 @@ from duologue.tokenizer.recognizer import HeardToken, Recognizer, RecognizerConf
 from duologue.tokenizer.speech_recognizer import SpeechRecognizer, load_speech_recognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CARD_FILE = "duologue.json"
 CARD_VERSION = 1

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import DynamicCache, PreTrainedModel
 
 from duologue import rates
 from duologue.audio import StreamingResampler, check_wav
@@ -36,6 +36,9 @@ from duologue.sound_files import wav_bytes
 from duologue.text import shortened
 from duologue.turns import Conversation, Modality, Role
 from duologue.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +165,8 @@ def generate(
     model: PreTrainedModel, vocabulary: Vocabulary, prompt: list[int], sampling: Sampling, schedule: Schedule
 ) -> Iterator[int]:
     """Generates the ids of a reply, including the end id, with the forward pass of transformers."""
+    from transformers import DynamicCache
+
     masks = DrawMasks(vocabulary, model.get_output_embeddings().weight.shape[0], model.device)
     state, past, ids = DrawState(sampling, schedule), DynamicCache(), prompt
     while not state.ended:

@@ -1,7 +1,7 @@
 """The language model: transformers' Glm of any size, or any causal LM with an extended vocabulary.
 
 A model folder is in the format of transformers. Its `siblings.json` holds the hashes of speech tokenizer and
-vocabulary.
+vocabulary. The functions import transformers themselves, because its models take seconds to import.
 """
 
 from __future__ import annotations
@@ -10,17 +10,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GlmConfig, GlmForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from duologue.checkpoint import DTYPES, Dtype
 from duologue.config import parse_config, read_json, write_json
 from duologue.language.adapters import merged_state
 from duologue.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROVENANCE_FILE = "siblings.json"
 
@@ -76,6 +78,8 @@ def new_glm(vocabulary: Vocabulary, config: LanguageConfig, seed: int = 0) -> Pr
     The layout is that of GLM-4-Voice (docs/checkpoints.md 2.3): SwiGLU, RMSNorm, bias on q, k and v only, rotary
     positions on half of each head in interleaved pairs.
     """
+    from transformers import GlmConfig, GlmForCausalLM
+
     glm = GlmConfig(
         vocab_size=vocabulary.size,
         hidden_size=config.width,
@@ -131,6 +135,8 @@ def load_language(folder: str | Path, dtype: Dtype = "float32") -> PreTrainedMod
         ValueError: the folder or config is missing, the architecture unknown, or a weight is missing, truncated,
             unexpected, of another shape or not finite.
     """
+    from transformers import AutoModelForCausalLM
+
     folder = Path(folder)
     config = read_json(folder / "config.json")
     if dtype not in DTYPES:
@@ -227,15 +233,17 @@ def extend(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Suppresses the progress bars and reports of transformers."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(level)
+        logging.set_verbosity(level)
         if bars:
-            transformers_logging.enable_progress_bar()
+            logging.enable_progress_bar()
 
 
 def failure_sentence(error: Exception) -> str:

@@ -13,11 +13,10 @@ import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from duologue.interleave import INTERLEAVED, Schedule
 from duologue.language.requests import Request, RunningRequests, engine_failed
@@ -25,6 +24,9 @@ from duologue.language.sampling import Sampling
 from duologue.language.stepping import EagerStepper, Stepped, Stepper, StepRow
 from duologue.layers import num_step_threads
 from duologue.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_SESSIONS = 32
 MAX_CACHED_TOKENS = 65536

@@ -11,29 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import GlmForCausalLM, PreTrainedModel
-from transformers.activations import ACT2FN
-from transformers.models.glm import modeling_glm
 
-_AS_MADE = (
-    GlmForCausalLM,
-    modeling_glm.GlmModel,
-    modeling_glm.GlmDecoderLayer,
-    modeling_glm.GlmAttention,
-    modeling_glm.GlmMLP,
-    modeling_glm.GlmRMSNorm,
-    modeling_glm.GlmRotaryEmbedding,
-    nn.Linear,
-    nn.Embedding,
-    nn.ModuleList,
-    type(ACT2FN["silu"]),
-)
-
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.models.glm import modeling_glm
 
 _FEW_COLUMNS = 5
 
@@ -72,7 +58,7 @@ class Glm:
         self._head_dim = int(config.head_dim)
         self._num_heads, self._num_kv_heads = int(config.num_attention_heads), int(config.num_key_value_heads)
         self._eps = float(config.rms_norm_eps)
-        inner = cast(modeling_glm.GlmModel, model.model)
+        inner = cast("modeling_glm.GlmModel", model.model)
         self._rotation = _RotationTable(inner.rotary_emb, int(config.max_position_embeddings))
         self._embedding, self._norm, self._head = inner.embed_tokens.weight, inner.norm.weight, model.lm_head.weight
         self._decoder_layers = list(inner.layers)
@@ -187,12 +173,28 @@ def _add_linear(residual: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def is_plain_glm(model: PreTrainedModel) -> bool:
     """Returns whether a model is a Glm with only the library's modules, default rotation and SiLU."""
-    if type(model) is not GlmForCausalLM:
+    from transformers.activations import ACT2FN
+    from transformers.models.glm import modeling_glm
+
+    if type(model) is not modeling_glm.GlmForCausalLM:
         return False
     config = model.config
     if config.hidden_act != "silu" or (config.rope_parameters or {}).get("rope_type") != "default":
         return False
-    return all(type(module) in _AS_MADE for module in model.modules())
+    plain = {
+        modeling_glm.GlmForCausalLM,
+        modeling_glm.GlmModel,
+        modeling_glm.GlmDecoderLayer,
+        modeling_glm.GlmAttention,
+        modeling_glm.GlmMLP,
+        modeling_glm.GlmRMSNorm,
+        modeling_glm.GlmRotaryEmbedding,
+        nn.Linear,
+        nn.Embedding,
+        nn.ModuleList,
+        type(ACT2FN["silu"]),
+    }
+    return all(type(module) in plain for module in model.modules())
 
 
 def _weights(layer: modeling_glm.GlmDecoderLayer) -> _Layer:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from duologue.language.drawing import draw, rows_of
 from duologue.language.slots import SlotCache
 from duologue.language.stepping import EagerStepper, Stepped, StepRow
 from duologue.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROW_BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 LENGTH_BUCKETS = (1024, 2048, 4096, 8192)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
 
 from duologue.interleave import Kind
 from duologue.language.drawing import DrawMasks, DrawRow, draw_exactly, rows_of
 from duologue.language.glm import Glm, is_plain_glm
 from duologue.language.slots import SlotAttention, SlotCache, SlotRow
 from duologue.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _NAME = "duologue_slots"
 
@@ -98,6 +100,8 @@ class EagerStepper:
     num_slots: int | None = None
 
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary) -> None:
+        from transformers import AttentionInterface
+
         config = model.config.get_text_config()
         self.max_positions: int = config.max_position_embeddings
         kinds = set(getattr(config, "layer_types", None) or ("full_attention",))

@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import GlmConfig, GlmForCausalLM, PreTrainedModel
 
 from duologue.checkpoint import DTYPES, Dtype, StoredTensor, stored_tensors
 from duologue.config import read_json
 from duologue.quantization import Scheme, check_available, quantize
 from duologue.released.weights import check_plain, check_stored
+
+if TYPE_CHECKING:
+    from transformers import GlmConfig, PreTrainedModel
 
 SEQ_LENGTH = 8192  # if the config has none
 # Options of ChatGLM's code that the release does not use; other values are refused.
@@ -108,6 +111,8 @@ def read_released(folder: str | Path) -> ReleasedWeights:
 
 def read_config(folder: str | Path) -> GlmConfig:
     """Converts a ChatGLM `config.json` to a native config. Raises ValueError naming file and key."""
+    from transformers import GlmConfig
+
     path = Path(folder) / "config.json"
     config = read_json(path)
     if config.get("model_type") != "chatglm":
@@ -136,7 +141,7 @@ def read_config(folder: str | Path) -> GlmConfig:
             f"{path}: num_attention_heads is {num_heads}, no multiple of multi_query_group_num, {num_kv_heads}"
         )
     rope = {"rope_type": "default", "rope_theta": 10000.0 * config.get("rope_ratio", 1), "partial_rotary_factor": 0.5}
-    native: GlmConfig = GlmConfig(
+    native = GlmConfig(
         vocab_size=number("padded_vocab_size"),
         hidden_size=number("hidden_size"),
         intermediate_size=number("ffn_hidden_size"),
@@ -216,6 +221,8 @@ def load_released_language(
     Raises:
         ValueError: as `read_released`; an unknown dtype, a weight that is not finite, or a missing library.
     """
+    from transformers import GlmForCausalLM
+
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; the choices are {', '.join(DTYPES)}")
     weights = released if isinstance(released, ReleasedWeights) else read_released(released)

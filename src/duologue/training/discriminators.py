@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import weight_norm
-from transformers.audio_utils import mel_filter_bank
 
 from duologue import rates
+from duologue.audio import mel_filters
 
 
 @dataclass(frozen=True)
@@ -154,8 +154,7 @@ class SpectralLoss(nn.Module):
         self.resolutions = resolutions
         for n_fft, num_mels in zip(resolutions, mels, strict=True):
             rate = rates.SPEAK_SAMPLE_RATE
-            filters = mel_filter_bank(1 + n_fft // 2, num_mels, 0.0, rate / 2, rate, norm="slaney", mel_scale="slaney")
-            self.register_buffer(f"filters_{n_fft}", torch.from_numpy(filters).float(), persistent=False)
+            self.register_buffer(f"filters_{n_fft}", mel_filters(n_fft, num_mels, rate / 2, rate), persistent=False)
             self.register_buffer(f"window_{n_fft}", torch.hann_window(n_fft), persistent=False)
 
     def forward(self, made: Tensor, real: Tensor) -> SpectralDistance:

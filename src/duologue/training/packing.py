@@ -11,17 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
 from duologue.interleave import InterleaveState, Kind, Schedule
 from duologue.training.loop import Batch
 from duologue.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The loss of predicting an id, as flags; 0 for none.
 UNTRAINED, TEXT, SPEECH = 0, 1, 2
