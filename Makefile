@@ -59,7 +59,7 @@ test: check pytest
 
 # With `make -j2 test` mypy runs next to the tests, which often wait.
 pytest: $(VENV)/.dev $(VENV)/.synthesizers $(VENV)/.browser $(VENV)/.node
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # The folder holds transformers and the hub's client that it needs; everything else is that of the environment.
 test-oldest: $(VENV)/.dev $(OLDEST)/.installed

@@ -17,9 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.harness import AIMS, Spread, resident_mb
 from benchmarks.plots import draw_lines
@@ -32,6 +30,9 @@ from duologue.language.sampling import Sampling
 from duologue.models import open_folder
 from duologue.progress import steps
 from duologue.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 COUNTS = (1, 4, 8, 16)
 PREFIX_TOKENS = 960

@@ -1,4 +1,7 @@
-"""Settings that every test shares."""
+"""Settings that every test shares.
+
+The fixtures import torch themselves: the process that hands out tests to others does without it.
+"""
 
 import json
 from collections.abc import Iterator
@@ -10,8 +13,6 @@ import pytest
 import soundfile
 from hypothesis import HealthCheck, settings
 
-from tests.tiny import write_tiny_chatbot
-
 if TYPE_CHECKING:
     from duologue.client.process import ServerProcess
     from tests.live_server import LiveServer, Talk
@@ -22,10 +23,31 @@ settings.register_profile(
 )
 settings.load_profile("duologue")
 
+# Files that take longest, first, so that no process ends the run alone with one of them.
+SLOWEST = (
+    "test_recipes.py",
+    "test_page.py",
+    "test_live_faults.py",
+    "test_attack.py",
+    "test_page_live.py",
+    "test_calls.py",
+    "test_streaming.py",
+    "test_bench_gpu.py",
+    "test_synthesis.py",
+    "test_benches.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: index for index, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(SLOWEST)))
+
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights; tests read it and never write into it."""
+    from tests.tiny import write_tiny_chatbot
+
     return write_tiny_chatbot(tmp_path_factory.mktemp("tiny"), max_positions=512, max_tokens=60)
 
 

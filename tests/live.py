@@ -122,12 +122,18 @@ async def ask_alone(server: ServerProcess, max_tokens: int = REPLY_TOKENS) -> An
         return await ask(connection, max_tokens=max_tokens)
 
 
+@functools.cache
+def _answer_alone(server: ServerProcess) -> Answer:
+    """The reference of the bystanders of one server."""
+    return asyncio.run(ask_alone(server))
+
+
 class Bystander:
     """A client that repeats one question in new conversations, and must always get the same answer."""
 
     def __init__(self, server: ServerProcess) -> None:
         self._server, self._stop = server, threading.Event()
-        self._alone = asyncio.run(ask_alone(server))
+        self._alone = _answer_alone(server)
         self._errors: list[str] = []
         self.num_answers = 0
 

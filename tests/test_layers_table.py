@@ -70,9 +70,14 @@ def is_package(path: Path) -> bool:
     return path.name == "__init__.py"
 
 
+@functools.cache
+def parsed(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
 def imports(source: str, module: str, package: bool, known: set[str]) -> Iterator[str]:
     """Every module that the source imports, wherever the statement stands: inside functions and TYPE_CHECKING too."""
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parsed(source)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name
@@ -192,7 +197,7 @@ def test_the_runs_of_the_interleave_stand_in_one_place() -> None:
     for path in SOURCES:
         if path.stem == "interleave":
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and type(node.value) is int and node.value in (13, 26):
                 pytest.fail(f"{path.name}:{node.lineno} says {node.value}; runs are interleave.py's alone")
 
@@ -215,7 +220,7 @@ SHARED_CLASS_NAMES = {
 def test_a_class_name_exists_once() -> None:
     places: dict[str, list[str]] = {}
     for path in SOURCES:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        for node in parsed(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef):
                 places.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
     doubles = {name: files for name, files in places.items() if len(files) > 1 and name not in SHARED_CLASS_NAMES}

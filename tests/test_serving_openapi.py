@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
 from duologue.conversation.chatbot import load
@@ -38,6 +37,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def document(server: Running) -> Any:
+    import schemathesis
+
     with server.client() as client:
         return schemathesis.openapi.from_dict(client.get("/openapi.json").json())
 
@@ -50,6 +51,8 @@ def test_documented_routes(document: Any) -> None:
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 def test_routes_match_the_document(server: Running, document: Any, method: str, path: str, mode: str) -> None:
+    import schemathesis
+
     operation = document[path][method]
     if mode == "negative" and not (operation.body or operation.path_parameters):
         return  # there is nothing to get wrong

@@ -6,7 +6,7 @@ import base64
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import soundfile
@@ -15,8 +15,8 @@ from duologue.conversation.chatbot import load, model_folder
 from tests.serving import Running, running
 from tests.tiny import write_tiny_chatbot
 
-pytest.importorskip("openai")
-import openai
+if TYPE_CHECKING:
+    import openai
 
 KEY = "only-key-of-the-tests"
 QUESTION = model_folder() / "question.wav"
@@ -31,6 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture
 def client(server: Running) -> Iterator[openai.OpenAI]:
+    openai = pytest.importorskip("openai")
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0, timeout=300) as it:
         yield it
 
@@ -96,6 +97,8 @@ def test_chat_in_text_and_sound(client: openai.OpenAI) -> None:
 
 
 def test_errors_become_the_clients_own(client: openai.OpenAI, server: Running) -> None:
+    import openai
+
     with pytest.raises(openai.BadRequestError, match="has no voice 'nobody'") as refused:
         client.audio.speech.create(model="tts-1", voice="nobody", input="Hello.")
     assert refused.value.param == "voice"

@@ -122,7 +122,7 @@ def test_speed_changes_the_length(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["x" * 299, "\u4f60\u597d\u4e16\u754c" * 40, "Half an emoji \ud83d is cut.", "Said \U0001f600 **loud** at 10:45."],
+    ["x" * 99, "\u4f60\u597d\u4e16\u754c" * 10, "Half an emoji \ud83d is cut.", "Said \U0001f600 **loud** at 10:45."],
     ids=["one word", "no blanks", "half a surrogate", "marks"],
 )
 def test_no_text_is_refused(client: httpx.Client, text: str) -> None:

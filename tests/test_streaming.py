@@ -242,19 +242,19 @@ def _assert_same(case: Case, stage: Any, x: Padded, got: Padded, expected: Padde
 @torch.inference_mode()
 def test_folded_steps_equal_forward_for_even_chunks(case: Case) -> None:
     stage, x = case.build(), _batch(case)
-    whole = stage(x)
+    whole_x, whole = x, stage(x)
     for chunk in (*case.chunks, max(case.lengths)):
         if max(case.lengths) > 500 * chunk:  # a thousand steps prove no more than a hundred
             x = Padded(x.values[:, : 100 * chunk], x.lengths.clamp(max=100 * chunk))
         state = stage.init_state(len(x.lengths))
         out = Padded.concat([*_steps(stage, x, _even_cuts(x, chunk), state), stage.flush(state)])
-        _assert_same(case, stage, x, out, stage(x))
-        x = _batch(case)
+        _assert_same(case, stage, x, out, whole if len(x.values[0]) == len(whole_x.values[0]) else stage(x))
+        x = whole_x
     assert int(whole.lengths.max()) > 10
 
 
 @every_stage
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 @torch.inference_mode()
 def test_folded_steps_equal_forward_for_ragged_chunks(case: Case, seed: int) -> None:
     stage, x = case.build(), _batch(case, seed)
@@ -324,7 +324,7 @@ def test_interleaved_sessions_do_not_touch_each_other(case: Case) -> None:
 
 
 @every_stage
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @torch.inference_mode()
 def test_sessions_that_join_and_leave_a_batch_equal_solo_runs(case: Case, seed: int) -> None:
     """States of unequal age step together in changing company, and some end while others go on."""

@@ -396,7 +396,11 @@ def test_both_stages_train_and_write_what_the_next_one_reads(
     load_language(tmp_path / "chat" / "final" / "language")
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(folder: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PretrainStage, "sample", lambda *_: None)
+
     def train(steps: int, out: Path) -> PretrainStage:
         # The schedule ends where the run ends, so the learning rate is held.
         loop = LoopConfig(steps, 1e-3, schedule="constant", warmup_steps=1, evaluate_every=10**6, sample_every=10**6)

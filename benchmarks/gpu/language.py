@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from unittest import mock
 
 import torch
 from torch import Tensor
-from transformers import GlmForCausalLM
 
 from benchmarks.gpu.record import Run
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, Kind
@@ -28,6 +28,9 @@ from duologue.released.random_weights import PRESETS, Preset
 from duologue.released.text import load_released_vocabulary
 from duologue.vocabulary import Vocabulary
 
+if TYPE_CHECKING:
+    from transformers import GlmForCausalLM
+
 PREFILL_CHUNK = 256
 PROFILED_STEPS = 2
 
@@ -42,6 +45,8 @@ def model(run: Run) -> None:
         vocabulary, config = load_released_vocabulary(place), read_config(place)
     run.record.add("vocabulary", time.perf_counter() - start, "s", ids=vocabulary.size)
     start = time.perf_counter()
+    from transformers import GlmForCausalLM
+
     with torch.device("meta"):
         made = GlmForCausalLM(config)
     made = made.to(torch.bfloat16 if run.on_cuda else torch.float32).to_empty(device=run.device)

@@ -9,12 +9,14 @@ Shapes: R rows, D width, H heads, G heads of keys, K head_dim, L positions of a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import GlmForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import GlmForCausalLM
 
 FP8 = torch.float8_e4m3fn
 FP8_ROWS = 16  # rows of a product in fp8 are padded to a multiple of this

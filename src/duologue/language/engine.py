@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from duologue.interleave import INTERLEAVED, Schedule
-from duologue.language.requests import Request, RunningRequests, engine_failed
+from duologue.language.requests import Request, RequestEngine, RunningRequests, engine_failed
 from duologue.language.sampling import Sampling
 from duologue.language.stepping import EagerStepper, Stepped, Stepper, StepRow
 from duologue.layers import num_step_threads
@@ -114,7 +114,7 @@ class _EngineJob:
         return self.ended or self.request is None or not self.request.held
 
 
-class PlainEngine:
+class PlainEngine(RequestEngine):
     """An engine that computes the next id of every running reply in one model step.
 
     Long prompts run in chunks together with the other replies, which bounds their delay.
@@ -173,24 +173,6 @@ class PlainEngine:
         self._executor = ThreadPoolExecutor(1, "language", torch.set_num_threads, (num_threads,))
 
     @property
-    def max_positions(self) -> int:
-        return self._requests.max_positions
-
-    @property
-    def max_sessions(self) -> int:
-        """Maximum number of running replies."""
-        return self._requests.max_sessions
-
-    @property
-    def max_cached_tokens(self) -> int:
-        """Maximum number of ids in the KV caches."""
-        return self._requests.max_cached_tokens
-
-    @property
-    def running(self) -> int:
-        return len(self._requests)
-
-    @property
     def cached_tokens(self) -> int:
         return sum(len(kept.ids) for kept in self._all_kept())
 
@@ -200,32 +182,6 @@ class PlainEngine:
     def _all_kept(self) -> list[CachedSequence]:
         return [*self._kept, *(row.kept for row in [*self._rows])]
 
-    async def generate(
-        self,
-        prompt_ids: Sequence[int],
-        sampling: Sampling,
-        schedule: Schedule = INTERLEAVED,
-        request_id: str | None = None,
-    ) -> AsyncIterator[int]:
-        request = self._requests.admit(prompt_ids, sampling, schedule, request_id)
-        try:
-            self._begin(request)
-            while (token := await request.read()) is not None:
-                yield token
-        finally:
-            self._leave(request)
-
-    def stream(
-        self,
-        prompt_ids: Sequence[int],
-        sampling: Sampling,
-        schedule: Schedule = INTERLEAVED,
-        request_id: str | None = None,
-    ) -> Iterator[int]:
-        """Generates a reply in synchronous code; an impossible prompt is refused at once."""
-        prompt = self._requests.check(prompt_ids, sampling.max_tokens)
-        return self._stream(prompt, sampling, schedule, request_id)
-
     async def warm(self, prompt_ids: Sequence[int]) -> None:
         await asyncio.wrap_future(self._warm(prompt_ids))
 
@@ -233,22 +189,7 @@ class PlainEngine:
         """Prefills a prompt in synchronous code."""
         self._warm(prompt_ids).result()
 
-    def cancel(self, request_id: str) -> None:
-        if self._requests.cancel(request_id) is not None:
-            self._work_on()
-
-    def _stream(
-        self, prompt: list[int], sampling: Sampling, schedule: Schedule, request_id: str | None
-    ) -> Iterator[int]:
-        request = self._requests.admit(prompt, sampling, schedule, request_id)
-        try:
-            self._begin(request)
-            while (token := request.read_now()) is not None:
-                yield token
-        finally:
-            self._leave(request)
-
-    def _begin(self, request: Request) -> None:
+    def _begin(self, request: Request, schedule: Schedule) -> None:
         self._work_on(_EngineJob(CachedSequence(), request.prompt, request))
 
     def _leave(self, request: Request) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
-from duologue.interleave import Schedule
+from duologue.interleave import INTERLEAVED, Schedule
 from duologue.language.drawing import DrawState
 from duologue.language.sampling import Sampling
 from duologue.vocabulary import Vocabulary
@@ -255,6 +256,88 @@ class RunningRequests:
 
     def _num_reserved(self) -> int:
         return sum(request.num_reserved for request in self._requests)
+
+
+class RequestEngine(ABC):
+    """The part of an engine that admits replies and hands out their ids. Subclasses set `_requests`."""
+
+    _requests: RunningRequests
+
+    @property
+    def max_positions(self) -> int:
+        """Maximum ids of a prompt and its reply together."""
+        return self._requests.max_positions
+
+    @property
+    def max_sessions(self) -> int:
+        """Maximum number of running replies."""
+        return self._requests.max_sessions
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Maximum ids of all running replies with their prompts."""
+        return self._requests.max_cached_tokens
+
+    @property
+    def running(self) -> int:
+        """Number of running replies."""
+        return len(self._requests)
+
+    async def generate(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        schedule: Schedule = INTERLEAVED,
+        request_id: str | None = None,
+    ) -> AsyncIterator[int]:
+        """Yields the ids of one reply, see `engine.Engine`."""
+        request = self._admit(prompt_ids, sampling, schedule, request_id)
+        try:
+            self._begin(request, schedule)
+            while (token := await request.read()) is not None:
+                yield token
+        finally:
+            self._leave(request)
+
+    def stream(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: Sampling,
+        schedule: Schedule = INTERLEAVED,
+        request_id: str | None = None,
+    ) -> Iterator[int]:
+        """Generates a reply in synchronous code; an impossible prompt is refused at once."""
+        prompt = self._requests.check(prompt_ids, sampling.max_tokens)
+        return self._stream(prompt, sampling, schedule, request_id)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a stream before its next id; unknown requests are ignored."""
+        if (request := self._requests.cancel(request_id)) is not None:
+            self._leave(request)
+
+    def _stream(
+        self, prompt: list[int], sampling: Sampling, schedule: Schedule, request_id: str | None
+    ) -> Iterator[int]:
+        request = self._admit(prompt, sampling, schedule, request_id)
+        try:
+            self._begin(request, schedule)
+            while (token := request.read_now()) is not None:
+                yield token
+        finally:
+            self._leave(request)
+
+    def _admit(
+        self, prompt_ids: Sequence[int], sampling: Sampling, schedule: Schedule, request_id: str | None
+    ) -> Request:
+        return self._requests.admit(prompt_ids, sampling, schedule, request_id)
+
+    @abstractmethod
+    def _begin(self, request: Request, schedule: Schedule) -> None:
+        """Starts to generate the ids of an admitted request."""
+
+    @abstractmethod
+    def _leave(self, request: Request) -> None:
+        """Removes a request that ended or whose reader left."""
 
 
 def engine_failed(error: Exception) -> RuntimeError:

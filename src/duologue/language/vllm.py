@@ -14,16 +14,16 @@ import json
 import os
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import numpy as np
 
-from duologue.interleave import INTERLEAVED, SPEECH_ONLY, TEXT_ONLY, Kind, Schedule
+from duologue.interleave import SPEECH_ONLY, TEXT_ONLY, Kind, Schedule
 from duologue.language.engine import MAX_SESSIONS, common_prefix
-from duologue.language.requests import Request, RunningRequests, engine_failed
+from duologue.language.requests import Request, RequestEngine, RunningRequests, engine_failed
 from duologue.language.sampling import Sampling
 from duologue.language.scripts import language_mask
 from duologue.language.vllm_plugin import request_arguments
@@ -46,7 +46,7 @@ class VllmError(RuntimeError):
     """The server is missing, died, refused a request or answered something else than completions."""
 
 
-class VllmEngine:
+class VllmEngine(RequestEngine):
     """An engine whose language model runs in a vLLM server.
 
     Args:
@@ -99,19 +99,6 @@ class VllmEngine:
             raise
 
     @property
-    def max_positions(self) -> int:
-        return self._requests.max_positions
-
-    @property
-    def max_sessions(self) -> int:
-        """Maximum number of running replies."""
-        return self._requests.max_sessions
-
-    @property
-    def running(self) -> int:
-        return len(self._requests)
-
-    @property
     def cached_tokens(self) -> int:
         """Number of ids of running replies and their prompts; the server's own cache is not counted."""
         return sum(len(request.prompt) + len(request.ids) for request in [*self._tasks] if not request.ended)
@@ -119,35 +106,6 @@ class VllmEngine:
     def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
         """Returns 0: only the server knows its cache."""
         return 0
-
-    async def generate(
-        self,
-        prompt_ids: Sequence[int],
-        sampling: Sampling,
-        schedule: Schedule = INTERLEAVED,
-        request_id: str | None = None,
-    ) -> AsyncIterator[int]:
-        request = self._admit(prompt_ids, sampling, schedule, request_id)
-        try:
-            while (token := await request.read()) is not None:
-                yield token
-        finally:
-            self._leave(request)
-
-    def stream(
-        self,
-        prompt_ids: Sequence[int],
-        sampling: Sampling,
-        schedule: Schedule = INTERLEAVED,
-        request_id: str | None = None,
-    ) -> Iterator[int]:
-        """Generates a reply in synchronous code."""
-        request = self._admit(prompt_ids, sampling, schedule, request_id)
-        try:
-            while (token := request.read_now()) is not None:
-                yield token
-        finally:
-            self._leave(request)
 
     async def warm(self, prompt_ids: Sequence[int]) -> None:
         """Prefills the whole blocks of a prompt by a request for one id, unless they were sent before."""
@@ -162,10 +120,6 @@ class VllmEngine:
         except VllmError as error:
             raise engine_failed(error) from error
         self._warmed.append(prompt)
-
-    def cancel(self, request_id: str) -> None:
-        if (request := self._requests.cancel(request_id)) is not None:
-            self._leave(request)
 
     def close(self) -> None:
         """Ends all replies and closes the connections."""
@@ -195,11 +149,12 @@ class VllmEngine:
             if not (is_text & language_mask(self._vocabulary, language)).any():
                 raise ValueError(f"the vocabulary has no text id for the language {language!r}")
             self._languages.add(language)
-        request = self._requests.admit(prompt_ids, sampling, schedule, request_id)
-        self._loop.call_soon_threadsafe(self._begin, request, schedule)
-        return request
+        return super()._admit(prompt_ids, sampling, schedule, request_id)
 
     def _begin(self, request: Request, schedule: Schedule) -> None:
+        self._loop.call_soon_threadsafe(self._start, request, schedule)
+
+    def _start(self, request: Request, schedule: Schedule) -> None:
         if not request.ended:
             task = self._tasks[request] = self._loop.create_task(self._reply(request, schedule))
             task.add_done_callback(lambda _: self._tasks.pop(request, None))
