@@ -14,6 +14,9 @@ RESULTS ?= benchmarks/results
 export OMP_WAIT_POLICY = PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
+# Python compiles a module at its first import. To compile all 20 000 files of the libraries takes two minutes.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --no-compile
+
 # Processes of the tests: much of their time is real time in which a conversation is waited for.
 WORKERS ?= 3
 
@@ -69,7 +72,7 @@ test-vllm: $(VENV)/.dev $(VLLM)/.installed
 	DUOLOGUE_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest tests/test_vllm_live.py
 
 test-gguf: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[gguf]"
+	$(PIP_INSTALL) -c constraints.txt -e ".[gguf]"
 	$(BIN)/python -m pytest tests/test_gguf.py
 
 test-scale: $(VENV)/.dev $(SCALE)/.installed
@@ -99,15 +102,15 @@ $(BIN)/python:
 
 # The stamps make the second call quick: an installation is repeated only when its lists change.
 $(VENV)/.core: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	$(PIP_INSTALL) -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[serve]"
+	$(PIP_INSTALL) -c constraints.txt -e ".[serve]"
 	@touch $(VENV)/.core $@
 
 $(OLDEST)/.installed: | $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --no-deps --target $(OLDEST) "transformers==5.17.*" "huggingface-hub<2"
+	$(PIP_INSTALL) --no-deps --target $(OLDEST) "transformers==5.17.*" "huggingface-hub<2"
 	@touch $@
 
 # Builds of torchvision and others for another torch would fail at their import; vLLM does without them here.
@@ -122,7 +125,7 @@ $(SCALE)/.installed: constraints.txt | $(VENV)/.dev
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,lora,data,eval,serve,vllm,talk,clients,browser,webrtc,dev]"
+	$(PIP_INSTALL) -c constraints.txt -e ".[train,lora,data,eval,serve,vllm,talk,clients,browser,webrtc,dev]"
 	@touch $(VENV)/.core $@
 
 # After the synthesizers: apt-get runs once at a time.

@@ -9,18 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.training import FLOW as TINY
+from benchmarks.gpu.training import RELEASED
 from duologue import rates
 from duologue.audio import LogMelConfig, SpeakMel
 from duologue.checkpoint import file_hash, load_component, read_extra, save_component
 from duologue.config import load_config
-from duologue.decoder.encoder import TokenEncoderConfig
 from duologue.decoder.flow import Flow, FlowConfig
-from duologue.decoder.transformer import EstimatorConfig
 from duologue.decoder.vocoder import Vocoder, VocoderConfig
 from duologue.layers import Padded
-from duologue.released.decoder.conformer import ConformerConfig
 from duologue.released.decoder.flow import ReleasedFlow, ReleasedFlowConfig
-from duologue.released.decoder.unet import UNetConfig
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import QuantizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
@@ -31,21 +29,6 @@ from duologue.training.flow import REPLY, FlowModel, FlowRecipe, FlowStage
 from duologue.training.loop import LoopConfig, run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-TINY = FlowConfig(
-    encoder=TokenEncoderConfig(width=16, num_heads=2, ffn_dim=24, num_layers=1),
-    estimator=EstimatorConfig(width=16, num_heads=2, ffn_dim=24, num_layers=1, kernel_size=3, time_dim=8),
-    condition_dim=80,
-    speaker_dim=4,
-    num_steps=2,
-)
-
-
-RELEASED = ReleasedFlowConfig(
-    input_size=16,
-    spk_embed_dim=4,
-    encoder=ConformerConfig(input_size=16, output_size=16, attention_heads=2, linear_units=24, num_blocks=1),
-    estimator=UNetConfig(channels=(16, 16), attention_head_dim=8, n_blocks=1, num_mid_blocks=1, num_heads=2),
-)
 
 
 def write_corpus(folder: Path, seconds: list[float], shard: int = 0) -> None:
