@@ -143,7 +143,7 @@ def counting_flow(monkeypatch: pytest.MonkeyPatch, streaming: Streaming) -> Rele
     return flow
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 5000])
+@pytest.mark.parametrize("chunk", [1, 64, 5000])
 @pytest.mark.parametrize(
     "streaming",
     [

@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -38,9 +39,17 @@ collate: !name:cosyvoice.dataset.processor.padding
 """
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    save_released_decoder(folder, small_decoder(), note="random weights")
+    return folder
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    save_released_decoder(tmp_path, small_decoder(), note="random weights")
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
