@@ -55,7 +55,7 @@ def test_the_parabola_goes_through_its_points() -> None:
 
 def test_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "9b", PRESETS["tiny"])
-    few = ("--seconds", "4", "--repetitions", "1", "--window", "30")
+    few = ("--seconds", "8", "--repetitions", "1", "--window", "30")
     assert main(["bench", "decoder", "--preset", "glm-4-voice-9b", *few, "--json"]) == 0
     printed = capsys.readouterr()
     assert "released mode, some blocks: 100%" in printed.err
