@@ -80,14 +80,14 @@ def test_streamed_files_equal_finished_files(file_format: FileFormat) -> None:
         assert grown == whole
         assert len(whole) == 2 * encoder.num_samples == 2 * SAMPLE_RATE * seconds
         return
-    heard, rate = soundfile.read(io.BytesIO(whole))
+    heard, rate = load_audio(whole)
     assert rate == SAMPLE_RATE
     assert len(heard) / rate == pytest.approx(seconds, abs=0.1)
-    assert np.abs(heard).max() == pytest.approx(0.3, abs=0.02)
+    assert np.abs(heard).max() == pytest.approx(0.3, abs=0.03)
     if file_format == "flac":  # libsndfile does not read FLAC of unknown length; the frames are the same
         assert (grown[:18], grown[42:]) == (whole[:18], whole[42:]) or grown[42:] == whole[42:]
         return
-    again, _ = soundfile.read(io.BytesIO(grown))
+    again, _ = load_audio(grown)
     assert len(again) / rate == pytest.approx(seconds, abs=0.1)
 
 
@@ -99,7 +99,7 @@ def test_speech_in_every_format(client: httpx.Client, file_format: FileFormat) -
     asked = {"model": "tts-1", "voice": "alloy", "input": SAID, "response_format": file_format}
     response = client.post("/v1/audio/speech", json=asked)
     assert response.status_code == 200
-    beginnings = {"wav": b"RIFF", "flac": b"fLaC", "opus": b"OggS", "mp3": b"\xff"}
+    beginnings = {"wav": b"RIFF", "flac": b"fLaC", "opus": b"OggS", "mp3": b"\xff", "aac": b"\xff\xf1"}
     assert response.content.startswith(beginnings.get(file_format, b""))
     if file_format == "wav":
         heard, rate = soundfile.read(io.BytesIO(response.content))
@@ -161,7 +161,7 @@ def test_speech_as_events(client: httpx.Client) -> None:
         ({"input": "x" * 301}, "input_too_long", "input"),
         ({"input": "\U0001f600 \x07"}, "invalid_value", "input"),
         ({"input": SAID, "voice": "nobody"}, "invalid_value", "voice"),
-        ({"input": SAID, "response_format": "aac"}, "invalid_value", "response_format"),
+        ({"input": SAID, "response_format": "amr"}, "invalid_value", "response_format"),
         ({"input": SAID, "speed": 9}, "invalid_value", "speed"),
         ({"input": SAID, "speed": "fast"}, "invalid_value", "speed"),
         ({"input": 7}, "invalid_value", "input"),
@@ -350,7 +350,7 @@ def test_a_spoken_answer_as_events(client: httpx.Client) -> None:
         ({"logit_bias": {"1": 5}}, "invalid_value", "logit_bias"),
         ({"temperature": 3}, "invalid_value", "temperature"),
         ({"max_completion_tokens": 0}, "invalid_value", "max_completion_tokens"),
-        ({"audio": {"format": "aac"}}, "invalid_value", "audio.format"),
+        ({"audio": {"format": "amr"}}, "invalid_value", "audio.format"),
         ({"modalities": ["video"]}, "invalid_value", "modalities.0"),
         ({**SPOKEN, "audio": {"voice": "nobody"}}, "invalid_value", "audio.voice"),
     ],

@@ -95,6 +95,11 @@ def test_other_text_stays_as_it_is(text: str) -> None:
         ("$3.50 or €4", "three dollars, fifty cents or four euro"),
         ("the 3rd and 21st", "the third and twenty-first"),
         ("In 3, 4 and 5.", "In three, four and five."),
+        ("5 km at 1 m, 20 °C, 2.5kg", "five kilometers at one meter, twenty degrees Celsius, two point five kilograms"),
+        ("100 km/h or 60 mph", "one hundred kilometers per hour or sixty miles per hour"),
+        ("on 2024-05-01.", "on May first, twenty twenty-four."),
+        ("May 5, 1984 and 3 Jan. 2007", "May fifth, nineteen eighty-four and January third, two thousand and seven"),
+        ("the 4th of July, Sept 3rd", "the fourth of July, Sept third"),
     ],
 )
 def test_numbers_become_words(text: str, spoken: str) -> None:
@@ -102,7 +107,9 @@ def test_numbers_become_words(text: str, spoken: str) -> None:
     assert write_out_numbers(text) == spoken
 
 
-@pytest.mark.parametrize("text", ["v1.2.3", "2024-05-01", "192.168.0.1", "555-1234", "A4", "x2", "1e9", "25:61", "3/4"])
+@pytest.mark.parametrize(
+    "text", ["v1.2.3", "2024-13-01", "2024-05-01-3", "192.168.0.1", "555-1234", "A4", "x2", "1e9", "25:61", "3/4"]
+)
 def test_other_digits_stay(text: str) -> None:
     pytest.importorskip("num2words", reason="num2words is not installed (extra: serve)")
     assert write_out_numbers(text) == text

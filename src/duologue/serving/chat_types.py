@@ -91,7 +91,7 @@ Message: TypeAlias = Annotated[SystemMessage | UserMessage | AssistantMessage, F
 
 class AudioOptions(Strict):
     voice: str | VoiceId | None = None
-    format: Literal["wav", "flac", "mp3", "opus", "pcm16"] = "wav"
+    format: Literal["wav", "flac", "mp3", "opus", "aac", "pcm16"] = "wav"
 
 
 class StreamOptions(Strict):

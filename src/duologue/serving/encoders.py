@@ -1,4 +1,6 @@
-"""Streaming encoders for audio files: wav, pcm, flac, mp3 and opus, mono at 24 kHz, through libsndfile.
+"""Streaming encoders for audio files: wav, pcm, flac, mp3, opus and aac, mono at 24 kHz.
+
+libsndfile writes flac, mp3 and opus; PyAV writes aac, as ADTS frames.
 
 The length of a streamed file is unknown at its start. A streamed WAV header holds 0xFFFFFFFF in its size fields; the
 other formats need no length.
@@ -10,6 +12,7 @@ import io
 import struct
 from typing import Any, Literal, TypeAlias, get_args
 
+import av
 import numpy as np
 import soundfile
 from numpy.typing import NDArray
@@ -20,7 +23,7 @@ from duologue.pcm import to_int16
 from duologue.serving.tempo import Tempo
 from duologue.sound_files import write_blocks
 
-FileFormat: TypeAlias = Literal["wav", "pcm", "flac", "mp3", "opus"]
+FileFormat: TypeAlias = Literal["wav", "pcm", "flac", "mp3", "opus", "aac"]
 FILE_FORMATS: tuple[FileFormat, ...] = get_args(FileFormat)
 SAMPLE_RATE = 24_000  # for every format, as in OpenAI's API
 MEDIA_TYPES: dict[FileFormat, str] = {
@@ -29,6 +32,7 @@ MEDIA_TYPES: dict[FileFormat, str] = {
     "flac": "audio/flac",
     "mp3": "audio/mpeg",
     "opus": "audio/ogg",
+    "aac": "audio/aac",
 }
 _LIBSNDFILE: dict[FileFormat, tuple[str, str]] = {
     "flac": ("FLAC", "PCM_16"),
@@ -62,6 +66,8 @@ class FileEncoder:
             self._file = soundfile.SoundFile(
                 self._growing, "w", SAMPLE_RATE, 1, subtype, None, container, True, level, mode
             )
+        elif file_format == "aac":
+            self._file = _AacFile(self._growing)
         elif file_format == "wav":
             self._growing.write(_wav_header(_UNKNOWN))
 
@@ -72,6 +78,8 @@ class FileEncoder:
         self.num_samples += len(wav)
         if self._file is None:
             self._growing.write(to_int16(wav).tobytes())
+        elif isinstance(self._file, _AacFile):
+            self._file.write(wav)
         elif len(wav):
             write_blocks(self._file, wav)
         if last and self._file is not None:
@@ -113,6 +121,28 @@ def _tag_length(data: bytes) -> int:
     kbps = (_KBPS_1 if version == 3 else _KBPS_2)[bitrate]
     sample_rate = (44_100, 48_000, 32_000)[rate] // (1 if version == 3 else 2)
     return (144_000 if version == 3 else 72_000) * kbps // sample_rate + padding
+
+
+class _AacFile:
+    """AAC at 64 kbit/s in ADTS frames, which need no header and no length."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        self._container = av.open(file, "w", format="adts", options={"flush_packets": "1"}, buffer_size=1024)
+        self._stream = self._container.add_stream("aac", rate=SAMPLE_RATE, layout="mono")
+        self._stream.bit_rate = 64_000
+        self._num_samples = 0
+
+    def write(self, wav: NDArray[np.float32]) -> None:
+        if not len(wav):
+            return
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wav)[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = SAMPLE_RATE, self._num_samples
+        self._num_samples += len(wav)
+        self._container.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
 
 
 class _GrowingFile(io.BytesIO):

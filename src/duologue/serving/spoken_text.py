@@ -30,10 +30,55 @@ _BREAKS = (_SENTENCES, _BLANKS, _WORDS, _CHARACTERS)
 
 _NUMBER = regex.compile(
     r"(?<![\w.,:/-])(?P<currency>[$€£])?(?:(?P<hour>[01]?\d|2[0-3]):(?P<minute>[0-5]\d)"
-    r"|(?P<ordinal>\d{1,6})(?:st|nd|rd|th)|(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,15}(?:\.\d+)?)(?P<percent>\s?%)?)"
+    r"|(?P<year>\d{4})-(?P<month>0[1-9]|1[0-2])-(?P<day>0[1-9]|[12]\d|3[01])"
+    r"|(?P<ordinal>\d{1,6})(?:st|nd|rd|th)|(?P<number>\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d{1,15}(?:\.\d+)?)(?:\s?(?P<unit>%|°C|°F|km/h|(?:km|cm|mm|kg|mg|lb|oz|ft|mph|kB|MB|GB|TB|kHz|MHz|GHz|Hz|kW|ms|ml|m|g)\b))?)"
     r"(?![\w%]|[.,:/-]\w)"
 )
+# "May 5, 1984" and "5 May 1984"; the year may be absent.
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
+_MONTH = "|".join(f"{month}|{month[:3]}\\.?" for month in _MONTHS)
+_DATE = regex.compile(
+    rf"\b(?:(?P<month>{_MONTH})\s(?P<day>[12]\d|3[01]|0?[1-9])(?:st|nd|rd|th)?(?:,?\s(?P<year>[12]\d{{3}}))?"
+    rf"|(?P<day>[12]\d|3[01]|0?[1-9])(?:st|nd|rd|th)?\s(?P<month>{_MONTH})(?:,?\s(?P<year>[12]\d{{3}}))?)\b(?![.,:/-]\d)"
+)
 _CURRENCIES = {"$": "USD", "€": "EUR", "£": "GBP"}
+# Singular and plural.
+_UNITS = {
+    "%": ("percent", "percent"),
+    "°C": ("degree Celsius", "degrees Celsius"),
+    "°F": ("degree Fahrenheit", "degrees Fahrenheit"),
+    "km/h": ("kilometer per hour", "kilometers per hour"),
+    "mph": ("mile per hour", "miles per hour"),
+    "lb": ("pound", "pounds"),
+    "oz": ("ounce", "ounces"),
+    "ft": ("foot", "feet"),
+    **{
+        unit: (name, f"{name}s")
+        for unit, name in (
+            ("km", "kilometer"),
+            ("cm", "centimeter"),
+            ("mm", "millimeter"),
+            ("m", "meter"),
+            ("kg", "kilogram"),
+            ("mg", "milligram"),
+            ("g", "gram"),
+            ("ml", "milliliter"),
+            ("kB", "kilobyte"),
+            ("MB", "megabyte"),
+            ("GB", "gigabyte"),
+            ("TB", "terabyte"),
+            ("kW", "kilowatt"),
+            ("ms", "millisecond"),
+        )
+    },
+    "Hz": ("hertz", "hertz"),
+    "kHz": ("kilohertz", "kilohertz"),
+    "MHz": ("megahertz", "megahertz"),
+    "GHz": ("gigahertz", "gigahertz"),
+}
 
 
 def speakable(text: str) -> str:
@@ -45,16 +90,25 @@ def speakable(text: str) -> str:
 
 
 def write_out_numbers(text: str, language: str = "en") -> str:
-    """Writes numbers, ordinals, amounts of money, percentages and clock times as words.
+    """Writes numbers, ordinals, amounts of money, percentages, units, dates and clock times as words.
 
-    Digits in versions, dates, addresses and codes stay as they are. Only English text is changed.
+    Digits in versions, addresses and codes stay as they are. Only English text is changed.
     """
 
     if language != "en":
         return text
     from num2words import num2words
 
+    def date(match: regex.Match[str]) -> str:
+        name = match["month"].rstrip(".")
+        month = next(each for each in _MONTHS if each.startswith(name))
+        spoken = f"{month} {num2words(int(match['day']), to='ordinal')}"
+        return f"{spoken}, {num2words(int(match['year']), to='year')}" if match["year"] else spoken
+
     def words(match: regex.Match[str]) -> str:
+        if match["year"]:
+            day = num2words(int(match["day"]), to="ordinal")
+            return f"{_MONTHS[int(match['month']) - 1]} {day}, {num2words(int(match['year']), to='year')}"
         if match["hour"]:
             minute = int(match["minute"])
             spoken = [num2words(int(match["hour"]))]
@@ -68,9 +122,11 @@ def write_out_numbers(text: str, language: str = "en") -> str:
         if match["currency"]:
             amount = num2words(number, to="currency", currency=_CURRENCIES[match["currency"]])
             return str(amount.removesuffix(", zero cents").removesuffix(", zero pence"))
-        return f"{num2words(number)} percent" if match["percent"] else str(num2words(number))
+        if match["unit"]:
+            return f"{num2words(number)} {_UNITS[match['unit']][digits != '1']}"
+        return str(num2words(number))
 
-    return str(_NUMBER.sub(words, text))
+    return str(_NUMBER.sub(words, _DATE.sub(date, text)))
 
 
 def chunks(text: str, count: Callable[[str], int], limit: int) -> list[str]:
