@@ -110,3 +110,10 @@ def test_every_reply_of_the_curriculum_is_right_and_most_others_are_wrong() -> N
 )
 def test_word_errors(reference: str, hypothesis: str, edits: int) -> None:
     assert word_errors(reference, hypothesis) == (edits, len(reference.split()))
+
+
+def test_chinese_is_compared_by_characters() -> None:
+    assert word_errors("今天天气很好。", "今天 天汽很好", "zh") == (1, 6)
+    assert word_errors("今天天气很好。", "", "zh") == (6, 6)
+    assert is_correct("中国的首都是北京。", ["北京"], "zh")
+    assert not is_correct("中国的首都是南京。", ["北京"], "zh")

@@ -38,7 +38,7 @@ def _normalizers() -> tuple[Callable[[str], str], Callable[[str], str]]:
 
 @lru_cache(maxsize=4096)
 def normalize(text: str, language: str = "en") -> str:
-    """Words with single spaces as recognizers are compared: Whisper's normalizer, but with numbers in words.
+    """Words with single spaces as recognizers are compared: Whisper's normalizer, but with English numbers in words.
 
     "It's 3,021 km!" -> "it is three thousand twenty one km"; "one hundred and five" -> "one hundred five". Characters
     of other scripts stay as they are.
@@ -66,16 +66,16 @@ def normalize(text: str, language: str = "en") -> str:
     return " ".join(kept)
 
 
-def is_correct(reply_text: str, answers: Sequence[str]) -> bool:
+def is_correct(reply_text: str, answers: Sequence[str], language: str = "en") -> bool:
     """Whether one of the accepted answers stands in the reply: all its words next to each other, in order.
 
-    A number answers only as a whole: "seven" is not in "thirty seven", nor "twenty" in "twenty one". Raises
-    `ValueError` when there is no answer to look for.
+    A number answers only as a whole: "seven" is not in "thirty seven", nor "twenty" in "twenty one". Chinese is
+    compared by characters. Raises `ValueError` when there is no answer to look for.
     """
-    wanted = [_units(normalize(answer).split()) for answer in answers]
+    wanted = [_units(_tokens(answer, language)) for answer in answers]
     if not wanted or not all(wanted):
         raise ValueError(f"answers must be non-empty texts, not {list(answers)!r}")
-    reply = _units(normalize(reply_text).split())
+    reply = _units(_tokens(reply_text, language))
     return any(
         reply[start : start + len(answer)] == answer
         for answer in wanted
@@ -84,14 +84,23 @@ def is_correct(reply_text: str, answers: Sequence[str]) -> bool:
 
 
 def word_errors(reference: str, hypothesis: str, language: str = "en") -> tuple[int, int]:
-    """(edits, reference words) between two texts, normalized here: substitutions, deletions and insertions of words."""
-    expected, heard = normalize(reference, language).split(), normalize(hypothesis, language).split()
+    """(edits, reference words) between two texts, normalized here: substitutions, deletions and insertions of words.
+
+    For "zh" these are characters, so that the quotient is the character error rate (CER).
+    """
+    expected, heard = _tokens(reference, language), _tokens(hypothesis, language)
     row = list(range(len(heard) + 1))
     for index, word in enumerate(expected, start=1):
         diagonal, row[0] = row[0], index
         for column, other in enumerate(heard, start=1):
             diagonal, row[column] = row[column], min(row[column] + 1, row[column - 1] + 1, diagonal + (word != other))
     return row[-1], len(expected)
+
+
+def _tokens(text: str, language: str) -> list[str]:
+    """The normalized text in what is compared: characters of Chinese, words of other languages."""
+    normalized = normalize(text, language)
+    return list(normalized.replace(" ", "")) if language == "zh" else normalized.split()
 
 
 def _ordinal(words: str) -> str:

@@ -121,7 +121,7 @@ def _recognizer(name: str, device: str) -> Transcribe:
 
         judge, _ = open_judge(Path(name))
         assert judge is not None  # it raises for a folder that was named
-        return lambda wav, rate, language: judge.transcribe(wav, rate)
+        return judge.transcribe
     from duologue.training.checking import model_recognizer
 
     return model_recognizer(name, device)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,7 +23,16 @@ _MAX_THREADS = 2
 class Judge(Protocol):
     """What reads sound: `WhisperJudge`, or a test's own."""
 
-    def transcribe(self, wav: NDArray[np.float32], sample_rate: int) -> str: ...
+    def transcribe(self, wav: NDArray[np.float32], sample_rate: int, language: str = "en") -> str: ...
+
+
+@dataclass(frozen=True)
+class TimedWord:
+    """A word and its place in the sound, in seconds."""
+
+    text: str
+    start: float
+    end: float
 
 
 class WhisperJudge:
@@ -56,20 +66,32 @@ class WhisperJudge:
         except RuntimeError as error:
             raise ValueError(f"{folder} cannot be read as a CTranslate2 Whisper: {error}") from None
 
-    def transcribe(self, wav: NDArray[np.float32], sample_rate: int) -> str:
-        """wav (S,) float32 in [-1, 1] -> what is said; empty for silence and where no speech is recognized."""
+    def transcribe(self, wav: NDArray[np.float32], sample_rate: int, language: str = "en") -> str:
+        """wav (S,) float32 in [-1, 1] -> what is said; empty for silence and where no speech is recognized.
+
+        Args:
+            language: code of Whisper, such as "en" or "zh"; empty lets the model detect it.
+        """
+        return " ".join(segment.text.strip() for segment in self._read(wav, sample_rate, language))
+
+    def words(self, wav: NDArray[np.float32], sample_rate: int, language: str = "en") -> list[TimedWord]:
+        """As `transcribe`, but the words with their times."""
+        found = (word for one in self._read(wav, sample_rate, language, word_timestamps=True) for word in one.words)
+        return [TimedWord(word.word.strip(), float(word.start), float(word.end)) for word in found]
+
+    def _read(self, wav: NDArray[np.float32], sample_rate: int, language: str, **options: Any) -> list[Any]:
         if not wav.any():
-            return ""
+            return []
         segments, _ = self._model.transcribe(
             resample(wav, sample_rate, SAMPLE_RATE),
-            language="en",
+            language=language or None,
             beam_size=5,
             temperature=0.0,  # no second try with sampling: its text would depend on chance
             condition_on_previous_text=False,
-            without_timestamps=True,
             vad_filter=False,
+            **{"without_timestamps": True, **options},
         )
-        return " ".join(segment.text.strip() for segment in segments)
+        return list(segments)
 
 
 def open_judge(folder: Path | None) -> tuple[WhisperJudge | None, str]:
