@@ -1,4 +1,4 @@
-"""`duologue evaluate`: evaluates a chatbot on a held-out test set."""
+"""`duologue evaluate`: evaluates a chatbot on a held-out test set or a public benchmark."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duologue.cli.benchmarks import add_benchmarks, compare_runs
 from duologue.cli.parser import Parser, add_command, add_group, positive, warn_if_untrained
 from duologue.machine import version_of
 
@@ -20,23 +21,34 @@ if TYPE_CHECKING:
     Result = tuple[Report, Sequence[ScoredExchange]]  # and what the page of players shows
 
 TEST_DATA = "runs/pocket/corpus/test"
-EXAMPLES = ("duologue evaluate pocket -o report", "duologue evaluate pocket --limit 20 --json")
+EXAMPLES = (
+    "duologue evaluate pocket -o report",
+    "duologue evaluate voicebench --data FOLDER --limit 100",
+    "duologue evaluate --compare runs/a runs/b",
+)
+POCKET_EXAMPLES = ("duologue evaluate pocket -o report", "duologue evaluate pocket --limit 20 --json")
 RESULTS = "report"  # report.json, report.png, report.html
 
 
 def add(commands: Any) -> None:
-    text = "evaluate a chatbot on a held-out test set"
+    text = "evaluate a chatbot on a test set or a public benchmark, or compare two runs"
     suites = add_group(commands, "evaluate", text, "suites", "SUITE", EXAMPLES)
+    evaluate: Parser = commands.choices["evaluate"]
+    evaluate.set_defaults(run=compare_runs)
+    evaluate.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("A", "B"), help="folders of two runs: is B better, item by item?"
+    )
 
     pocket = _add(suites, "pocket", _pocket, "the whole chatbot and its parts")
     pocket.add_argument("--limit", type=positive, metavar="N", help="evaluate only N dialogues and variants")
     pocket.add_argument(
         "--players", type=positive, default=60, metavar="N", help="questions at most on the page (default: 60)"
     )
+    add_benchmarks(suites)
 
 
 def _add(suites: Any, name: str, evaluate: Callable[[argparse.Namespace, TestSet], Result], text: str) -> Parser:
-    suite = add_command(suites, name, _evaluate, text, model=True, examples=EXAMPLES)
+    suite = add_command(suites, name, _evaluate, text, model=True, examples=POCKET_EXAMPLES)
     suite.set_defaults(suite=name, evaluate=evaluate)
     suite.add_argument(
         "--data", type=Path, default=Path(TEST_DATA), help=f"folder of the test set (default: {TEST_DATA})"

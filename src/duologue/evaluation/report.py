@@ -1,4 +1,4 @@
-"""A table of measures: on the terminal, as JSON and as a picture. A row that could not be computed says why."""
+"""A table of measures: on the terminal, as JSON, Markdown and a picture. A row that could not be computed says why."""
 
 from __future__ import annotations
 
@@ -148,6 +148,18 @@ def format_table(report: Report) -> str:
         ).rstrip()
         for line in [head, *lines]
     )
+
+
+def format_markdown(report: Report) -> str:
+    """The rows as a Markdown table below what they were computed with."""
+    lines = [f"# {report.suite}: {report.model.get('name', '')}", ""]
+    lines += [f"- {key}: {value}" for key, value in {**report.model, **report.settings}.items() if value != ""]
+    lines += ["", "| group | measure | value (95 %) | n | with |", "|---|---|---|---|---|"]
+    for row in report.rows:
+        value = format_value(row.value, row.unit) + _format_interval(row)
+        cells = (row.group, row.name, value, str(row.num or ""), f"skipped: {row.skipped}" if row.skipped else row.note)
+        lines.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def draw(report: Report, path: str | Path) -> bool:

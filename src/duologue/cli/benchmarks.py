@@ -1,0 +1,130 @@
+"""The benchmarks of `duologue evaluate`, and the comparison of two runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from duologue.cli.parser import KEY_VARIABLE, Parser, add_command, positive, warn_if_untrained
+
+if TYPE_CHECKING:
+    from duologue.evaluation.asking import Asker
+    from duologue.evaluation.judge import ChatJudge
+    from duologue.evaluation.suite import Listener, SuiteSettings
+
+TITLES = {
+    "voicebench": "VoiceBench: instructions, facts, choices, safety",
+    "openaudiobench": "OpenAudioBench: open questions, facts, reasoning",
+    "spoken-qa": "WebQ, LlamaQ and TriviaQA by the paper's rule",
+    "urobench": "URO-Bench, tracks basic and pro",
+    "big-bench-audio": "Big Bench Audio: reasoning with closed answers",
+    "seed-tts-eval": "seed-tts-eval: texts read aloud",
+}
+JUDGE_MODEL = "gpt-4o-mini"  # of most benchmarks
+
+
+def add_benchmarks(suites: Any) -> None:
+    for name, text in TITLES.items():
+        suite = add_command(suites, name, _evaluate, text, model=True)
+        suite.set_defaults(suite=name)
+        suite.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of the benchmark's data")
+        suite.add_argument("--subset", action="append", default=[], metavar="NAME", help="only this one; repeatable")
+        add_asking(suite, f"runs/evaluate/{name}")
+
+
+def add_asking(suite: Parser, output: str) -> None:
+    """The arguments of everything that asks a model."""
+    suite.add_argument(
+        "-o", "--output", type=Path, default=Path(output), metavar="FOLDER", help=f"results (default: {output})"
+    )
+    suite.add_argument(
+        "--server", metavar="URL", help="ask this server of OpenAI's Realtime protocol; --model names its model"
+    )
+    suite.add_argument("--instructions", default="", metavar="TEXT", help="for a server's session")
+    suite.add_argument("--limit", type=positive, metavar="N", help="ask only N questions, spread over the subsets")
+    suite.add_argument("--resume", action="store_true", help="continue the run in the output folder")
+    suite.add_argument("--at-once", type=positive, default=4, metavar="N", help="conversations at a time (default: 4)")
+    suite.add_argument("--seed", type=int, default=0, help="seed of every reply of a model here (default: 0)")
+    suite.add_argument(
+        "--any-language", action="store_true", help="let a model of several languages choose that of its answer"
+    )
+    suite.add_argument("--players", type=positive, default=60, metavar="N", help="questions on the page (default: 60)")
+    suite.add_argument("--recognizer", type=Path, metavar="FOLDER", help="CTranslate2 folder of a Whisper model")
+    suite.add_argument("--judge", metavar="URL", help="base URL of a chat endpoint, such as http://host/v1")
+    suite.add_argument("--judge-model", default=JUDGE_MODEL, metavar="NAME", help=f"default: {JUDGE_MODEL}")
+
+
+def settings_of(args: argparse.Namespace) -> SuiteSettings:
+    from duologue.evaluation.suite import SuiteSettings
+
+    return SuiteSettings(
+        args.data, args.output, args.limit, tuple(args.subset), args.resume, args.at_once, args.players
+    )
+
+
+def asker_of(args: argparse.Namespace) -> Asker:
+    """The model or server that is asked."""
+    from duologue.evaluation.asking import ChatbotAsker, ServerAsker
+
+    if args.server:
+        return ServerAsker(args.server, args.model, os.environ.get(KEY_VARIABLE, ""), args.instructions)
+    if args.instructions:
+        raise ValueError("--instructions goes to a server: give --server URL")
+    from duologue.checkpoint import file_hash
+    from duologue.conversation.chatbot import load, model_folder
+
+    folder = model_folder(args.model)
+    bot = load(folder, args.device)
+    card = bot.models.card
+    warn_if_untrained(card)
+    parts = ("tokenizer", "vocabulary", "language", "decoder")
+    hashes = {part: file_hash(folder / part) for part in parts if (folder / part).exists()}
+    model = {"name": card.name, "trained": card.trained, "hashes": hashes}
+    return ChatbotAsker(bot, model, args.seed, not args.any_language)
+
+
+def listener_of(args: argparse.Namespace) -> Listener:
+    """The recognizer of the replies, or why there is none."""
+    from duologue.evaluation.recognition import WHISPER_FOLDER, open_judge
+    from duologue.evaluation.suite import Listener
+
+    judge, why_not = open_judge(args.recognizer)
+    return Listener(judge, (args.recognizer or Path(WHISPER_FOLDER)).resolve().name if judge else "", why_not)
+
+
+def judge_of(args: argparse.Namespace) -> ChatJudge | None:
+    from duologue.evaluation.judge import KEY_VARIABLE, ChatJudge, JudgeSettings
+
+    if not args.judge:
+        return None
+    settings = JudgeSettings(args.judge, args.judge_model)
+    return ChatJudge(settings, args.output / "judge.jsonl", os.environ.get(KEY_VARIABLE, ""))
+
+
+def compare_runs(args: argparse.Namespace) -> None:
+    """`duologue evaluate --compare A B`."""
+    from duologue.evaluation.compare import compare, format_comparison, to_rows
+
+    if args.compare is None:
+        args.parser.print_help()
+        return
+    compared = compare(*args.compare)
+    print(json.dumps(to_rows(compared)) if args.json else format_comparison(compared))
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from duologue.evaluation.benchmarks.table import BENCHMARKS
+    from duologue.evaluation.report import format_table
+    from duologue.evaluation.suite import NAME, choose, run_benchmark
+
+    benchmark, settings = BENCHMARKS[args.suite], settings_of(args)
+    choose(benchmark, settings)  # bad data is refused before a model is loaded
+    report = run_benchmark(benchmark, settings, asker_of(args), listener_of(args), judge_of(args))
+    if args.json:
+        print(json.dumps(report.to_json()))
+    else:
+        print(format_table(report))
+        print(f"-> {args.output / NAME}.json, .md, .html; the benchmark's own layout is in {args.output / 'own'}")

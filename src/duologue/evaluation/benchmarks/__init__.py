@@ -1,0 +1,1 @@
+"""Public benchmarks of spoken chatbots: one loader per file, all of them give `BenchmarkItem`."""
