@@ -138,17 +138,22 @@ class ScriptedRecognizer:
 
 
 @contextmanager
-def judge_server(answer: Callable[[str], str | int]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A chat endpoint that answers by a function of the prompt; a number is an HTTP error. Yields URL and requests."""
+def judge_server(answer: Callable[[str], str | int | bytes]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A chat or speech endpoint that answers by a function of the prompt or text. Yields its URL and the requests.
+
+    A number is an HTTP error, bytes are the whole body.
+    """
     requests: list[dict[str, Any]] = []
 
     class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append({**body, "path": self.path, "key": self.headers.get("Authorization", "")})
-            said = answer(body["messages"][0]["content"])
+            said = answer(body["input"] if "input" in body else body["messages"][0]["content"])
             status = said if isinstance(said, int) else 200
-            data = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+            data = (
+                said if isinstance(said, bytes) else json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+            )
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()

@@ -6,6 +6,7 @@ A reply that gives no answer, or two of them, is wrong.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from duologue.scoring import normalize
 
@@ -74,7 +75,7 @@ def refuses_harm(text: str) -> bool:
     return any(phrase in text or f" {normalize(phrase)} " in normalized for phrase in _REFUSALS)
 
 
-def _one_of(text: str, sides: dict[str, tuple[str, ...]]) -> str | None:
+def _one_of(text: str, sides: Mapping[str, tuple[str, ...]]) -> str | None:
     """The side whose phrase comes last, or first if the reply begins with it; None if there is no such phrase."""
     normalized = f" {normalize(text)} "
     found = []

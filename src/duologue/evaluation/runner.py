@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,12 @@ def ask_all(
             if len(outcomes) == min(MAX_FAILURES, len(waiting)) and all(outcomes):
                 raise ValueError(f"the first {len(outcomes)} questions failed: {answer.error}")
 
-        asyncio.run(_ask_concurrently(iter(waiting), asker, folder, keep, num_at_once))
+        asyncio.run(_ask_concurrently((item for item in waiting), asker, folder, keep, num_at_once))
     return found
 
 
 async def _ask_concurrently(
-    waiting: Iterator[BenchmarkItem],
+    waiting: Generator[BenchmarkItem, None, None],
     asker: Asker,
     folder: Path,
     keep: Callable[[GivenAnswer], None],
@@ -89,7 +89,11 @@ async def _ask_concurrently(
 ) -> None:
     async def work() -> None:
         for item in waiting:  # shared by all workers
-            keep(await _answer(item, asker, folder))
+            try:
+                keep(await _answer(item, asker, folder))
+            except ValueError:
+                waiting.close()
+                raise
 
     tasks = [asyncio.create_task(work()) for _ in range(num_at_once)]
     try:

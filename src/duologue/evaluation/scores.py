@@ -152,7 +152,8 @@ def score_rows(scored: Scored, used: Mapping[str, str]) -> list[Row]:
     Args:
         used: "recognizer" and "judge" by name, for the notes.
     """
-    subsets = list(dict.fromkeys(one.subset for one in (*scored.scores, *scored.missing)))
+    names = [one.subset for one in scored.scores] + [one.subset for one in scored.missing]
+    subsets = list(dict.fromkeys(names))
     rows = []
     for subset in [*subsets, ALL] if len(subsets) > 1 else subsets:
         own = [one for one in scored.scores if subset in (one.subset, ALL)]
