@@ -13,6 +13,7 @@ from duologue.cli.parser import KEY_VARIABLE, Parser, add_command, positive, war
 if TYPE_CHECKING:
     from duologue.evaluation.asking import Asker
     from duologue.evaluation.judge import ChatJudge
+    from duologue.evaluation.report import Report
     from duologue.evaluation.suite import Listener, SuiteSettings
 
 TITLES = {
@@ -33,6 +34,11 @@ def add_benchmarks(suites: Any) -> None:
         suite.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of the benchmark's data")
         suite.add_argument("--subset", action="append", default=[], metavar="NAME", help="only this one; repeatable")
         add_asking(suite, f"runs/evaluate/{name}")
+
+    paper = add_command(suites, "paper", _paper, "the tables of the GLM-4-Voice paper", model=True)
+    paper.set_defaults(suite="paper", subset=[])
+    paper.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of the data sets")
+    add_asking(paper, "runs/evaluate/paper")
 
 
 def add_asking(suite: Parser, output: str) -> None:
@@ -117,14 +123,28 @@ def compare_runs(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from duologue.evaluation.benchmarks.table import BENCHMARKS
-    from duologue.evaluation.report import format_table
-    from duologue.evaluation.suite import NAME, choose, run_benchmark
+    from duologue.evaluation.suite import choose, run_benchmark
 
     benchmark, settings = BENCHMARKS[args.suite], settings_of(args)
     choose(benchmark, settings)  # bad data is refused before a model is loaded
-    report = run_benchmark(benchmark, settings, asker_of(args), listener_of(args), judge_of(args))
+    _print(args, run_benchmark(benchmark, settings, asker_of(args), listener_of(args), judge_of(args)))
+
+
+def _paper(args: argparse.Namespace) -> None:
+    from duologue.evaluation.asking import ChatbotAsker
+    from duologue.evaluation.paper import run_paper
+
+    asker = asker_of(args)
+    models = asker.bot.models if isinstance(asker, ChatbotAsker) else None
+    _print(args, run_paper(settings_of(args), asker, models, listener_of(args), judge_of(args)))
+
+
+def _print(args: argparse.Namespace, report: Report) -> None:
+    from duologue.evaluation.report import format_table
+    from duologue.evaluation.suite import NAME
+
     if args.json:
         print(json.dumps(report.to_json()))
     else:
         print(format_table(report))
-        print(f"-> {args.output / NAME}.json, .md, .html; the benchmark's own layout is in {args.output / 'own'}")
+        print(f"-> {args.output / NAME}.json, .md and .html")

@@ -76,7 +76,7 @@ class ChatbotAsker:
     """
 
     def __init__(self, bot: Chatbot, model: dict[str, Any], seed: int = 0, keep_language: bool = True) -> None:
-        self._bot, self._model, self._seed = bot, model, seed
+        self.bot, self._model, self._seed = bot, model, seed
         self._restricts = keep_language and len(bot.models.card.languages) > 1
 
     def about(self) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class ChatbotAsker:
 
     async def ask(self, item: BenchmarkItem) -> AsyncIterator[SpokenReply]:
         sampling = self._sampling(item.language)
-        session = self._bot.session(language=item.language, sampling=sampling)
+        session = self.bot.session(language=item.language, sampling=sampling)
         for question in item.questions:
             try:
                 if item.scoring is Scoring.READ:
@@ -99,20 +99,20 @@ class ChatbotAsker:
                 raise AskingFailed(str(error)) from error
 
     def _sampling(self, language: str) -> Sampling:
-        sampling = dataclasses.replace(self._bot.models.card.sampling, seed=self._seed)
+        sampling = dataclasses.replace(self.bot.models.card.sampling, seed=self._seed)
         if self._restricts and language in TEXT_LANGUAGES:
             sampling = dataclasses.replace(sampling, text_language=language)  # type: ignore[arg-type]
         return sampling
 
     async def _read_aloud(self, text: str, sampling: Sampling) -> AsyncIterator[Event]:
         """The reply to "say ..." whose text is given (`language/reading.py`)."""
-        models, vocabulary = self._bot.models, self._bot.models.vocabulary
+        models, vocabulary = self.bot.models, self.bot.models.vocabulary
         ids = tuple(vocabulary.encode_text(text))
         reading = dataclasses.replace(models, engine=ReadingEngine(models.engine, vocabulary, ids))
         asked = Conversation((turn_of(Role.USER, vocabulary.encode_text(f"say {text}"), vocabulary),), vocabulary.hash)
         most = dataclasses.replace(sampling, max_tokens=len(ids) * (1 + _SPEECH_PER_TEXT) + _SPARE_IDS)
         prompt, limited = reply_prompt(reading, asked, Modality.INTERLEAVED, most)
-        async with aclosing(Mouth(reading, self._bot.worker).speak(prompt, limited)) as events:
+        async with aclosing(Mouth(reading, self.bot.worker).speak(prompt, limited)) as events:
             async for event in events:
                 yield event
 

@@ -163,12 +163,14 @@ def format_markdown(report: Report) -> str:
 
 
 def draw(report: Report, path: str | Path) -> bool:
-    """A PNG of the rows that are shares, with their aims and their parts. False without matplotlib."""
+    """A PNG of the rows that are shares, with their aims and their parts. False without matplotlib or such rows."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
     shares = [row for row in report.rows if row.unit == "%" and row.value is not None]
+    if not shares:
+        return False
     parted = [row for row in shares if row.parts and row.group in DRAWN_BY_PARTS]
     height = 2.0 + 0.18 * (len(shares) + 2 + sum(len(row.parts) + 4 for row in parted))
     figure = Figure(figsize=(9, height), layout="constrained")

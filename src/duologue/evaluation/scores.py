@@ -146,16 +146,17 @@ def score(
     return scored
 
 
-def score_rows(scored: Scored, used: Mapping[str, str]) -> list[Row]:
+def score_rows(scored: Scored, used: Mapping[str, str], with_total: bool = True) -> list[Row]:
     """A row for each subset and measure, and over all subsets where there are several.
 
     Args:
         used: "recognizer" and "judge" by name, for the notes.
+        with_total: adds rows over all subsets.
     """
     names = [one.subset for one in scored.scores] + [one.subset for one in scored.missing]
     subsets = list(dict.fromkeys(names))
     rows = []
-    for subset in [*subsets, ALL] if len(subsets) > 1 else subsets:
+    for subset in [*subsets, ALL] if with_total and len(subsets) > 1 else subsets:
         own = [one for one in scored.scores if subset in (one.subset, ALL)]
         for measure in dict.fromkeys(one.measure for one in own):
             rows.append(_row(subset, measure, [one for one in own if one.measure == measure], used))
@@ -186,7 +187,7 @@ def _row(subset: str, measure: str, scores: Sequence[Score], used: Mapping[str, 
     notes = [f"{scores[0].better} is better"]
     if "WER" in measure or "CER" in measure or "right" in measure:
         notes.append("normalizer: " + ("basic, by characters" if "CER" in measure else "Whisper"))
-    notes += [f"recognizer: {used['recognizer']}"] if "sound" in measure else []
+    notes += [f"recognizer: {used['recognizer']}"] if "sound" in measure or "reconstruction" in measure else []
     notes += [f"judge: {used['judge']}"] if "judge" in measure else []
     value = sum(values) / sum(weights)
     return Row(subset, measure, value, unit, num=num, note=", ".join(notes), parts=parts, interval=interval_of(scores))

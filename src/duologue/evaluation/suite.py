@@ -16,7 +16,7 @@ from duologue.evaluation.page import PageRow, write_rows
 from duologue.evaluation.recognition import Judge
 from duologue.evaluation.report import Report, Row, format_markdown
 from duologue.evaluation.runner import ask_all, open_run
-from duologue.evaluation.scores import Score, Scored, read_sounds, score, score_rows
+from duologue.evaluation.scores import MissingFigure, Score, Scored, read_sounds, score, score_rows
 from duologue.evaluation.testset import spread
 from duologue.sound_files import load_audio
 
@@ -98,15 +98,23 @@ def finish(
     about: Mapping[str, Any],
     listener: Listener,
     judge: ChatJudge | None,
+    more: Sequence[Score] = (),
+    missing: Sequence[MissingFigure] = (),
 ) -> Report:
-    """Scores the answers and writes scores.jsonl, report.json, report.md, report.png and report.html."""
+    """Scores the answers and writes scores.jsonl, report.json, report.md, report.png and report.html.
+
+    Args:
+        more, missing: scores that come from elsewhere, and figures that cannot be computed.
+    """
     heard = None
     if listener.judge is not None:
         heard = read_sounds(settings.output, items, answers, listener.judge, listener.name)
     scored = score(items, answers, heard, listener.why_not, judge)
+    scored.scores += more
+    scored.missing += missing
     scored.save(settings.output)
     used = {"recognizer": listener.name, "judge": judge.settings.model if judge else ""}
-    rows = score_rows(scored, used)
+    rows = score_rows(scored, used, with_total=not more)
     if scored.num_unreadable:
         rows.append(Row("judge", "unreadable verdicts, left out", scored.num_unreadable, num=scored.num_unreadable))
     report = Report(
