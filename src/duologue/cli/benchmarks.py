@@ -40,8 +40,14 @@ def add_benchmarks(suites: Any) -> None:
     paper.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of the data sets")
     add_asking(paper, "runs/evaluate/paper")
 
+    text = "Full-Duplex-Bench v1.0 and v1.5 in real time"
+    duplex = add_command(suites, "full-duplex-bench", _duplex, text, model=True)
+    duplex.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder with v1_0 and v1_5")
+    duplex.add_argument("--subset", action="append", default=[], metavar="TASK", help="only this one, VERSION/TASK")
+    add_asking(duplex, "runs/evaluate/full-duplex-bench", at_once=1)
 
-def add_asking(suite: Parser, output: str) -> None:
+
+def add_asking(suite: Parser, output: str, at_once: int = 4) -> None:
     """The arguments of everything that asks a model."""
     suite.add_argument(
         "-o", "--output", type=Path, default=Path(output), metavar="FOLDER", help=f"results (default: {output})"
@@ -52,10 +58,8 @@ def add_asking(suite: Parser, output: str) -> None:
     suite.add_argument("--instructions", default="", metavar="TEXT", help="for a server's session")
     suite.add_argument("--limit", type=positive, metavar="N", help="ask only N questions, spread over the subsets")
     suite.add_argument("--resume", action="store_true", help="continue the run in the output folder")
-    suite.add_argument("--at-once", type=positive, default=4, metavar="N", help="conversations at a time (default: 4)")
-    suite.add_argument("--seed", type=int, default=0, help="seed of every reply of a model here (default: 0)")
     suite.add_argument(
-        "--any-language", action="store_true", help="let a model of several languages choose that of its answer"
+        "--at-once", type=positive, default=at_once, metavar="N", help=f"conversations at a time (default: {at_once})"
     )
     suite.add_argument("--players", type=positive, default=60, metavar="N", help="questions on the page (default: 60)")
     suite.add_argument("--recognizer", type=Path, metavar="FOLDER", help="CTranslate2 folder of a Whisper model")
@@ -139,6 +143,20 @@ def _paper(args: argparse.Namespace) -> None:
     _print(args, run_paper(settings_of(args), asker, models, listener_of(args), judge_of(args)))
 
 
+def _duplex(args: argparse.Namespace) -> None:
+    from duologue.client.process import start_server
+    from duologue.evaluation.benchmarks.fullduplexbench import load
+    from duologue.evaluation.duplex import run_duplex
+
+    load(args.data)  # bad data is refused before a server is started
+    settings, listener, key = settings_of(args), listener_of(args), os.environ.get(KEY_VARIABLE, "")
+    if args.server:
+        _print(args, run_duplex(settings, args.server, args.model, key, listener))
+        return
+    with start_server(args.model, ("--device", args.device)) as server:
+        _print(args, run_duplex(settings, server.url, args.model, "", listener))
+
+
 def _print(args: argparse.Namespace, report: Report) -> None:
     from duologue.evaluation.report import format_table
     from duologue.evaluation.suite import NAME
@@ -147,4 +165,5 @@ def _print(args: argparse.Namespace, report: Report) -> None:
         print(json.dumps(report.to_json()))
     else:
         print(format_table(report))
-        print(f"-> {args.output / NAME}.json, .md and .html")
+        for path in sorted(args.output.glob(f"{NAME}.*")):
+            print(f"-> {path}")

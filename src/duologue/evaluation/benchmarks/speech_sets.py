@@ -89,11 +89,11 @@ def read_stories(folder: Path) -> list[StoryPair]:
     path = folder / "pairs.jsonl"
     pairs = []
     for number, row in enumerate(read_rows(path, ("id", "context", "right", "wrong", "right_text", "wrong_text"))):
-        sounds = [
-            existing(folder / str(row[name]), f"{path}, line {number + 1}").path
-            for name in ("context", "right", "wrong")
-        ]
-        pairs.append(StoryPair(str(row["id"]), *sounds, str(row["right_text"]), str(row["wrong_text"])))
+        where = f"{path}, line {number + 1}"
+        context, right, wrong = (
+            existing(folder / str(row[name]), where).path for name in ("context", "right", "wrong")
+        )
+        pairs.append(StoryPair(str(row["id"]), context, right, wrong, str(row["right_text"]), str(row["wrong_text"])))
     return pairs
 
 
