@@ -33,36 +33,46 @@ def add_benchmarks(suites: Any) -> None:
         suite.set_defaults(suite=name)
         suite.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of the benchmark's data")
         suite.add_argument("--subset", action="append", default=[], metavar="NAME", help="only this one; repeatable")
-        add_asking(suite, f"runs/evaluate/{name}")
+        _add_asking(suite, f"runs/evaluate/{name}")
 
     paper = add_command(suites, "paper", _paper, "the tables of the GLM-4-Voice paper", model=True)
     paper.set_defaults(suite="paper", subset=[])
     paper.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of the data sets")
-    add_asking(paper, "runs/evaluate/paper")
+    _add_asking(paper, "runs/evaluate/paper")
 
     text = "Full-Duplex-Bench v1.0 and v1.5 in real time"
     duplex = add_command(suites, "full-duplex-bench", _duplex, text, model=True)
     duplex.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder with v1_0 and v1_5")
     duplex.add_argument("--subset", action="append", default=[], metavar="TASK", help="only this one, VERSION/TASK")
-    add_asking(duplex, "runs/evaluate/full-duplex-bench", at_once=1)
+    _add_running(duplex, "runs/evaluate/full-duplex-bench", 1)
 
 
-def add_asking(suite: Parser, output: str, at_once: int = 4) -> None:
-    """The arguments of everything that asks a model."""
+def _add_running(suite: Parser, output: str, at_once: int) -> None:
+    """The arguments of everything that talks to a model."""
+    suite.set_defaults(players=60)
     suite.add_argument(
         "-o", "--output", type=Path, default=Path(output), metavar="FOLDER", help=f"results (default: {output})"
     )
     suite.add_argument(
-        "--server", metavar="URL", help="ask this server of OpenAI's Realtime protocol; --model names its model"
+        "--server", metavar="URL", help="a server of OpenAI's Realtime protocol; --model then names its model"
     )
-    suite.add_argument("--instructions", default="", metavar="TEXT", help="for a server's session")
     suite.add_argument("--limit", type=positive, metavar="N", help="ask only N questions, spread over the subsets")
     suite.add_argument("--resume", action="store_true", help="continue the run in the output folder")
     suite.add_argument(
         "--at-once", type=positive, default=at_once, metavar="N", help=f"conversations at a time (default: {at_once})"
     )
-    suite.add_argument("--players", type=positive, default=60, metavar="N", help="questions on the page (default: 60)")
     suite.add_argument("--recognizer", type=Path, metavar="FOLDER", help="CTranslate2 folder of a Whisper model")
+
+
+def _add_asking(suite: Parser, output: str) -> None:
+    """The arguments of everything that asks question by question."""
+    _add_running(suite, output, at_once=4)
+    suite.add_argument("--instructions", default="", metavar="TEXT", help="for the session of --server")
+    suite.add_argument("--seed", type=int, default=0, help="seed of every reply of a model here (default: 0)")
+    suite.add_argument(
+        "--any-language", action="store_true", help="let a model of several languages choose that of its answer"
+    )
+    suite.add_argument("--players", type=positive, default=60, metavar="N", help="questions on the page (default: 60)")
     suite.add_argument("--judge", metavar="URL", help="base URL of a chat endpoint, such as http://host/v1")
     suite.add_argument("--judge-model", default=JUDGE_MODEL, metavar="NAME", help=f"default: {JUDGE_MODEL}")
 
