@@ -229,7 +229,7 @@ def _score(item: DuplexItem, measure: str, value: bool, better: str = "higher") 
 
 
 def run_duplex(settings: SuiteSettings, server: str, model: str, key: str, listener: Listener) -> Report:
-    """Drives a server with the sounds of the benchmark and writes scores.jsonl, report.json and report.md.
+    """Drives a server with the sounds of the benchmark and writes scores.jsonl and the report as JSON and Markdown.
 
     Raises:
         ValueError: the data has not the layout, the output holds another run, or the server cannot be used.

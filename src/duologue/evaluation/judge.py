@@ -85,10 +85,12 @@ def read_verdict(text: str, scoring: Scoring) -> float | None:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Attributes:
-    url: base of the chat endpoint, such as http://host/v1.
-    model: name of the judge.
-    temperature, max_tokens, seed: of its answer.
+    """Which judge is asked, and how.
+
+    Attributes:
+        url: base of the chat endpoint, such as http://host/v1.
+        model: name of the judge.
+        temperature, max_tokens, seed: of its answer.
     """
 
     url: str

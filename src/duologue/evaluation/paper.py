@@ -27,7 +27,7 @@ from duologue.evaluation.benchmarks.speech_sets import (
     TTS_SET,
     SpeechSet,
     StoryPair,
-    Utterance,
+    TranscribedSound,
     read_chat,
     read_stories,
 )
@@ -180,7 +180,7 @@ def _wanted(
         yield f"{TABLE_3}: {name}", "accuracy S->S", chosen, lambda models, pair: _story(models, pair, True)
 
 
-def _read(one: SpeechSet, settings: SuiteSettings, missing: list[MissingFigure]) -> list[Utterance]:
+def _read(one: SpeechSet, settings: SuiteSettings, missing: list[MissingFigure]) -> list[TranscribedSound]:
     folder = settings.data / one.folder
     if not folder.is_dir():
         missing.append(MissingFigure(f"{TABLE_1}: {one.name}", "all", f"there is no {folder}"))
@@ -192,25 +192,25 @@ def _read(one: SpeechSet, settings: SuiteSettings, missing: list[MissingFigure])
     return spread(utterances, settings.limit or len(utterances))
 
 
-def _codes(models: Models, one: Utterance) -> list[int]:
+def _codes(models: Models, one: TranscribedSound) -> list[int]:
     return tokenize(models, *load_audio(one.sound))
 
 
-def _errors(one: Utterance, heard: str) -> Score:
+def _errors(one: TranscribedSound, heard: str) -> Score:
     edits, words = word_errors(one.text, heard, one.language)
     return Score(one.id, "", "", float(edits), float(words), better="lower")
 
 
-def _by_head(models: Models, one: Utterance) -> Score:
+def _by_head(models: Models, one: TranscribedSound) -> Score:
     return _errors(one, models.transcribe(_codes(models, one)))
 
 
-def _by_language_model(models: Models, one: Utterance) -> Score:
+def _by_language_model(models: Models, one: TranscribedSound) -> Score:
     return _errors(one, transcribe_with_language_model(models, _codes(models, one)))
 
 
 def _reconstruction(listener: Listener) -> Compute:
-    def compute(models: Models, one: Utterance) -> Score:
+    def compute(models: Models, one: TranscribedSound) -> Score:
         assert listener.judge is not None
         wav = decode(models, _codes(models, one))
         return _errors(one, listener.judge.transcribe(wav, SPEAK_SAMPLE_RATE, one.language))
@@ -219,7 +219,7 @@ def _reconstruction(listener: Listener) -> Compute:
 
 
 def _quality(naturalness: Naturalness) -> Compute:
-    def compute(models: Models, one: Utterance) -> Score:
+    def compute(models: Models, one: TranscribedSound) -> Score:
         value = naturalness(decode(models, _codes(models, one)), SPEAK_SAMPLE_RATE)
         return Score(one.id, "", "", value, unit="MOS")
 

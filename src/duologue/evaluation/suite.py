@@ -35,13 +35,15 @@ class Listener:
 
 @dataclass(frozen=True)
 class SuiteSettings:
-    """Attributes:
-    data: folder of the benchmark.
-    output: folder of the results.
-    limit: items at most, spread over all subsets; None asks all.
-    subsets: names; empty takes all.
-    num_at_once: conversations at a time.
-    num_players: questions at most on the page.
+    """What is asked, and where the results go.
+
+    Attributes:
+        data: folder of the benchmark.
+        output: folder of the results.
+        limit: items at most, spread over all subsets; None asks all.
+        subsets: names; empty takes all.
+        num_at_once: conversations at a time.
+        num_players: questions at most on the page.
     """
 
     data: Path
@@ -101,7 +103,7 @@ def finish(
     more: Sequence[Score] = (),
     missing: Sequence[MissingFigure] = (),
 ) -> Report:
-    """Scores the answers and writes scores.jsonl, report.json, report.md, report.png and report.html.
+    """Scores the answers and writes scores.jsonl and the report: JSON, Markdown, picture and page.
 
     Args:
         more, missing: scores that come from elsewhere, and figures that cannot be computed.

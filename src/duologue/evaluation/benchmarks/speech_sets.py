@@ -21,7 +21,7 @@ STORIES = ("sTopic-StoryCloze", "sStoryCloze")
 
 
 @dataclass(frozen=True)
-class Utterance:
+class TranscribedSound:
     """A recording and its words."""
 
     id: str
@@ -48,20 +48,20 @@ class SpeechSet:
 
     name: str
     folder: str
-    read: Callable[[Path], list[Utterance]]
+    read: Callable[[Path], list[TranscribedSound]]
 
 
-def read_librispeech(folder: Path) -> list[Utterance]:
+def read_librispeech(folder: Path) -> list[TranscribedSound]:
     """Raises ValueError if a recording is missing."""
     found = []
     for path in sorted(folder.glob("*/*/*.trans.txt")):
         for line in path.read_text(encoding="utf-8").splitlines():
             key, _, text = line.partition(" ")
-            found.append(Utterance(key, existing(path.parent / f"{key}.flac", str(path)).path, text, "en"))
+            found.append(TranscribedSound(key, existing(path.parent / f"{key}.flac", str(path)).path, text, "en"))
     return found
 
 
-def read_aishell(folder: Path) -> list[Utterance]:
+def read_aishell(folder: Path) -> list[TranscribedSound]:
     """The test recordings that have a transcript. Raises ValueError if there is no transcript file."""
     path = folder / "transcript" / "aishell_transcript_v0.8.txt"
     if not path.is_file():
@@ -70,17 +70,19 @@ def read_aishell(folder: Path) -> list[Utterance]:
     transcripts = {key: text.strip() for key, _, text in lines}
     sounds = sorted((folder / "wav" / "test").glob("*/*.wav"))
     return [
-        Utterance(sound.stem, sound, transcripts[sound.stem], "zh") for sound in sounds if sound.stem in transcripts
+        TranscribedSound(sound.stem, sound, transcripts[sound.stem], "zh")
+        for sound in sounds
+        if sound.stem in transcripts
     ]
 
 
-def read_libritts(folder: Path) -> list[Utterance]:
+def read_libritts(folder: Path) -> list[TranscribedSound]:
     """Raises ValueError if a recording is missing."""
     found = []
     for path in sorted(folder.glob("*/*/*.normalized.txt")):
         key = path.name.removesuffix(".normalized.txt")
         sound = existing(path.parent / f"{key}.wav", str(path)).path
-        found.append(Utterance(key, sound, path.read_text(encoding="utf-8").strip(), "en"))
+        found.append(TranscribedSound(key, sound, path.read_text(encoding="utf-8").strip(), "en"))
     return found
 
 
