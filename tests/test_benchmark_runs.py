@@ -305,8 +305,8 @@ def test_the_command_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert json.loads(capsys.readouterr().out)[0]["verdict"] == BETTER
     assert main(["evaluate", "--compare", str(base), str(tmp_path)]) == 2
     assert "has no scores.jsonl" in capsys.readouterr().err
-    assert main(["evaluate"]) == 2
-    assert "give a suite or --compare A B" in capsys.readouterr().err
+    assert main(["evaluate"]) == 0
+    assert "--compare A B" in capsys.readouterr().out
 
 
 # The command ---------------------------------------------------------------------------------------------------------

@@ -69,11 +69,8 @@ def read_aishell(folder: Path) -> list[TranscribedSound]:
     lines = (line.partition(" ") for line in path.read_text(encoding="utf-8").splitlines())
     transcripts = {key: text.strip() for key, _, text in lines}
     sounds = sorted((folder / "wav" / "test").glob("*/*.wav"))
-    return [
-        TranscribedSound(sound.stem, sound, transcripts[sound.stem], "zh")
-        for sound in sounds
-        if sound.stem in transcripts
-    ]
+    known = [sound for sound in sounds if sound.stem in transcripts]
+    return [TranscribedSound(sound.stem, sound, transcripts[sound.stem], "zh") for sound in known]
 
 
 def read_libritts(folder: Path) -> list[TranscribedSound]:
