@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import pytest
 
 from duologue import rates
-from duologue.conversation.history import HeardPart, heard_part, heard_text, turn_of
+from duologue.conversation.history import HeardPart, heard_part, turn_of
 from duologue.interleave import INTERLEAVED, Kind, legal_prefix, weave
+from duologue.text import heard_text
 from duologue.turns import Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
 from recipes.pocket.text import train_text_tokenizer

@@ -23,6 +23,7 @@ LAYERS = {
     "scoring": 0,
     "text": 0,
     "progress": 0,
+    "spoken_text": 0,
     "audio": 1,
     "audio_effects": 1,
     "sound_files": 1,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duologue.serving.spoken_text import chunks, speakable, write_out_numbers
+from duologue.spoken_text import chunks, speakable, write_out_numbers
 from duologue.text import printable, valid_strings, valid_unicode
 
 

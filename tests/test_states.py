@@ -10,7 +10,6 @@ import torch
 from duologue.conversation.block_policy import BlockPolicy
 from duologue.conversation.chatbot import Chatbot
 from duologue.conversation.events import AudioDelta, ReplyDone
-from duologue.conversation.history import heard_text
 from duologue.conversation.session import Session
 from duologue.decoder.encoder import TokenEncoderConfig
 from duologue.decoder.flow import Flow, FlowConfig
@@ -20,6 +19,7 @@ from duologue.language.sampling import Sampling
 from duologue.layers import Padded, join_states, state_row, state_settings
 from duologue.models import Models
 from duologue.rates import speak_samples_for_tokens
+from duologue.text import heard_text
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import QuantizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig

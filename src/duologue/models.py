@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,8 @@ from duologue.language.backbone import Provenance, load_language, load_provenanc
 from duologue.language.engine import MAX_CACHED_TOKENS, MAX_SESSIONS, Engine, PlainEngine, check_engine
 from duologue.language.graphs import GraphStepper
 from duologue.language.sampling import Sampling
+from duologue.language.talker import TalkerEngine
+from duologue.language.tools import ToolUse
 from duologue.language.vllm import VllmEngine
 from duologue.layers import Padded
 from duologue.quantization import Scheme, check_available, quantize
@@ -299,6 +302,17 @@ class Models:
             stepper = _graph_stepper(language, opened.vocabulary, sizes) if engine == "graphs" else None
             made = PlainEngine(language, opened.vocabulary, **sizes, stepper=stepper)
         return cls(tokenizer, opened.vocabulary, made, decoder, card, opened.load_recognizer(device))
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the engine takes function tools and is shown their results."""
+        return isinstance(self.engine, TalkerEngine)
+
+    def with_tools(self, tools: ToolUse) -> Models:
+        """Returns these parts for one reply with tools. Raises ValueError if the engine calls none."""
+        if not isinstance(self.engine, TalkerEngine):
+            raise ValueError(f"{self.card.name} calls no tools")
+        return dataclasses.replace(self, engine=self.engine.with_tools(tools))
 
     @torch.inference_mode()
     def transcribe(self, codes: Sequence[int]) -> str:

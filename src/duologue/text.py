@@ -1,4 +1,4 @@
-"""Text for terminals and wires."""
+"""Text for terminals and wires, and its heard part."""
 
 from __future__ import annotations
 
@@ -27,3 +27,19 @@ def valid_strings(value: Any) -> Any:
     if isinstance(value, dict):
         return {valid_strings(key): valid_strings(one) for key, one in value.items()}
     return [valid_strings(one) for one in value] if isinstance(value, list) else value
+
+
+def heard_text(text: str, share: float) -> str:
+    """Returns the beginning of a transcript for this share of the speech, cut at a word: an estimate.
+
+    Words are assumed to be spread evenly over the speech.
+    """
+    size = min(round(len(text) * share), len(text))
+    while 0 < size < len(text) and _in_word(text[size - 1]) and _in_word(text[size]):
+        size -= 1
+    return text[:size].rstrip()
+
+
+def _in_word(character: str) -> bool:
+    """Returns whether a character belongs to a script that separates words by spaces."""
+    return character == "'" or (character.isalnum() and ord(character) < 0x2E80)

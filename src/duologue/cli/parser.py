@@ -120,6 +120,18 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     add_decoder_dtype(parser)
 
 
+def add_text_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text-model",
+        metavar="PLACE",
+        help="text model that answers, read aloud by the model: URL of a chat endpoint such as "
+        "http://127.0.0.1:8080/v1, a transformers folder or a GGUF file (docs/talker.md)",
+    )
+    parser.add_argument(
+        "--text-model-name", default="", metavar="NAME", help="model of the endpoint (default: the first it lists)"
+    )
+
+
 def add_decoder_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoder-dtype",

@@ -13,7 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from duologue.cli.parser import add_command, add_precision, positive, warn_if_untrained
+from duologue.cli.parser import add_command, add_precision, add_text_model, positive, warn_if_untrained
 
 KEYS_VARIABLE = "DUOLOGUE_API_KEYS"
 
@@ -28,6 +28,7 @@ EXAMPLES = (
 def add(commands: Any) -> None:
     serve = add_command(commands, "serve", _serve, "real-time server and web page", model=True, examples=EXAMPLES)
     add_settings(serve)
+    add_text_model(serve)
 
 
 def add_settings(serve: argparse.ArgumentParser) -> None:
@@ -107,7 +108,10 @@ def _serve(args: argparse.Namespace) -> None:
     from duologue.serving.app import create_app
 
     language = settings.max_sessions, args.cached_tokens, args.engine_url, args.gguf
-    bot = load(args.model, args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype, *language)
+    text_model = {"text_model": args.text_model, "text_model_name": args.text_model_name}
+    bot = load(
+        args.model, args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype, *language, **text_model
+    )
     warn_if_untrained(bot.models.card)
     warm_up(bot)
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import FAILED, KEY_VARIABLE, add_command, checked_output, positive
+from duologue.cli.parser import FAILED, KEY_VARIABLE, add_command, add_text_model, checked_output, positive
 
 if TYPE_CHECKING:
     from duologue.client.conversation import TalkSummary
@@ -32,6 +32,7 @@ def add(commands: Any) -> None:
         help=f"URL of a running server, such as http://127.0.0.1:8000; {KEY_VARIABLE} holds its key "
         "(default: start one for this conversation)",
     )
+    add_text_model(talk)
     talk.add_argument("--input", type=Path, metavar="AUDIO", help="an audio file instead of the microphone")
     talk.add_argument("--output", type=Path, metavar="AUDIO", help="an audio file instead of the loudspeaker")
     talk.add_argument("--voice", default="", help="voice of the answers")
@@ -49,6 +50,8 @@ def add(commands: Any) -> None:
 def _talk(args: argparse.Namespace) -> int:
     if args.manual and args.input is None:
         raise ValueError("--manual needs --input, whose end is the end of the turn")
+    if args.text_model is not None and args.server is not None:
+        raise ValueError("a running server has its own text model: give --text-model to `duologue serve`")
     if args.output is not None:
         checked_output(args.output)
     import asyncio
@@ -71,7 +74,10 @@ def _talk(args: argparse.Namespace) -> int:
         server = args.server
         if server is None:
             print("duologue: starting a server for this conversation", file=sys.stderr)
-            server = stack.enter_context(start_server(args.model, ("--device", args.device))).url
+            arguments = ["--device", args.device]
+            if args.text_model is not None:
+                arguments += ["--text-model", args.text_model, "--text-model-name", args.text_model_name]
+            server = stack.enter_context(start_server(args.model, arguments)).url
         key = os.environ.get(KEY_VARIABLE, "") if args.server is not None else ""
         summary = asyncio.run(converse(server, args.model, key, endpoints, settings, args.json))
     print(json.dumps(summary.to_json()) if args.json else _format(summary))

@@ -7,8 +7,9 @@ session = bot.session()                   # many turns
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import NoneType
 
@@ -25,6 +26,8 @@ from duologue.conversation.worker import Worker
 from duologue.cuda import check_device
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
+from duologue.language.talker import ReadingTalker, Talker, TalkerEngine
+from duologue.language.text_models import TextModel, open_text_model
 from duologue.layers import num_step_threads
 from duologue.models import DecoderDtype, EngineName, Models
 from duologue.pcm import Pcm
@@ -49,6 +52,38 @@ class Chatbot:
     def __repr__(self) -> str:
         card = self.models.card
         return f"Chatbot({card.name}{'' if card.trained else ', not trained'}, {self.device})"
+
+    def with_text_model(self, text_model: TextModel, talker: Talker | None = None) -> Chatbot:
+        """Returns a chatbot in which the text model answers and the talker reads its text aloud (docs/talker.md).
+
+        Args:
+            talker: by default the spoken language model of this chatbot.
+
+        Raises:
+            ValueError: this chatbot has no recognizer, or a text model already.
+        """
+        own = self.models
+        if own.recognizer is None:
+            raise ValueError(f"{own.card.name} has no recognizer: a text model needs one to be shown what was said")
+        if isinstance(own.engine, TalkerEngine):
+            raise ValueError(f"{own.card.name} has a text model already")
+
+        async def recognize(codes: Sequence[int]) -> str:
+            text, _ = await self.worker.submit(lambda: own.transcribe(codes))
+            return text
+
+        engine = TalkerEngine(
+            own.engine,
+            talker or ReadingTalker(own.engine, own.vocabulary),
+            own.vocabulary,
+            text_model,
+            recognize,
+            english=own.card.languages == ("en",),
+        )
+        card = dataclasses.replace(own.card, follows_instructions=True)
+        bot = Chatbot(dataclasses.replace(own, engine=engine, card=card))
+        bot.worker = self.worker
+        return bot
 
     @property
     def sample_rate(self) -> int:
@@ -152,12 +187,16 @@ def load(
     max_cached_tokens: int | None = None,
     engine_url: str | None = None,
     gguf: str | Path | None = None,
+    text_model: str | None = None,
+    text_model_name: str = "",
 ) -> Chatbot:
     """Loads a chatbot by preset ("pocket"), model folder, released set, or OWNER/NAME on the model hub.
 
     Args:
         dtype, quantization, engine, max_sessions, max_cached_tokens, engine_url, gguf: of the language model,
             see `Models.load`.
+        text_model: URL of a chat endpoint, transformers folder or GGUF file that answers instead of the language model,
+            which then reads the answers aloud; see `open_text_model`, also for `text_model_name`.
         decoder_dtype: of a released decoder's U-Net, by default bfloat16 on CUDA and float32 elsewhere.
 
     Raises:
@@ -166,4 +205,6 @@ def load(
     """
     check_device(device)
     rest = engine, decoder_dtype, max_sessions, max_cached_tokens, engine_url, gguf
-    return Chatbot(Models.load(model_folder(name), device, dtype, quantization, *rest))
+    thinker = None if text_model is None else open_text_model(text_model, text_model_name, device)
+    bot = Chatbot(Models.load(model_folder(name), device, dtype, quantization, *rest))
+    return bot if thinker is None else bot.with_text_model(thinker)

@@ -13,6 +13,7 @@ from duologue import rates
 from duologue.interleave import INTERLEAVED, Kind, legal_prefix
 from duologue.language.sampling import Sampling
 from duologue.models import Models
+from duologue.text import heard_text
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
 
@@ -57,17 +58,6 @@ def heard_part(reply: Turn, num_samples: int, vocabulary: Vocabulary, *, finishe
     is_whole = finished and len(kept) == len(reply.ids)
     turn = reply if is_whole else dataclasses.replace(reply, ids=kept, interrupted=True)
     return HeardPart(turn, num_heard, num_heard / max(num_speech, 1))
-
-
-def heard_text(text: str, share: float) -> str:
-    """Returns the beginning of a transcript for this share of the speech, cut at a word: an estimate.
-
-    Words are assumed to be spread evenly over the speech.
-    """
-    size = min(round(len(text) * share), len(text))
-    while 0 < size < len(text) and _in_word(text[size - 1]) and _in_word(text[size]):
-        size -= 1
-    return text[:size].rstrip()
 
 
 def turn_of(role: Role, ids: Sequence[int], vocabulary: Vocabulary, language: str = "") -> Turn:
@@ -130,8 +120,3 @@ def _fitting(models: Models, whole: Conversation, ids_of: Callable[[Conversation
         f"the question is too long: its {len(prompt)} tokens do not fit the {models.engine.max_positions} positions of "
         f"{models.card.name} (at most about {size / rates.TOKEN_RATE:.0f} seconds of speech)"
     )
-
-
-def _in_word(character: str) -> bool:
-    """Returns whether a character belongs to a script that separates words by spaces."""
-    return character == "'" or (character.isalnum() and ord(character) < 0x2E80)

@@ -13,10 +13,26 @@ from contextlib import aclosing
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, InterleaveState, Kind, Schedule
 from duologue.language.engine import Engine
 from duologue.language.sampling import Sampling
+from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
 
 MAX_EARLY_ENDS = 100
 RETRY_TEMPERATURE = 0.7
+MAX_CHUNK_IDS = 60  # text ids that are read in one reply
+SPEECH_PER_TEXT = 8  # maximum speech ids per text id
+SPARE_IDS = 64
+
+
+def say_prompt(text: str, vocabulary: Vocabulary, instructions: str = "") -> list[int]:
+    """Returns the prompt of a reply that reads a text aloud: the request "say ..."."""
+    ids = vocabulary.encode_text(f"say {text} {instructions}".strip())
+    asked = Turn(Role.USER, Modality.TEXT, tuple(ids))
+    return vocabulary.prompt_ids(Conversation((asked,), vocabulary.hash))
+
+
+def max_ids(num_text: int) -> int:
+    """Returns the maximum ids of a reply that reads `num_text` text ids aloud."""
+    return num_text * (1 + SPEECH_PER_TEXT) + SPARE_IDS
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -31,13 +31,16 @@ from duologue.conversation.worker import WorkerFull
 from duologue.interleave import Kind
 from duologue.language.requests import EngineFull
 from duologue.language.sampling import Sampling
+from duologue.language.tools import ToolCall, ToolUse
 from duologue.serving import protocol
 from duologue.serving.formats import WireEncoder
-from duologue.serving.items import AudioClip, Item, Items
+from duologue.serving.items import AudioClip, Item, Items, tool_turn
 from duologue.serving.metrics import Metrics
 from duologue.serving.objects import (
+    AnyItem,
     Content,
     Format,
+    FunctionCall,
     InputTokens,
     Message,
     OutputTokens,
@@ -75,6 +78,7 @@ class ResponseSpec:
         question_s: seconds spent on the last step of the question.
         in_conversation: whether the reply becomes an item of the conversation.
         notify: names of the `duologue.*` events that the client requested or promised.
+        tools: of a model that calls tools; its calls become items.
     """
 
     response: Response
@@ -87,6 +91,7 @@ class ResponseSpec:
     question_s: float = 0.0
     in_conversation: bool = True
     notify: frozenset[str] = frozenset()
+    tools: ToolUse | None = None
 
     @property
     def text_only(self) -> bool:
@@ -134,6 +139,10 @@ class ActiveResponse:
     @property
     def id(self) -> str:
         return self.spec.response.id
+
+    @property
+    def _calls(self) -> list[ToolCall]:
+        return [] if self.spec.tools is None else self.spec.tools.calls
 
     async def announce(self) -> None:
         """Sends `response.created`. Call it before `run`, so that no event can end the response earlier."""
@@ -286,10 +295,12 @@ class ActiveResponse:
     async def _done(self, done: events.ReplyDone) -> None:
         """Handles the end of generation, also of a cancelled response."""
         timings = done.timings
-        status: ResponseStatus = "incomplete" if done.reason is events.EndReason.LENGTH else "completed"
+        # A reply of calls alone has no ids, and so no end.
+        is_cut = done.reason is events.EndReason.LENGTH and not (self._calls and self.item is None)
+        status: ResponseStatus = "incomplete" if is_cut else "completed"
         if self.live:
             await self._flush_tokens()
-            if self.item is None:
+            if self.item is None and not self._calls:
                 await self._open()
             if self.item is not None and not self.spec.text_only:
                 await self._send_sound(np.zeros(0, np.float32), last=True)
@@ -321,9 +332,12 @@ class ActiveResponse:
             if self._finished:
                 return
             self._finished, self.live = True, False
-            output = []
+            output: list[AnyItem] = []
             if self.item is not None:
-                output = [await self._close_item(self.item, status == "completed")]
+                output.append(await self._close_item(self.item, status == "completed"))
+            if status in ("completed", "incomplete"):
+                for call in self._calls:
+                    output.append(await self._add_call(call, len(output)))
             response = self.spec.response.model_copy(
                 update={
                     "status": status,
@@ -336,6 +350,36 @@ class ActiveResponse:
             if heard_ms is not None:
                 await self._cut(heard_ms)
             self.over.set()
+
+    async def _add_call(self, call: ToolCall, index: int) -> FunctionCall:
+        """Sends a call as an item of its own, while the speech before it is being played."""
+        put = self.queue.put
+        opened = FunctionCall(
+            type="function_call",
+            id=protocol.new_id("item"),
+            status="in_progress",
+            name=call.name,
+            arguments="",
+            call_id=call.call_id,
+        )
+        assert opened.id is not None
+        item, previous = Item(opened), None
+        await put(protocol.OutputItemAdded(response_id=self.id, output_index=index, item=opened))
+        if self.spec.in_conversation:
+            if self.on_item is not None:
+                previous = await self.on_item(item)
+            await put(protocol.ItemAdded(item=opened, previous_item_id=previous))
+        of_call = {"response_id": self.id, "item_id": opened.id, "call_id": call.call_id}
+        await put(protocol.FunctionCallArgumentsDelta(**of_call, output_index=index, delta=call.arguments))
+        await put(
+            protocol.FunctionCallArgumentsDone(**of_call, output_index=index, name=call.name, arguments=call.arguments)
+        )
+        body = opened.model_copy(update={"status": "completed", "arguments": call.arguments})
+        item.body, item.turn = body, tool_turn(body, self.items.vocabulary)
+        if self.spec.in_conversation:
+            await put(protocol.ItemDone(item=body, previous_item_id=previous))
+        await put(protocol.OutputItemDone(response_id=self.id, output_index=index, item=body))
+        return body
 
     def _settle(self, item: Item, completed: bool) -> Message:
         """Fills the item with its final ids and audio; returns its body."""

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from duologue.serving.client_secrets import ClientSecrets
 from duologue.serving.errors import ApiError, documented
 from duologue.serving.middleware import CALLS
-from duologue.serving.objects import find_voice
+from duologue.serving.objects import check_tools, find_voice
 from duologue.serving.realtime import ConnectionManager
 
 MAX_SDP = 200_000  # characters
@@ -68,6 +68,7 @@ def call_routes(connections: ConnectionManager) -> APIRouter:
         offer, session = await _offer(request)
         config = config.updated({**session, "model": config.model or session.get("model") or model})
         find_voice(service.bot.models.card, config.audio.output.voice, "session.audio.output.voice")
+        check_tools(service.bot.models, config.tools, config.tool_choice, "session")
         call = Call()
         answer = await call.answer(offer)
         try:

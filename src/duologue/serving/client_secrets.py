@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 
 from duologue.serving.admission import AdmissionError
 from duologue.serving.errors import ApiError, documented
-from duologue.serving.objects import Body, SessionConfig, Strict, find_voice
+from duologue.serving.objects import Body, SessionConfig, Strict, check_tools, find_voice
 from duologue.serving.service import Service
 from duologue.serving.settings import is_origin
 
@@ -145,6 +145,7 @@ def client_secret_routes(service: Service, store: ClientSecrets) -> APIRouter:
             raise ApiError(f"origin looks like https://app.example.org, not {body.origin!r}", param="origin")
         config = service.session_config().updated(body.session)
         find_voice(service.bot.models.card, config.audio.output.voice, "session.audio.output.voice")
+        check_tools(service.bot.models, config.tools, config.tool_choice, "session")
         expires_at = int(store.clock()) + body.expires_after.seconds
         value = store.add(ClientSecret(key, expires_at, config, config.model, body.origin))
         shown = config.model_copy(update={"model": config.model or service.model, "expires_at": expires_at})

@@ -18,6 +18,7 @@ from duologue.conversation.chatbot import Chatbot
 from duologue.conversation.ear import tokenize
 from duologue.conversation.history import heard_part, turn_of
 from duologue.interleave import Kind
+from duologue.language.tools import ToolCall, ToolResult
 from duologue.pcm import from_int16, to_int16
 from duologue.serving.formats import encode_wav, unpack
 from duologue.serving.objects import (
@@ -69,7 +70,8 @@ class Item:
 
     Attributes:
         body: the item as clients see it, without audio.
-        turn: the turn given to the model; None for tool calls and for replies that were not heard.
+        turn: the turn given to the model; None for replies that were not heard, and for tool calls and their results
+            if the model knows none.
         full_turn: the complete turn of a reply.
         sound: the audio, while it is kept.
         spoken_ms: duration of a reply's audio as sent.
@@ -219,10 +221,19 @@ def answerable(vocabulary: Vocabulary, turns: Sequence[Turn | None]) -> Conversa
     return Conversation(tuple(shown), vocabulary.hash)
 
 
+def tool_turn(body: FunctionCall | FunctionCallOutput, vocabulary: Vocabulary) -> Turn:
+    """Returns the turn of a tool call or of its result."""
+    if isinstance(body, FunctionCall):
+        text = ToolCall(body.call_id or "", body.name, body.arguments).to_text()
+        return turn_of(Role.ASSISTANT, vocabulary.encode_text(text), vocabulary)
+    text = ToolResult(body.call_id, body.output).to_text()
+    return turn_of(Role.OBSERVATION, vocabulary.encode_text(text), vocabulary)
+
+
 async def new_item(
     bot: Chatbot, body: AnyItem, wire: Format, max_chars: int, max_audio_s: float, where: str = "item"
 ) -> Item:
-    """Creates the item that a client described. Tool calls and results are kept, but not given to the model.
+    """Creates the item that a client described. Tool calls and results are given to models that call tools.
 
     Args:
         wire: format of its audio.
@@ -235,7 +246,8 @@ async def new_item(
     """
     item_id = body.id or new_id("item")
     if isinstance(body, FunctionCall | FunctionCallOutput):
-        return Item(body.model_copy(update={"id": item_id, "status": "completed"}))
+        body = body.model_copy(update={"id": item_id, "status": "completed"})
+        return Item(body, tool_turn(body, bot.models.vocabulary) if bot.models.calls_tools else None)
     if not body.content:
         raise ProtocolError(f"{where}.content must hold at least one part", param=f"{where}.content")
     ids: list[int] = []

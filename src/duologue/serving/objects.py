@@ -24,7 +24,7 @@ from pydantic import (
 from duologue.text import valid_strings
 
 if TYPE_CHECKING:
-    from duologue.models import Card
+    from duologue.models import Card, Models
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -185,8 +185,38 @@ def _no_tool_choice(value: str | dict[str, Any]) -> str | dict[str, Any]:
 
 
 # Clients send an empty list and "auto" by default. Anything else asks for a call, which no answer may ignore.
+# Requests without real-time sessions take no tools.
 Tools: TypeAlias = Annotated[list[dict[str, Any]], AfterValidator(_no_tools)]
 ToolChoice: TypeAlias = Annotated[str | dict[str, Any], AfterValidator(_no_tool_choice)]
+
+
+def check_tools(
+    models: Models, tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any], where: str
+) -> None:
+    """Checks the tools of a session or a response, if the models call any.
+
+    Args:
+        where: path of the object that holds them.
+
+    Raises:
+        ProtocolError: the models call no tools, or a tool is no function with a name, or the choice is none of them.
+    """
+    param = f"{where}.tools"
+    try:
+        if not models.calls_tools:
+            _no_tools([dict(tool) for tool in tools])
+            param = f"{where}.tool_choice"
+            _no_tool_choice(choice if isinstance(choice, str) else dict(choice))
+            return
+        names = [tool.get("name") for tool in tools]
+        if any(tool.get("type") != "function" for tool in tools) or not all(isinstance(name, str) for name in names):
+            raise ValueError("each tool must be a function with a name")
+        param = f"{where}.tool_choice"
+        named = None if isinstance(choice, str) else choice.get("name")
+        if choice not in ("auto", "none", "required") and named not in names:
+            raise ValueError("tool_choice must be 'auto', 'none', 'required' or one of the functions")
+    except ValueError as error:
+        raise ProtocolError(str(error), param=param) from None
 
 
 class VoiceId(Strict):
@@ -242,8 +272,8 @@ class SessionConfig(Strict):
     max_output_tokens: MaxTokens = "inf"
     truncation: Literal["auto", "disabled"] = "auto"
     include: list[Literal["item.input_audio_transcription.logprobs"] | OwnEvents] | None = None
-    tools: Tools = []
-    tool_choice: ToolChoice = "auto"
+    tools: list[dict[str, Any]] = []
+    tool_choice: str | dict[str, Any] = "auto"
     parallel_tool_calls: bool = True
     tracing: str | dict[str, Any] | None = None
     prompt: dict[str, Any] | None = None
@@ -364,8 +394,8 @@ class ResponseParams(Strict):
     audio: ResponseAudio | None = None
     max_output_tokens: MaxTokens | None = None
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
-    tools: Tools | None = None
-    tool_choice: ToolChoice | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     prompt: dict[str, Any] | None = None
     reasoning: dict[str, Any] | None = None

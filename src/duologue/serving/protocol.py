@@ -404,6 +404,21 @@ class AudioDone(_OfPart):
     type: Literal["response.output_audio.done"] = "response.output_audio.done"
 
 
+class FunctionCallArgumentsDelta(_OfOutput):
+    type: Literal["response.function_call_arguments.delta"] = "response.function_call_arguments.delta"
+    item_id: str
+    call_id: str
+    delta: str
+
+
+class FunctionCallArgumentsDone(_OfOutput):
+    type: Literal["response.function_call_arguments.done"] = "response.function_call_arguments.done"
+    item_id: str
+    call_id: str
+    name: str
+    arguments: str
+
+
 class Tokens(ServerEvent):
     """Generated tokens of one kind, in interleaved order; `count` equals `len(ids)`."""
 

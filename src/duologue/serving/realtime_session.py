@@ -14,6 +14,7 @@ from duologue.conversation.chatbot import Chatbot
 from duologue.conversation.ear import Ear
 from duologue.conversation.mouth import Mouth
 from duologue.conversation.worker import WorkerFull
+from duologue.language.tools import ToolUse
 from duologue.serving import protocol
 from duologue.serving.admission import STOPPING, ClientConnection
 from duologue.serving.answering import ActiveResponse, ResponseSpec
@@ -31,6 +32,7 @@ from duologue.serving.objects import (
     ResponseFormat,
     ResponseParams,
     SessionConfig,
+    check_tools,
     find_voice,
 )
 from duologue.serving.protocol import ClientEvent, RealtimeError, new_id
@@ -164,6 +166,7 @@ class RealtimeSession:
     async def _update(self, event: protocol.SessionUpdate) -> None:
         updated = self.config.updated(event.session)
         find_voice(self.bot.models.card, updated.audio.output.voice, "session.audio.output.voice")
+        check_tools(self.bot.models, updated.tools, updated.tool_choice, "session")
         if updated.audio.input != self.config.audio.input:
             self.input_buffer.configure(updated.audio.input)
         self.conversation.config = updated
@@ -355,7 +358,7 @@ class RealtimeSession:
             )
         spec = await self._spec(params, question_s, in_conversation)
         mouth = Mouth(
-            self.bot.models,
+            self.bot.models if spec.tools is None else self.bot.models.with_tools(spec.tools),
             self.bot.worker,
             text_only=spec.text_only,
             policy=BlockPolicy(margin_s=WIRE_MARGIN_S, max_ahead_s=self.settings.ahead_s),
@@ -380,6 +383,7 @@ class RealtimeSession:
         voice = find_voice(self.bot.models.card, requested_voice, "response.audio.output.voice")
         wire = given.format or output.format
         max_tokens = params.max_output_tokens or config.max_output_tokens
+        tools = self._tools(params)
         system = self._system(params.instructions)
         context = answerable(self.items.vocabulary, [system, *await self._turns(params)])
         response = Response(
@@ -401,7 +405,19 @@ class RealtimeSession:
             question_s,
             in_conversation,
             frozenset(config.include or ()),
+            tools,
         )
+
+    def _tools(self, params: ResponseParams) -> ToolUse | None:
+        """Returns the tools of a response; None if the models call none. Raises ProtocolError for unusable ones."""
+        config = self.config
+        given = config.tools if params.tools is None else params.tools
+        choice = config.tool_choice if params.tool_choice is None else params.tool_choice
+        check_tools(self.bot.models, given, choice, "response")
+        if not self.bot.models.calls_tools:
+            return None
+        parallel = params.parallel_tool_calls
+        return ToolUse(tuple(given), choice, config.parallel_tool_calls if parallel is None else parallel)
 
     async def _turns(self, params: ResponseParams) -> list[Turn | None]:
         """Returns the turns to answer: those of the conversation, or the client's input."""

@@ -18,19 +18,13 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from duologue.conversation.events import AudioDelta, Event, ReplyDone
-from duologue.conversation.history import reply_prompt, turn_of
 from duologue.conversation.mouth import Mouth
-from duologue.language.reading import ReadingEngine
+from duologue.language.reading import MAX_CHUNK_IDS, SPARE_IDS, SPEECH_PER_TEXT, ReadingEngine, max_ids, say_prompt
 from duologue.serving.encoders import MEDIA_TYPES, FileEncoder, FileFormat
 from duologue.serving.errors import ApiError, documented, sse, sse_with_errors
 from duologue.serving.objects import Body, VoiceId, find_voice
 from duologue.serving.service import Service, stream_response
-from duologue.serving.spoken_text import chunks, speakable, write_out_numbers
-from duologue.turns import Conversation, Modality, Role
-
-MAX_CHUNK_IDS = 60  # text ids per reply of the model
-SPEECH_PER_TEXT = 8  # maximum speech ids per text id
-SPARE_IDS = 64
+from duologue.spoken_text import chunks, speakable, write_out_numbers
 
 
 class SpeechRequest(Body):
@@ -103,15 +97,11 @@ class Narrator:
         """Generates the reply to "say ..." with the chunk as its text."""
         bot, vocabulary = self._service.bot, self._models.vocabulary
         ids = tuple(vocabulary.encode_text(chunk))
-        models = dataclasses.replace(self._models, engine=ReadingEngine(self._models.engine, vocabulary, ids))
-        most = len(ids) * (1 + SPEECH_PER_TEXT) + SPARE_IDS
-        body = turn_of(Role.USER, vocabulary.encode_text(f"say {chunk} {self._instructions}".strip()), vocabulary)
-        prompt, sampling = reply_prompt(
-            models,
-            Conversation((body,), vocabulary.hash),
-            Modality.INTERLEAVED,
-            dataclasses.replace(models.card.sampling, max_tokens=most),
-        )
+        engine = ReadingEngine(self._models.engine, vocabulary, ids)
+        models = dataclasses.replace(self._models, engine=engine)
+        prompt = say_prompt(chunk, vocabulary, self._instructions)
+        room = min(max_ids(len(ids)), engine.max_positions - len(prompt))
+        sampling = dataclasses.replace(models.card.sampling, max_tokens=room)
         return self._service.generate_reply("speech", Mouth(models, bot.worker), prompt, sampling)
 
 
