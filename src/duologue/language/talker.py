@@ -368,7 +368,7 @@ class _Reply:
         if not self._schedule.speech_run:
             return 0
         is_new = state.num_text > 0 and state.run_length == 0
-        return self._schedule.text_run + self._schedule.speech_run if is_new else 1
+        return self._schedule.text_run + self._schedule.speech_run if is_new else 2
 
     async def _next(self, queue: asyncio.Queue[int | BaseException | None]) -> int | None:
         """Returns the next id; None at the end and after a cancellation. Raises the error of the writing task."""

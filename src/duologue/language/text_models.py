@@ -142,7 +142,7 @@ def _delta(data: str) -> dict[str, Any]:
         if "error" in chunk:
             raise TextModelError(f"the text model failed: {str(chunk['error'])[:300]}")
         choices = chunk.get("choices") or [{}]  # a chunk of usage has none
-        return choices[0].get("delta") or {}
+        return dict(choices[0].get("delta") or {})
     except (ValueError, AttributeError, IndexError, TypeError):
         raise TextModelError(
             f"the text model sent something else than chunks of a chat completion: {data[:80]}"

@@ -14,8 +14,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from duologue.serving.client_secrets import ClientSecrets
 from duologue.serving.errors import ApiError, documented
 from duologue.serving.middleware import CALLS
-from duologue.serving.objects import check_tools, find_voice
+from duologue.serving.objects import find_voice
 from duologue.serving.realtime import ConnectionManager
+from duologue.serving.tools import check_tools
 
 MAX_SDP = 200_000  # characters
 _OFFER = {"schema": {"type": "string"}}

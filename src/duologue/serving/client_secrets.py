@@ -18,9 +18,10 @@ from pydantic import BaseModel, Field
 
 from duologue.serving.admission import AdmissionError
 from duologue.serving.errors import ApiError, documented
-from duologue.serving.objects import Body, SessionConfig, Strict, check_tools, find_voice
+from duologue.serving.objects import Body, SessionConfig, Strict, find_voice
 from duologue.serving.service import Service
 from duologue.serving.settings import is_origin
+from duologue.serving.tools import check_tools
 
 PREFIX = "ek_"
 MAX_SECRETS = 10_000  # of one server; more are refused until some expire

@@ -24,7 +24,7 @@ from pydantic import (
 from duologue.text import valid_strings
 
 if TYPE_CHECKING:
-    from duologue.models import Card, Models
+    from duologue.models import Card
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -170,7 +170,8 @@ class AudioInput(Strict):
     turn_detection: TurnDetection | None = ServerVad()
 
 
-def _no_tools(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def no_tools(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns an empty list of tools. Raises ValueError for others."""
     if value:
         functions = (tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in value)
         names = ", ".join(str(function.get("name") or function.get("type"))[:60] for function in functions)
@@ -178,7 +179,8 @@ def _no_tools(value: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return value
 
 
-def _no_tool_choice(value: str | dict[str, Any]) -> str | dict[str, Any]:
+def no_tool_choice(value: str | dict[str, Any]) -> str | dict[str, Any]:
+    """Returns a choice that asks for no call. Raises ValueError for others."""
     if value not in ("auto", "none"):
         raise ValueError("this server calls no tools; only 'auto' and 'none' are possible")
     return value
@@ -186,37 +188,8 @@ def _no_tool_choice(value: str | dict[str, Any]) -> str | dict[str, Any]:
 
 # Clients send an empty list and "auto" by default. Anything else asks for a call, which no answer may ignore.
 # Requests without real-time sessions take no tools.
-Tools: TypeAlias = Annotated[list[dict[str, Any]], AfterValidator(_no_tools)]
-ToolChoice: TypeAlias = Annotated[str | dict[str, Any], AfterValidator(_no_tool_choice)]
-
-
-def check_tools(
-    models: Models, tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any], where: str
-) -> None:
-    """Checks the tools of a session or a response, if the models call any.
-
-    Args:
-        where: path of the object that holds them.
-
-    Raises:
-        ProtocolError: the models call no tools, or a tool is no function with a name, or the choice is none of them.
-    """
-    param = f"{where}.tools"
-    try:
-        if not models.calls_tools:
-            _no_tools([dict(tool) for tool in tools])
-            param = f"{where}.tool_choice"
-            _no_tool_choice(choice if isinstance(choice, str) else dict(choice))
-            return
-        names = [tool.get("name") for tool in tools]
-        if any(tool.get("type") != "function" for tool in tools) or not all(isinstance(name, str) for name in names):
-            raise ValueError("each tool must be a function with a name")
-        param = f"{where}.tool_choice"
-        named = None if isinstance(choice, str) else choice.get("name")
-        if choice not in ("auto", "none", "required") and named not in names:
-            raise ValueError("tool_choice must be 'auto', 'none', 'required' or one of the functions")
-    except ValueError as error:
-        raise ProtocolError(str(error), param=param) from None
+Tools: TypeAlias = Annotated[list[dict[str, Any]], AfterValidator(no_tools)]
+ToolChoice: TypeAlias = Annotated[str | dict[str, Any], AfterValidator(no_tool_choice)]
 
 
 class VoiceId(Strict):

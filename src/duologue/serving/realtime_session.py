@@ -32,12 +32,12 @@ from duologue.serving.objects import (
     ResponseFormat,
     ResponseParams,
     SessionConfig,
-    check_tools,
     find_voice,
 )
 from duologue.serving.protocol import ClientEvent, RealtimeError, new_id
 from duologue.serving.send_queue import SendQueue
 from duologue.serving.settings import Settings
+from duologue.serving.tools import check_tools
 from duologue.serving.turn_detection import Detection, IdleTimedOut, TurnStarted
 from duologue.tokenizer.recognizer import joined
 from duologue.turns import Conversation, Modality, Role, Turn
