@@ -336,10 +336,11 @@ class _Reply:
         while not self._cancelled.is_set():
             token: int | None = None
             if state.allowed.text and not is_written:
-                if room <= self._needed(state):
+                if room > self._needed(state):
+                    token = await self._next(self._text)
+                    is_written = token is None
+                elif state.run_length == 0 or not has_speech:
                     return
-                token = await self._next(self._text)
-                is_written = token is None
             if token is None and has_speech:
                 if room <= 1:
                     return
