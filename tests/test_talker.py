@@ -87,10 +87,8 @@ def test_a_reply_has_the_text_of_the_text_model_in_the_runs_of_a_reply(bot: Chat
     parts = split(ids, vocabulary.kind)  # raises where a kind stands in a wrong place
     assert parts.state.ended
     assert vocabulary.decode_text(parts.text) == LONG
-    assert len(parts.speech) == SPEECH_PER_TEXT * sum(
-        len(vocabulary.encode_text(piece))
-        for piece in engine.talker.pieces  # type: ignore[attr-defined]
-    )
+    spoken = engine.talker.pieces  # type: ignore[attr-defined]
+    assert len(parts.speech) == SPEECH_PER_TEXT * sum(len(vocabulary.encode_text(piece)) for piece in spoken)
     request = script.requests[0]
     assert (request["model"], request["stream"]) == ("scripted", True)
     assert [message["role"] for message in request["messages"]] == ["system", "user"]

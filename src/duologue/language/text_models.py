@@ -117,8 +117,8 @@ class EndpointTextModel:
                         if (data := line[5:].strip()) == "[DONE]":
                             break
                         delta = _delta(data)
-                        if text := delta.get("content"):
-                            yield str(text)
+                        if delta.get("content"):
+                            yield str(delta["content"])
                         for part in delta.get("tool_calls") or ():
                             _add_call(calls, part)
         except httpx.HTTPError as error:

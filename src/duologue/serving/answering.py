@@ -68,6 +68,13 @@ class _PartIds(TypedDict):
     item_id: str
 
 
+class _CallIds(_PartIds):
+    """Ids that locate a call."""
+
+    output_index: int
+    call_id: str
+
+
 @dataclass(frozen=True)
 class ResponseSpec:
     """A resolved request for one response.
@@ -369,11 +376,14 @@ class ActiveResponse:
             if self.on_item is not None:
                 previous = await self.on_item(item)
             await put(protocol.ItemAdded(item=opened, previous_item_id=previous))
-        of_call = {"response_id": self.id, "item_id": opened.id, "call_id": call.call_id}
-        await put(protocol.FunctionCallArgumentsDelta(**of_call, output_index=index, delta=call.arguments))
-        await put(
-            protocol.FunctionCallArgumentsDone(**of_call, output_index=index, name=call.name, arguments=call.arguments)
-        )
+        place: _CallIds = {
+            "response_id": self.id,
+            "output_index": index,
+            "item_id": opened.id,
+            "call_id": call.call_id,
+        }
+        await put(protocol.FunctionCallArgumentsDelta(**place, delta=call.arguments))
+        await put(protocol.FunctionCallArgumentsDone(**place, name=call.name, arguments=call.arguments))
         body = opened.model_copy(update={"status": "completed", "arguments": call.arguments})
         item.body, item.turn = body, tool_turn(body, self.items.vocabulary)
         if self.spec.in_conversation:
