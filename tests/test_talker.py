@@ -343,6 +343,8 @@ def released(vocabulary: Vocabulary) -> Any:
 
 def test_a_place_that_holds_no_text_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="neither the URL"):
+        open_text_model(str(tmp_path / "nothing"))
+    with pytest.raises(ValueError, match="cannot be loaded as a text model"):
         open_text_model(str(tmp_path))
     assert isinstance(open_text_model("http://127.0.0.1:1"), EndpointTextModel)
 

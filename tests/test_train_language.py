@@ -1,5 +1,7 @@
 """Both trainings of the language model: packing, what each copy trains, the mixture, and that they train and resume."""
 
+import asyncio
+import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,9 @@ from duologue.language.backbone import (
     new_glm,
     save_language,
 )
+from duologue.language.engine import PlainEngine
+from duologue.language.sampling import Sampling
+from duologue.language.talker import TextToTokenTalker
 from duologue.training.chat import WHOLE, ChatRecipe, Chats, ChatStage, DialogueAugmentation, LossMix, as_text
 from duologue.training.corpus import CorpusSample, LabeledTurn, TokenCorpus, write_manifest, write_shard
 from duologue.training.loop import LoopConfig, run
@@ -32,6 +37,7 @@ from duologue.training.packing import (
     pack,
 )
 from duologue.training.pretrain import Jobs, Mixture, PretrainRecipe, PretrainStage, both
+from duologue.training.text_to_token import TextToTokenRecipe, TextToTokenStage
 from duologue.training.tokenize import TokensRecipe
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import BEGIN_OF_AUDIO, END_OF_TEXT, Task, Vocabulary
@@ -396,6 +402,26 @@ def test_both_stages_train_and_write_what_the_next_one_reads(
     load_language(tmp_path / "chat" / "final" / "language")
 
 
+def test_a_text_to_token_model_learns_to_read_aloud(vocabulary: Vocabulary, folder: Path, tmp_path: Path) -> None:
+    loop = LoopConfig(150, 1e-2, warmup_steps=5, evaluate_every=10**6, sample_every=10**6, log_every=50)
+    parts = {"corpus": str(folder / "tokens"), "vocabulary": str(folder / "vocabulary"), "language": TINY}
+    recipe = TextToTokenRecipe(**parts, loop=loop, length=LENGTH, num_rows=4, num_valid_rows=2)  # type: ignore[arg-type]
+    metrics = run(TextToTokenStage(recipe), loop, tmp_path)
+    assert set(metrics) == {"tts/text_nll", "tts/speech_nll"}
+    readings = (tmp_path / "samples" / "step-0000150" / "readings.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in readings]
+    assert [line["text"] for line in lines] == WORDS[:8]
+
+    model = load_language(tmp_path / "final" / "language")
+    talker = TextToTokenTalker(PlainEngine(model, vocabulary), vocabulary)
+
+    async def speak(word: str) -> tuple[int, ...]:
+        return tuple([token async for token in talker.speak(word, Sampling(temperature=0.0), "one")])
+
+    right = sum(asyncio.run(speak(word)) == spoken(vocabulary, word * 3, 0) for word in WORDS)
+    assert right >= 8
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -447,6 +473,7 @@ def test_the_recipes_of_pocket_are_recipes() -> None:
     recipes = Path(__file__).parent.parent / "recipes" / "pocket"
     load_config(recipes / "tokens.yaml", TokensRecipe)
     pretrain = load_config(recipes / "pretrain.yaml", PretrainRecipe)
+    assert load_config(recipes / "text-to-token.yaml", TextToTokenRecipe).language == pretrain.language
     chat = load_config(recipes / "chat.yaml", ChatRecipe)
     assert pretrain.length <= pretrain.language.max_positions
     assert (chat.corpus, chat.vocabulary) == (pretrain.corpus, pretrain.vocabulary)

@@ -128,8 +128,20 @@ def add_text_model(parser: argparse.ArgumentParser) -> None:
         "http://127.0.0.1:8080/v1, a transformers folder or a GGUF file (docs/talker.md)",
     )
     parser.add_argument(
+        "--talker", metavar="FOLDER", help="run of `duologue train text-to-token` that reads its text aloud"
+    )
+    parser.add_argument(
         "--text-model-name", default="", metavar="NAME", help="model of the endpoint (default: the first it lists)"
     )
+
+
+def text_model_options(args: argparse.Namespace) -> dict[str, str]:
+    """Returns the arguments of `add_text_model` that were given, by option. Raises ValueError for a talker alone."""
+    given = {"--text-model": args.text_model, "--text-model-name": args.text_model_name, "--talker": args.talker}
+    given = {option: value for option, value in given.items() if value}
+    if given and args.text_model is None:
+        raise ValueError(f"{', '.join(given)} needs --text-model")
+    return given
 
 
 def add_decoder_dtype(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from duologue.cli.parser import add_command, add_precision, add_text_model, positive, warn_if_untrained
+from duologue.cli.parser import (
+    add_command,
+    add_precision,
+    add_text_model,
+    positive,
+    text_model_options,
+    warn_if_untrained,
+)
 
 KEYS_VARIABLE = "DUOLOGUE_API_KEYS"
 
@@ -92,6 +99,7 @@ def _serve(args: argparse.Namespace) -> None:
     from duologue.serving.server import Server, listen, url_of, warm_up
     from duologue.serving.settings import Settings
 
+    options = text_model_options(args)
     settings = Settings(**given_settings(args))
     if args.until_stdin_ends:
         stop_when_stdin_ends()
@@ -108,7 +116,7 @@ def _serve(args: argparse.Namespace) -> None:
     from duologue.serving.app import create_app
 
     language = settings.max_sessions, args.cached_tokens, args.engine_url, args.gguf
-    text_model = {"text_model": args.text_model, "text_model_name": args.text_model_name}
+    text_model = {option[2:].replace("-", "_"): value for option, value in options.items()}
     bot = load(
         args.model, args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype, *language, **text_model
     )

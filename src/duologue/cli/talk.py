@@ -10,7 +10,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.parser import FAILED, KEY_VARIABLE, add_command, add_text_model, checked_output, positive
+from duologue.cli.parser import (
+    FAILED,
+    KEY_VARIABLE,
+    add_command,
+    add_text_model,
+    checked_output,
+    positive,
+    text_model_options,
+)
 
 if TYPE_CHECKING:
     from duologue.client.conversation import TalkSummary
@@ -50,7 +58,8 @@ def add(commands: Any) -> None:
 def _talk(args: argparse.Namespace) -> int:
     if args.manual and args.input is None:
         raise ValueError("--manual needs --input, whose end is the end of the turn")
-    if args.text_model is not None and args.server is not None:
+    options = text_model_options(args)
+    if options and args.server is not None:
         raise ValueError("a running server has its own text model: give --text-model to `duologue serve`")
     if args.output is not None:
         checked_output(args.output)
@@ -74,9 +83,7 @@ def _talk(args: argparse.Namespace) -> int:
         server = args.server
         if server is None:
             print("duologue: starting a server for this conversation", file=sys.stderr)
-            arguments = ["--device", args.device]
-            if args.text_model is not None:
-                arguments += ["--text-model", args.text_model, "--text-model-name", args.text_model_name]
+            arguments = ["--device", args.device, *(word for option in options.items() for word in option)]
             server = stack.enter_context(start_server(args.model, arguments)).url
         key = os.environ.get(KEY_VARIABLE, "") if args.server is not None else ""
         summary = asyncio.run(converse(server, args.model, key, endpoints, settings, args.json))

@@ -17,19 +17,20 @@ import numpy as np
 
 from duologue import rates
 from duologue.audio import check_wav
-from duologue.checkpoint import Dtype
+from duologue.checkpoint import Dtype, file_hash
 from duologue.config import check_type
 from duologue.conversation.answer import Reply, answer
 from duologue.conversation.events import Event
 from duologue.conversation.session import Session
 from duologue.conversation.worker import Worker
 from duologue.cuda import check_device
+from duologue.language.backbone import Provenance, load_language, load_provenance
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
-from duologue.language.talker import ReadingTalker, Talker, TalkerEngine
+from duologue.language.talker import ReadingTalker, Talker, TalkerEngine, TextToTokenTalker
 from duologue.language.text_models import TextModel, open_text_model
 from duologue.layers import num_step_threads
-from duologue.models import DecoderDtype, EngineName, Models
+from duologue.models import DecoderDtype, EngineName, Models, open_folder
 from duologue.pcm import Pcm
 from duologue.quantization import Scheme
 from duologue.sound_files import load_audio
@@ -189,6 +190,7 @@ def load(
     gguf: str | Path | None = None,
     text_model: str | None = None,
     text_model_name: str = "",
+    talker: str | Path | None = None,
 ) -> Chatbot:
     """Loads a chatbot by preset ("pocket"), model folder, released set, or OWNER/NAME on the model hub.
 
@@ -197,6 +199,7 @@ def load(
             see `Models.load`.
         text_model: URL of a chat endpoint, transformers folder or GGUF file that answers instead of the language model,
             which then reads the answers aloud; see `open_text_model`, also for `text_model_name`.
+        talker: finished run of `duologue train text-to-token` that reads the text model's answers aloud instead.
         decoder_dtype: of a released decoder's U-Net, by default bfloat16 on CUDA and float32 elsewhere.
 
     Raises:
@@ -207,4 +210,19 @@ def load(
     rest = engine, decoder_dtype, max_sessions, max_cached_tokens, engine_url, gguf
     thinker = None if text_model is None else open_text_model(text_model, text_model_name, device)
     bot = Chatbot(Models.load(model_folder(name), device, dtype, quantization, *rest))
-    return bot if thinker is None else bot.with_text_model(thinker)
+    if thinker is None:
+        return bot
+    return bot.with_text_model(thinker, None if talker is None else load_talker(talker, model_folder(name), device))
+
+
+def load_talker(run: str | Path, model: Path, device: str = "cpu") -> TextToTokenTalker:
+    """Loads the text-to-token model of a finished run as talker for a model folder.
+
+    Raises:
+        ValueError: there is none, or it was trained with another tokenizer or vocabulary.
+    """
+    opened, folder = open_folder(model), Path(run) / "language"
+    own = Provenance(file_hash(opened.tokenizer_path), opened.vocabulary.hash)
+    load_provenance(folder).check(own, f"the talker {run}", f"the model {model}")
+    engine = PlainEngine(load_language(folder).to(device), opened.vocabulary)
+    return TextToTokenTalker(engine, opened.vocabulary)

@@ -32,7 +32,7 @@ def load_backbone(path: str | Path, codebook_size: int, dtype: Dtype = "float32"
         ValueError: as `backbone.load_language`; there is no tokenizer, or a GGUF file needs a missing library.
     """
     path = Path(path)
-    gguf = _gguf_file(path)
+    gguf = gguf_file(path)
     if gguf is None:
         model = load_language(path, dtype)
         tokenizer = _read_tokenizer(path)
@@ -47,7 +47,7 @@ def load_backbone(path: str | Path, codebook_size: int, dtype: Dtype = "float32"
     return model, vocabulary
 
 
-def _gguf_file(path: Path) -> Path | None:
+def gguf_file(path: Path) -> Path | None:
     """Returns the GGUF file that a path means; None for a folder of transformers."""
     if path.is_file() and path.suffix == ".gguf":
         return path
@@ -59,6 +59,16 @@ def _gguf_file(path: Path) -> Path | None:
     if len(files) > 1:
         raise ValueError(f"{path} holds {len(files)} .gguf files; name one, such as {files[0]}")
     return files[0]
+
+
+def check_gguf_libraries(path: Path) -> None:
+    """Raises ValueError if a library is missing with which transformers reads a GGUF file."""
+    for library in ("gguf", "accelerate"):
+        if importlib.util.find_spec(library) is None:
+            raise ValueError(
+                f"{path} is a GGUF file, which transformers reads with {library}, which is not installed: "
+                "pip install gguf accelerate"
+            )
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
@@ -80,12 +90,7 @@ def _fast_tokenizer(folder: Path, **options: str) -> Tokenizer:
 
 
 def _load_gguf(path: Path, dtype: Dtype) -> tuple[PreTrainedModel, Tokenizer]:
-    for library in ("gguf", "accelerate"):
-        if importlib.util.find_spec(library) is None:
-            raise ValueError(
-                f"{path} is a GGUF file, which transformers reads with {library}, which is not installed: "
-                "pip install gguf accelerate"
-            )
+    check_gguf_libraries(path)
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}; the choices are {', '.join(DTYPES)}")
     try:

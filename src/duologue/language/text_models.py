@@ -9,6 +9,7 @@ import asyncio
 import json
 import os
 import secrets
+import struct
 import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -59,10 +60,9 @@ def open_text_model(place: str, name: str = "", device: str = "cpu") -> TextMode
     """
     if urlsplit(place).scheme in ("http", "https"):
         return EndpointTextModel(place, name, os.environ.get(KEY_VARIABLE, ""))
-    path = Path(place)
-    if not (path / "config.json").is_file() and not (path.is_file() and path.suffix == ".gguf"):
+    if not Path(place).exists():
         raise ValueError(f"{place} is neither the URL of a chat endpoint, nor a transformers folder, nor a GGUF file")
-    return TransformersTextModel(path, device)
+    return TransformersTextModel(Path(place), device)
 
 
 class EndpointTextModel:
@@ -175,15 +175,21 @@ class TransformersTextModel:
     def __init__(self, path: Path, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        folder, file = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
+        from duologue.language.backbone import failure_sentence, quiet_transformers
+        from duologue.language.pretrained import check_gguf_libraries, gguf_file
+
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        folder, gguf = path, gguf_file(path)
+        if gguf is not None:
+            check_gguf_libraries(gguf)
+            folder, options["gguf_file"] = gguf.parent, gguf.name
         dtype = "float32" if device == "cpu" else "auto"
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, **file)
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype, **file)
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            raise ValueError(
-                f"{path} is no text model of transformers ({' '.join(str(error).split())[:200]})"
-            ) from None
+            with quiet_transformers():
+                self._tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
+                model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        except (ValueError, KeyError, OSError, RuntimeError, ImportError, IndexError, struct.error) as error:
+            raise ValueError(f"{path} cannot be loaded as a text model: {failure_sentence(error)}") from None
         if not self._tokenizer.chat_template:
             raise ValueError(f"the text model {path} has no chat template")
         self._model = model.to(device).eval()

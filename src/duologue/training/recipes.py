@@ -23,6 +23,7 @@ STAGES = {
     "vocoder": "mel -> wave, against discriminators",
     "flow": "speech tokens -> mel",
     "pretrain": "the language model, stage 1: speech and text become one language",
+    "text-to-token": "a text-to-token model, which reads the text of another model aloud",
     "chat": "the language model, stage 2: spoken questions are answered aloud",
 }
 
@@ -94,9 +95,10 @@ def train(
 
 def _make(name: str, mapping: dict[str, Any], where: str) -> tuple[TrainingStage, LoopConfig, object]:
     """Stage, loop and recipe. The stage's libraries are imported here: others may need an extra that is missing."""
-    module = importlib.import_module(f"duologue.training.{name}")
-    recipe: Any = parse_config(getattr(module, f"{name.capitalize()}Recipe"), mapping, where)
-    return getattr(module, f"{name.capitalize()}Stage")(recipe), recipe.loop, recipe
+    words = name.split("-")
+    module, title = importlib.import_module(f"duologue.training.{'_'.join(words)}"), "".join(map(str.capitalize, words))
+    recipe: Any = parse_config(getattr(module, f"{title}Recipe"), mapping, where)
+    return getattr(module, f"{title}Stage")(recipe), recipe.loop, recipe
 
 
 def _make_tokens(mapping: dict[str, Any], where: str, device: str) -> Trained:
