@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from duologue.serving import protocol
 from duologue.serving.objects import Message, Pcmu, ProtocolError, ResponseParams, SemanticVad, ServerVad, SessionConfig
 from duologue.serving.protocol import CLIENT_EVENTS, ServerEvent, read_client_event
+from duologue.serving.tools import check_tools
 
 OWN = {"duologue.tokens", "duologue.timings"}
 SESSION = SessionConfig(id="sess_1", model="pocket")
@@ -45,8 +46,14 @@ def fault(event: object) -> ProtocolError:
 
 
 def update_fault(changes: dict[str, Any]) -> ProtocolError:
+    """The fault of an update on a server whose models call no tools."""
+
+    def update() -> None:
+        updated = SESSION.updated(changes)
+        check_tools(False, updated.tools, updated.tool_choice, "session")
+
     with pytest.raises(ProtocolError) as raised:
-        SESSION.updated(changes)
+        update()
     return raised.value
 
 

@@ -69,7 +69,7 @@ def call_routes(connections: ConnectionManager) -> APIRouter:
         offer, session = await _offer(request)
         config = config.updated({**session, "model": config.model or session.get("model") or model})
         find_voice(service.bot.models.card, config.audio.output.voice, "session.audio.output.voice")
-        check_tools(service.bot.models, config.tools, config.tool_choice, "session")
+        check_tools(service.bot.models.calls_tools, config.tools, config.tool_choice, "session")
         call = Call()
         answer = await call.answer(offer)
         try:

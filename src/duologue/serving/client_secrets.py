@@ -146,7 +146,7 @@ def client_secret_routes(service: Service, store: ClientSecrets) -> APIRouter:
             raise ApiError(f"origin looks like https://app.example.org, not {body.origin!r}", param="origin")
         config = service.session_config().updated(body.session)
         find_voice(service.bot.models.card, config.audio.output.voice, "session.audio.output.voice")
-        check_tools(service.bot.models, config.tools, config.tool_choice, "session")
+        check_tools(service.bot.models.calls_tools, config.tools, config.tool_choice, "session")
         expires_at = int(store.clock()) + body.expires_after.seconds
         value = store.add(ClientSecret(key, expires_at, config, config.model, body.origin))
         shown = config.model_copy(update={"model": config.model or service.model, "expires_at": expires_at})

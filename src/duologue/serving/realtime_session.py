@@ -166,7 +166,7 @@ class RealtimeSession:
     async def _update(self, event: protocol.SessionUpdate) -> None:
         updated = self.config.updated(event.session)
         find_voice(self.bot.models.card, updated.audio.output.voice, "session.audio.output.voice")
-        check_tools(self.bot.models, updated.tools, updated.tool_choice, "session")
+        check_tools(self.bot.models.calls_tools, updated.tools, updated.tool_choice, "session")
         if updated.audio.input != self.config.audio.input:
             self.input_buffer.configure(updated.audio.input)
         self.conversation.config = updated
@@ -413,7 +413,7 @@ class RealtimeSession:
         config = self.config
         given = config.tools if params.tools is None else params.tools
         choice = config.tool_choice if params.tool_choice is None else params.tool_choice
-        check_tools(self.bot.models, given, choice, "response")
+        check_tools(self.bot.models.calls_tools, given, choice, "response")
         if not self.bot.models.calls_tools:
             return None
         parallel = params.parallel_tool_calls

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from duologue.models import Models
 from duologue.serving.objects import ProtocolError, no_tool_choice, no_tools
 
 
 def check_tools(
-    models: Models, tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any], where: str
+    calls_tools: bool, tools: Sequence[Mapping[str, Any]], choice: str | Mapping[str, Any], where: str
 ) -> None:
-    """Checks the tools of a session or a response, if the models call any.
+    """Checks the tools of a session or a response.
 
     Args:
+        calls_tools: see `Models.calls_tools`.
         where: path of the object that holds them.
 
     Raises:
@@ -22,7 +22,7 @@ def check_tools(
     """
     param = f"{where}.tools"
     try:
-        if not models.calls_tools:
+        if not calls_tools:
             no_tools([dict(tool) for tool in tools])
             param = f"{where}.tool_choice"
             no_tool_choice(choice if isinstance(choice, str) else dict(choice))
