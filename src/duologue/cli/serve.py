@@ -99,7 +99,7 @@ def _serve(args: argparse.Namespace) -> None:
     from duologue.serving.server import Server, listen, url_of, warm_up
     from duologue.serving.settings import Settings
 
-    options = text_model_options(args)
+    text_model_options(args)  # refuses a talker alone
     settings = Settings(**given_settings(args))
     if args.until_stdin_ends:
         stop_when_stdin_ends()
@@ -116,9 +116,14 @@ def _serve(args: argparse.Namespace) -> None:
     from duologue.serving.app import create_app
 
     language = settings.max_sessions, args.cached_tokens, args.engine_url, args.gguf
-    text_model = {option[2:].replace("-", "_"): value for option, value in options.items()}
+    precision = args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype
     bot = load(
-        args.model, args.device, args.dtype, args.quantize, args.engine, args.decoder_dtype, *language, **text_model
+        args.model,
+        *precision,
+        *language,
+        text_model=args.text_model,
+        text_model_name=args.text_model_name,
+        talker=args.talker,
     )
     warn_if_untrained(bot.models.card)
     warm_up(bot)

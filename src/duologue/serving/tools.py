@@ -35,4 +35,4 @@ def check_tools(
         if choice not in ("auto", "none", "required") and named not in names:
             raise ValueError("tool_choice must be 'auto', 'none', 'required' or one of the functions")
     except ValueError as error:
-        raise ProtocolError(str(error), param=param) from None
+        raise ProtocolError(f"{param}: {error}", param=param) from None
