@@ -15,6 +15,7 @@ from duologue.conversation.chatbot import Chatbot, load
 from duologue.conversation.events import AudioDelta, EndReason, Event, Interrupted, ReplyDone, TextDelta
 from duologue.interleave import INTERLEAVED, TEXT_ONLY, Kind, split
 from duologue.language.messages import chat_messages, read_turns
+from duologue.language.reading import ReadingEngine, say_prompt
 from duologue.language.sampling import Sampling
 from duologue.language.talker import NOT_HEARD, TalkerEngine, TextToTokenTalker, WrittenText
 from duologue.language.text_models import CallReader, EndpointTextModel, TextModelError, open_text_model
@@ -272,6 +273,19 @@ def test_the_language_model_reads_aloud_and_so_does_a_text_to_token_model(bot: C
             assert said.audio.size
     with pytest.raises(ValueError, match="a text model already"):
         made.with_text_model(open_text_model(script.url))
+
+
+def test_a_given_text_is_read_without_the_text_model(bot: Chatbot, vocabulary: Vocabulary) -> None:
+    with endpoint(words("Never.")) as script:
+        _, engine = talking(bot, script.url)
+        reading = ReadingEngine(engine, vocabulary, tuple(vocabulary.encode_text(LONG)))
+
+        async def work() -> list[int]:
+            return [token async for token in reading.generate(say_prompt(LONG, vocabulary), SAMPLING)]
+
+        parts = split(asyncio.run(work()), vocabulary.kind)
+    assert vocabulary.decode_text(parts.text) == LONG
+    assert not script.requests
 
 
 # Tools.

@@ -235,8 +235,12 @@ class TalkerEngine:
             TextModelError: the text model failed or wrote nothing.
         """
         if not schedule.text_run:  # speech alone is work of the talker's engine
-            async for token in self.engine.generate(prompt_ids, sampling, schedule, request_id):
-                yield token
+            own = self.engine.generate(prompt_ids, sampling, schedule, request_id)
+            try:
+                async for token in own:
+                    yield token
+            finally:
+                await own.aclose()  # type: ignore[attr-defined]
             return
         said = SaidReply()
         reply = _Reply(self, sampling, schedule, request_id or f"talker-{id(said)}")
