@@ -12,7 +12,7 @@ from duologue.evaluation.bundled import ask_bundled, ask_variants, bundled_rows,
 
 def test_bundled_questions_are_asked_and_told_apart(tiny_folder: Path) -> None:
     class Judge:
-        def transcribe(self, wav: np.ndarray, sample_rate: int) -> str:
+        def transcribe(self, wav: np.ndarray, sample_rate: int, language: str = "en") -> str:
             assert wav.size
             assert sample_rate == 22050
             return "The capital of France is Paris."

@@ -76,7 +76,7 @@ def test_a_question_is_asked_answered_and_interrupted(tiny_folder: Path, tmp_pat
         expect(page.get_by_text("Connected again.").first).to_be_attached(timeout=120_000)
         visit.type("Are you still there?")
         expect(visit.answer_to("Are you still there?")).to_have_class(FINISHED, timeout=120_000)
-        expect(page.locator(".seam")).to_have_count(0)  # the same conversation goes on
+        expect(page.locator(".seam").filter(has_text="A new conversation")).to_have_count(0)  # the same one goes on
         words, wav = visit.saved(tmp_path)
         visit.close()
     replies = [turn for turn in words["turns"] if turn["role"] == "assistant"]
