@@ -88,14 +88,14 @@ def test_every_kind_of_samples_is_the_same_question(bot: Chatbot) -> None:
     [
         (noise(100).astype(np.int32), "float32, int16 or bytes .* not int32"),
         (b"\x00\x00\x00", "whole 16-bit samples, got 3 bytes"),
-        ([0.0, 0.1], "an array of samples or bytes, not list"),
+        ([0.0, 0.1], "not list"),
         (noise(100).reshape(2, 50), "one dimension"),
         (np.zeros(0, np.int16), "no samples"),
     ],
 )
 def test_what_is_no_sound_is_refused_at_every_door(bot: Chatbot, pcm: Pcm, said: str) -> None:
     for door in (bot.chat, bot.session().feed, lambda pcm, rate: answer(bot.models, pcm, rate)):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises((ValueError, TypeError), match=said):
             door(pcm, 16000)
 
 

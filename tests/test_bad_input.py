@@ -238,7 +238,6 @@ def test_five_minutes_of_speech(tmp_path: Path, tiny_folder: Path, capsys: Captu
         (("chat", "--text", "Hello", "--device", "toaster", "--model", "TINY"), "'toaster'"),
         (("chat", "--text", "Hello", "--model", "no-such-model"), "'no-such-model'"),
         (("dance",), "'dance'"),
-        ((), "COMMAND"),
         (("chat", "--speed", "3"), "--speed"),
         (("train", "everything", "--recipe", "x.yaml"), "'everything'"),
         (("train", "tokenizer"), "--recipe"),

@@ -29,19 +29,26 @@ JUDGE_MODEL = "gpt-4o-mini"  # of most benchmarks
 
 def add_benchmarks(suites: Any) -> None:
     for name, text in TITLES.items():
-        suite = add_command(suites, name, _evaluate, text, model=True)
+        examples = (
+            f"duologue evaluate {name} --data {name} --limit 100",
+            f"duologue evaluate {name} --data {name} --resume",
+        )
+        suite = add_command(suites, name, _evaluate, text, model=True, examples=examples)
         suite.set_defaults(suite=name)
         suite.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of the benchmark's data")
         suite.add_argument("--subset", action="append", default=[], metavar="NAME", help="only this one; repeatable")
         _add_asking(suite, f"runs/evaluate/{name}")
 
-    paper = add_command(suites, "paper", _paper, "the tables of the GLM-4-Voice paper", model=True)
+    text = "the tables of the GLM-4-Voice paper"
+    examples = ("duologue evaluate paper --data data --model glm-4-voice-9b --device cuda",)
+    paper = add_command(suites, "paper", _paper, text, model=True, examples=examples)
     paper.set_defaults(suite="paper", subset=[])
     paper.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of the data sets")
     _add_asking(paper, "runs/evaluate/paper")
 
     text = "Full-Duplex-Bench v1.0 and v1.5 in real time"
-    duplex = add_command(suites, "full-duplex-bench", _duplex, text, model=True)
+    examples = ("duologue evaluate full-duplex-bench --data data --server http://127.0.0.1:8000",)
+    duplex = add_command(suites, "full-duplex-bench", _duplex, text, model=True, examples=examples)
     duplex.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder with v1_0 and v1_5")
     duplex.add_argument("--subset", action="append", default=[], metavar="TASK", help="only this one, VERSION/TASK")
     _add_running(duplex, "runs/evaluate/full-duplex-bench", 1)
