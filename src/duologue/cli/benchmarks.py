@@ -29,11 +29,9 @@ JUDGE_MODEL = "gpt-4o-mini"  # of most benchmarks
 
 def add_benchmarks(suites: Any) -> None:
     for name, text in TITLES.items():
-        examples = (
-            f"duologue evaluate {name} --data {name} --limit 100",
-            f"duologue evaluate {name} --data {name} --resume",
-        )
-        suite = add_command(suites, name, _evaluate, text, model=True, examples=examples)
+        command = f"duologue evaluate {name} --data {name}"
+        lines = (f"{command} --limit 100", f"{command} --resume")
+        suite = add_command(suites, name, _evaluate, text, model=True, examples=lines)
         suite.set_defaults(suite=name)
         suite.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="folder of the benchmark's data")
         suite.add_argument("--subset", action="append", default=[], metavar="NAME", help="only this one; repeatable")
