@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 import duologue
+from duologue.vocabulary import Vocabulary
 from recipes.pocket import run
 from recipes.pocket.run import main, steps
+from recipes.pocket.text import main as write_vocabulary
 
 PROGRAMS = ("flite", "espeak-ng", "text2wave")
 
@@ -49,3 +52,10 @@ def test_a_step_that_fails_says_which(
         step.done.touch()
     assert main([]) == 2
     assert "tokenizer stopped with exit code 2" in capfd.readouterr().err
+
+
+def test_the_vocabulary_has_the_codes_of_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("one and two is three\n", encoding="utf-8")
+    write_vocabulary(["--texts", str(tmp_path / "texts.txt"), "--out", str(tmp_path / "v"), "--vocab-size", "320"])
+    recipe = yaml.safe_load((run.RECIPES / "tokenizer.yaml").read_text(encoding="utf-8"))
+    assert Vocabulary.load(tmp_path / "v").codebook_size == recipe["tokenizer"]["quantizer"]["codebook_size"]

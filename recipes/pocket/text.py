@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.pocket.text", description=__doc__)
     parser.add_argument("--texts", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder of the vocabulary")
-    parser.add_argument("--codebook-size", type=int, default=2048, help="speech tokens of the tokenizer beside it")
+    parser.add_argument("--codebook-size", type=int, default=4096, help="speech tokens of the tokenizer beside it")
     parser.add_argument("--vocab-size", type=int, default=VOCAB_SIZE)
     options = parser.parse_args(argv)
     lines = (line.rstrip("\n") for path in options.texts for line in path.open(encoding="utf-8"))
