@@ -10,9 +10,10 @@ reply is ahead of its playback (`--ahead-s` of `duologue serve`) is compared wit
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from duologue.conversation.events import AudioDelta
 from duologue.conversation.session import Session
 from duologue.evaluation.report import Row
 from duologue.language.engine import PlainEngine
+from duologue.language.stepping import Stepped, StepRow
 
 CHUNK_MS = 40
 NUM_COMPARED = 15  # turns at either end of the hour
@@ -171,22 +173,22 @@ async def _interrupted(
 ) -> Interruptions:
     """Long replies, played by the clock; a third is interrupted at a random moment."""
     rng = np.random.default_rng(seed)
-    counted = _count_drawn(engine)
     num_interrupted = generated = heard = 0
     for index in range(replies):
         sampling = dataclasses.replace(bot.models.card.sampling, seed=seed + index)
         session = Session(bot.models, bot.worker, sampling=sampling, policy=lambda: BlockPolicy(max_ahead_s=limit))
         session.write(LONG_QUESTION)
         stop_after = rng.uniform(*STOP_AFTER_S) if rng.random() < INTERRUPTED_SHARE else None
-        before, started, num_samples, stopped = counted[0], None, 0, False
-        async for event in session.reply():
-            if not isinstance(event, AudioDelta) or not len(event.wav):
-                continue
-            started = time.perf_counter() if started is None else started
-            num_samples += len(event.wav)
-            if stop_after is not None and time.perf_counter() - started >= stop_after:
-                session.interrupt(1000 * (time.perf_counter() - started))
-                stopped = True
+        started, num_samples, stopped = None, 0, False
+        with _drawn_ids(engine) as drawn:
+            async for event in session.reply():
+                if not isinstance(event, AudioDelta) or not len(event.wav):
+                    continue
+                started = time.perf_counter() if started is None else started
+                num_samples += len(event.wav)
+                if stop_after is not None and time.perf_counter() - started >= stop_after:
+                    session.interrupt(1000 * (time.perf_counter() - started))
+                    stopped = True
         audio_s = num_samples / rates.SPEAK_SAMPLE_RATE
         if started is not None and stop_after is not None and not stopped and stop_after < audio_s:
             await asyncio.sleep(max(started + stop_after - time.perf_counter(), 0))
@@ -194,20 +196,24 @@ async def _interrupted(
             stopped = True
         if stopped:
             num_interrupted += 1
-            generated += counted[0] - before
+            generated += len(drawn)
             heard += len(session.conversation.turns[-1].ids)
-    del engine.stepper.step
     return Interruptions(limit, replies, num_interrupted, generated, heard)
 
 
-def _count_drawn(engine: PlainEngine) -> list[int]:
-    """Counts the ids that the engine draws from now on, until its stepper's `step` is deleted."""
-    counted, step = [0], engine.stepper.step
+@contextlib.contextmanager
+def _drawn_ids(engine: PlainEngine) -> Iterator[list[int]]:
+    """Collects the ids that the engine draws within a `with` block."""
+    drawn: list[int] = []
+    step = engine.stepper.step
 
-    def counting(rows: Any) -> Any:
+    def watched(rows: Sequence[StepRow]) -> list[Stepped]:
         stepped = step(rows)
-        counted[0] += sum(one.token is not None for one in stepped)
+        drawn.extend(one.token for one in stepped if one.token is not None)
         return stepped
 
-    engine.stepper.step = counting  # type: ignore[method-assign]
-    return counted
+    engine.stepper.step = watched  # type: ignore[method-assign]
+    try:
+        yield drawn
+    finally:
+        engine.stepper.step = step  # type: ignore[method-assign]

@@ -128,8 +128,8 @@ class TrainedRows(nn.Module):
         return self.frozen.detach().index_copy(0, self.rows, self.trained.detach().to(self.frozen.dtype))
 
 
-class RowsEmbedding(nn.Module):
-    """An embedding with some trained rows."""
+class _OverRows(nn.Module):
+    """A layer over a table; `weight` is the whole table (V, D)."""
 
     def __init__(self, table: TrainedRows) -> None:
         super().__init__()
@@ -138,6 +138,10 @@ class RowsEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         return self.table.merged()
+
+
+class RowsEmbedding(_OverRows):
+    """An embedding with some trained rows."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (...) -> vectors (..., D)."""
@@ -147,16 +151,8 @@ class RowsEmbedding(nn.Module):
         return torch.where((place >= 0)[..., None], trained, functional.embedding(ids, table.frozen))
 
 
-class RowsHead(nn.Module):
+class RowsHead(_OverRows):
     """An output head with some trained rows."""
-
-    def __init__(self, table: TrainedRows) -> None:
-        super().__init__()
-        self.table = table
-
-    @property
-    def weight(self) -> Tensor:
-        return self.table.merged()
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Vectors (..., D) -> scores (..., V)."""
