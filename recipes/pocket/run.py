@@ -1,10 +1,12 @@
 """All of pocket, from nothing to the folder that ships: corpus, vocabulary, trainings, evaluation.
 
     python -m recipes.pocket.run [--hours 100] [--turns 72000] [--workers 2] [--device cuda] [--list] [--smoke]
+        [--carry-over src/duologue/pocket]
 
 It can be stopped and started again at any time: finished steps are skipped, and a training resumes from its last
 checkpoint. All results are under `runs/pocket`; delete a step's folder to repeat the step. `--smoke` runs every step
-for moments on minimal data. It shows whether everything works on this machine, and the tests use it.
+for moments on minimal data. It shows whether everything works on this machine, and the tests use it. `--carry-over`
+starts flow and language model from those of a trained pocket with another tokenizer, see `carry_over.py`.
 """
 
 from __future__ import annotations
@@ -31,14 +33,28 @@ class Step:
     done: Path
 
 
-def steps(hours: float, turns: int, workers: int) -> list[Step]:
-    """All steps in order."""
+def steps(hours: float, turns: int, workers: int, carry_over: str = "") -> list[Step]:
+    """All steps in order.
+
+    Args:
+        carry_over: folder of a trained pocket whose flow and language model are the start; empty for random weights.
+    """
     corpus, texts, writing = RUNS / "corpus", RUNS / "texts.txt", RUNS / "writing"
     vocabulary, pocket, report = RUNS / "vocabulary", RUNS / "pocket", RUNS / "evaluation"
     whisper = RUNS / "parts" / "whisper-tiny.en"
     evaluate = ("evaluate", "pocket", "--model", pocket, "--data", corpus / "test", "-o", report)
     learn_text = ("recipes.pocket.text", "--texts", texts, "--out", vocabulary)
     make = ("recipes.pocket.corpus", "--out", corpus, "--workers", workers, "--only")
+    carried = RUNS / "carried"
+    if carry_over:
+        carry = ("recipes.pocket.carry_over", "--model", carry_over, "--runs", RUNS)
+        flow = [_step("carry-over", carried / "language" / "siblings.json", *carry)]
+        pretrain = []
+    else:
+        flow = [_train("flow", "flow", RUNS / "flow" / "final" / "flow" / "config.json")]
+        pretrain = [_train("pretrain", "pretrain", RUNS / "pretrain" / "final" / "language" / "siblings.json")]
+    from_carried = ("--set", f"start_from={carried}") if carry_over else ()
+    from_carried_language = ("--set", f"start_from={carried / 'language'}") if carry_over else ()
     return [
         _step("free", corpus / "free" / "done", *make, "free", "--hours", hours),
         _step("valid", corpus / "valid-unseen" / "done", *make, "valid"),
@@ -51,11 +67,11 @@ def steps(hours: float, turns: int, workers: int) -> list[Step]:
         _train("tokenizer", "tokenizer", RUNS / "tokenizer" / "final" / "recognizer" / "config.json"),
         _step("freeze", RUNS / "frozen" / "recognizer" / "config.json", "recipes.pocket.freeze"),
         _train("vocoder", "vocoder", RUNS / "vocoder" / "final" / "vocoder" / "config.json"),
-        _train("flow", "flow", RUNS / "flow" / "final" / "flow" / "config.json"),
-        _train("flow-voice", "flow", RUNS / "flow-voice" / "final" / "flow" / "config.json"),
+        *flow,
+        _train("flow-voice", "flow", RUNS / "flow-voice" / "final" / "flow" / "config.json", *from_carried),
         _train("tokens", "tokens", RUNS / "tokens" / "manifest.json"),
-        _train("pretrain", "pretrain", RUNS / "pretrain" / "final" / "language" / "siblings.json"),
-        _train("chat", "chat", RUNS / "chat" / "final" / "language" / "siblings.json"),
+        *pretrain,
+        _train("chat", "chat", RUNS / "chat" / "final" / "language" / "siblings.json", *from_carried_language),
         _step("assemble", pocket / "duologue.json", "recipes.pocket.assemble", "--out", pocket),
         _step("evaluate", report / "done", "duologue.cli", *evaluate),
     ]
@@ -65,9 +81,9 @@ def _step(name: str, done: Path, *command: object) -> Step:
     return Step(name, ("-m", *map(str, command)), done)
 
 
-def _train(name: str, stage: str, done: Path) -> Step:
+def _train(name: str, stage: str, done: Path, *options: str) -> Step:
     recipe = RECIPES / f"{name}.yaml"
-    return _step(name, done, "duologue.cli", "train", stage, "--recipe", recipe, "--out", RUNS / name)
+    return _step(name, done, "duologue.cli", "train", stage, "--recipe", recipe, "--out", RUNS / name, *options)
 
 
 _MOMENT = "loop.num_steps=2 loop.warmup_steps=1 loop.evaluate_every=2 loop.sample_every=2"
@@ -120,8 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="of the trainings; cuda trains by the clock, see CUDA here")
     parser.add_argument("--smoke", action="store_true", help="run every step for moments on next to nothing")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not")
+    parser.add_argument("--carry-over", default="", metavar="FOLDER", help="start from the pocket in this folder")
     args = parser.parse_args(arguments)
-    for step in steps(args.hours, args.turns, args.workers):
+    for step in steps(args.hours, args.turns, args.workers, args.carry_over):
         if args.list:
             print(f"{'done' if step.done.exists() else 'to do':6}{step.name}")
             continue
