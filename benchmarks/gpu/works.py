@@ -28,6 +28,7 @@ from duologue.released.random_weights import PRESETS
 QUESTION = "What is two plus three?"
 NUM_SESSIONS = 3
 NOISE_S = 8.0
+TINY_S = 1.6  # of each sound
 
 
 def does_it_run(run: Run) -> None:
@@ -70,7 +71,9 @@ def _sounds(run: Run) -> list[NDArray[np.float32]]:
     with run.record.attempt("recorded questions"):
         from benchmarks.speech import questions
 
-        return [*questions()[: 1 if run.tiny else None], noise]
+        if run.tiny:
+            return [wav[: int(TINY_S * rates.LISTEN_SAMPLE_RATE)] for wav in (questions()[0], noise)]
+        return [*questions(), noise]
     return [noise]
 
 
