@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from duologue.checkpoint import (
@@ -15,6 +16,7 @@ from duologue.checkpoint import (
     read_extra,
     save_component,
     save_tensors,
+    stored_tensors,
 )
 
 
@@ -115,9 +117,16 @@ def test_matrices_in_int8_are_floats_in_memory(tmp_path: Path, tiny: Tiny, max_s
         tiny.proj.weight[2] = 0.0  # a row without a scale of its own
         tiny.proj.weight[3] *= 1000.0
     save_component(tmp_path / "int8", tiny, tiny.config, dtype=torch.int8, max_shard_bytes=max_shard_bytes)
-    stored = load_tensors(tmp_path / "int8")
+    stored: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "int8").glob("*.safetensors"):
+        stored |= load_file(path)
     assert stored["proj.weight"].dtype == torch.int8
     assert stored["proj.bias"].dtype == torch.float16
+    described = stored_tensors(tmp_path / "int8")
+    assert "proj.weight.int8_scale" not in described
+    assert described["proj.weight"].dtype == "F32"
+    rows = described["proj.weight"].read(torch.float16, 1, 3)
+    assert torch.equal(rows, load_tensors(tmp_path / "int8")["proj.weight"][1:3].half())
     read = load_component(tmp_path / "int8", Tiny, TinyConfig)
     assert read.proj.weight.dtype == torch.float32
     assert torch.equal(read.counts, tiny.counts)
@@ -224,8 +233,6 @@ def test_weights_that_are_not_finite_are_refused_both_ways(folder: Path, tiny: T
         save_component(folder, tiny, tiny.config)
     raw = load_tensors(folder)
     raw["proj.bias"][1] = float("inf")
-    from safetensors.torch import save_file
-
     save_file(raw, folder / "model.safetensors")
     refused(folder, "weight 'proj.bias' holds values that are not finite")
 

@@ -1,6 +1,7 @@
 """The language model on disk: any causal LM of transformers, extended, refused where it does not fit."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,26 @@ def test_half_precision_on_disk_and_in_memory(vocabulary: Vocabulary, tmp_path: 
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.bfloat16().float(), loaded.get_parameter(name))
     assert next(load_language(tmp_path, "bfloat16").parameters()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_int8_on_disk_is_full_precision_in_memory(vocabulary: Vocabulary, tmp_path: Path, tied: bool) -> None:
+    model = new_glm(vocabulary, replace(TINY, tie_embeddings=tied)).eval()
+    save_language(tmp_path / "int8", model, SIBLINGS, dtype="int8")
+    save_language(tmp_path / "float", model, SIBLINGS)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("int8", "float")]
+    assert sizes[0] < 0.35 * sizes[1]
+    read = load_language(tmp_path / "int8")
+    assert (read.get_input_embeddings().weight is read.get_output_embeddings().weight) == tied
+    assert read.generation_config.eos_token_id == model.generation_config.eos_token_id
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        expected, found = model(ids).logits, read(ids).logits
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    weights = dict(read.named_parameters())
+    save_language(tmp_path / "again", read, SIBLINGS, dtype="int8")
+    assert all(torch.equal(weights[key], value) for key, value in load_language(tmp_path / "again").named_parameters())
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -3,7 +3,8 @@
     config.json          {"kind": class of the module, "version": 1, ...the fields of its config..., "extra": {...}}
     model.safetensors    its state dict; larger ones are sharded with an index, in the layout of transformers
 
-Matrices may be stored in int8. Then `<key>` holds whole numbers and `<key>.int8_scale` one float32 factor per row.
+Matrices may be stored in int8. Then `<key>` holds whole numbers and `<key>.int8_scale` one float32 factor per row;
+readers return them in float32.
 
 Loading executes no code, and every fault raises an error that names file and key. Files are replaced one by one,
 weights first, so an interrupted save leaves readable files.
@@ -16,7 +17,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -45,13 +46,15 @@ class StoredTensor:
     """A tensor of a safetensors file, known from the header; values are read on demand.
 
     Attributes:
-        dtype: safetensors name such as F32 or BF16.
+        dtype: safetensors name such as F32 or BF16; that of the values, F32 for a matrix in int8.
+        scale: factors of the rows of a matrix in int8; None for others.
     """
 
     path: Path
     key: str
     dtype: str
     shape: tuple[int, ...]
+    scale: StoredTensor | None = None
 
     @property
     def numel(self) -> int:
@@ -65,8 +68,11 @@ class StoredTensor:
         """
         with _open(self.path) as file:
             # A tensor without dimensions has no rows to slice.
-            stored = file.get_slice(self.key)[start:stop] if self.shape else file.get_tensor(self.key)
-            tensor: Tensor = stored.to(stored.dtype if dtype is None else dtype, copy=True)
+            stored: Tensor = file.get_slice(self.key)[start:stop] if self.shape else file.get_tensor(self.key)
+            if self.scale is not None:
+                factors = self.scale.read(None, start, stop)
+                stored = (stored.flatten(1) * factors[:, None]).view(stored.shape)
+            tensor = stored.to(stored.dtype if dtype is None else dtype, copy=True)
         _check_finite(str(self.path), self.key, tensor)
         return tensor
 
@@ -101,7 +107,7 @@ def save_component(
             raise ValueError(f"{type(config).__name__} has a field {key!r}, which the checkpoint format needs itself")
     tensors = module_tensors(module)
     if dtype is torch.int8:
-        tensors = _quantized(tensors)
+        tensors = in_int8(tensors)
     elif dtype is not None:
         tensors = {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
     save_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
@@ -134,7 +140,7 @@ def load_component(
     module = cls(config)
     if dtype is not None:
         module = module.to(dtype)
-    load_weights(module, _dequantized(load_tensors(folder)), str(folder))
+    load_weights(module, load_tensors(folder), str(folder))
     return module.eval()
 
 
@@ -218,17 +224,12 @@ def save_tensors(
 
 
 def load_tensors(folder: str | Path, name: str = "model") -> dict[str, Tensor]:
-    """Reads tensors written by `save_tensors`.
+    """Reads tensors written by `save_tensors`; matrices in int8 are returned in float32.
 
     Raises:
         ValueError: a file is missing, truncated or damaged, or index and shards disagree.
     """
-    stored = stored_tensors(folder, name)
-    tensors: dict[str, Tensor] = {}
-    for path in sorted({one.path for one in stored.values()}):
-        with _open(path) as file:
-            tensors |= {key: file.get_tensor(key) for key, one in stored.items() if one.path == path}
-    return tensors
+    return {key: stored.read() for key, stored in stored_tensors(folder, name).items()}
 
 
 def stored_tensors(folder: str | Path, name: str = "model") -> dict[str, StoredTensor]:
@@ -252,7 +253,7 @@ def stored_tensors(folder: str | Path, name: str = "model") -> dict[str, StoredT
         if not (folder / file_name).is_file():
             first = min(key for key, file in weight_map.items() if file == file_name)
             raise ValueError(f"{folder / file_name} does not exist, but {index.name} puts the weight {first!r} into it")
-        files[file_name] = stored_in_file(folder / file_name)
+        files[file_name] = _stored_as_they_are(folder / file_name)
     for key, file_name in weight_map.items():
         if key not in files[file_name]:
             raise ValueError(f"{folder / file_name} lacks the weight {key!r} that {index.name} puts there")
@@ -260,7 +261,7 @@ def stored_tensors(folder: str | Path, name: str = "model") -> dict[str, StoredT
     for stored in found:
         if weight_map.get(stored.key) != stored.path.name:
             raise ValueError(f"{stored.path} holds the weight {stored.key!r}, which {index.name} does not put there")
-    return {stored.key: stored for stored in found}
+    return _with_scales({stored.key: stored for stored in found})
 
 
 def stored_in_file(path: str | Path) -> dict[str, StoredTensor]:
@@ -269,7 +270,11 @@ def stored_in_file(path: str | Path) -> dict[str, StoredTensor]:
     Raises:
         ValueError: the file is missing, truncated or damaged.
     """
-    path = Path(path)
+    return _with_scales(_stored_as_they_are(Path(path)))
+
+
+def _stored_as_they_are(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file, the scales of matrices in int8 among them."""
     found = {}
     with _open(path) as file:
         for key in file.offset_keys():
@@ -303,8 +308,19 @@ def file_hash(folder: str | Path) -> str:
     return whole.hexdigest()
 
 
-def _quantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Matrices (N, ...) in int8 with a scale per row (N,); other floating-point tensors in float16."""
+def _with_scales(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Joins matrices in int8 with their scales."""
+    scaled = {key: stored[key + _SCALE] for key in stored if key + _SCALE in stored}
+    scales = {scale.key for scale in scaled.values()}
+    return {
+        key: replace(one, dtype="F32", scale=scaled[key]) if key in scaled else one
+        for key, one in stored.items()
+        if key not in scales
+    }
+
+
+def in_int8(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns matrices (N, ...) in int8 with a scale per row (N,), and other floating-point tensors in float16."""
     stored: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -317,15 +333,6 @@ def _quantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             stored[key] = (rows / scale[:, None]).round().to(torch.int8).view(tensor.shape)
             stored[key + _SCALE] = scale
     return stored
-
-
-def _dequantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Inverse of `_quantized`; tensors without a scale are returned as they are."""
-    weights = {key: tensor for key, tensor in tensors.items() if not key.endswith(_SCALE)}
-    for key, scale in tensors.items():
-        if key.endswith(_SCALE) and (stored := weights.get(key.removesuffix(_SCALE))) is not None:
-            weights[key.removesuffix(_SCALE)] = (stored.flatten(1) * scale[:, None]).view(stored.shape)
-    return weights
 
 
 def _component_json(folder: Path) -> dict[str, Any]:

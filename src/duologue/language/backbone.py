@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from duologue.checkpoint import DTYPES, Dtype
+from duologue.checkpoint import DTYPES, Dtype, in_int8, load_tensors, load_weights, save_tensors, stored_tensors
 from duologue.config import parse_config, read_json, write_json
 from duologue.language.adapters import merged_state
 from duologue.vocabulary import Vocabulary
@@ -131,6 +131,8 @@ def start_speech_embeddings(model: PreTrainedModel, vocabulary: Vocabulary, code
 def load_language(folder: str | Path, dtype: Dtype = "float32") -> PreTrainedModel:
     """Loads a causal LM of transformers in evaluation mode on the CPU, without network access or code execution.
 
+    Matrices in int8 (`duologue.checkpoint`) are read as floats; plain transformers does not read such a folder.
+
     Raises:
         ValueError: the folder or config is missing, the architecture unknown, or a weight is missing, truncated,
             unexpected, of another shape or not finite.
@@ -143,6 +145,8 @@ def load_language(folder: str | Path, dtype: Dtype = "float32") -> PreTrainedMod
         raise ValueError(f"unknown dtype {dtype!r}; the choices are {', '.join(DTYPES)}")
     if not any(folder.glob("*.safetensors")):
         raise ValueError(f"{folder} holds no .safetensors file, so it is no language model that can be read safely")
+    if any(stored.scale is not None for stored in stored_tensors(folder).values()):
+        return _load_int8(folder, dtype)
     try:
         with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -172,18 +176,43 @@ def load_language(folder: str | Path, dtype: Dtype = "float32") -> PreTrainedMod
     return model
 
 
+def _load_int8(folder: Path, dtype: Dtype) -> PreTrainedModel:
+    """Loads a folder whose matrices are in int8, which transformers itself does not read."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    try:
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, dtype=DTYPES[dtype])
+            if (folder / "generation_config.json").exists():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (ValueError, KeyError, OSError, RuntimeError, TypeError) as error:
+        raise ValueError(f"{folder} cannot be loaded as a language model: {failure_sentence(error)}") from None
+    load_weights(model, load_tensors(folder), str(folder))
+    return model.eval()
+
+
 def save_language(
     folder: str | Path,
     model: PreTrainedModel,
     provenance: Provenance,
-    dtype: Dtype = "float32",
+    dtype: Dtype | Literal["int8"] = "float32",
     max_shard_bytes: int = 2**31,
 ) -> None:
-    """Writes a folder that `load_language` and plain transformers read; `model` is unchanged.
+    """Writes a folder that `load_language` reads, and plain transformers too unless it is in int8.
 
-    Adapters are merged into the weights, see `adapters.merged_state`.
+    `model` is unchanged. Adapters are merged into the weights, see `adapters.merged_state`.
     """
     folder = Path(folder)
+    if dtype == "int8":
+        with quiet_transformers():
+            model.config.save_pretrained(folder)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(folder)
+        weights = {tensor.data_ptr(): (key, tensor) for key, tensor in reversed(merged_state(model).items())}
+        save_tensors(folder, in_int8(dict(reversed(weights.values()))), max_shard_bytes=max_shard_bytes)
+        write_json(folder / PROVENANCE_FILE, {"version": 1, **asdict(provenance)})
+        return
     cast: dict[tuple[int, torch.Size], Tensor] = {}  # tied embeddings are written once
     own = {
         name: cast.setdefault((value.data_ptr(), value.shape), value.to(DTYPES[dtype]))
