@@ -169,10 +169,17 @@ def test_text_ids_that_are_not_used_can_be_dropped(folder: Path, tmp_path: Path)
     torch.testing.assert_close(*hidden)
     scores = [one.decoder.logits(state) for one, state in zip((whole, small), hidden, strict=True)]
     torch.testing.assert_close(scores[0][..., small.text.kept], scores[1])
+    save_speech_recognizer(tmp_path / "whole", whole)
     save_speech_recognizer(tmp_path / "small", small, torch.int8)
     read = load_speech_recognizer(tmp_path / "small")
     assert read.text.kept == small.text.kept
     assert read.text.special == small.text.special
+    assert read.text.encode(said) == ids
+    assert read.text.decode(ids) == small.text.decode(ids)
+    names = [
+        json.loads((tmp_path / name / "tokenizer.json").read_text())["model"]["vocab"] for name in ("small", "whole")
+    ]
+    assert len(names[0]) < len(names[1])
     values = Padded.full(torch.randn(2, 5, whole.config.width))
     assert len(read.transcribe(values)) == 2
     (tmp_path / "small" / "text_ids.json").write_text('{"vocab_size": 100, "kept": [1, 2]}')

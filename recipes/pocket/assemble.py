@@ -1,4 +1,6 @@
-"""Puts the trained parts of pocket into one model folder in half precision, which ships in the package.
+"""Puts the trained parts of pocket into one model folder, which ships in the package.
+
+The decoder is stored in half precision. The other parts are in int8.
 
 python -m recipes.pocket.assemble --runs runs/pocket --out src/duologue/pocket
 """
@@ -35,7 +37,7 @@ QUESTIONS = (
     "What day comes after Thursday?",
     "Who are you?",
 )
-MAX_BYTES = 40 * 2**20
+MAX_BYTES = 42_000_000
 
 
 def assemble(runs: Path, out: Path, untrained: bool = False, max_tokens: int = 600) -> int:
@@ -46,7 +48,7 @@ def assemble(runs: Path, out: Path, untrained: bool = False, max_tokens: int = 6
         max_tokens: default maximum tokens of a reply.
 
     Raises:
-        ValueError: a part is missing or damaged, or their total size exceeds 40 MB.
+        ValueError: a part is missing or damaged, or their total size exceeds 42 MB.
     """
     for part in (
         "tokenizer",
@@ -73,13 +75,13 @@ def assemble(runs: Path, out: Path, untrained: bool = False, max_tokens: int = 6
         model = new_glm(vocabulary, LanguageConfig(64, 2, 2, 1, 32, 128))
     else:
         model, provenance = load_language(language), load_provenance(language)
-    save_language(out / "language", model, provenance, dtype="float16")
+    save_language(out / "language", model, provenance, dtype="int8")
     sampling = Sampling(temperature=0.0, max_tokens=max_tokens)
     Card("pocket", trained=not missing, sampling=sampling, questions=QUESTIONS).save(out)
     size = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
     if size > MAX_BYTES:
         raise ValueError(
-            f"the weights in {out} are {size / 2**20:.1f} MB, over the {MAX_BYTES // 2**20} MB that may ship"
+            f"the weights in {out} are {size / 1e6:.1f} MB, over the {MAX_BYTES // 10**6} MB that may ship"
         )
     return size
 
@@ -98,7 +100,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=600, help="of a reply (default: 600)")
     args = parser.parse_args()
     size = assemble(args.runs, args.out, args.untrained, args.max_tokens)
-    print(f"{args.out}: {size / 2**20:.1f} MB of weights")
+    print(f"{args.out}: {size / 1e6:.1f} MB of weights")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ Shapes: B batch, T speech tokens, N text ids, D width, H heads, V text vocabular
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -387,9 +388,11 @@ class WhisperText:
 
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` into a folder, and `text_ids.json` where ids were pruned."""
-        self._bpe.save(str(folder / TEXT_FILE))
         (folder / KEPT_FILE).unlink(missing_ok=True)
-        if len(self.kept) < self._vocab_size:
+        if len(self.kept) == self._vocab_size:
+            self._bpe.save(str(folder / TEXT_FILE))
+        else:
+            (folder / TEXT_FILE).write_text(_with_ids(self._bpe, self.kept), encoding="utf-8")
             write_json(folder / KEPT_FILE, {"vocab_size": self._vocab_size, "kept": self.kept})
 
     def _id(self, name: str) -> int:
@@ -397,6 +400,28 @@ class WhisperText:
         if found is None:
             raise ValueError(f"{self._path} has no id for {name!r}, which Whisper's prompts need")
         return self._own[int(found)]
+
+
+def _with_ids(bpe: Tokenizer, kept: Sequence[int]) -> str:
+    """Returns the JSON of a byte-level BPE with these ids alone, and the ids that they are merged from.
+
+    A text of these ids is encoded as before, because each of its merges is kept.
+    """
+    data = json.loads(bpe.to_str())
+    model, ids = data["model"], set(kept)
+    parts = {first + second: (first, second) for first, second in model["merges"]}
+    needed = [token for token, one in model["vocab"].items() if one in ids]
+    known = set(needed)
+    for token in needed:
+        new = [part for part in parts.get(token, ()) if part not in known]
+        needed += new
+        known.update(new)
+    model["vocab"] = {token: one for token, one in model["vocab"].items() if token in known}
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in known]
+    data["added_tokens"] = [one for one in data["added_tokens"] if one["id"] in ids]
+    # The library numbers added tokens anew unless the model has them.
+    model["vocab"] |= {one["content"]: one["id"] for one in data["added_tokens"]}
+    return json.dumps(data, ensure_ascii=False)
 
 
 def _joined(x: Tensor) -> Tensor:
