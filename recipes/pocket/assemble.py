@@ -2,7 +2,7 @@
 
 The decoder is stored in half precision. The other parts are in int8.
 
-python -m recipes.pocket.assemble --runs runs/pocket --out src/duologue/pocket
+    python -m recipes.pocket.assemble --runs runs/pocket --out src/duologue/pocket
 """
 
 from __future__ import annotations
