@@ -37,12 +37,13 @@ VLLM_VERSION ?= 0.32.0
 # Ray, for the test of `duologue scale`; beside the environment, because its packages take 300 MB.
 SCALE := $(VENV)/scale
 
-.PHONY: help demo serve test pytest test-oldest test-vllm test-gguf test-scale check bench pocket clean
+.PHONY: help demo serve test pytest test-slow test-oldest test-vllm test-gguf test-scale check bench pocket clean
 
 help:
 	@echo "make demo    answer a recorded spoken question aloud with the bundled model (sets up $(VENV) first)"
 	@echo "make serve   talk with the bundled model in the browser, on this machine (open the address that it prints)"
-	@echo "make test    everything CI runs: ruff, mypy, pytest"
+	@echo "make test    ruff, mypy, pytest: what a change needs before it lands"
+	@echo "make test-slow  the tests that make test leaves out because they take longest"
 	@echo "make test-oldest  the tests of the language model with the oldest transformers that is supported"
 	@echo "make test-vllm  the engine over a real vLLM server on the CPU (installs several GB first)"
 	@echo "make test-gguf  the engine over llama.cpp (compiles llama-cpp-python for minutes first)"
@@ -62,7 +63,11 @@ test: check pytest
 
 # With `make -j2 test` mypy runs next to the tests, which often wait.
 pytest: $(VENV)/.dev $(VENV)/.synthesizers $(VENV)/.browser $(VENV)/.node
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# Tests that start several processes of Python, whose imports alone take half a minute of processor time each.
+test-slow: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 # The folder holds transformers and the hub's client that it needs; everything else is that of the environment.
 test-oldest: $(VENV)/.dev $(OLDEST)/.installed

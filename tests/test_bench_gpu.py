@@ -42,6 +42,7 @@ def test_a_failure_costs_one_line(tmp_path: Path) -> None:
         main(["--only", "nothing"])
 
 
+@pytest.mark.slow
 def test_it_imports_without_what_the_machine_lacks() -> None:
     """Package, training stages and benchmark, with other extras blocked."""
     script = f"""

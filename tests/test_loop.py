@@ -148,6 +148,7 @@ def test_a_run_by_the_clock_ends_with_its_time_and_goes_on_with_the_rest(
     assert max(later - earlier for earlier, later in pairwise(seen)) < 0.3
 
 
+@pytest.mark.slow
 def test_two_processes_equal_two_batches(tmp_path: Path) -> None:
     """Data parallel over gloo: the gradient of two ranks is that of two accumulated batches."""
     run(Line(), replace(CONFIG, num_steps=4, accumulate=2), tmp_path / "one")
