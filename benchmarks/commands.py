@@ -225,6 +225,15 @@ def _server(args: argparse.Namespace) -> None:
         _run(args, {"name": args.model, "url": args.server}, lambda: measure_server(url, pid, key, *counts))
 
 
+def _soak(args: argparse.Namespace) -> None:
+    from benchmarks.soak import measure_soak
+    from duologue.client.process import start_server
+
+    with start_server(args.model, ("--device", args.device)) as server:
+        counts = args.minutes, args.clients, args.pause, args.sample, args.seed
+        _run(args, {"name": args.model}, lambda: measure_soak(server.url, server.pid, "", *counts))
+
+
 def _scale(args: argparse.Namespace) -> None:
     from benchmarks.scale import measure_scale
 
@@ -363,6 +372,18 @@ BENCHES = (
             Option("--cycles", int, 0, "connections that come and go"),
             Option("--max-tokens", positive, None, "of an answer"),
             Option("--spread", seconds, 4.0, "time over which the clients begin", "S"),
+        ),
+    ),
+    Bench(
+        "soak",
+        "a few clients for an hour: memory, tasks and descriptors of the server over time",
+        _soak,
+        (
+            Option("--minutes", seconds, 60.0, "after a warm-up of a sixth of them", "M"),
+            Option("--clients", positive, 2, "that visit one after another"),
+            Option("--pause", seconds, 10.0, "mean pause between two visits of a client", "S"),
+            Option("--sample", seconds, 10.0, "interval of the samples", "S"),
+            Option("--seed", int, 0, "of the order of the visits"),
         ),
     ),
     Bench(

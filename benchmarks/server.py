@@ -231,7 +231,7 @@ async def _load(
     begun = time.monotonic()
     with bar(num_clients * num_turns, "server", "questions") as line:
         delays = [index * spread_s / num_clients for index in range(num_clients)]
-        clients = [_Client(index, delay, num_turns, said, line.update) for index, delay in enumerate(delays)]
+        clients = [Client(index, delay, num_turns, said, line.update) for index, delay in enumerate(delays)]
         await asyncio.gather(*(client.run(url, key, settings) for client in clients))
     turns = tuple(turn for client in clients for turn in client.turns)
     return Load(
@@ -247,7 +247,7 @@ async def _load(
     )
 
 
-class _Client:
+class Client:
     """Asks `num_turns` questions, beginning with another one than its neighbour, and listens to the answers."""
 
     def __init__(
@@ -323,11 +323,11 @@ async def _cycles(url: str, key: str, pid: int, num: int, question: NDArray[np.i
     failed: list[str] = []
     warm_up = min(num, WARM_UP_CYCLES)
     await _come_and_go(url, key, warm_up, question, failed)
-    before = await _settled(url, key, pid, None)
+    before = await settled(url, key, pid, None)
     begun = time.monotonic()
     await _come_and_go(url, key, num, question, failed)
     duration_s = time.monotonic() - begun
-    after = await _settled(url, key, pid, before)
+    after = await settled(url, key, pid, before)
     return Cycles(num, warm_up, duration_s, before, after, tuple(failed))
 
 
@@ -359,7 +359,7 @@ async def _visit(connection: Connection, number: int, question: NDArray[np.int16
         connection.socket.transport.abort()
 
 
-async def _settled(url: str, key: str, pid: int, wanted: Footprint | None) -> Footprint:
+async def settled(url: str, key: str, pid: int, wanted: Footprint | None) -> Footprint:
     """The footprint, once it is as small as before in what can be counted, or after `SETTLE_S`."""
     deadline = time.monotonic() + SETTLE_S
     while True:
