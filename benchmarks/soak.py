@@ -160,7 +160,7 @@ async def _soak(
 
     sampling = asyncio.create_task(sample())
     try:
-        with bar(round(warm_up_s + minutes * 60), "soak", "s") as line:
+        with bar(round((warm_up_s + minutes * 60) * len(clients)), "soak", "seconds of the clients") as line:
             await asyncio.gather(*(client.visit_for(warm_up_s, line.update) for client in clients))
             before = await settled(url, key, pid, None)
             warmed = time.monotonic()
@@ -249,6 +249,8 @@ class _Visitor:
 
     async def _left(self) -> None:
         async with open_connection(self._url, key=self._key) as connection:
+            manual = {"type": "realtime", "audio": {"input": {"turn_detection": None}}}
+            await connection.send({"type": "session.update", "session": manual})
             await connection.append(self._said[0][: WIRE_RATE // 2])
             await _ask(connection, "hello", "response.output_audio.delta")
             connection.socket.transport.abort()
