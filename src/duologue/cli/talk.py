@@ -86,7 +86,9 @@ def _talk(args: argparse.Namespace) -> int:
             arguments = ["--device", args.device, *(word for option in options.items() for word in option)]
             server = stack.enter_context(start_server(args.model, arguments)).url
         key = os.environ.get(KEY_VARIABLE, "") if args.server is not None else ""
-        summary = asyncio.run(converse(server, args.model, key, endpoints, settings, args.json))
+        # A private server that died does not come back.
+        reconnect = args.server is not None
+        summary = asyncio.run(converse(server, args.model, key, endpoints, settings, args.json, reconnect))
     print(json.dumps(summary.to_json()) if args.json else _format(summary))
     if summary.ended_by:
         print(f"duologue: {summary.ended_by}", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 The server detects turns. When the user starts to speak during an answer, playback stops at once. The client then
 reports the played duration with `conversation.item.truncate`.
+
+Over a connection that resumes, the conversation goes on after a drop. A running answer then ends with what arrived.
 """
 
 from __future__ import annotations
@@ -103,6 +105,7 @@ class TalkSummary:
     num_gaps: int = 0
     gap_ms: float = 0.0
     num_lost: int = 0  # microphone chunks lost to overflow
+    num_reconnects: int = 0  # dropped connections after which the talk went on
     errors: list[str] = field(default_factory=list)
     ended_by: str = ""  # error of the server or connection
     output: str | None = None  # path of the answers' audio file
@@ -246,6 +249,12 @@ class TalkClient:
             case "session.updated":
                 include = event.get("session", {}).get("include") or ()
                 self._reports_playback = "duologue.playback" in include
+            case "talk.reconnecting":
+                self._end_answers()
+            case "talk.reconnected":
+                self.summary.num_reconnects += 1
+                if not event["resumed"]:
+                    await self._connection.send({"type": "session.update", "session": self._settings.session()})
             case "input_audio_buffer.speech_started":
                 self._user_speaks = True
                 await self._stop_playing()
@@ -297,6 +306,17 @@ class TalkClient:
                 self._playback.add(event["item_id"], decode_pcm(event["delta"]))
         elif kind == "response.output_audio.done":
             self._playback.end(event["item_id"])
+
+    def _end_answers(self) -> None:
+        """Ends what the server was doing when the connection dropped."""
+        for item_id, exchange in self._answers.items():
+            if any(exchange is active for active in self._responses.values()):
+                exchange.status = "incomplete"
+                self._playback.end(item_id)
+        self._responses.clear()
+        self._cut.clear()
+        self._question = None
+        self._user_speaks = self._answer_due = False
 
     async def _stop_playing(self) -> None:
         """Handles barge-in: stops playback and reports the played duration to the server."""

@@ -109,6 +109,15 @@ class TerminalDisplay:
                 self._end_answer("" if status == "completed" else f" ({status})")
             case "talk.interrupted":
                 self._print(f"(interrupted after {event['played_ms'] / 1000:.1f} s)")
+            case "talk.reconnecting":
+                self._state = "reconnecting"
+                number = f"{event['attempt']} of {event['attempts']}"
+                self._end_answer(" (cut off)" if self._said.strip() else "")
+                self._print(f"{event['reason']}; trying again in {event['retry_s']:g} s ({number})", to_stderr=True)
+            case "talk.reconnected":
+                self._state = "listening"
+                news = "" if event["resumed"] else "; the server no longer has the earlier conversation"
+                self._print(f"connected again{news}", to_stderr=True)
             case "error":
                 self._print(f"the server: {printable(event['error']['message'])}", to_stderr=True)
 

@@ -74,12 +74,18 @@ class AudioEndpoints:
 
 
 async def converse(
-    server: str, model: str, key: str, endpoints: AudioEndpoints, settings: TalkSettings, as_json: bool
+    server: str,
+    model: str,
+    key: str,
+    endpoints: AudioEndpoints,
+    settings: TalkSettings,
+    as_json: bool,
+    reconnect: bool = False,
 ) -> TalkSummary:
     """Holds one conversation; Ctrl-C ends it.
 
     Args:
-        server, model, key: see `open_connection`.
+        server, model, key, reconnect: see `open_connection`.
         endpoints: source and target of the audio.
         settings: settings of the conversation.
         as_json: print events as JSON lines instead of a transcript.
@@ -91,7 +97,7 @@ async def converse(
     display: Display = JsonDisplay() if as_json else TerminalDisplay(model, lambda: meter.level, lambda: playback.level)
     heard = read_pcm(endpoints.source) if endpoints.source is not None else None
     recorder = PlaybackRecorder(playback)
-    async with open_connection(server, model, key) as connection:
+    async with open_connection(server, model, key, reconnect) as connection:
         talk = TalkClient(connection, playback, settings, display.observe)
         with contextlib.ExitStack() as stack:
             if endpoints.target is None:
