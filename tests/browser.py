@@ -185,6 +185,9 @@ class Visit:
         return json.loads((tmp_path / "talk.json").read_text()), wav
 
 
+Open = Callable[..., Visit]  # opens a page; see the fixture `visit`
+
+
 def wait_for(found: Callable[[], Any], page: Page, seconds: float = TIMEOUT_S) -> Any:
     end = time.monotonic() + seconds
     while not (result := found()):

@@ -6,7 +6,7 @@ The fixtures import torch themselves: the process that hands out tests to others
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,8 +14,12 @@ import soundfile
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
     from duologue.client.process import ServerProcess
+    from tests.browser import Open
     from tests.live_server import LiveServer, Talk
+    from tests.page_server import PageServer
 
 # A busy machine is not a failing test: no deadline for an example, and no complaint about a slow start.
 settings.register_profile(
@@ -160,3 +164,29 @@ def test_set_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_clips(folder, clips)
     (folder / "dialogues-00000.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+@pytest.fixture
+def page_server() -> "Iterator[PageServer]":
+    """The scripted server of the page."""
+    from tests.page_server import PageServer
+
+    with PageServer().running() as running:
+        yield running
+
+
+@pytest.fixture
+def visit(browser: "Browser", page_server: "PageServer") -> "Iterator[Open]":
+    """Opens pages; at the end none may have asked another server, thrown or complained (a dropped line may)."""
+    from tests.browser import Visit, expect
+
+    visits: list[Visit] = []
+
+    def open_page(**options: Any) -> Visit:
+        visits.append(Visit.open(browser, page_server.url, **options))
+        expect(visits[-1].page.locator("#line-words")).to_have_text("mock")
+        return visits[-1]
+
+    yield open_page
+    for one in visits:
+        one.close()

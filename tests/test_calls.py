@@ -17,6 +17,7 @@ import pytest
 from duologue import rates
 from duologue.audio import resample
 from duologue.pcm import from_int16
+from tests.fuzz import SDP
 from tests.live_server import NUM_SPEECH, TEXT, TIMEOUT_S, LiveServer, kept, question, scripted_bot, serving
 
 aiortc = pytest.importorskip("aiortc", reason="aiortc is not installed: pip install -e '.[webrtc]'")
@@ -233,7 +234,10 @@ def test_the_session_ends_with_its_call(server: LiveServer) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("content", ["", "no sdp", "v=0\r\nm=audio x"])
+HALF = SDP.replace("m=audio", "=audio").replace("UDP/DTLS", "UP/DTLS")  # a data channel without a transport
+
+
+@pytest.mark.parametrize("content", ["", "no sdp", "v=0\r\nm=audio x", HALF])
 def test_a_bad_offer_is_refused(server: LiveServer, content: str) -> None:
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/sdp"}
     response = asyncio.run(post(server, headers=headers, content=content))

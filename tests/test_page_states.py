@@ -11,16 +11,15 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 from PIL import Image
 
-from tests.browser import Visit, launch, needs_chromium, wait_for
+from tests.browser import Open, Visit, launch, needs_chromium, wait_for
 from tests.page_server import POLICY, PageServer
 
 pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra: browser)")
@@ -50,30 +49,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture
-def server() -> Iterator[PageServer]:
-    with PageServer().running() as running:
-        running.script.about = dict(MODEL)
-        yield running
+@pytest.fixture(autouse=True)
+def _model(page_server: PageServer) -> None:
+    page_server.script.about = dict(MODEL)
 
 
-Open = Callable[..., Visit]
-
-
-@pytest.fixture
-def visit(browser: Browser, server: PageServer) -> Iterator[Open]:
-    visits: list[Visit] = []
-
-    def open_page(**options: Any) -> Visit:
-        visits.append(Visit.open(browser, server.url, **options))
-        return visits[-1]
-
-    yield open_page
-    for one in visits:
-        one.close()
-
-
-def test_the_empty_page_says_what_it_is_and_asks_its_suggestions(visit: Open, server: PageServer) -> None:
+def test_the_empty_page_says_what_it_is_and_asks_its_suggestions(visit: Open, page_server: PageServer) -> None:
     one = visit(script=WRITTEN)
     page = one.page
     expect(page.locator("#welcome")).to_contain_text("This is a spoken chatbot")
@@ -88,30 +69,30 @@ def test_the_empty_page_says_what_it_is_and_asks_its_suggestions(visit: Open, se
     page.get_by_role("button", name="Done").click()
     chips.first.click()
     expect(one.turn("you", "What is the capital of France?")).to_have_count(1)
-    expect(one.turn("they", server.script.answer)).to_have_count(1)
+    expect(one.turn("they", page_server.script.answer)).to_have_count(1)
     expect(page.locator("#welcome")).to_be_hidden()
     assert not re.search(r"\d+ ms|\d s\b", page.locator("#turns").inner_text())  # no figures
 
 
-def test_words_heard_with_low_confidence_are_marked(visit: Open, server: PageServer) -> None:
-    server.script.unsure = -1.2
+def test_words_heard_with_low_confidence_are_marked(visit: Open, page_server: PageServer) -> None:
+    page_server.script.unsure = -1.2
     one = visit(script=WRITTEN)
     page = one.page
     page.keyboard.down("Space")
-    wait_for(lambda: len(server.of("input_audio_buffer.append")) > 8, page)
+    wait_for(lambda: len(page_server.of("input_audio_buffer.append")) > 8, page)
     page.keyboard.up("Space")
-    heard = one.turn("you", server.script.heard)
+    heard = one.turn("you", page_server.script.heard)
     expect(heard.locator("mark")).to_have_text(" three?")
     expect(heard).to_contain_text("Underlined: not heard clearly.")
 
 
-def test_a_lost_line_stops_the_meter_and_keeps_what_is_said(visit: Open, server: PageServer) -> None:
+def test_a_lost_line_stops_the_meter_and_keeps_what_is_said(visit: Open, page_server: PageServer) -> None:
     one = visit(script=WRITTEN)
     page = one.page
     page.get_by_role("button", name="Talk hands-free").click()
-    wait_for(lambda: len(server.of("input_audio_buffer.append")) > 5, page)
-    server.script.denies = 503
-    server.drop()
+    wait_for(lambda: len(page_server.of("input_audio_buffer.append")) > 5, page)
+    page_server.script.denies = 503
+    page_server.drop()
     expect(page.get_by_role("button", name="Reconnecting. Stop listening")).to_have_text("Reconnecting")
     expect(page.locator("#status")).to_have_text("Not connected · what you say is kept for a moment")
     expect(page.locator("#meter-you")).to_have_attribute("aria-valuenow", "-60")
@@ -119,23 +100,23 @@ def test_a_lost_line_stops_the_meter_and_keeps_what_is_said(visit: Open, server:
     page.get_by_label("Message").fill("Written meanwhile")
     page.keyboard.press("Enter")
     expect(one.turn("you", "Waits for the connection; not sent yet.")).to_have_class(re.compile("waiting"))
-    before = len(server.sound)
+    before = len(page_server.sound)
     page.wait_for_timeout(600)
-    server.script.denies = 0
+    page_server.script.denies = 0
     page.evaluate("document.getElementById('notice-action').click()")
     expect(one.turn("you", "Waits for the connection")).to_have_count(0)
-    [asked] = wait_for(lambda: server.of("conversation.item.create"), page)
+    [asked] = wait_for(lambda: page_server.of("conversation.item.create"), page)
     assert asked["item"]["content"][0]["text"] == "Written meanwhile"
-    wait_for(lambda: len(server.sound) > before + 24_000, page)  # with the half second that was kept
+    wait_for(lambda: len(page_server.sound) > before + 24_000, page)  # with the half second that was kept
 
 
-def test_refusals_name_the_way_out(visit: Open, server: PageServer) -> None:
-    server.script.key = "a-key-of-the-page"
+def test_refusals_name_the_way_out(visit: Open, page_server: PageServer) -> None:
+    page_server.script.key = "a-key-of-the-page"
     one = visit()
     one.type("Hello?")
     expect(one.page.get_by_role("alert")).to_contain_text("Its keys are those of its option --keys.")
-    server.script.key = ""
-    server.script.denies = 403
+    page_server.script.key = ""
+    page_server.script.denies = 403
     sentence = "pages of 'https://talk.example.org' may not use this server, which --origin at its start would admit"
     refused = json.dumps({"error": {"message": sentence}})
     two = visit()
@@ -150,12 +131,12 @@ def test_refusals_name_the_way_out(visit: Open, server: PageServer) -> None:
     two.errors.clear()  # the browser writes every 403 to the console
 
 
-def test_the_page_works_below_a_path_and_in_a_frame(browser: Browser, server: PageServer) -> None:
-    server.script.prefix = "/voice"
+def test_the_page_works_below_a_path_and_in_a_frame(browser: Browser, page_server: PageServer) -> None:
+    page_server.script.prefix = "/voice"
     with PageServer().running() as outer:
-        outer.framed = server.url
+        outer.framed = page_server.url
         allowed = f"frame-ancestors 'self' {outer.url.rstrip('/')}"
-        server.policy = POLICY.replace("frame-ancestors 'none'", allowed)
+        page_server.policy = POLICY.replace("frame-ancestors 'none'", allowed)
         one = Visit.open(browser, f"{outer.url}frame")
         frame = one.page.frame_locator("iframe")
         expect(frame.locator("#line-words")).to_have_text("mock")
@@ -164,17 +145,17 @@ def test_the_page_works_below_a_path_and_in_a_frame(browser: Browser, server: Pa
         frame.get_by_role("button", name="Done").click()
         frame.get_by_label("Message").fill("In a frame?")
         frame.get_by_label("Message").press("Enter")
-        expect(frame.locator(".turn.they")).to_contain_text(server.script.answer)
+        expect(frame.locator(".turn.they")).to_contain_text(page_server.script.answer)
         one.context.close()
-        server.policy = POLICY
+        page_server.policy = POLICY
         refused = Visit.open(browser, f"{outer.url}frame")
         refused.page.wait_for_timeout(300)
         expect(refused.page.frame_locator("iframe").locator("#line-words")).to_have_count(0)
         refused.context.close()
-    assert all(path.startswith("/voice/") for path in server.asked)
+    assert all(path.startswith("/voice/") for path in page_server.asked)
 
 
-def test_everything_is_reached_by_the_keyboard_alone(visit: Open, server: PageServer) -> None:
+def test_everything_is_reached_by_the_keyboard_alone(visit: Open, page_server: PageServer) -> None:
     one = visit(script=WRITTEN)
     page = one.page
     expect(page.get_by_role("button", name="Who are you?")).to_be_visible()
@@ -196,7 +177,7 @@ def test_everything_is_reached_by_the_keyboard_alone(visit: Open, server: PageSe
     page.keyboard.press("Enter")
     tab_to("Who are you?")
     page.keyboard.press("Enter")
-    expect(one.turn("they", server.script.answer)).to_have_count(1)
+    expect(one.turn("they", page_server.script.answer)).to_have_count(1)
     tab_to("How it was made")
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", name="Inside the answer")).to_be_visible()
@@ -206,7 +187,7 @@ def test_everything_is_reached_by_the_keyboard_alone(visit: Open, server: PageSe
     tab_to("Message")
     page.keyboard.type("And in writing")
     page.keyboard.press("Enter")
-    expect(one.turn("they", server.script.answer)).to_have_count(2)
+    expect(one.turn("they", page_server.script.answer)).to_have_count(2)
 
 
 def violations(page: Page) -> list[str]:
@@ -220,8 +201,8 @@ def violations(page: Page) -> list[str]:
     not AXE.is_file(), reason="axe-core is not there: npm install --no-package-lock --prefix tests/node"
 )
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_no_rule_of_axe_is_broken(visit: Open, server: PageServer, scheme: str) -> None:
-    server.script.about = {**MODEL, "voices": ["anna", "ben"], "follows_instructions": True}
+def test_no_rule_of_axe_is_broken(visit: Open, page_server: PageServer, scheme: str) -> None:
+    page_server.script.about = {**MODEL, "voices": ["anna", "ben"], "follows_instructions": True}
     one = visit(script=WRITTEN, color_scheme=scheme)
     page = one.page
     page.evaluate(AXE.read_text(encoding="utf-8"))
@@ -236,7 +217,7 @@ def test_no_rule_of_axe_is_broken(visit: Open, server: PageServer, scheme: str) 
 
     check("empty")
     one.type("What is two plus three?")
-    expect(one.turn("they", server.script.answer)).to_have_count(1)
+    expect(one.turn("they", page_server.script.answer)).to_have_count(1)
     check("conversation")
     page.get_by_role("button", name="Settings").click()
     check("settings", WIDTHS[::3])

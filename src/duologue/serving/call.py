@@ -11,6 +11,7 @@ import base64
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 
@@ -105,7 +106,8 @@ class Call:
             await self._peer.setRemoteDescription(RTCSessionDescription(sdp=offer, type="offer"))
             await self._peer.setLocalDescription(await self._peer.createAnswer())
         except Exception as error:  # aiortc raises many types for a text that is no SDP
-            await self._peer.close()
+            with suppress(Exception):  # a data channel without a transport cannot be closed
+                await self._peer.close()
             raise ApiError(f"the SDP offer cannot be read ({type(error).__name__})", "invalid_sdp", "sdp") from None
         return str(self._peer.localDescription.sdp)
 
