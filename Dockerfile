@@ -18,7 +18,10 @@ RUN if ! command -v python3 >/dev/null || ! python3 -c "import venv, ensurepip" 
         rm -rf /var/lib/apt/lists/*; \
     fi
 
-RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin duologue && python3 -m venv /opt/duologue
+# A volume for stored conversations takes the owner of its folder.
+RUN useradd --uid 10001 --create-home --shell /usr/sbin/nologin duologue && \
+    install --directory --owner=10001 --mode=0700 /home/duologue/sessions && \
+    python3 -m venv /opt/duologue
 ENV PATH=/opt/duologue/bin:$PATH PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 OMP_WAIT_POLICY=PASSIVE
 
 WORKDIR /src

@@ -1,0 +1,82 @@
+"""Records the real-time events that pipecat and LiveKit Agents send: python -m tests.record_sessions.
+
+Writes tests/golden/client_sessions.json. Sound is replaced by the number of its samples. The clients run against the
+server with the tiny model; `tests/test_realtime_clients.py` sends the events again where the clients are missing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from duologue import rates
+from duologue.serving.realtime_session import RealtimeSession
+from tests.live_server import NUM_SPEECH, question, scripted_bot, serving
+from tests.tiny import write_tiny_chatbot
+
+KEY = "a-key-of-enough-length"
+GOLDEN = Path(__file__).parent / "golden" / "client_sessions.json"
+
+
+def plain(event: dict[str, Any]) -> dict[str, Any]:
+    """The event, with the number of samples in place of its sound."""
+    if event["type"] != "input_audio_buffer.append":
+        return event
+    return {"type": event["type"], "num_samples": len(event["audio"]) * 3 // 8}
+
+
+def record(folder: Path, client: Callable[[str], Any]) -> list[dict[str, Any]]:
+    """The events that a client sends to the server; `client` is given the server's base URL."""
+    events: list[dict[str, Any]] = []
+    take = RealtimeSession.take
+
+    async def noting(self: RealtimeSession, message: str | bytes) -> None:
+        events.append(plain(json.loads(message)))
+        await take(self, message)
+
+    RealtimeSession.take = noting  # type: ignore[method-assign]
+    try:
+        with serving(*scripted_bot(folder), api_keys=(KEY,)) as server:
+            asyncio.run(client(server.url))
+    finally:
+        RealtimeSession.take = take  # type: ignore[method-assign]
+    return events
+
+
+def joined(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Appends in a row as one."""
+    result: list[dict[str, Any]] = []
+    for event in events:
+        if result and "num_samples" in event and "num_samples" in result[-1]:
+            result[-1]["num_samples"] += event["num_samples"]
+        else:
+            result.append(dict(event))
+    return result
+
+
+def main() -> None:
+    from tests import livekit_client, pipecat_client
+
+    pcm = question(after_s=1.5).tobytes()
+    seconds = rates.speak_samples_for_tokens(NUM_SPEECH) / rates.SPEAK_SAMPLE_RATE - 0.1
+    clients: dict[str, Callable[[str], Any]] = {
+        "livekit-plugins-openai": lambda url: livekit_client.talk(url, KEY, pcm),
+        "pipecat-ai": lambda url: pipecat_client.ask(url, KEY, pcm, seconds),
+    }
+    recorded = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = write_tiny_chatbot(Path(folder) / "tiny", max_positions=512, max_tokens=60)
+        for name, client in clients.items():
+            events = joined(record(model, client))
+            recorded[name] = {"version": importlib.metadata.version(name), "events": events}
+            print(f"{name}: {len(events)} events")
+    GOLDEN.write_text(json.dumps(recorded, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
