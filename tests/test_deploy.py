@@ -23,6 +23,7 @@ from duologue import cli
 from duologue.serving.app import create_app
 from duologue.serving.server import listen
 from duologue.serving.settings import Settings
+from tests.fuzz import SDP
 from tests.live_server import TEXT, LiveServer, scripted_bot, serving
 
 DEPLOY = Path(__file__).parent.parent / "deploy"
@@ -171,9 +172,12 @@ def test_page_and_rest_routes_behind_nginx(proxied: Proxied) -> None:
         assert client.get(proxied.url.rstrip("/")).headers["location"].endswith("/voice/")
         assert client.get("metrics").status_code == 404  # Prometheus asks the server itself
         assert client.get("v1/models").json()["data"][0]["id"]
-        said = {"model": "tts-1", "voice": "alloy", "input": "Hello.", "response_format": "wav"}
-        with client.stream("POST", "v1/audio/speech", json=said) as answer:
-            assert answer.read()[:4] == b"RIFF"
+        asked = {"model": "any", "messages": [{"role": "user", "content": "Hello."}], "stream": True}
+        with client.stream("POST", "v1/chat/completions", json=asked) as answer:
+            assert answer.read().rstrip().endswith(b"data: [DONE]")
+        call = client.post("v1/realtime/calls", content=SDP, headers={"Content-Type": "application/sdp"})
+        if call.status_code == 201:  # with aiortc
+            assert call.headers["location"].startswith("/voice/v1/realtime/calls/")
         assert client.post("v1/audio/speech", content=bytes(26 * 2**20)).status_code == 413
 
 
