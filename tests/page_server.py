@@ -66,6 +66,8 @@ class Script:
         unsure: the log probability of the last word that was heard.
         prefix: the path below which all addresses lie.
         denies: connections are refused with this HTTP status, before they are open.
+        plays_first: an answer is interrupted only once its client has reported that some of it was played. A busy
+            browser hands over several turns of its microphone at once.
     """
 
     seconds: float = 2.4
@@ -82,6 +84,7 @@ class Script:
     unsure: float | None = None
     prefix: str = ""
     denies: int = 0
+    plays_first: bool = False
 
 
 @dataclass
@@ -137,7 +140,12 @@ class PageServer:
 
         async def main() -> None:
             async with serve(
-                self._talk, "127.0.0.1", 0, process_request=self._page, select_subprotocol=_realtime
+                self._talk,
+                "127.0.0.1",
+                0,
+                process_request=self._page,
+                select_subprotocol=_realtime,
+                ping_interval=None,  # a browser on a busy machine answers no ping in time
             ) as server:
                 started.set_result(server.sockets[0].getsockname()[1])
                 await stop.wait()
@@ -212,6 +220,7 @@ class _Talk:
         self.speaking = ""
         self.heard_ms = self.loud_ms = self.quiet_ms = 0.0
         self.answering: asyncio.Task[None] | None = None
+        self.played = True  # some of the latest answer
 
     def _id(self, kind: str) -> str:
         return f"{kind}_{next(self.server._numbers)}"
@@ -251,6 +260,8 @@ class _Talk:
             case "conversation.item.truncate":
                 values = {key: event[key] for key in ("item_id", "content_index", "audio_end_ms")}
                 await self.send("conversation.item.truncated", **values)
+            case "playback.ack":
+                self.played = self.played or event["played_ms"] > 0
             case "response.create":
                 self.answer()
                 if self.server.script.busy:
@@ -262,6 +273,7 @@ class _Talk:
 
     def answer(self) -> None:
         self.cancel()
+        self.played = False
         self.answering = asyncio.create_task(self.reply())
 
     def cancel(self) -> None:
@@ -274,6 +286,7 @@ class _Talk:
         if not self.detection:
             return
         loud = bool(np.sqrt(np.mean((pcm / 32768) ** 2)) > LOUD)
+        loud = loud and (self.played or not self.server.script.plays_first)
         self.loud_ms = self.loud_ms + duration_ms if loud else 0.0
         self.quiet_ms = 0.0 if loud else self.quiet_ms + duration_ms
         if not self.speaking and self.loud_ms > 60:

@@ -1,12 +1,14 @@
 """Records the real-time events that pipecat and LiveKit Agents send: python -m tests.record_sessions.
 
-Writes tests/golden/client_sessions.json. Sound is replaced by the number of its samples. The clients run against the
+Writes tests/golden/client_sessions.json. The number of its samples replaces sound, and `item:3` the id of the server's
+fourth item. The clients run against the
 server with the tiny model; `tests/test_realtime_clients.py` sends the events again where the clients are missing.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import importlib.metadata
 import json
 import tempfile
@@ -16,6 +18,7 @@ from typing import Any
 
 from duologue import rates
 from duologue.serving.realtime_session import RealtimeSession
+from duologue.serving.send_queue import SendQueue
 from tests.live_server import NUM_SPEECH, question, scripted_bot, serving
 from tests.tiny import write_tiny_chatbot
 
@@ -23,28 +26,38 @@ KEY = "a-key-of-enough-length"
 GOLDEN = Path(__file__).parent / "golden" / "client_sessions.json"
 
 
-def plain(event: dict[str, Any]) -> dict[str, Any]:
-    """The event, with the number of samples in place of its sound."""
-    if event["type"] != "input_audio_buffer.append":
-        return event
-    return {"type": event["type"], "num_samples": len(event["audio"]) * 3 // 8}
+def plain(event: dict[str, Any], items: list[str]) -> dict[str, Any]:
+    """The event without its sound and with numbers in place of the server's items."""
+    if event["type"] == "input_audio_buffer.append":
+        return {"type": event["type"], "num_samples": len(base64.b64decode(event["audio"])) // 2}
+    text = json.dumps(event)
+    for number, item in enumerate(items):
+        text = text.replace(f'"{item}"', f'"item:{number}"')
+    changed: dict[str, Any] = json.loads(text)
+    return changed
 
 
 def record(folder: Path, client: Callable[[str], Any]) -> list[dict[str, Any]]:
     """The events that a client sends to the server; `client` is given the server's base URL."""
     events: list[dict[str, Any]] = []
-    take = RealtimeSession.take
+    items: list[str] = []
+    take, put = RealtimeSession.take, SendQueue.put
 
     async def noting(self: RealtimeSession, message: str | bytes) -> None:
-        events.append(plain(json.loads(message)))
+        events.append(plain(json.loads(message), items))
         await take(self, message)
 
-    RealtimeSession.take = noting  # type: ignore[method-assign]
+    async def putting(self: SendQueue, event: Any, *more: Any, **fields: Any) -> None:
+        if event.type == "conversation.item.added":
+            items.append(event.item.id)
+        await put(self, event, *more, **fields)
+
+    RealtimeSession.take, SendQueue.put = noting, putting  # type: ignore[method-assign]
     try:
         with serving(*scripted_bot(folder), api_keys=(KEY,)) as server:
-            asyncio.run(client(server.url))
+            print(asyncio.run(client(server.url)).errors)
     finally:
-        RealtimeSession.take = take  # type: ignore[method-assign]
+        RealtimeSession.take, SendQueue.put = take, put  # type: ignore[method-assign]
     return events
 
 

@@ -74,7 +74,8 @@ def test_typed_question_is_answered_aloud_without_gaps(visit: Open, page_server:
 def test_talks_hands_free_and_interrupts_to_the_millisecond(
     visit: Open, page_server: PageServer, tmp_path: Path
 ) -> None:
-    page_server.script.seconds, page_server.script.block_s, page_server.script.pause_s = ANSWER_S, 1.0, 0.05
+    script = page_server.script
+    script.seconds, script.block_s, script.pause_s, script.plays_first = ANSWER_S, 1.0, 0.05, True
     one = visit()
     one.page.get_by_role("button", name="Talk hands-free").click()
     expect(one.page.locator("#status")).to_have_text("Listening")
@@ -248,17 +249,28 @@ def test_refused_and_missing_microphone_in_words(visit: Open, page_server: PageS
 
 
 def test_without_a_loudspeaker_answers_come_in_writing(visit: Open, page_server: PageServer) -> None:
-    never_begins = """
-        Object.defineProperty(AudioContext.prototype, "state", { get: () => "suspended" });
-        AudioContext.prototype.resume = () => new Promise(() => {});
+    begins_late = """
+        let begin;
+        const begun = new Promise((resolve) => (begin = resolve));
+        window.begin = () => {
+          window.state = "running";
+          begin();
+        };
+        Object.defineProperty(AudioContext.prototype, "state", { get: () => window.state ?? "suspended" });
+        AudioContext.prototype.resume = () => begun;
     """
-    one = visit(script=never_begins)
+    one = visit(script=begins_late)
     for words in ("Can you hear me?", "And now?"):
         one.type(words)
         expect(one.answer_to(words)).to_have_class(re.compile("done"))
         expect(one.answer_to(words)).to_contain_text(page_server.script.answer)
     expect(one.page.get_by_role("alert")).to_contain_text("finds no loudspeaker")
     expect(one.page.locator("#status")).to_have_text("Ready")
+    page_server.script.seconds = 30.0
+    one.page.evaluate("window.begin()")  # a slow machine, not a missing loudspeaker
+    expect(one.page.get_by_role("alert")).to_contain_text("The loudspeaker is there now")
+    one.type("Say it aloud.")
+    expect(one.page.locator("#status")).to_have_text("Speaking")
 
 
 def test_settings_reach_the_server_and_stay(visit: Open, page_server: PageServer) -> None:

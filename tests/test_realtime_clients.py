@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from websockets.sync.client import connect
 
 from duologue import rates
-from tests.live_server import NUM_SPEECH, TEXT, LiveServer, question, scripted_bot, serving
+from tests.live_server import NUM_SPEECH, TEXT, LiveServer, Talk, question, scripted_bot, serving
 
 KEY = "a-key-of-enough-length"
 TIMEOUT_S = 300.0  # a busy machine is not a failing test
@@ -143,3 +147,45 @@ def test_pipecat_speaks_and_hears(server: LiveServer) -> None:
     assert heard.errors == []
     assert heard.text == TEXT
     assert len(heard.audio) / 48_000 == pytest.approx(expected_seconds(), abs=0.1)
+
+
+# LiveKit Agents, where it is installed: pip install "livekit-agents[openai]".
+
+
+def test_livekit_speaks_hears_writes_and_truncates(server: LiveServer) -> None:
+    pytest.importorskip("livekit.plugins.openai")
+    from tests.livekit_client import talk
+
+    heard = asyncio.run(asyncio.wait_for(talk(server.url, KEY, question(after_s=1.5).tobytes()), TIMEOUT_S))
+    assert heard.errors == []
+    assert heard.texts == [TEXT, TEXT]
+    assert [len(pcm) / 48_000 for pcm in heard.sounds] == pytest.approx([expected_seconds()] * 2, abs=0.02)
+
+
+# What the two send, where they are not installed; recorded by `python -m tests.record_sessions`.
+
+RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "client_sessions.json").read_text())
+
+
+@pytest.mark.parametrize("client", RECORDED)
+def test_recorded_events_are_taken_and_answered(server: LiveServer, client: str) -> None:
+    seen: list[dict[str, Any]] = []
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with connect(f"{server.url}/realtime?model=any", max_size=None, additional_headers=headers) as socket:
+        talk = Talk(socket)
+        for event in RECORDED[client]["events"]:
+            if "num_samples" in event:
+                talk.append(np.resize(question(after_s=1.5), event["num_samples"]))
+            else:
+                items = [one["item"]["id"] for one in seen if one["type"] == "conversation.item.added"]
+                number = lambda found, items=items: f'"{items[int(found[1])]}"'  # noqa: E731
+                socket.send(re.sub(r'"item:(\d+)"', number, json.dumps(event)))
+            if "num_samples" in event or event["type"] == "response.create":
+                seen += talk.until("response.done")
+        talk.send("conversation.item.delete", item_id="probe", event_id="probe")
+        while seen[-1].get("error", {}).get("event_id") != "probe":
+            seen.append(talk.receive())
+    assert [event["error"]["message"] for event in seen[:-1] if event["type"] == "error"] == []
+    answers = [event["transcript"] for event in seen if event["type"] == "response.output_audio_transcript.done"]
+    assert answers
+    assert set(answers) == {TEXT}

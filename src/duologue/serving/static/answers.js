@@ -75,6 +75,7 @@ player.addEventListener("finished", ({ detail: { id, playedMs } }) => {
 });
 
 player.addEventListener("silent", () => view.notice("The browser finds no loudspeaker: answers come in writing."));
+player.addEventListener("audible", () => view.notice("The loudspeaker is there now: the next answer is spoken.", { mild: true }));
 player.addEventListener("broken", () => view.notice("The browser stopped playing sound. Load the page again."));
 
 player.addEventListener("gap", ({ detail: { id } }) => {

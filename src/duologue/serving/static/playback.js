@@ -7,7 +7,7 @@ export const RATE = 24000;
 const START_MS = 3000; // without a loudspeaker the browser never starts, and reports no error
 
 /**
- * Events: "broken"; "silent"; "started" {id, latencyMs}, "finished" {id, playedMs}, "gap" {id, ms}, "dropped" {id, ms}
+ * Events: "broken"; "silent"; "audible"; "started" {id, latencyMs}, "finished" {id, playedMs}, "gap" {id, ms}, "dropped" {id, ms}
  * without a loudspeaker; and "heard" {pcm: Float32Array, at, stream, id, playedMs, level, peak, waitingMs} with all that
  * was played, `at` samples after its stream began.
  */
@@ -29,8 +29,8 @@ export class Player extends EventTarget {
   }
 
   /**
-   * Must be called from a user gesture, as browsers require. Without a device ("silent"), pushed audio is dropped until a
-   * later start succeeds.
+   * Must be called from a user gesture, as browsers require. Without a device ("silent"), pushed audio is dropped until the
+   * browser starts after all ("audible"), or a later start succeeds.
    */
   async start() {
     const late = new Promise((resolve) => setTimeout(resolve, START_MS, false));
@@ -40,7 +40,13 @@ export class Player extends EventTarget {
     });
     const plays = await Promise.race([started, late]);
     this.#silent = !plays;
-    if (!plays) this.#tell("silent");
+    if (plays) return;
+    this.#tell("silent");
+    started.then((startsLate) => {
+      if (!startsLate || !this.#silent) return;
+      this.#silent = false;
+      this.#tell("audible");
+    });
   }
 
   async #running() {
