@@ -36,6 +36,7 @@ from tests.live import GIVE_UP_S, MANUAL, question, settled, write_greedy_chatbo
 
 BATCH = 100  # events of one session
 AT_ONCE = 4
+RESET = b""  # the server refused a request before it had read its body
 REPORT_EVERY = 500  # jobs
 MAX_CHARS = Settings().max_input_chars
 FEW = {"max_output_tokens": 20}
@@ -406,6 +407,9 @@ class Attack:
         try:
             async with asyncio.timeout(GIVE_UP_S):
                 answer = await self._exchange(sent)
+            if answer == RESET:
+                self.answers["reset"] += 1
+                return
             status = int(answer.split(b" ", 2)[1])
         except Exception as error:
             self.fault(f"request {number}: {type(error).__name__} {error}: {sent[:300]!r}")
@@ -438,7 +442,7 @@ class Attack:
                     await reader.read(1)
                     writer.write_eof()
                 return await reader.read(-1)
-            return b"broken by the server"
+            return RESET
         finally:
             writer.close()
 

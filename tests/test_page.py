@@ -151,7 +151,8 @@ def test_push_to_talk_by_keyboard_and_escape(visit: Open, page_server: PageServe
     page.get_by_role("button", name="Hold to talk").focus()
     page.keyboard.press("Enter")  # switches, as a screen reader does
     expect(page.get_by_role("button", name="Release to send")).to_have_attribute("aria-pressed", "true")
-    page.wait_for_timeout(400)
+    heard = len(page_server.sound)
+    wait_for(lambda: len(page_server.sound) > heard + RATE // 2, page)  # 250 ms
     page.keyboard.press("Enter")
     wait_for(lambda: len(page_server.of("input_audio_buffer.commit")) == 2, page)
 
