@@ -141,12 +141,12 @@ def measure_soak(
     """
     if said is None:
         said = [to_int16(resample(wav, LISTEN_SAMPLE_RATE, WIRE_RATE)) for wav in questions()]
-    clients = [_Visitor(url, key, random.Random(seed + index), pause_s, said) for index in range(num_clients)]
+    clients = [Visitor(url, key, random.Random(seed + index), pause_s, said) for index in range(num_clients)]
     return asyncio.run(_soak(url, key, pid, minutes, clients, pause_s, sample_s))
 
 
 async def _soak(
-    url: str, key: str, pid: int, minutes: float, clients: list[_Visitor], pause_s: float, sample_s: float
+    url: str, key: str, pid: int, minutes: float, clients: list[Visitor], pause_s: float, sample_s: float
 ) -> Soak:
     begun = time.monotonic()
     samples: list[Sample] = []
@@ -181,12 +181,13 @@ async def _soak(
     )
 
 
-class _Visitor:
+class Visitor:
     """One client, which makes one visit after another.
 
     Attributes:
         visits: number of visits by kind.
         failed: what went wrong.
+        kinds: the visits by name.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class _Visitor:
         self._url, self._key, self._random, self._pause_s, self._said = url.rstrip("/"), key, draw, pause_s, said
         self.visits: Counter[str] = Counter()
         self.failed: list[str] = []
-        self._kinds: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
+        self.kinds: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
             "spoken": self._spoken,
             "written": self._written,
             "resumed": self._resumed,
@@ -211,16 +212,19 @@ class _Visitor:
         """Makes visits for this time. Each one ends within `VISIT_S`."""
         end = time.monotonic() + seconds
         while (start := time.monotonic()) < end:
-            kind = self._random.choice(list(self._kinds))
-            try:
-                async with asyncio.timeout(VISIT_S):
-                    await self._kinds[kind]()
-            except (ValueError, RuntimeError, OSError) as error:
-                self.failed.append(f"{kind}: {error or type(error).__name__}")
-                print(self.failed[-1], file=sys.stderr, flush=True)
-            self.visits[kind] += 1
+            await self.visit(self._random.choice(list(self.kinds)))
             await asyncio.sleep(self._random.expovariate(1 / self._pause_s))
             passed(min(time.monotonic(), end) - start)
+
+    async def visit(self, kind: str) -> None:
+        """Makes one visit."""
+        try:
+            async with asyncio.timeout(VISIT_S):
+                await self.kinds[kind]()
+        except (ValueError, RuntimeError, OSError) as error:
+            self.failed.append(f"{kind}: {error or type(error).__name__}")
+            print(self.failed[-1], file=sys.stderr, flush=True)
+        self.visits[kind] += 1
 
     async def _spoken(self) -> None:
         index = self._random.randrange(len(self._said))

@@ -2,11 +2,16 @@
 
 import asyncio
 import json
+import random
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from websockets.asyncio.server import ServerConnection, serve
 
+from benchmarks import soak
+from benchmarks.plots import save
 from benchmarks.server import Footprint, footprint, measure_server
 from duologue.cli import main
 from duologue.client.connection import WIRE_RATE
@@ -35,6 +40,27 @@ def test_clients_talk_and_come_and_go(live_server: ServerProcess) -> None:
         assert checks[name].met, checks[name]
     assert "time to first audio from the end of turn" in {row.name for row in bench.rows()}
     assert isinstance(footprint(live_server.url, live_server.pid), Footprint)
+
+
+def test_a_soak_visits_in_every_way_and_compares_the_idle_server(live_server: ServerProcess, tmp_path: Path) -> None:
+    visitor = soak.Visitor(live_server.url, "", random.Random(0), 0.01, [question()])
+    for kind in visitor.kinds:
+        asyncio.run(visitor.visit(kind))
+    assert visitor.failed == []
+    assert all(visitor.visits[kind] == 1 for kind in visitor.kinds)
+    held = Footprint(memory_mb=600.0, descriptors=14, threads=11, tasks=3, sessions=0)
+    grown = replace(held, memory_mb=612.0, tasks=4)
+    samples = tuple(soak.Sample(float(minute), held) for minute in range(4))
+    result = soak.Soak(60.0, 10.0, 2, 10.0, dict(visitor.visits), held, grown, ("a fault",), samples)
+    checks = {row.name: (row.value, row.met) for row in result.rows() if row.aim is not None}
+    assert checks == {
+        "soak.memory_growth_mb": (12.0, True),
+        "soak.task_growth": (1.0, False),
+        "soak.descriptor_growth": (0.0, True),
+        "soak.failed": (1.0, False),
+    }
+    save(result, tmp_path / "soak.png")
+    assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_command_measures_a_running_server(live_server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
