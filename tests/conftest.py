@@ -178,7 +178,9 @@ def page_server() -> "Iterator[PageServer]":
 @pytest.fixture
 def visit(browser: "Browser", page_server: "PageServer") -> "Iterator[Open]":
     """Opens pages; at the end none may have asked another server, thrown or complained (a dropped line may)."""
-    from tests.browser import Visit, expect
+    from playwright.sync_api import expect
+
+    from tests.browser import Visit
 
     visits: list[Visit] = []
 

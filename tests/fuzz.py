@@ -291,10 +291,10 @@ class Fuzzer:
             draw.choice(("GET", "HEAD", "PUT", "OPTIONS", "DELETE")) if kind >= 0.8 or draw.random() < 0.05 else "POST"
         )
         lines = [f"{method} {path} HTTP/1.1", "Connection: close", f"Content-Length: {len(body)}"]
-        given = [draw.choice(HEADERS)] if draw.random() < 0.1 else []
-        lines += ["Host: 127.0.0.1"] * all(name != "Host" for name, _ in given)
+        more = [draw.choice(HEADERS)] if draw.random() < 0.1 else []
+        lines += ["Host: 127.0.0.1"] * all(name != "Host" for name, _ in more)
         lines += [f"Content-Type: {kind_of}"] * bool(kind_of)
-        lines += [f"{name}: {value}" for name, value in given]
+        lines += [f"{name}: {value}" for name, value in more]
         return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
 
     def _form(self) -> tuple[bytes, str]:

@@ -30,7 +30,8 @@ async def _answer(generation: llm.GenerationCreatedEvent, heard: Heard) -> str:
     message_id = ""
     async for message in generation.message_stream:
         message_id = message.message_id
-        texts, frames = [], []
+        texts: list[Any] = []
+        frames: list[Any] = []
 
         async def read(stream: Any, into: list[Any]) -> None:
             async for piece in stream:

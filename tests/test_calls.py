@@ -234,6 +234,33 @@ def test_the_session_ends_with_its_call(server: LiveServer) -> None:
         time.sleep(0.02)
 
 
+def test_a_call_may_open_slower_than_a_stalled_client_reads(tiny_folder: Path) -> None:
+    """A browser needs seconds for ICE and DTLS, in which it reads nothing."""
+
+    async def work(caller: Caller) -> None:
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/sdp"}
+        answer = await post(hurried, headers=headers, content=await caller.offer())
+        await asyncio.sleep(3 * hurried.service.settings.stall_s)
+        await caller.peer.setRemoteDescription(aiortc.RTCSessionDescription(sdp=answer.text, type="answer"))
+        await caller.until("session.created")
+
+    with serving(*scripted_bot(tiny_folder), api_keys=(KEY,), stall_s=0.2) as hurried:
+        hold(work)
+
+
+def test_a_call_that_never_opens_is_ended(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duologue.serving.call.OPEN_S", 0.2)
+
+    async def work(caller: Caller) -> None:
+        headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/sdp"}
+        assert (await post(server, headers=headers, content=await caller.offer())).status_code == 201
+        while server.service.admission.num_active:
+            await asyncio.sleep(0.02)
+        assert caller.events.empty()
+
+    hold(work)
+
+
 HALF = SDP.replace("m=audio", "=audio").replace("UDP/DTLS", "UP/DTLS")  # a data channel without a transport
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +111,16 @@ def test_talks_hands_free_and_interrupts_to_the_millisecond(
     assert detection[-1] is None  # nobody listens after Stop
 
 
+def _came(found: Callable[[], Any], server: PageServer, heard: int) -> bool:
+    return bool(found()) or len(server.sound) > heard
+
+
 def wait_while_heard(found: Callable[[], Any], server: PageServer, page: Page) -> Any:
     """What comes while the server hears the microphone; fails after `MOST_LOOPS`, or when no more sound comes."""
     while not (result := found()):
         heard = len(server.sound)
         assert heard < MOST_LOOPS * LOOP_S * 2 * RATE, "nothing came"
-        wait_for(lambda heard=heard: found() or len(server.sound) > heard, page)
+        wait_for(partial(_came, found, server, heard), page)
     return result
 
 

@@ -40,6 +40,7 @@ from duologue.serving.protocol import new_id
 RATE = 48_000
 FRAME = RATE // 50  # samples: 20 ms
 REPORT_S = 0.2  # interval of the reports of what was played
+OPEN_S = 30.0  # for ICE, DTLS and the data channel; a call that is not open by then is ended
 MAX_WAITING = 1000  # messages, or 20 s of audio; a client that is further ahead is hung up on
 ICE_VARIABLE = "DUOLOGUE_ICE_SERVERS"  # JSON: [{"urls": "stun:...", "username": ..., "credential": ...}]
 CHANNEL = "oai-events"
@@ -111,11 +112,17 @@ class Call:
             raise ApiError(f"the SDP offer cannot be read ({type(error).__name__})", "invalid_sdp", "sdp") from None
         return str(self._peer.localDescription.sdp)
 
+    async def wait_until_open(self) -> bool:
+        """Waits for the data channel for at most `OPEN_S`; returns whether it is open."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(OPEN_S):
+                await self._opened.wait()
+        return self._channel is not None
+
     # What a session uses of a WebSocket.
 
     async def send_text(self, data: str) -> None:
         """Sends an event over the data channel; its audio is played instead. Raises WebSocketDisconnect."""
-        await self._opened.wait()
         event = json.loads(data)
         match event["type"]:
             case "session.created" | "session.updated":

@@ -49,6 +49,12 @@ class SessionSocket(Protocol):
     async def close(self, code: int = 1000, reason: str = "") -> None: ...
 
 
+class CallSocket(SessionSocket, Protocol):
+    """A call, which opens after its answer has been sent."""
+
+    async def wait_until_open(self) -> bool: ...
+
+
 @dataclass(eq=False)
 class _OpenConnection:
     key: str
@@ -98,7 +104,7 @@ class ConnectionManager:
         secret.claim(origin, model)
         return secret.key, secret.config
 
-    def start_call(self, call: SessionSocket, config: SessionConfig, key: str) -> None:
+    def start_call(self, call: CallSocket, config: SessionConfig, key: str) -> None:
         """Serves a call in a task of its own. Raises AdmissionError."""
         counted = ExitStack()
         counted.enter_context(self.service.admission.session(key))
@@ -106,7 +112,8 @@ class ConnectionManager:
         async def serve() -> None:
             with counted:
                 try:
-                    await self._serve(call, config, config.model or self.service.model, "", key)
+                    if await call.wait_until_open():
+                        await self._serve(call, config, config.model or self.service.model, "", key)
                 finally:
                     await call.close()
 
