@@ -180,7 +180,7 @@ def seconds(wav: np.ndarray, sample_rate: int) -> float:
 def test_evaluate_pocket(
     test_set_folder: Path, tiny_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("duologue.evaluation.recognition.WhisperJudge", SameWords)
+    monkeypatch.setattr("duologue.evaluation.recognition.WhisperRecognizer", SameWords)
     monkeypatch.setattr("duologue.evaluation.pocket.Naturalness", lambda: seconds)
     monkeypatch.setattr("duologue.evaluation.bundled.NUM_VARIANTS", 8)
     command = ("evaluate", "pocket", "--data", test_set_folder, "--model", tiny_folder, "-o", tmp_path)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from duologue.evaluation.recognition import TimedWord, WhisperJudge
+from duologue.evaluation.recognition import TimedWord, WhisperRecognizer
 
 
 class FakeWhisper:
@@ -22,19 +22,19 @@ class FakeWhisper:
 
 
 @pytest.fixture
-def whisper() -> WhisperJudge:
-    judge = WhisperJudge.__new__(WhisperJudge)
-    judge._model = FakeWhisper()
-    return judge
+def whisper() -> WhisperRecognizer:
+    recognizer = WhisperRecognizer.__new__(WhisperRecognizer)
+    recognizer._model = FakeWhisper()
+    return recognizer
 
 
 @pytest.mark.parametrize(("language", "passed"), [("en", "en"), ("zh", "zh"), ("", None)])
-def test_the_language_reaches_whisper(whisper: WhisperJudge, language: str, passed: str | None) -> None:
+def test_the_language_reaches_whisper(whisper: WhisperRecognizer, language: str, passed: str | None) -> None:
     assert whisper.transcribe(np.ones(8000, np.float32), 8000, language) == "one"
     assert whisper._model.options["language"] == passed
     assert whisper._model.options["num_samples"] == 16_000
 
 
-def test_words_have_times_and_silence_has_none(whisper: WhisperJudge) -> None:
+def test_words_have_times_and_silence_has_none(whisper: WhisperRecognizer) -> None:
     assert whisper.words(np.ones(1600, np.float32), 16_000) == [TimedWord("one", 0.1, 0.4)]
     assert whisper.words(np.zeros(1600, np.float32), 16_000) == []

@@ -24,6 +24,7 @@ TITLES = {
     "big-bench-audio": "Big Bench Audio: reasoning with closed answers",
     "seed-tts-eval": "seed-tts-eval: texts read aloud",
 }
+RECOGNIZER_HELP = "CTranslate2 folder of a Whisper model (default: whisper-base-ct2 in runs/pocket/parts or runs)"
 JUDGE_MODEL = "gpt-4o-mini"  # of most benchmarks
 
 
@@ -66,7 +67,10 @@ def _add_running(suite: Parser, output: str, at_once: int) -> None:
     suite.add_argument(
         "--at-once", type=positive, default=at_once, metavar="N", help=f"conversations at a time (default: {at_once})"
     )
-    suite.add_argument("--recognizer", type=Path, metavar="FOLDER", help="CTranslate2 folder of a Whisper model")
+    suite.add_argument("--recognizer", type=Path, metavar="FOLDER", help=RECOGNIZER_HELP)
+    suite.add_argument(
+        "--chinese-recognizer", default="", metavar="MODEL", help="FunASR model for Chinese, such as paraformer-zh"
+    )
 
 
 def _add_asking(suite: Parser, output: str) -> None:
@@ -113,11 +117,11 @@ def asker_of(args: argparse.Namespace) -> Asker:
 
 def listener_of(args: argparse.Namespace) -> Listener:
     """The recognizer of the replies, or why there is none."""
-    from duologue.evaluation.recognition import WHISPER_FOLDER, open_judge
+    from duologue.evaluation.recognition import open_recognizer
     from duologue.evaluation.suite import Listener
 
-    judge, why_not = open_judge(args.recognizer)
-    return Listener(judge, (args.recognizer or Path(WHISPER_FOLDER)).resolve().name if judge else "", why_not)
+    recognizer, why_not = open_recognizer(args.recognizer, args.chinese_recognizer)
+    return Listener(recognizer, recognizer.name if recognizer else "", why_not)
 
 
 def judge_of(args: argparse.Namespace) -> ChatJudge | None:

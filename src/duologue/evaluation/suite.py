@@ -13,7 +13,7 @@ from duologue.evaluation.benchmarks.items import Benchmark, BenchmarkItem, Given
 from duologue.evaluation.conversations import Waveform
 from duologue.evaluation.judge import ChatJudge
 from duologue.evaluation.page import PageRow, write_rows
-from duologue.evaluation.recognition import Judge
+from duologue.evaluation.recognition import SoundRecognizer
 from duologue.evaluation.report import Report, Row, format_markdown
 from duologue.evaluation.runner import ask_all, open_run
 from duologue.evaluation.scores import MissingFigure, Score, Scored, read_sounds, score, score_rows
@@ -28,7 +28,7 @@ NAME = "report"
 class Listener:
     """The recognizer and its name, or the reason why there is none."""
 
-    judge: Judge | None
+    recognizer: SoundRecognizer | None
     name: str = ""
     why_not: str = ""
 
@@ -109,8 +109,8 @@ def finish(
         more, missing: scores that come from elsewhere, and figures that cannot be computed.
     """
     heard = None
-    if listener.judge is not None:
-        heard = read_sounds(settings.output, items, answers, listener.judge, listener.name)
+    if listener.recognizer is not None:
+        heard = read_sounds(settings.output, items, answers, listener.recognizer, listener.name)
     scored = score(items, answers, heard, listener.why_not, judge)
     scored.scores += more
     scored.missing += missing
