@@ -42,6 +42,14 @@ def resident_mb() -> float:
     return int(size.split()[0]) * 1024 / 1e6 if size else math.nan
 
 
+def load() -> float | None:
+    """Returns the mean number of running processes in the last minute, or None if unknown."""
+    try:
+        return round(os.getloadavg()[0], 1)
+    except (AttributeError, OSError):  # not on every system
+        return None
+
+
 def describe() -> dict[str, Any]:
     """Returns the conditions of a measurement: processor, cores, threads, GPU, versions, as JSON values."""
     import torch

@@ -67,6 +67,10 @@ def _add_running(suite: Parser, output: str, at_once: int) -> None:
     suite.add_argument(
         "--at-once", type=positive, default=at_once, metavar="N", help=f"conversations at a time (default: {at_once})"
     )
+    add_recognizer(suite)
+
+
+def add_recognizer(suite: Parser) -> None:
     suite.add_argument("--recognizer", type=Path, metavar="FOLDER", help=RECOGNIZER_HELP)
     suite.add_argument(
         "--chinese-recognizer", default="", metavar="MODEL", help="FunASR model for Chinese, such as paraformer-zh"

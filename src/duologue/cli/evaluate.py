@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duologue.cli.benchmarks import RECOGNIZER_HELP, add_benchmarks, compare_runs
+from duologue.cli.conversation import add_conversation
 from duologue.cli.parser import Parser, add_command, add_group, positive, warn_if_untrained
 from duologue.machine import version_of
 
@@ -45,6 +46,7 @@ def add(commands: Any) -> None:
         "--players", type=positive, default=60, metavar="N", help="questions at most on the page (default: 60)"
     )
     add_benchmarks(suites)
+    add_conversation(suites)
 
 
 def _add(suites: Any, name: str, evaluate: Callable[[argparse.Namespace, TestSet], Result], text: str) -> Parser:

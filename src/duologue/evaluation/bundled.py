@@ -89,7 +89,14 @@ def ask_bundled(
         transcripts: what the recognition head reads in each, by file.
     """
     return [
-        _ask(bot, one, BUNDLED, Waveform(one.wav, one.sample_rate), recognizer, (transcripts or {}).get(one.question.file))
+        _ask(
+            bot,
+            one,
+            BUNDLED,
+            Waveform(one.wav, one.sample_rate),
+            recognizer,
+            (transcripts or {}).get(one.question.file),
+        )
         for one in recordings
     ]
 
@@ -137,7 +144,12 @@ def _row(exchanges: Sequence[ScoredExchange], name: str, right: Callable[[Scored
 
 
 def _ask(
-    bot: Chatbot, recording: Recording, split: str, sound: Waveform, recognizer: SoundRecognizer | None, transcript: str | None
+    bot: Chatbot,
+    recording: Recording,
+    split: str,
+    sound: Waveform,
+    recognizer: SoundRecognizer | None,
+    transcript: str | None,
 ) -> ScoredExchange:
     question, reply = recording.question, bot.chat(sound.wav, sound.sample_rate)
     return ScoredExchange(

@@ -22,7 +22,7 @@ def cough(rng: np.random.Generator) -> NDArray[np.int16]:
 def noise(rng: np.random.Generator) -> NDArray[np.int16]:
     """2 s of pink noise."""
     num = 2 * WIRE_RATE
-    return _leveled(_shaped(rng.standard_normal(num), lambda hertz: 1 / np.sqrt(np.maximum(hertz, 20.0))))
+    return _leveled(_shaped(rng.standard_normal(num), lambda hertz: np.maximum(hertz, 20.0) ** -0.5))
 
 
 def knocks(rng: np.random.Generator) -> NDArray[np.int16]:

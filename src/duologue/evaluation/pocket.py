@@ -49,7 +49,7 @@ def evaluate_pocket(
     """All rows.
 
     Args:
-        recognizer: reads the sound of the replies; None for the reason `why_not`, then the rows that need it are skipped.
+        recognizer: reads the sound of the replies; None for the reason `why_not`, then rows that need it are skipped.
         model: name and hashes, for the report.
         num_players: exchanges at most whose sound is kept.
         num_variants: of the bundled questions in noise and rooms.

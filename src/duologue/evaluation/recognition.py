@@ -123,7 +123,9 @@ class ParaformerRecognizer:
             ) from None
         self.name = Path(model).name
         try:
-            self._model = AutoModel(model=model, device="cpu", disable_update=True, disable_pbar=True, log_level="ERROR")
+            self._model = AutoModel(
+                model=model, device="cpu", disable_update=True, disable_pbar=True, log_level="ERROR"
+            )
         except Exception as error:  # funasr raises many types for a model that it does not find
             raise ValueError(f"funasr cannot load {model}: {' '.join(str(error).split())[:200]}") from None
 

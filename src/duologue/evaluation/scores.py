@@ -85,7 +85,11 @@ def read_scores(folder: Path) -> list[Score]:
 
 
 def read_sounds(
-    folder: Path, items: Sequence[BenchmarkItem], answers: Mapping[str, GivenAnswer], recognizer: SoundRecognizer, name: str
+    folder: Path,
+    items: Sequence[BenchmarkItem],
+    answers: Mapping[str, GivenAnswer],
+    recognizer: SoundRecognizer,
+    name: str,
 ) -> dict[str, str]:
     """What the recognizer reads in each reply, by the path of its sound; kept on disk under the recognizer's name."""
     found = {

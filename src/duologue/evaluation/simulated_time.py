@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import selectors
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from concurrent.futures import Executor
+from typing import Any, TypeVar, TypeVarTuple, Unpack
 
+Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
 START_S = 1000.0  # a clock that starts at 0 would look like times that were never set
@@ -40,7 +42,9 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         """Moves the clock forward."""
         self._now += seconds
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[Unpack[Arguments]], Result], *args: *Arguments
+    ) -> asyncio.Future[Result]:
         future = super().run_in_executor(executor, func, *args)
         self._num_calls += 1
         future.add_done_callback(self._call_done)
@@ -49,10 +53,10 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
     def _call_done(self, _: asyncio.Future[Any]) -> None:
         self._num_calls -= 1
 
-    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+    async def shutdown_default_executor(self, *timeout: Any) -> None:
         self._num_calls += 1
         try:
-            await super().shutdown_default_executor(timeout)
+            await super().shutdown_default_executor(*timeout)
         finally:
             self._num_calls -= 1
 

@@ -68,7 +68,9 @@ class Question:
             return self.pcm, self.end
         hop = WIRE_RATE // 100
         first, last = (int(self.start + share * (self.end - self.start)) // hop for share in _MIDDLE)
-        levels = [float((self.pcm[hop * at : hop * (at + 3)].astype(np.float64) ** 2).mean()) for at in range(first, last)]
+        levels = [
+            float((self.pcm[hop * at : hop * (at + 3)].astype(np.float64) ** 2).mean()) for at in range(first, last)
+        ]
         place = hop * (first + int(np.argmin(levels)) + 1)
         silence = np.zeros(int(seconds * WIRE_RATE), np.int16)
         return np.concatenate([self.pcm[:place], silence, self.pcm[place:]]), self.end + len(silence)
@@ -172,7 +174,9 @@ class TurnTaking:
             began = await self._reply_begins(caller, question)
             await caller.wait(DISTURBED_AFTER_S)
             if began is None or not caller.waits:
-                return _trial(caller, name, subset, question, (), void=f"no reply was playing after {DISTURBED_AFTER_S} s")
+                return _trial(
+                    caller, name, subset, question, (), void=f"no reply was playing after {DISTURBED_AFTER_S} s"
+                )
             since = caller.at
             await caller.say(DISTURBANCES[kind](rng))
             await self._answered(caller, since)
