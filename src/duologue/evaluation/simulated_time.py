@@ -16,7 +16,7 @@ Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
 START_S = 1000.0  # a clock that starts at 0 would look like times that were never set
-POLL_S = 0.002
+POLL_S = 0.005
 
 
 class SimulatedLoop(asyncio.SelectorEventLoop):

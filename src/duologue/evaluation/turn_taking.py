@@ -25,7 +25,7 @@ from duologue.scoring import is_correct, normalize
 INTERRUPTED_AFTER_S = (0.4, 0.8)  # of the reply
 PAUSES_S = (0.0, 0.2, 0.4, 0.6, 0.8, 1.2)
 ECHOES_DB = (-30, -20, -10)
-DISTURBED_AFTER_S = 0.4
+DISTURBED_AFTER_S, DISTURBED_S = 0.4, 1.2
 ANSWER_S = 30.0  # to the first sound, and to the end of an answer
 INTERRUPTION, DISTURBANCE, PAUSE = "interruption", "false interruption", "pause in the question"
 _MIDDLE = (0.3, 0.7)  # where a question is split
@@ -150,7 +150,7 @@ class TurnTaking:
                 return _trial(caller, name, subset, question, (), void=f"no reply was playing after {after_s:g} s")
             onset = caller.at + other.start
             await caller.say(other.pcm)
-            await self._answered(caller, onset)
+            await self._answered(caller)
             cuts = caller.of("talk.interrupted", onset)
             scores = [_score(name, subset, "stopped", bool(cuts))]
             heard_text = None
@@ -179,7 +179,8 @@ class TurnTaking:
                 )
             since = caller.at
             await caller.say(DISTURBANCES[kind](rng))
-            await self._answered(caller, since)
+            await caller.listen(lambda: bool(caller.of("talk.interrupted", since)), DISTURBED_S)
+            await caller.listen(lambda: bool(caller.of("talk.interrupted", since)) or not caller.waits, ANSWER_S)
             return _disturbed(caller, name, subset, question, since)
 
     async def echo(self, question: Question, level_db: int) -> Trial:
@@ -189,7 +190,8 @@ class TurnTaking:
             since = await self._reply_begins(caller, question)
             if since is None:
                 return _trial(caller, name, subset, question, (), void="there was no reply")
-            await self._answered(caller, since)
+            await caller.listen(lambda: bool(caller.of("talk.interrupted", since)), DISTURBED_S)
+            await caller.listen(lambda: bool(caller.of("talk.interrupted", since)) or not caller.waits, ANSWER_S)
             return _disturbed(caller, name, subset, question, since)
 
     async def pause(self, question: Question, seconds: float) -> Trial:
@@ -198,7 +200,7 @@ class TurnTaking:
         pcm, end = question.with_pause(seconds)
         async with calling(self.connect) as caller:
             await caller.say(pcm)
-            await self._answered(caller, end)
+            await self._answered(caller)
             stops = caller.of("input_audio_buffer.speech_stopped")
             whole = len(stops) == 1 and stops[0].at >= end
             scores = [_score(name, subset, "turn is kept whole", whole)]
@@ -227,7 +229,7 @@ class TurnTaking:
         began = await caller.listen(lambda: caller.hears, ANSWER_S)
         return caller.at if began else None
 
-    async def _answered(self, caller: Caller, since: int) -> None:
+    async def _answered(self, caller: Caller) -> None:
         """Waits until everything is answered and played, at least 1.2 s."""
         await caller.wait(1.2)
         await caller.listen(lambda: not caller.waits, ANSWER_S)
