@@ -71,6 +71,7 @@ def _add_running(suite: Parser, output: str, at_once: int) -> None:
 
 
 def add_recognizer(suite: Parser) -> None:
+    suite.set_defaults(utmos=None, speaker_model=None)
     suite.add_argument("--recognizer", type=Path, metavar="FOLDER", help=RECOGNIZER_HELP)
     suite.add_argument(
         "--chinese-recognizer", default="", metavar="MODEL", help="FunASR model for Chinese, such as paraformer-zh"
@@ -80,6 +81,15 @@ def add_recognizer(suite: Parser) -> None:
 def _add_asking(suite: Parser, output: str) -> None:
     """The arguments of everything that asks question by question."""
     _add_running(suite, output, at_once=4)
+    suite.add_argument(
+        "--utmos", type=Path, metavar="FILE", help="predictor of mean opinion scores: TorchScript or ONNX"
+    )
+    suite.add_argument(
+        "--speaker-model",
+        type=Path,
+        metavar="FILE",
+        help="ONNX embedder of voices, compared with seed-tts-eval's prompts",
+    )
     suite.add_argument("--instructions", default="", metavar="TEXT", help="for the session of --server")
     suite.add_argument("--seed", type=int, default=0, help="seed of every reply of a model here (default: 0)")
     suite.add_argument(
@@ -122,10 +132,13 @@ def asker_of(args: argparse.Namespace) -> Asker:
 def listener_of(args: argparse.Namespace) -> Listener:
     """The recognizer of the replies, or why there is none."""
     from duologue.evaluation.recognition import open_recognizer
+    from duologue.evaluation.sound_quality import SpeakerEmbedder, UtmosPredictor
     from duologue.evaluation.suite import Listener
 
     recognizer, why_not = open_recognizer(args.recognizer, args.chinese_recognizer)
-    return Listener(recognizer, recognizer.name if recognizer else "", why_not)
+    utmos = UtmosPredictor(args.utmos) if args.utmos else None
+    speakers = SpeakerEmbedder(args.speaker_model) if args.speaker_model else None
+    return Listener(recognizer, recognizer.name if recognizer else "", why_not, utmos, speakers)
 
 
 def judge_of(args: argparse.Namespace) -> ChatJudge | None:

@@ -81,7 +81,8 @@ def run_paper(
         answers = ask_all(items, asker, settings.output, answers, settings.num_at_once, PAPER.title)
     if models is not None:
         missing.append(MissingFigure(TABLE_1, "VisQOL, MOSNet", "neither is part of this package; DNSMOS is"))
-    missing.append(MissingFigure(TABLE_6, "UTMOS", "its weights are not part of this package"))
+    if listener.utmos is None:
+        missing.append(MissingFigure(TABLE_6, "UTMOS", "its weights are not part of this package: --utmos FILE"))
     return finish(PAPER, settings, items, answers, about, listener, judge, scores, missing)
 
 
