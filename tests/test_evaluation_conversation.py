@@ -95,8 +95,8 @@ def test_scores_of_a_long_talk() -> None:
     assert [(one.item, one.value) for one in again] == [("turn-0", 0.0), *((f"turn-{at}", 1.0) for at in (3, 6, 9))]
     # Ten turns later: 1 is wrong itself, so only the question of turn 0 counts.
     assert [one.item for one in scores if one.measure == "right again after 10 turns"] == ["turn-0"]
-    first = [one.value for one in scores if one.measure.startswith("computation to the first sound, first")]
-    assert first == pytest.approx([0.1 * number for number in range(1, 13)])
+    first = [one.value for one in scores if one.measure.startswith("computation to the first audio, first")]
+    assert first == pytest.approx([0.1 * number for number in range(1, 7)])
 
 
 def test_a_whole_run(
@@ -115,15 +115,15 @@ def test_a_whole_run(
 
     # Silero needs two windows of 32 ms, and the client hears of it with the next chunk of 20 ms.
     assert rows["interruption", "stopped"]["value"] == 1
-    assert 0.06 <= rows["interruption", "from the user's first sound to silence"]["value"] < 0.3
+    assert 0.06 <= rows["interruption", "from the onset of speech to silence"]["value"] < 0.3
     assert rows["interruption", "words kept too many or too few"]["skipped"].startswith("there is no runs/")
     assert rows["false interruption: cough", "reply is cut"]["value"] in (0, 1)
     assert rows["false interruption: echo at -20 dB", "taken for speech"]["num"] == 1
     # A turn ends 0.5 s after speech: a pause of 0.8 s cuts it in two.
     assert rows["pause in the question: 0 s", "turn is kept whole"]["value"] == 1
     assert rows["pause in the question: 0.8 s", "turn is kept whole"]["value"] == 0
-    assert 0.4 < rows["pause in the question: 0 s", "from the last sound to the end of the turn"]["value"] < 0.7
-    assert rows["pause in the question: 0 s", "from the last sound to the first of the reply"]["value"] > 0.4
+    assert 0.4 < rows["pause in the question: 0 s", "from the end of speech to the end of the turn"]["value"] < 0.7
+    assert rows["pause in the question: 0 s", "from the end of speech to the first audio"]["value"] > 0.4
     assert rows["long talk", "length"]["value"] >= 0.2
     assert rows["long talk", "turns"]["value"] == len(report["samples"]) >= 2
     assert rows["repeated question", "right again after 100 turns"]["skipped"]

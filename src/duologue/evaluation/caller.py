@@ -49,6 +49,7 @@ class Caller:
         echo: share of the loudspeaker's amplitude that returns to the microphone, 0.1 s later.
 
     Attributes:
+        at: samples of both tracks so far.
         events: of the server and of the client, in order.
     """
 
@@ -58,16 +59,12 @@ class Caller:
         self._playback, self._ticker = Playback(WIRE_RATE, clock=clock), Ticker(clock)
         self._client = TalkClient(connection, self._playback, TalkSettings(transcribe=False), self._see, clock)
         self._chunks: asyncio.Queue[NDArray[np.int16] | None] = asyncio.Queue()
+        self.at = 0
         self._said: list[NDArray[np.int16]] = []
         self._heard: list[NDArray[np.int16]] = []
         self._echoes = deque([_SILENCE] * ECHO_DELAY)
         self.events: list[SeenEvent] = []
         self._running = asyncio.create_task(self._client.run(self._microphone()))
-
-    @property
-    def at(self) -> int:
-        """Samples of both tracks so far."""
-        return CHUNK * len(self._said)
 
     @property
     def said(self) -> NDArray[np.int16]:
@@ -102,6 +99,12 @@ class Caller:
     def of(self, kind: str, since: int = 0) -> list[SeenEvent]:
         """The events of one type that came after this position."""
         return [one for one in self.events if one.event["type"] == kind and one.at >= since]
+
+    def forget(self) -> None:
+        """Drops both tracks and all events; positions go on."""
+        self._said.clear()
+        self._heard.clear()
+        self.events.clear()
 
     async def say(self, pcm: NDArray[np.int16]) -> None:
         """Speaks pcm (S,); the last chunk is filled with silence."""
@@ -155,6 +158,7 @@ class Caller:
             chunk = np.clip(chunk + np.rint(self._echo * echo), -32768, 32767).astype(np.int16)
         self._said.append(chunk)
         self._heard.append(heard)
+        self.at += CHUNK
         self._chunks.put_nowait(chunk)
 
     async def _microphone(self) -> AsyncIterator[NDArray[np.int16]]:

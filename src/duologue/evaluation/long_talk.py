@@ -15,7 +15,7 @@ from duologue.machine import resident_mb
 
 SUBSET, REPEATED = "long talk", "repeated question"
 DISTANCES = (1, 10, 100)  # turns until a question is asked again
-NUM_COMPARED = 50  # turns at either end
+NUM_COMPARED = 50  # turns at either end, or half of all
 GAP_S = (0.3, 1.5)  # from the end of a reply to the next question
 
 
@@ -49,7 +49,7 @@ async def talk(
 
 
 async def _ask(caller: Caller, question: Question) -> TalkedTurn:
-    caller.events.clear()
+    caller.forget()
     before = len(caller.exchanges)
     await caller.say(question.pcm)
     await caller.listen(lambda: bool(caller.of("response.done")), ANSWER_S)
@@ -63,13 +63,14 @@ async def _ask(caller: Caller, question: Question) -> TalkedTurn:
 
 def talk_scores(turns: Sequence[TalkedTurn]) -> Iterator[Score]:
     """Rightness and computation at either end, and of questions asked again after 1, 10 and 100 turns."""
-    ends = {"first": turns[:NUM_COMPARED], "last": turns[-NUM_COMPARED:]}
+    num = min(NUM_COMPARED, len(turns) // 2)
+    ends = {"first": turns[:num], "last": turns[len(turns) - num :]}
     for end, own in ends.items():
         name = f"{end} {len(own)} turns"
         for number, turn in enumerate(own):
             yield Score(f"{end}-{number}", SUBSET, f"right, text, {name}", float(turn.is_right))
             if turn.computed_s is not None:
-                measure = f"computation to the first sound, {name}"
+                measure = f"computation to the first audio, {name}"
                 yield Score(f"{end}-{number}", SUBSET, measure, turn.computed_s, unit="s", better="lower")
     for distance in DISTANCES:
         for number, (turn, again) in enumerate(zip(turns, turns[distance:], strict=False)):

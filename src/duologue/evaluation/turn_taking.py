@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from duologue.audio import resample
 from duologue.client.connection import WIRE_RATE
 from duologue.evaluation.bundled import Recording
-from duologue.evaluation.caller import Caller, Connect, SeenEvent, calling
+from duologue.evaluation.caller import AUDIBLE, Caller, Connect, SeenEvent, calling
 from duologue.evaluation.disturbances import DISTURBANCES
 from duologue.evaluation.duplex import speech_spans
 from duologue.evaluation.recognition import SoundRecognizer
@@ -152,10 +152,12 @@ class TurnTaking:
             await caller.say(other.pcm)
             await self._answered(caller)
             cuts = caller.of("talk.interrupted", onset)
+            if not cuts and caller.of("input_audio_buffer.speech_started", onset):
+                return _trial(caller, name, subset, question, (), void="the reply ended before the user was heard")
             scores = [_score(name, subset, "stopped", bool(cuts))]
             heard_text = None
             if cuts:
-                scores.append(_seconds(name, subset, "from the user's first sound to silence", cuts[0].at - onset))
+                scores.append(_seconds(name, subset, "from the onset of speech to silence", cuts[0].at - onset))
                 kept = await caller.transcript(str(cuts[0].event["item_id"]))
                 if self.reader is not None:
                     played = from_int16(caller.heard[began : cuts[0].at])
@@ -207,19 +209,21 @@ class TurnTaking:
             answer = caller.exchanges[-1].answer if caller.exchanges else ""
             scores.append(_score(name, subset, "right, text", question.answered_by(answer)))
             if whole:
-                scores.append(_seconds(name, subset, "from the last sound to the end of the turn", stops[0].at - end))
-                scores += self._first_sound(name, subset, caller, stops[0], end)
+                scores.append(
+                    _seconds(name, subset, "from the end of speech to the end of the turn", stops[0].at - end)
+                )
+                scores += self._first_audio(name, subset, caller, stops[0], end)
             return _trial(caller, name, subset, question, scores, is_wrong=not whole)
 
-    def _first_sound(self, name: str, subset: str, caller: Caller, stopped: SeenEvent, end: int) -> Iterable[Score]:
+    def _first_audio(self, name: str, subset: str, caller: Caller, stopped: SeenEvent, end: int) -> Iterable[Score]:
         """The time from the user's last sound to the first of the reply, and the computation in it."""
         deltas = caller.of("response.output_audio.delta", stopped.at)
-        audible = np.flatnonzero(np.abs(caller.heard[end:].astype(np.int32)) > 100)
+        audible = np.flatnonzero(np.abs(caller.heard[end:].astype(np.int32)) > AUDIBLE)
         if not deltas or not len(audible):
             return
         computed_s = deltas[0].seen_s - stopped.seen_s if self.is_simulated else 0.0
         total = int(audible[0]) + computed_s * WIRE_RATE
-        yield _seconds(name, subset, "from the last sound to the first of the reply", total)
+        yield _seconds(name, subset, "from the end of speech to the first audio", total)
         if self.is_simulated:
             yield _seconds(name, subset, "computation in it", computed_s * WIRE_RATE)
 
