@@ -10,12 +10,12 @@ import contextlib
 import ipaddress
 import json
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlencode, urlsplit
 
 import numpy as np
 from numpy.typing import NDArray
-from websockets.asyncio.client import connect
+from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 
 WIRE_RATE = 24_000
@@ -47,17 +47,10 @@ def realtime_url(server: str, model: str) -> str:
     return f"{scheme}://{parts.netloc}{path}?{query}"
 
 
-class ClientSocket(Protocol):
-    """The methods of a WebSocket that a connection uses; they raise ConnectionClosed at its end."""
-
-    async def send(self, message: str) -> None: ...
-    async def recv(self) -> str | bytes: ...
-
-
 class Connection:
     """One conversation with a server; opened by `open_connection`."""
 
-    def __init__(self, socket: ClientSocket, url: str) -> None:
+    def __init__(self, socket: ClientConnection, url: str) -> None:
         self.socket, self.url = socket, url
 
     async def send(self, event: Mapping[str, object]) -> None:

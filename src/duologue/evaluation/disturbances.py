@@ -53,9 +53,8 @@ def _cough(rng: np.random.Generator) -> NDArray[np.float64]:
 def _shaped(
     wav: NDArray[np.float64], gain: Callable[[NDArray[np.float64]], NDArray[np.float64]]
 ) -> NDArray[np.float64]:
-    spectrum = np.fft.rfft(wav)
-    shaped: NDArray[np.float64] = np.fft.irfft(spectrum * gain(np.fft.rfftfreq(len(wav), 1 / WIRE_RATE)), len(wav))
-    return shaped
+    hertz = np.asarray(np.fft.rfftfreq(len(wav), 1 / WIRE_RATE), np.float64)
+    return np.asarray(np.fft.irfft(np.fft.rfft(wav) * gain(hertz), len(wav)), np.float64)
 
 
 def _leveled(wav: NDArray[np.float64]) -> NDArray[np.int16]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
+from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosedError
 from websockets.frames import Close
 
@@ -37,7 +38,7 @@ class _ServerEnd:
 
 
 class _ClientEnd:
-    """The client's end of a connection, with the methods of a WebSocket that a client uses."""
+    """The client's end of a connection, with the methods of a WebSocket that a `Connection` uses."""
 
     def __init__(self, sent: asyncio.Queue[dict[str, Any]], received: asyncio.Queue[str | Close]) -> None:
         self._sent, self._received = sent, received
@@ -65,7 +66,7 @@ async def connect_in_process(bot: Chatbot, settings: Settings) -> AsyncIterator[
     client = _ClientEnd(to_server, to_client)
     connections.start_call(_ServerEnd(to_client, to_server), connections.service.session_config(), "")
     try:
-        yield Connection(client, URL)
+        yield Connection(cast(ClientConnection, client), URL)
     finally:
         await client.close()
         await connections.end_calls()
