@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from numpy.typing import NDArray
 
 from duologue.evaluation.benchmarks.table import BENCHMARKS
 from duologue.evaluation.sound_quality import SpeakerEmbedder, UtmosPredictor, filter_bank
@@ -28,14 +29,14 @@ class MeanLevelAtRate(torch.nn.Module):
         return wav.abs().mean(1) + sample_rate / 16000
 
 
-def noise(seconds: float = 1.0, seed: int = 0) -> np.ndarray:
+def noise(seconds: float = 1.0, seed: int = 0) -> NDArray[np.float32]:
     return (0.1 * np.random.default_rng(seed).standard_normal(int(seconds * RATE))).astype(np.float32)
 
 
 def test_utmos_reads_three_layouts(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    torch.jit.script(MeanLevel()).save(tmp_path / "one.pt")  # type: ignore[no-untyped-call]
-    torch.jit.script(MeanLevelAtRate()).save(tmp_path / "two.pt")  # type: ignore[no-untyped-call]
+    torch.jit.script(MeanLevel()).save(tmp_path / "one.pt")
+    torch.jit.script(MeanLevelAtRate()).save(tmp_path / "two.pt")
     write_onnx(tmp_path / "three.onnx", "wav", [1, "samples"], MEAN_LEVEL)
     wav = np.full(RATE, 0.5, np.float32)
     assert UtmosPredictor(tmp_path / "one.pt")(wav, RATE) == pytest.approx(0.5)
@@ -84,8 +85,8 @@ def test_a_voice_is_like_itself_at_any_level(tmp_path: Path, name: str) -> None:
     pytest.importorskip("onnxruntime")
     embedder = SpeakerEmbedder(write_onnx(tmp_path / "voice.onnx", name, [1, "frames", 80], MEAN_OVER_TIME))
     time = np.arange(RATE) / RATE
-    voice = noise() * (1 + np.sin(2 * np.pi * 3 * time)).astype(np.float32)
-    one, softer, other = (embedder.embed(wav, RATE) for wav in (voice, 0.5 * voice, noise(seed=1)))
+    voice: NDArray[np.float32] = (noise() * (1 + np.sin(2 * np.pi * 3 * time))).astype(np.float32)
+    one, softer, other = (embedder.embed(wav, RATE) for wav in (voice, voice / 2, noise(seed=1)))
     assert embedder.likeness(one, one) == pytest.approx(1)
     assert embedder.likeness(one, softer) == pytest.approx(1, abs=1e-3)
     assert embedder.likeness(one, other) < embedder.likeness(one, softer)

@@ -42,7 +42,7 @@ class UtmosPredictor:
         if not Path(path).is_file():
             raise ValueError(f"there is no file {path} with a predictor of mean opinion scores")
         try:
-            self._script = torch.jit.load(str(path), map_location="cpu").eval()  # type: ignore[no-untyped-call]
+            self._script = torch.jit.load(str(path), map_location="cpu").eval()
         except RuntimeError:
             raise ValueError(f"{path} is no TorchScript file; torch.jit.script(model).save(...) writes one") from None
         self._num_arguments = len(self._script.forward.schema.arguments) - 1  # without self

@@ -29,7 +29,7 @@ from duologue.pcm import from_int16, to_int16
 KEY_VARIABLE = "DUOLOGUE_API_KEY"
 
 
-class RealtimeAdapter(Adapter):
+class RealtimeAdapter(Adapter):  # type: ignore[misc]  # voicebench may be absent
     """One call with a server that detects turns. As a client of such a server does, it drops the sound that has not
     been played when the server hears the user.
 
@@ -117,7 +117,7 @@ class RealtimeAdapter(Adapter):
             self.emit(AgentAudio(pcm, now))
 
 
-class LoopClock(Clock):
+class LoopClock(Clock):  # type: ignore[misc]  # voicebench may be absent
     """The clock of the running event loop, for calls in simulated time."""
 
     realtime = True
