@@ -86,7 +86,7 @@ def test_a_voice_is_like_itself_at_any_level(tmp_path: Path, name: str) -> None:
     embedder = SpeakerEmbedder(write_onnx(tmp_path / "voice.onnx", name, [1, "frames", 80], MEAN_OVER_TIME))
     time = np.arange(RATE) / RATE
     voice: NDArray[np.float32] = (noise() * (1 + np.sin(2 * np.pi * 3 * time))).astype(np.float32)
-    one, softer, other = (embedder.embed(wav, RATE) for wav in (voice, voice / 2, noise(seed=1)))
+    one, softer, other = (embedder.embed(wav, RATE) for wav in (voice, voice * np.float32(0.5), noise(seed=1)))
     assert embedder.likeness(one, one) == pytest.approx(1)
     assert embedder.likeness(one, softer) == pytest.approx(1, abs=1e-3)
     assert embedder.likeness(one, other) < embedder.likeness(one, softer)
