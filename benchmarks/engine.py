@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.harness import AIMS, Spread, resident_mb
+from benchmarks.harness import AIMS, Spread
 from benchmarks.plots import draw_lines
 from duologue.checkpoint import Dtype
 from duologue.evaluation.report import Row
@@ -27,6 +27,7 @@ from duologue.interleave import SPEECH_ONLY
 from duologue.language.backbone import LanguageConfig, new_glm
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
+from duologue.machine import resident_mb
 from duologue.models import open_folder
 from duologue.progress import steps
 from duologue.vocabulary import Vocabulary

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -137,15 +136,6 @@ def peak_memory_mb() -> float:
     """The most that this process had resident, in 10^6 bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
-
-
-def resident_mb() -> float:
-    """Memory that this process has resident now, in 10^6 bytes; NaN where the system does not tell."""
-    try:
-        pages = Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0]
-    except (OSError, IndexError):
-        return float("nan")
-    return int(pages) * 1024 / 1e6
 
 
 def now(device: torch.device | str = "cpu") -> float:

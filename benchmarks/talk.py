@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.harness import AIMS, Spread, resident_mb
+from benchmarks.harness import AIMS, Spread
 from benchmarks.plots import draw_lines
 from benchmarks.speech import chunks, questions
 from duologue import rates
@@ -31,6 +31,7 @@ from duologue.conversation.session import Session
 from duologue.evaluation.report import Row
 from duologue.language.engine import PlainEngine
 from duologue.language.stepping import Stepped, StepRow
+from duologue.machine import resident_mb
 
 CHUNK_MS = 40
 NUM_COMPARED = 15  # turns at either end of the hour

@@ -129,6 +129,8 @@ class ScriptedAsker:
 class ScriptedRecognizer:
     """Reads the same text in every sound, and keeps the languages that were asked for."""
 
+    name = "scripted"
+
     def __init__(self, text: str) -> None:
         self.text, self.languages = text, list[str]()
 

@@ -180,7 +180,7 @@ def seconds(wav: np.ndarray, sample_rate: int) -> float:
 def test_evaluate_pocket(
     test_set_folder: Path, tiny_folder: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("duologue.evaluation.recognition.WhisperJudge", SameWords)
+    monkeypatch.setattr("duologue.evaluation.recognition.WhisperRecognizer", SameWords)
     monkeypatch.setattr("duologue.evaluation.pocket.Naturalness", lambda: seconds)
     monkeypatch.setattr("duologue.evaluation.bundled.NUM_VARIANTS", 8)
     command = ("evaluate", "pocket", "--data", test_set_folder, "--model", tiny_folder, "-o", tmp_path)
@@ -222,7 +222,8 @@ def test_evaluate_without_a_recognizer_says_so(
     command = ["evaluate", "pocket", "--data", str(test_set_folder), "--model", str(tiny_folder)]
     report = run_json(capsys, *command, "--limit", "1")
     skipped = {(row["group"], row["name"]): row["skipped"] for row in report["rows"] if row["skipped"]}
-    sentence = "there is no runs/pocket/parts/whisper-base-ct2; name a CTranslate2 folder with Whisper base"
+    places = "runs/pocket/parts/whisper-base-ct2 or runs/whisper-base-ct2"
+    sentence = f"there is no {places}; name a CTranslate2 folder with Whisper base"
     for row in (("agreement", "WER between the reply's text and what is heard"), ("speaking", "S->S, seen voices")):
         assert skipped[row].startswith(sentence)
     assert main([*command, "--recognizer", str(tmp_path)]) == 2

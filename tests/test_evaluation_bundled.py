@@ -11,14 +11,16 @@ from duologue.evaluation.bundled import ask_bundled, ask_variants, bundled_rows,
 
 
 def test_bundled_questions_are_asked_and_told_apart(tiny_folder: Path) -> None:
-    class Judge:
+    class Ears:
+        name = "ears"
+
         def transcribe(self, wav: np.ndarray, sample_rate: int, language: str = "en") -> str:
             assert wav.size
             assert sample_rate == 22050
             return "The capital of France is Paris."
 
     bot, recordings = duologue.load(tiny_folder), load_bundled()
-    exchanges = ask_bundled(bot, recordings, Judge(), {"question.wav": "what is"})
+    exchanges = ask_bundled(bot, recordings, Ears(), {"question.wav": "what is"})
     assert exchanges[0].asked == "What is the capital of France?"
     assert [one.transcript for one in exchanges[:2]] == ["what is", None]
     assert len(exchanges) == 7

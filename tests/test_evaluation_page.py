@@ -14,7 +14,7 @@ from duologue.evaluation.conversations import ScoredExchange, Waveform
 from duologue.evaluation.intelligibility import error_row
 from duologue.evaluation.intervals import bootstrap, wilson
 from duologue.evaluation.page import write_page
-from duologue.evaluation.recognition import WhisperJudge, open_judge
+from duologue.evaluation.recognition import WhisperRecognizer, open_recognizer
 from duologue.evaluation.report import Report, Row
 
 # Intervals -----------------------------------------------------------------------------------------------------------
@@ -161,27 +161,27 @@ def test_the_page_shows_marks_escapes_and_needs_no_network(tmp_path: Path) -> No
 
 def test_a_folder_that_is_no_whisper_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is no CTranslate2 folder with a Whisper: model.bin is missing"):
-        WhisperJudge(tmp_path)
+        WhisperRecognizer(tmp_path)
     pytest.importorskip("faster_whisper")
     (tmp_path / "model.bin").write_bytes(b"nothing")
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "tokenizer.json").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="cannot be read as a CTranslate2 Whisper"):
-        WhisperJudge(tmp_path)
+        WhisperRecognizer(tmp_path)
 
 
 def test_a_missing_recognizer_says_what_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    judge, why_not = open_judge(None)
-    assert judge is None
+    recognizer, why_not = open_recognizer(None)
+    assert recognizer is None
     assert "--recognizer FOLDER" in why_not
     folder = tmp_path / "runs" / "pocket" / "parts" / "whisper-base-ct2"
     folder.mkdir(parents=True)
     for name in ("model.bin", "config.json", "tokenizer.json"):
         (folder / name).touch()
     monkeypatch.setitem(__import__("sys").modules, "faster_whisper", None)
-    judge, why_not = open_judge(None)
-    assert judge is None
+    recognizer, why_not = open_recognizer(None)
+    assert recognizer is None
     assert "pip install" in why_not
     with pytest.raises(ValueError, match="pip install"):
-        open_judge(folder)
+        open_recognizer(folder)

@@ -19,6 +19,9 @@ import pytest
 import soundfile
 from PIL import Image
 
+from duologue.evaluation.conversations import Waveform
+from duologue.evaluation.page import PageRow, write_rows
+from duologue.evaluation.report import Report, Row
 from tests.browser import Open, Visit, launch, needs_chromium, wait_for
 from tests.page_server import POLICY, PageServer
 
@@ -261,6 +264,49 @@ CONVERSATION = """async (words) => {
   answer(2, "The capital of France is Paris.");
 }"""
 PICTURES = os.environ.get("DUOLOGUE_SCREENSHOTS")
+
+
+def test_the_report_of_an_evaluation_is_sorted_and_filtered_without_network(browser: Browser, tmp_path: Path) -> None:
+    sound = Waveform(0.1 * np.sin(np.arange(8000) / 5).astype(np.float32), 16_000)
+    asked = (
+        ("What is one plus two?", "It is three.", "It is three.", True),
+        ("What is the capital of France?", "Berlin is the capital.", "Berlin is the capital.", False),
+        ("What is two times fifty?", "100", "one hundred", True),
+        ("What is six plus three?", "9", "mine", False),
+    )
+    shown = [
+        PageRow("questions", name, name, answer, (), None, heard, answer[0] != "B", right, not right, sound, sound)
+        for name, answer, heard, right in asked
+    ]
+    rows = (Row("questions", "right, text", 0.75, "%", num=4), Row("questions", "right, sound", 0.5, "%", num=4))
+    report = Report("spoken-qa", {"name": "pocket"}, {}, rows)
+    visit = Visit.open(browser, write_rows(tmp_path, report, shown, 4).as_uri(), microphone=False)
+    page = visit.page
+
+    def answers() -> list[str]:
+        texts = "rows => rows.filter(row => !row.hidden).map(row => row.cells[3].firstChild.textContent)"
+        return list(page.eval_on_selector_all("tbody tr", texts))
+
+    head = page.locator("th").nth(3)
+    expect(head).to_have_text("answer")
+    head.click()
+    assert answers() == ["9", "100", "Berlin is the capital.", "It is three."]  # numbers by their size
+    assert head.get_attribute("aria-sort") == "ascending"
+    head.click()
+    assert answers() == ["It is three.", "Berlin is the capital.", "100", "9"]
+    page.locator("th").nth(1).click()
+    assert head.get_attribute("aria-sort") is None
+    page.get_by_label("only wrong").check()
+    assert sorted(answers()) == ["9", "Berlin is the capital."]
+    expect(page.locator("#count")).to_have_text("2")
+    assert page.locator("audio").count() == 8
+    if PICTURES:
+        page.get_by_label("only wrong").uncheck()
+        page.get_by_text("All measures").click()
+        page.set_viewport_size({"width": 1280, "height": 760})
+        shot = Image.open(io.BytesIO(page.screenshot()))
+        shot.save(Path(PICTURES) / "report.webp", quality=80, method=6)
+    visit.close()  # nothing was asked for but the page, the players' sounds included
 
 
 @pytest.mark.skipif(not PICTURES, reason="pictures are made when DUOLOGUE_SCREENSHOTS names a folder")

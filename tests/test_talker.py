@@ -162,6 +162,22 @@ def test_the_text_model_is_shown_what_the_user_heard(bot: Chatbot) -> None:
     assert script.requests[2]["messages"][4] == {"role": "assistant", "content": LONG}
 
 
+def test_the_reply_of_another_session_that_begins_alike_is_not_taken(bot: Chatbot, vocabulary: Vocabulary) -> None:
+    short = LONG[: LONG.index(" Hello")]
+    with endpoint(words(LONG)) as script, endpoint(words(short)) as other:
+        _, engine = talking(bot, script.url)
+        mine = reply(engine, prompt(vocabulary, "Count."))
+        heard = Turn(Role.ASSISTANT, Modality.INTERLEAVED, tuple(mine[: INTERLEAVED.text_run + 20]), interrupted=True)
+        turns = [Turn(Role.USER, Modality.TEXT, tuple(vocabulary.encode_text(text))) for text in ("Count.", "Go on.")]
+        ids = vocabulary.prompt_ids(Conversation((turns[0], heard, turns[1])))
+        shown, _ = asyncio.run(engine.messages(ids))
+        theirs = reply(dataclasses.replace(engine, text_model=open_text_model(other.url)), prompt(vocabulary, "Hello?"))
+        assert theirs[: len(heard.ids)] == list(heard.ids)
+        assert len(theirs) < len(mine)
+        assert asyncio.run(engine.messages(ids))[0] == shown
+    assert LONG.startswith(str(shown[2]["content"]))
+
+
 def test_a_cancelled_reply_ends_the_request(bot: Chatbot, vocabulary: Vocabulary) -> None:
     with endpoint([*words(LONG), "WAIT"]) as script:
         _, engine = talking(bot, script.url)
@@ -335,7 +351,7 @@ def test_calls_and_results_are_shown_as_messages(vocabulary: Vocabulary) -> None
     async def nothing(codes: tuple[int, ...]) -> str:
         return ""
 
-    messages = asyncio.run(chat_messages(turns, vocabulary, nothing, lambda ids: ""))
+    messages = asyncio.run(chat_messages(turns, vocabulary, nothing, lambda before, ids: ""))
     function = {"name": "f", "arguments": '{"x": "ü"}'}
     assert messages == [
         {"role": "user", "content": "Hi"},

@@ -48,8 +48,8 @@ def _batches(clips: Clips, hours: float) -> Iterator[list[int]]:
     """Batches of indices of clips of like lengths."""
     order = np.random.default_rng(0).permutation(len(clips))
     seconds = np.cumsum([clips.records[i].num_samples / rates.LISTEN_SAMPLE_RATE for i in order])
-    chosen = order[: int(np.searchsorted(seconds, hours * 3600)) + 1]
-    chosen = sorted(map(int, chosen), key=lambda i: clips.records[i].num_samples)
+    num_clips = int(np.searchsorted(seconds, hours * 3600)) + 1
+    chosen = sorted(order[:num_clips].tolist(), key=lambda i: clips.records[i].num_samples)
     for first in range(0, len(chosen), _BATCH_CLIPS):
         yield chosen[first : first + _BATCH_CLIPS]
 
@@ -70,7 +70,8 @@ def translate_rows(table: Tensor, counts: Tensor, seed: int = 0) -> Tensor:
     length = share @ table.norm(dim=1)
     rows = rows * (length / rows.norm(dim=1).clamp(min=1e-6))[:, None]
     noise = torch.randn(rows.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return (rows + 0.1 * table.std() * noise).to(dtype)
+    noisy: Tensor = rows + 0.1 * table.std() * noise
+    return noisy.to(dtype)
 
 
 @torch.no_grad()

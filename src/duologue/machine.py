@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import subprocess
@@ -33,6 +34,20 @@ def free_memory_gb() -> float | None:
     """Returns the memory available without swapping in 10^9 bytes, or None if unknown."""
     available = _first("/proc/meminfo", "MemAvailable")
     return int(available.split()[0]) * 1024 / 1e9 if available else None
+
+
+def resident_mb() -> float:
+    """Returns the memory that this process has resident now, in 10^6 bytes; NaN if unknown."""
+    size = _first("/proc/self/status", "VmRSS")
+    return int(size.split()[0]) * 1024 / 1e6 if size else math.nan
+
+
+def load() -> float | None:
+    """Returns the mean number of running processes in the last minute, or None if unknown."""
+    try:
+        return round(os.getloadavg()[0], 1)
+    except (AttributeError, OSError):  # not on every system
+        return None
 
 
 def describe() -> dict[str, Any]:

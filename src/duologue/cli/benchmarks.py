@@ -24,6 +24,7 @@ TITLES = {
     "big-bench-audio": "Big Bench Audio: reasoning with closed answers",
     "seed-tts-eval": "seed-tts-eval: texts read aloud",
 }
+RECOGNIZER_HELP = "CTranslate2 folder of a Whisper model (default: whisper-base-ct2 in runs/pocket/parts or runs)"
 JUDGE_MODEL = "gpt-4o-mini"  # of most benchmarks
 
 
@@ -66,12 +67,29 @@ def _add_running(suite: Parser, output: str, at_once: int) -> None:
     suite.add_argument(
         "--at-once", type=positive, default=at_once, metavar="N", help=f"conversations at a time (default: {at_once})"
     )
-    suite.add_argument("--recognizer", type=Path, metavar="FOLDER", help="CTranslate2 folder of a Whisper model")
+    add_recognizer(suite)
+
+
+def add_recognizer(suite: Parser) -> None:
+    suite.set_defaults(utmos=None, speaker_model=None)
+    suite.add_argument("--recognizer", type=Path, metavar="FOLDER", help=RECOGNIZER_HELP)
+    suite.add_argument(
+        "--chinese-recognizer", default="", metavar="MODEL", help="FunASR model for Chinese, such as paraformer-zh"
+    )
 
 
 def _add_asking(suite: Parser, output: str) -> None:
     """The arguments of everything that asks question by question."""
     _add_running(suite, output, at_once=4)
+    suite.add_argument(
+        "--utmos", type=Path, metavar="FILE", help="predictor of mean opinion scores: TorchScript or ONNX"
+    )
+    suite.add_argument(
+        "--speaker-model",
+        type=Path,
+        metavar="FILE",
+        help="ONNX embedder of voices, compared with seed-tts-eval's prompts",
+    )
     suite.add_argument("--instructions", default="", metavar="TEXT", help="for the session of --server")
     suite.add_argument("--seed", type=int, default=0, help="seed of every reply of a model here (default: 0)")
     suite.add_argument(
@@ -113,11 +131,14 @@ def asker_of(args: argparse.Namespace) -> Asker:
 
 def listener_of(args: argparse.Namespace) -> Listener:
     """The recognizer of the replies, or why there is none."""
-    from duologue.evaluation.recognition import WHISPER_FOLDER, open_judge
+    from duologue.evaluation.recognition import open_recognizer
+    from duologue.evaluation.sound_quality import SpeakerEmbedder, UtmosPredictor
     from duologue.evaluation.suite import Listener
 
-    judge, why_not = open_judge(args.recognizer)
-    return Listener(judge, (args.recognizer or Path(WHISPER_FOLDER)).resolve().name if judge else "", why_not)
+    recognizer, why_not = open_recognizer(args.recognizer, args.chinese_recognizer)
+    utmos = UtmosPredictor(args.utmos) if args.utmos else None
+    speakers = SpeakerEmbedder(args.speaker_model) if args.speaker_model else None
+    return Listener(recognizer, recognizer.name if recognizer else "", why_not, utmos, speakers)
 
 
 def judge_of(args: argparse.Namespace) -> ChatJudge | None:

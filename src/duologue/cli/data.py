@@ -117,11 +117,11 @@ def _check(args: argparse.Namespace) -> None:
 def _recognizer(name: str, device: str) -> Transcribe:
     """The recognizer of a model folder, or Whisper in a CTranslate2 folder."""
     if (Path(name) / "model.bin").is_file():
-        from duologue.evaluation.recognition import open_judge
+        from duologue.evaluation.recognition import open_recognizer
 
-        judge, _ = open_judge(Path(name))
-        assert judge is not None  # it raises for a folder that was named
-        return judge.transcribe
+        recognizer, _ = open_recognizer(Path(name))
+        assert recognizer is not None  # it raises for a folder that was named
+        return recognizer.transcribe
     from duologue.training.checking import model_recognizer
 
     return model_recognizer(name, device)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.cli.benchmarks import add_benchmarks, compare_runs
+from duologue.cli.benchmarks import RECOGNIZER_HELP, add_benchmarks, compare_runs
+from duologue.cli.conversation import add_conversation
 from duologue.cli.parser import Parser, add_command, add_group, positive, warn_if_untrained
 from duologue.machine import version_of
 
@@ -45,6 +46,7 @@ def add(commands: Any) -> None:
         "--players", type=positive, default=60, metavar="N", help="questions at most on the page (default: 60)"
     )
     add_benchmarks(suites)
+    add_conversation(suites)
 
 
 def _add(suites: Any, name: str, evaluate: Callable[[argparse.Namespace, TestSet], Result], text: str) -> Parser:
@@ -60,7 +62,7 @@ def _add(suites: Any, name: str, evaluate: Callable[[argparse.Namespace, TestSet
         "--recognizer",
         type=Path,
         metavar="FOLDER",
-        help="CTranslate2 folder of Whisper base, which reads the replies (default: below runs/pocket/parts)",
+        help=RECOGNIZER_HELP,
     )
     return suite
 
@@ -86,10 +88,10 @@ def _pocket(args: argparse.Namespace, test_set: TestSet) -> Result:
     from duologue.conversation.chatbot import load, model_folder
     from duologue.evaluation.bundled import NUM_VARIANTS
     from duologue.evaluation.pocket import evaluate_pocket
-    from duologue.evaluation.recognition import open_judge
+    from duologue.evaluation.recognition import open_recognizer
 
     test_set = test_set.limited(args.limit)
-    judge, why_not = open_judge(args.recognizer)
+    recognizer, why_not = open_recognizer(args.recognizer)
     folder = model_folder(args.model)
     bot = load(folder, args.device)
     warn_if_untrained(bot.models.card)
@@ -97,7 +99,7 @@ def _pocket(args: argparse.Namespace, test_set: TestSet) -> Result:
     evaluated = evaluate_pocket(
         bot,
         test_set,
-        judge,
+        recognizer,
         why_not,
         model=_about(folder, bot.models.card, ("tokenizer", "vocabulary", "language", "decoder")),
         settings=settings,

@@ -169,7 +169,7 @@ def _convert(args: argparse.Namespace) -> None:
         sizes = convert_whisper_ct2(args.folder, args.output)
         print(json.dumps({"folder": str(args.output), **sizes}) if args.json else f"{args.folder} -> {args.output}")
         return
-    from duologue.language.backbone import PROVENANCE_FILE, load_provenance
+    from duologue.language.backbone import known_provenance
     from duologue.released.convert import convert
     from duologue.released.folder import ReleasedFolder
     from duologue.released.gguf import write_gguf
@@ -181,8 +181,7 @@ def _convert(args: argparse.Namespace) -> None:
     if args.gguf is not None or args.output.suffix == ".gguf":
         if args.dtype is not None:
             raise ValueError("a GGUF file takes its dtype from --gguf: leave --dtype out")
-        made_with = asdict(load_provenance(folder)) if (folder / PROVENANCE_FILE).is_file() else None
-        write_gguf(folder, args.output, args.gguf or "f16", made_with, progress=sys.stderr.isatty())
+        write_gguf(folder, args.output, args.gguf or "f16", known_provenance(folder), progress=sys.stderr.isatty())
     else:
         convert(folder, args.output, args.dtype, progress=sys.stderr.isatty())
     if args.json:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
-import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -38,7 +37,7 @@ class Mouth:
 
     Args:
         text_only: produces a written reply.
-        asked_at: end of the question by `time.monotonic`, now by default; origin of all timings.
+        asked_at: end of the question on the event loop's clock, now by default; origin of all timings.
 
     Attributes:
         modality: of the reply.
@@ -60,11 +59,11 @@ class Mouth:
     ) -> None:
         self.models, self._worker = models, worker
         self.modality = Modality.TEXT if text_only else Modality.INTERLEAVED
-        self._policy = policy or BlockPolicy()
+        self._loop = asyncio.get_running_loop()
+        self._policy = policy or BlockPolicy(self._loop.time)
         self._text = TextStream(models.vocabulary)
         self._interleave = InterleaveState(TEXT_ONLY if text_only else INTERLEAVED)
-        self._start = time.monotonic() if asked_at is None else asked_at
-        self._loop = asyncio.get_running_loop()
+        self._start = self._loop.time() if asked_at is None else asked_at
         self._stopped: asyncio.Future[None] = self._loop.create_future()
         self._block: asyncio.Future[StepResult] | None = None  # with the worker
         self._num_decoded = self._num_samples = 0
@@ -117,7 +116,7 @@ class Mouth:
         stream = models.engine.generate(prompt, sampling, self._interleave.schedule, self._request_id)
         self._is_asked = not self._stopped.done()
         coming = asyncio.create_task(_next(stream)) if self._is_asked else None
-        asked = time.monotonic()
+        asked = self._loop.time()
         try:
             while not self._stopped.done() and (coming is not None or not self._is_complete):
                 self._go_on(ended=coming is None)
@@ -126,7 +125,7 @@ class Mouth:
                     yield self._take_sound(self._block)
                 if coming is None or not coming.done() or self._stopped.done() or self._hold_s > 0:
                     continue
-                self._stages["language"] += time.monotonic() - asked
+                self._stages["language"] += self._loop.time() - asked
                 self._note_once("prefill_s", self._stages["language"])
                 event = self._take_id(coming.result())
                 coming = None if event is None else asyncio.create_task(_next(stream))
@@ -135,7 +134,7 @@ class Mouth:
                 elif rest := self._text.flush():
                     self.text += rest
                     yield TextDelta(rest)
-                asked = time.monotonic()
+                asked = self._loop.time()
         finally:
             self._stop()
             if coming is not None:
@@ -187,7 +186,7 @@ class Mouth:
         self._ids.append(token)
         if kind is Kind.TEXT:
             text = self._text.push([token])
-            self._note_once("first_text_s", time.monotonic() - self._start)
+            self._note_once("first_text_s", self._loop.time() - self._start)
             self.text += text
             return TextDelta(text, (token,))
         code = self.models.vocabulary.speech_code(token)
@@ -241,13 +240,13 @@ class Mouth:
         wav = values.clamp(-1.0, 1.0).float().numpy()
         self._policy.took_sound(len(wav) / rates.SPEAK_SAMPLE_RATE)
         self._stages["decoder"] += seconds
-        self._note_once("first_audio_s", time.monotonic() - self._start)
+        self._note_once("first_audio_s", self._loop.time() - self._start)
         self._num_samples += len(wav)
         return AudioDelta(wav, rates.SPEAK_SAMPLE_RATE, self._num_samples - len(wav))
 
     def _finish(self) -> None:
         self._note(
-            total_s=time.monotonic() - self._start,
+            total_s=self._loop.time() - self._start,
             audio_s=self._num_samples / rates.SPEAK_SAMPLE_RATE,
             num_text_tokens=self._interleave.num_text,
             num_speech_tokens=self._interleave.num_speech,

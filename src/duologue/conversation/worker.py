@@ -129,6 +129,7 @@ class Worker:
         self._lock = threading.Lock()
         self._waiting: list[_Job] = []
         self._closed = False
+        self._is_working = False
         self._num_jobs = self._num_refused = self._num_cancelled = self._most_waiting = 0
         self._batch_sizes: Counter[int] = Counter()
         self._busy_s = 0.0
@@ -184,6 +185,12 @@ class Worker:
                 self._busy_s,
             )
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job waits or runs. The callbacks of finished jobs have been called when it becomes false."""
+        with self._lock:
+            return self._is_working or any(not job.future.cancelled() for job in self._waiting)
+
     def close(self) -> None:
         """Finishes the running job, cancels waiting ones and refuses new ones."""
         with self._lock:
@@ -214,7 +221,14 @@ class Worker:
     def _work(self) -> None:
         with self._lock:
             jobs = self._choose()
-        jobs = [job for job in jobs if job.future.set_running_or_notify_cancel()]
+            self._is_working = True
+        try:
+            self._run_jobs([job for job in jobs if job.future.set_running_or_notify_cancel()])
+        finally:
+            with self._lock:
+                self._is_working = False
+
+    def _run_jobs(self, jobs: list[_Job]) -> None:
         if not jobs:
             return
         start = time.perf_counter()

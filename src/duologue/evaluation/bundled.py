@@ -17,7 +17,7 @@ from duologue.conversation.chatbot import Chatbot, model_folder
 from duologue.evaluation.conversations import ScoredExchange, Waveform
 from duologue.evaluation.intervals import wilson
 from duologue.evaluation.prosody import PLAIN
-from duologue.evaluation.recognition import Judge
+from duologue.evaluation.recognition import SoundRecognizer
 from duologue.evaluation.report import Row
 from duologue.evaluation.testset import TestClip
 from duologue.pcm import to_int16
@@ -80,7 +80,7 @@ def load_bundled() -> list[Recording]:
 def ask_bundled(
     bot: Chatbot,
     recordings: Sequence[Recording],
-    judge: Judge | None,
+    recognizer: SoundRecognizer | None,
     transcripts: Mapping[str, str] | None = None,
 ) -> list[ScoredExchange]:
     """One exchange for each recording, without any history; its intent is the name of the recording.
@@ -89,7 +89,14 @@ def ask_bundled(
         transcripts: what the recognition head reads in each, by file.
     """
     return [
-        _ask(bot, one, BUNDLED, Waveform(one.wav, one.sample_rate), judge, (transcripts or {}).get(one.question.file))
+        _ask(
+            bot,
+            one,
+            BUNDLED,
+            Waveform(one.wav, one.sample_rate),
+            recognizer,
+            (transcripts or {}).get(one.question.file),
+        )
         for one in recordings
     ]
 
@@ -137,7 +144,12 @@ def _row(exchanges: Sequence[ScoredExchange], name: str, right: Callable[[Scored
 
 
 def _ask(
-    bot: Chatbot, recording: Recording, split: str, sound: Waveform, judge: Judge | None, transcript: str | None
+    bot: Chatbot,
+    recording: Recording,
+    split: str,
+    sound: Waveform,
+    recognizer: SoundRecognizer | None,
+    transcript: str | None,
 ) -> ScoredExchange:
     question, reply = recording.question, bot.chat(sound.wav, sound.sample_rate)
     return ScoredExchange(
@@ -150,7 +162,7 @@ def _ask(
         expected="",
         answers=question.answers,
         said=reply.text,
-        heard=None if judge is None else judge.transcribe(reply.audio, reply.sample_rate),
+        heard=None if recognizer is None else recognizer.transcribe(reply.audio, reply.sample_rate),
         heard_reference=None,
         change=None,
         first_audio_s=reply.timings.first_audio_s,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from duologue.conversation.chatbot import Chatbot, Reply
 from duologue.evaluation.intelligibility import Naturalness
 from duologue.evaluation.prosody import PLAIN, Prosody, measure_prosody, style_change
-from duologue.evaluation.recognition import Judge
+from duologue.evaluation.recognition import SoundRecognizer
 from duologue.evaluation.testset import TestClip, TestDialogue, TestSet, TestTurn, spread
 from duologue.progress import steps
 from duologue.scoring import is_correct, normalize
@@ -107,7 +107,7 @@ def refuses(text: str) -> bool:
 def converse(
     bot: Chatbot,
     test_set: TestSet,
-    judge: Judge | None,
+    recognizer: SoundRecognizer | None,
     naturalness: Naturalness | None = None,
     transcripts: Mapping[str, str] | None = None,
     keep_sound: Collection[str] = (),
@@ -123,8 +123,8 @@ def converse(
     judged = {dialogue.id for dialogue in spread(by_group, MAX_JUDGED)} if naturalness else set()
 
     def read_reference(clip: TestClip) -> str | None:
-        if judge is not None and clip.id not in references:
-            references[clip.id] = judge.transcribe(clip.wav, clip.sample_rate)
+        if recognizer is not None and clip.id not in references:
+            references[clip.id] = recognizer.transcribe(clip.wav, clip.sample_rate)
         return references.get(clip.id)
 
     exchanges = []
@@ -137,7 +137,7 @@ def converse(
                 ScoredExchange(
                     **_head(dialogue, turn, last, reply),
                     split=dialogue.split,
-                    heard=None if judge is None else judge.transcribe(reply.audio, reply.sample_rate),
+                    heard=None if recognizer is None else recognizer.transcribe(reply.audio, reply.sample_rate),
                     heard_reference=read_reference(test_set.clips[turn.reply]) if last else None,
                     change=None if turn.style == PLAIN else _change(bot, dialogue, replies, index),
                     transcript=(transcripts or {}).get(turn.question),

@@ -32,7 +32,7 @@ from duologue.evaluation.benchmarks.fullduplexbench import (
     DuplexItem,
     load,
 )
-from duologue.evaluation.recognition import TimedWord, WhisperJudge
+from duologue.evaluation.recognition import TimedRecognizer, TimedWord
 from duologue.evaluation.report import Report, format_markdown
 from duologue.evaluation.runner import open_run
 from duologue.evaluation.scores import MissingFigure, Score, Scored, score_rows
@@ -129,12 +129,12 @@ def drive(items: Sequence[DuplexItem], server: str, model: str, key: str, own: P
         raise ValueError(str(errors.exceptions[0])) from None
 
 
-def read_words(items: Sequence[DuplexItem], own: Path, judge: WhisperJudge) -> None:
+def read_words(items: Sequence[DuplexItem], own: Path, recognizer: TimedRecognizer) -> None:
     """Writes `TASK/ID/output.json` with the words and times that the recognizer finds in `output.wav`."""
     for item in tqdm(items, "recognizer", disable=None, leave=False):
         path = own / item.id / "output.json"
         if not path.is_file():
-            words = judge.words(*load_audio(path.with_name("output.wav")))
+            words = recognizer.words(*load_audio(path.with_name("output.wav")))
             chunks = [{"text": word.text, "timestamp": [word.start, word.end]} for word in words]
             text = {"text": " ".join(word.text for word in words), "chunks": chunks}
             path.write_text(json.dumps(text, ensure_ascii=False), encoding="utf-8")
@@ -247,8 +247,8 @@ def run_duplex(settings: SuiteSettings, server: str, model: str, key: str, liste
     run = {"benchmark": NAME, "data": str(settings.data.resolve()), "model": model}
     open_run(settings.output, run, settings.resume)
     drive(items, server, model, key, own, settings.num_at_once)
-    if isinstance(listener.judge, WhisperJudge):
-        read_words(items, own, listener.judge)
+    if isinstance(listener.recognizer, TimedRecognizer):
+        read_words(items, own, listener.recognizer)
     tasks = dict.fromkeys(item.task for item in items)
     missing = [MissingFigure(task, "behavior class, relevance", NO_PROMPT) for task in tasks]
     scored = Scored(duplex_scores(items, own), missing)

@@ -81,7 +81,8 @@ def run_paper(
         answers = ask_all(items, asker, settings.output, answers, settings.num_at_once, PAPER.title)
     if models is not None:
         missing.append(MissingFigure(TABLE_1, "VisQOL, MOSNet", "neither is part of this package; DNSMOS is"))
-    missing.append(MissingFigure(TABLE_6, "UTMOS", "its weights are not part of this package"))
+    if listener.utmos is None:
+        missing.append(MissingFigure(TABLE_6, "UTMOS", "its weights are not part of this package: --utmos FILE"))
     return finish(PAPER, settings, items, answers, about, listener, judge, scores, missing)
 
 
@@ -155,7 +156,7 @@ def _wanted(
         else:
             yield subset, f"{rate} of the recognition head", utterances, _by_head
         if one is ASR_SETS[0]:
-            if listener.judge is None:
+            if listener.recognizer is None:
                 missing.append(MissingFigure(subset, f"{rate} after reconstruction", listener.why_not))
             else:
                 yield subset, f"{rate} after reconstruction", utterances, _reconstruction(listener)
@@ -211,9 +212,9 @@ def _by_language_model(models: Models, one: TranscribedSound) -> Score:
 
 def _reconstruction(listener: Listener) -> Compute:
     def compute(models: Models, one: TranscribedSound) -> Score:
-        assert listener.judge is not None
+        assert listener.recognizer is not None
         wav = decode(models, _codes(models, one))
-        return _errors(one, listener.judge.transcribe(wav, SPEAK_SAMPLE_RATE, one.language))
+        return _errors(one, listener.recognizer.transcribe(wav, SPEAK_SAMPLE_RATE, one.language))
 
     return compute
 

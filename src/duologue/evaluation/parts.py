@@ -12,7 +12,7 @@ from duologue import rates
 from duologue.audio import resample
 from duologue.evaluation.intelligibility import Naturalness, codebook_usage, error_row, quality_row
 from duologue.evaluation.prosody import PLAIN, probe, token_prosody
-from duologue.evaluation.recognition import Judge
+from duologue.evaluation.recognition import SoundRecognizer
 from duologue.evaluation.report import Row, difference_row
 from duologue.evaluation.testset import SEEN, SPLIT_NAMES, SPLITS, UNSEEN, WARPED, TestClip, TestSet, spread
 from duologue.layers import Padded
@@ -76,7 +76,7 @@ def tokenizer_rows(
 def decoder_rows(
     models: Models,
     test_set: TestSet,
-    judge: Judge | None,
+    recognizer: SoundRecognizer | None,
     why_not: str,
     naturalness: Naturalness | None,
     why_no_mos: str,
@@ -87,12 +87,12 @@ def decoder_rows(
     codes, _ = tokenize(models.tokenizer, clips)
     made = {c.id: _resynthesize(models, codes[c.id]) for c in steps(clips, "part 2 of 5, resynthesis", "clips")}
     rows = []
-    if judge is None:
+    if recognizer is None:
         rows.append(Row(group, "WER after resynthesis", None, "%", skipped=why_not))
     else:
-        recorded = [(c.text, judge.transcribe(c.wav, c.sample_rate)) for c in clips]
+        recorded = [(c.text, recognizer.transcribe(c.wav, c.sample_rate)) for c in clips]
         reference = error_row(group, "WER of the reference audio", recorded)
-        resynthesized = [(c.text, judge.transcribe(made[c.id], rates.SPEAK_SAMPLE_RATE)) for c in clips]
+        resynthesized = [(c.text, recognizer.transcribe(made[c.id], rates.SPEAK_SAMPLE_RATE)) for c in clips]
         again = error_row(group, "WER after resynthesis", resynthesized)
         rows += [again, reference, difference_row(group, "WER lost by resynthesis", again, reference, 0.03)]
     if naturalness is None:

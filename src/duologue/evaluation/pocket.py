@@ -22,7 +22,7 @@ from duologue.evaluation.measures import (
     understanding_rows,
 )
 from duologue.evaluation.parts import decoder_rows, short_speech, tokenize, tokenizer_rows
-from duologue.evaluation.recognition import Judge
+from duologue.evaluation.recognition import SoundRecognizer
 from duologue.evaluation.report import Report
 from duologue.evaluation.testset import SPLITS, TestSet, spread
 
@@ -38,7 +38,7 @@ class Evaluated:
 def evaluate_pocket(
     bot: Chatbot,
     test_set: TestSet,
-    judge: Judge | None,
+    recognizer: SoundRecognizer | None,
     why_not: str,
     *,
     model: dict[str, Any],
@@ -49,7 +49,7 @@ def evaluate_pocket(
     """All rows.
 
     Args:
-        judge: reads the sound of the replies; None for the reason `why_not`, then the rows that need it are skipped.
+        recognizer: reads the sound of the replies; None for the reason `why_not`, then rows that need it are skipped.
         model: name and hashes, for the report.
         num_players: exchanges at most whose sound is kept.
         num_variants: of the bundled questions in noise and rooms.
@@ -61,12 +61,12 @@ def evaluate_pocket(
     _, own_transcripts = tokenize(bot.models.tokenizer, [one.clip for one in recordings], bot.models.recognizer)
     rows = [
         *tokenizer_rows(bot.models, test_set, codes, transcripts),
-        *decoder_rows(bot.models, test_set, judge, why_not, naturalness, why_no_mos),
+        *decoder_rows(bot.models, test_set, recognizer, why_not, naturalness, why_no_mos),
     ]
-    bundled = ask_bundled(bot, recordings, judge, own_transcripts)
+    bundled = ask_bundled(bot, recordings, recognizer, own_transcripts)
     varied = ask_variants(bot, recordings, num_variants)
     kept = set(_dialogues_to_show(test_set, num_players - len(bundled)))
-    exchanges = converse(bot, test_set, judge, naturalness, transcripts, kept)
+    exchanges = converse(bot, test_set, recognizer, naturalness, transcripts, kept)
     typed = type_questions(bot, test_set)
     rows += [
         *bundled_rows(bundled, varied, why_not),

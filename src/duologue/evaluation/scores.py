@@ -15,7 +15,7 @@ from duologue.evaluation.benchmarks.items import BenchmarkItem, GivenAnswer, Sco
 from duologue.evaluation.intervals import bootstrap, wilson
 from duologue.evaluation.judge import RANGES, ChatJudge, judge_prompt, read_verdict
 from duologue.evaluation.matchers import choice_of, matches_closed, refuses_harm
-from duologue.evaluation.recognition import Judge
+from duologue.evaluation.recognition import SoundRecognizer
 from duologue.evaluation.report import Row
 from duologue.evaluation.runner import JsonLines, read_lines
 from duologue.scoring import is_correct, word_errors
@@ -85,7 +85,11 @@ def read_scores(folder: Path) -> list[Score]:
 
 
 def read_sounds(
-    folder: Path, items: Sequence[BenchmarkItem], answers: Mapping[str, GivenAnswer], judge: Judge, name: str
+    folder: Path,
+    items: Sequence[BenchmarkItem],
+    answers: Mapping[str, GivenAnswer],
+    recognizer: SoundRecognizer,
+    name: str,
 ) -> dict[str, str]:
     """What the recognizer reads in each reply, by the path of its sound; kept on disk under the recognizer's name."""
     found = {
@@ -95,7 +99,7 @@ def read_sounds(
     missing = [(item, turn) for item, turn in wanted if turn.sound and turn.sound not in found]
     with JsonLines(folder / HEARD_FILE) as lines:
         for item, turn in tqdm(missing, "recognizer", disable=None, leave=False):
-            text = judge.transcribe(*load_audio(folder / turn.sound), item.language)
+            text = recognizer.transcribe(*load_audio(folder / turn.sound), item.language)
             found[turn.sound] = text
             lines.append({"recognizer": name, "sound": turn.sound, "text": text})
     return found

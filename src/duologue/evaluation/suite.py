@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from duologue import machine
 from duologue.evaluation.asking import Asker
@@ -13,10 +15,11 @@ from duologue.evaluation.benchmarks.items import Benchmark, BenchmarkItem, Given
 from duologue.evaluation.conversations import Waveform
 from duologue.evaluation.judge import ChatJudge
 from duologue.evaluation.page import PageRow, write_rows
-from duologue.evaluation.recognition import Judge
+from duologue.evaluation.recognition import SoundRecognizer
 from duologue.evaluation.report import Report, Row, format_markdown
 from duologue.evaluation.runner import ask_all, open_run
 from duologue.evaluation.scores import MissingFigure, Score, Scored, read_sounds, score, score_rows
+from duologue.evaluation.sound_quality import SpeakerEmbedder, UtmosPredictor
 from duologue.evaluation.testset import spread
 from duologue.sound_files import load_audio
 
@@ -26,11 +29,19 @@ NAME = "report"
 
 @dataclass(frozen=True)
 class Listener:
-    """The recognizer and its name, or the reason why there is none."""
+    """What listens to the replies.
 
-    judge: Judge | None
+    Attributes:
+        recognizer, name: the recognizer and its name; None for the reason `why_not`.
+        utmos: predicts how good a reply sounds; None leaves that out.
+        speakers: compares a reply with the voice that it should have; None leaves that out.
+    """
+
+    recognizer: SoundRecognizer | None
     name: str = ""
     why_not: str = ""
+    utmos: UtmosPredictor | None = None
+    speakers: SpeakerEmbedder | None = None
 
 
 @dataclass(frozen=True)
@@ -109,10 +120,10 @@ def finish(
         more, missing: scores that come from elsewhere, and figures that cannot be computed.
     """
     heard = None
-    if listener.judge is not None:
-        heard = read_sounds(settings.output, items, answers, listener.judge, listener.name)
+    if listener.recognizer is not None:
+        heard = read_sounds(settings.output, items, answers, listener.recognizer, listener.name)
     scored = score(items, answers, heard, listener.why_not, judge)
-    scored.scores += more
+    scored.scores += [*_sound_scores(settings.output, items, answers, listener), *more]
     scored.missing += missing
     scored.save(settings.output)
     used = {"recognizer": listener.name, "judge": judge.settings.model if judge else ""}
@@ -129,6 +140,8 @@ def finish(
             "num_items": len(items),
             "recognizer": listener.name or f"none: {listener.why_not}",
             "judge": vars(judge.settings) if judge else "none",
+            "utmos": listener.utmos.name if listener.utmos else "none",
+            "speaker model": listener.speakers.name if listener.speakers else "none",
             "normalizer": "Whisper's English one with numbers in words; its basic one by characters for Chinese",
             "interval": "95 %: Wilson for shares of items, bootstrap over items otherwise, seed 0",
             "commit": machine.source_commit(),
@@ -139,6 +152,23 @@ def finish(
     shown = spread(items, settings.num_players)
     write_rows(settings.output, report, list(_page_rows(shown, answers, heard, scored)), len(items))
     return report
+
+
+def _sound_scores(
+    folder: Path, items: Sequence[BenchmarkItem], answers: Mapping[str, GivenAnswer], listener: Listener
+) -> Iterator[Score]:
+    """The measures of the sound of each last reply whose weights are given."""
+    if listener.utmos is None and listener.speakers is None:
+        return
+    asked = [(item, answers[item.id]) for item in items if item.id in answers and answers[item.id].sound]
+    for item, answer in tqdm(asked, "sound quality", disable=None, leave=False):
+        wav, rate = load_audio(folder / answer.sound)
+        if listener.utmos is not None:
+            yield Score(item.id, item.subset, "UTMOS", listener.utmos(wav, rate), unit="MOS")
+        if listener.speakers is not None and item.voice is not None and item.voice.path.is_file():
+            wanted = listener.speakers.embed(*load_audio(item.voice.read()))
+            likeness = listener.speakers.likeness(listener.speakers.embed(wav, rate), wanted)
+            yield Score(item.id, item.subset, "speaker similarity", likeness, unit="cosine")
 
 
 def _page_rows(

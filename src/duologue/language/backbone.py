@@ -237,6 +237,11 @@ def load_provenance(folder: str | Path) -> Provenance:
     return parse_config(Provenance, data, str(Path(folder) / PROVENANCE_FILE))
 
 
+def known_provenance(folder: str | Path) -> dict[str, str] | None:
+    """Returns the provenance of a language model's folder as plain values; None if it has none."""
+    return asdict(load_provenance(folder)) if (Path(folder) / PROVENANCE_FILE).is_file() else None
+
+
 def extend(model: PreTrainedModel, vocabulary: Vocabulary) -> None:
     """Extends the embeddings of a causal LM to the joint vocabulary.
 

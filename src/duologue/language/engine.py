@@ -176,6 +176,12 @@ class PlainEngine(RequestEngine):
     def cached_tokens(self) -> int:
         return sum(len(kept.ids) for kept in self._all_kept())
 
+    @property
+    def busy(self) -> bool:
+        """Whether the engine's thread computes. A reply that is paused for its reader does not count."""
+        with self._lock:
+            return self._is_working
+
     def cached_prefix(self, prompt_ids: Sequence[int]) -> int:
         return max((common_prefix(kept.ids, prompt_ids) for kept in self._all_kept()), default=0)
 

@@ -40,16 +40,16 @@ async def chat_messages(
     turns: Sequence[Turn],
     vocabulary: Vocabulary,
     recognize: Callable[[tuple[int, ...]], Awaitable[str]],
-    heard: Callable[[tuple[int, ...]], str],
+    heard: Callable[[Sequence[Turn], tuple[int, ...]], str],
 ) -> list[ChatMessage]:
     """Returns turns as messages of the chat completions API; turns without words are left out.
 
     Args:
         recognize: returns the text of the speech codes of a user's turn.
-        heard: returns the text of a reply's ids that the user heard.
+        heard: returns what the user heard of a reply, from the turns before it and its ids.
     """
     messages: list[ChatMessage] = []
-    for turn in turns:
+    for index, turn in enumerate(turns):
         kinds = [vocabulary.kind(token) for token in turn.ids]
         text_ids = [token for token, kind in zip(turn.ids, kinds, strict=True) if kind is Kind.TEXT]
         text = vocabulary.decode_text(text_ids)
@@ -57,7 +57,7 @@ async def chat_messages(
             _add_tool(messages, tool)
             continue
         if turn.role is Role.ASSISTANT:
-            text = heard(turn.ids)
+            text = heard(turns[:index], turn.ids)
         elif Kind.SPEECH in kinds:
             speech = [token for token, kind in zip(turn.ids, kinds, strict=True) if kind is Kind.SPEECH]
             text = f"{await recognize(tuple(vocabulary.speech_codes(speech)))} {text}"

@@ -29,7 +29,7 @@ from duologue.language.text_models import ChatMessage, TextModel, TextModelError
 from duologue.language.tools import ToolUse
 from duologue.spoken_text import chunks, speakable, write_out_numbers
 from duologue.text import heard_text
-from duologue.turns import Modality
+from duologue.turns import Modality, Turn
 from duologue.vocabulary import Task, Vocabulary
 
 INSTRUCTIONS = "You are in a spoken conversation. Answer briefly, in one to three plain sentences, without lists."
@@ -159,8 +159,15 @@ class WrittenText:
 
 @dataclass(eq=False)
 class SaidReply:
-    """The ids of a reply, and whether it was produced to its end."""
+    """The ids of a reply, and whether it was produced to its end.
 
+    Attributes:
+        context: hash of the turns that it answers; equal in one session only, but for sessions that are equal so far.
+        question: the last of these turns.
+    """
+
+    context: int
+    question: Turn | None
     ids: list[int] = field(default_factory=list)
     finished: bool = False
 
@@ -242,7 +249,8 @@ class TalkerEngine:
             finally:
                 await own.aclose()  # type: ignore[attr-defined]
             return
-        said = SaidReply()
+        asked = tuple(read_turns(prompt_ids, self.vocabulary))
+        said = SaidReply(hash(asked), asked[-1] if asked else None)
         reply = _Reply(self, sampling, schedule, request_id or f"talker-{id(said)}")
         if reply.request_id in self._running:
             raise ValueError(f"the request {reply.request_id!r} is running")
@@ -287,12 +295,20 @@ class TalkerEngine:
                 known.popitem(last=False)
         return known[codes]
 
-    def _heard(self, ids: tuple[int, ...]) -> str:
+    def _heard(self, before: Sequence[Turn], ids: tuple[int, ...]) -> str:
         """Returns the text of a reply's ids. Of a truncated reply it is the share of its speech, as
-        `history.heard_part` estimates it."""
+        `history.heard_part` estimates it.
+
+        Another session may have got a reply that begins with the same ids. The turns before tell them apart, or the
+        last of them if earlier ones were dropped.
+        """
         if not ids:
             return ""
-        said = next((one for one in reversed(self._memory.replies.values()) if tuple(one.ids[: len(ids)]) == ids), None)
+        known = [one for one in reversed(self._memory.replies.values()) if tuple(one.ids[: len(ids)]) == ids]
+        context = hash(tuple(before))
+        same = [one for one in known if one.context == context]
+        same = same or [one for one in known if before and one.question == before[-1]]
+        said = same[0] if same else None
         whole = list(ids) if said is None else said.ids
         kinds = [self.vocabulary.kind(token) for token in whole]
         text_ids = [token for token, kind in zip(whole, kinds, strict=True) if kind is Kind.TEXT]

@@ -361,7 +361,9 @@ class RealtimeSession:
             self.bot.models if spec.tools is None else self.bot.models.with_tools(spec.tools),
             self.bot.worker,
             text_only=spec.text_only,
-            policy=BlockPolicy(margin_s=WIRE_MARGIN_S, max_ahead_s=self.settings.ahead_s),
+            policy=BlockPolicy(
+                asyncio.get_running_loop().time, margin_s=WIRE_MARGIN_S, max_ahead_s=self.settings.ahead_s
+            ),
             asked_at=requested_at,
         )
         recorder = self.client.recorder if in_conversation else None

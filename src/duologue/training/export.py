@@ -10,7 +10,6 @@ import base64
 import math
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import GlmConfig
 
 from duologue.checkpoint import DTYPES, FLOAT_TYPES, Dtype, StoredTensor, load_component, read_kind, stored_tensors
 from duologue.config import read_json, write_json
-from duologue.language.backbone import PROVENANCE_FILE, load_language, load_provenance, save_language
+from duologue.language.backbone import known_provenance, load_language, load_provenance, save_language
 from duologue.released.convert import convert
 from duologue.released.decoder.flow import ReleasedFlow, ReleasedFlowConfig
 from duologue.released.decoder.folder import read_decoder_config, write_decoder_config
@@ -58,8 +57,7 @@ def export_transformers(folder: str | Path, out: str | Path, dtype: Dtype | None
 def export_gguf(folder: str | Path, out: str | Path, dtype: Dtype | None = None) -> None:
     """Writes a Glm as one GGUF file for llama.cpp, in float16 by default. Raises ValueError as `gguf.write_gguf`."""
     place = _language_folder(folder)
-    made_with = asdict(load_provenance(place)) if (place / PROVENANCE_FILE).is_file() else None
-    write_gguf(place, out, _GGUF_TYPES[dtype or "float16"], made_with)
+    write_gguf(place, out, _GGUF_TYPES[dtype or "float16"], known_provenance(place))
 
 
 def export_released(

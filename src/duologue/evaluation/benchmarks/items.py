@@ -71,6 +71,7 @@ class BenchmarkItem:
         subset: data set within the benchmark.
         language: "en", "zh", or empty for several.
         fields: the benchmark's own row without its sound.
+        voice: a recording of the voice that the reply should have; the file may be missing.
     """
 
     id: str
@@ -79,6 +80,7 @@ class BenchmarkItem:
     scoring: Scoring
     language: str = "en"
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    voice: SoundPlace | None = None
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
     FOLDER/{en|zh}/meta.lst     utt|prompt_text|prompt_wav|text, or with a fifth field for the recording of the text
 
-The results are `LANGUAGE/UTT.wav`, which its scripts read. Models of this package have fixed voices. The prompt's voice
-is not copied, so the speaker similarity (SIM) of the benchmark says nothing about them.
+The results are `LANGUAGE/UTT.wav`, which its scripts read. The speaker similarity compares a reply with the prompt.
+Models of this package have fixed voices and do not copy that of the prompt, so it says nothing about them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from duologue.evaluation.benchmarks.items import Benchmark, BenchmarkItem, BenchmarkQuestion, GivenAnswer, Scoring
+from duologue.evaluation.benchmarks.items import (
+    Benchmark,
+    BenchmarkItem,
+    BenchmarkQuestion,
+    GivenAnswer,
+    Scoring,
+    SoundPlace,
+)
 from duologue.evaluation.benchmarks.urobench import link
 
 LANGUAGES = ("en", "zh")
@@ -32,10 +39,9 @@ def _items(language: str, path: Path) -> list[BenchmarkItem]:
         parts = [part.strip() for part in line.split("|")]
         if len(parts) not in (4, 5) or not parts[0] or not parts[3]:
             raise ValueError(f"{path}, line {number} is not utt|prompt_text|prompt_wav|text")
-        question = BenchmarkQuestion(None, parts[3], (parts[3],))
-        items.append(
-            BenchmarkItem(f"{language}/{parts[0]}", language, (question,), Scoring.READ, language, {"utt": parts[0]})
-        )
+        question, voice = BenchmarkQuestion(None, parts[3], (parts[3],)), SoundPlace(path.parent / parts[2])
+        name, fields = f"{language}/{parts[0]}", {"utt": parts[0]}
+        items.append(BenchmarkItem(name, language, (question,), Scoring.READ, language, fields, voice))
     return items
 
 
