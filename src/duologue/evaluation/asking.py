@@ -25,7 +25,7 @@ from duologue.conversation.events import AudioDelta, Event, ReplyDone
 from duologue.conversation.history import reply_prompt, turn_of
 from duologue.conversation.mouth import Mouth
 from duologue.evaluation.benchmarks.items import BenchmarkItem, BenchmarkQuestion, Scoring
-from duologue.language.reading import ReadingEngine
+from duologue.language.reading import ReadingEngine, max_ids
 from duologue.language.sampling import Sampling
 from duologue.language.scripts import TEXT_LANGUAGES
 from duologue.pcm import from_int16, to_int16
@@ -34,8 +34,6 @@ from duologue.turns import Conversation, Modality, Role
 
 ANSWER_S = 300.0  # of one reply
 _APPEND = WIRE_RATE // 10
-_SPEECH_PER_TEXT = 8  # maximum speech ids per text id when reading aloud
-_SPARE_IDS = 64
 
 
 class AskingFailed(Exception):
@@ -110,7 +108,7 @@ class ChatbotAsker:
         ids = tuple(vocabulary.encode_text(text))
         reading = dataclasses.replace(models, engine=ReadingEngine(models.engine, vocabulary, ids))
         asked = Conversation((turn_of(Role.USER, vocabulary.encode_text(f"say {text}"), vocabulary),), vocabulary.hash)
-        most = dataclasses.replace(sampling, max_tokens=len(ids) * (1 + _SPEECH_PER_TEXT) + _SPARE_IDS)
+        most = dataclasses.replace(sampling, max_tokens=max_ids(len(ids)))
         prompt, limited = reply_prompt(reading, asked, Modality.INTERLEAVED, most)
         async with aclosing(Mouth(reading, self.bot.worker).speak(prompt, limited)) as events:
             async for event in events:

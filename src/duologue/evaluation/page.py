@@ -18,7 +18,7 @@ from duologue.evaluation.measures import GROUP_NAMES
 from duologue.evaluation.report import Report, format_table
 
 PAGE_FILE, SOUND_FOLDER = "report.html", "sounds"
-_HEAD = ("group", "question", "recognition side", "answer", "Whisper read", "in text", "in sound")
+_HEAD = ("group", "question", "recognition side", "answer", "recognizer read", "in text", "in sound")
 _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem; }
