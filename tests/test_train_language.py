@@ -297,6 +297,17 @@ def test_histories_that_do_not_fit_are_shortened(vocabulary: Vocabulary, corpus:
     assert max(lengths) <= LENGTH
 
 
+def test_long_conversations_are_joined(vocabulary: Vocabulary, corpus: TokenCorpus) -> None:
+    augmentation = DialogueAugmentation(0.0, 0.0, 0.0, joined=1.0, max_joined=3)
+    chats = Chats(corpus, vocabulary, LossMix(0, 0, 1), augmentation, LENGTH)
+    rng, last = np.random.default_rng(0), dialogue(vocabulary, 2, "train")
+    drawn = [chats.dialogue(last, rng) for _ in range(60)]
+    assert all(tuple(turns[-len(last.turns) :]) == last.turns for turns in drawn)
+    assert {len(turns) for turns in drawn} >= {len(last.turns) + 2, len(last.turns) + 6}
+    with pytest.raises(ValueError, match="max_joined must be at least 1, got 0"):
+        DialogueAugmentation(max_joined=0)
+
+
 # The mixture.
 
 

@@ -29,6 +29,7 @@ from duologue.training.data import Clips
 from duologue.vocabulary import Vocabulary
 
 _BATCH_CLIPS = 16
+MAX_POSITIONS = 1536  # of the language model, as in pretrain.yaml
 
 
 @torch.no_grad()
@@ -81,6 +82,7 @@ def carry_language(model: Path, runs: Path, out: Path, counts: Tensor) -> None:
     language = load_language(model / "language")
     table = language.get_input_embeddings().weight.detach().clone()
     language.resize_token_embeddings(after.size, mean_resizing=False)
+    language.config.max_position_embeddings = MAX_POSITIONS
     rows = language.get_input_embeddings().weight
     old_speech = table[before.speech_offset : before.speech_offset + before.codebook_size]
     rows[after.speech_offset : after.speech_offset + after.codebook_size] = translate_rows(old_speech, counts)

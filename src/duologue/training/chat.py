@@ -71,13 +71,19 @@ class DialogueAugmentation:
         written_question: a turn of the user is text.
         written_reply: all replies of a dialogue are text alone.
         interrupted: a reply of the history is interrupted; a dialogue without history gets another dialogue before it.
-        joined: another dialogue stands before this one.
+        joined: other dialogues stand before this one, as in a long conversation.
+        max_joined: maximum number of these dialogues; the number is drawn evenly. It is not a probability.
     """
 
     written_question: float = 0.15
     written_reply: float = 0.08
     interrupted: float = 0.1
     joined: float = 0.1
+    max_joined: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_joined < 1:
+            raise ValueError(f"max_joined must be at least 1, got {self.max_joined}")
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,10 @@ class Chats:
         augmentation = self._augmentation
         turns = list(sample.turns)
         interrupted = rng.random() < augmentation.interrupted
-        if rng.random() < augmentation.joined or (interrupted and len(turns) <= 2):
+        if rng.random() < augmentation.joined:
+            for _ in range(int(rng.integers(augmentation.max_joined)) + 1):
+                turns = [*self._any(rng).turns, *turns]
+        elif interrupted and len(turns) <= 2:
             turns = [*self._any(rng).turns, *turns]
         if rng.random() < augmentation.written_reply:
             turns = [as_text(turn, self._vocabulary) if turn.turn.role is Role.ASSISTANT else turn for turn in turns]
