@@ -18,6 +18,7 @@ MISSING = (
 )
 
 
+@pytest.mark.slow
 def test_every_section_gives_figures(tmp_path: Path) -> None:
     output = tmp_path / "gpu.jsonl"
     main(["--tiny", "--device", "cpu", "--limit", "900", "-o", str(output)])

@@ -53,6 +53,7 @@ def test_the_parabola_goes_through_its_points() -> None:
     assert _parabola(points, [cost(x) for x in points], places) == pytest.approx(sum(map(cost, places)))
 
 
+@pytest.mark.slow
 def test_commands(tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "9b", PRESETS["tiny"])
     few = ("--seconds", "8", "--repetitions", "1", "--window", "30")

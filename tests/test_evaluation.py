@@ -55,6 +55,7 @@ def test_codebook_usage() -> None:
     assert perplexity == pytest.approx(4.0)
 
 
+@pytest.mark.slow
 def test_naturalness_tells_speech_from_noise_whatever_its_length() -> None:
     pytest.importorskip("speechmos")
     wav, sample_rate = load_audio(model_folder() / "question.wav")

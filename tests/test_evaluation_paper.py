@@ -133,6 +133,7 @@ def test_missing_data_is_named(
     assert all(skipped.values())
 
 
+@pytest.mark.slow
 def test_what_the_data_allows_is_computed_once(
     tmp_path: Path, tiny_folder: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

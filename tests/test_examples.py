@@ -80,6 +80,7 @@ def test_client_writes_the_answer_of_a_server(
     assert soundfile.info(answer).duration > 1.0
 
 
+@pytest.mark.slow
 def test_finetune_voice_makes_a_model_that_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

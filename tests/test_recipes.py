@@ -27,6 +27,7 @@ def run_here(command: Sequence[str]) -> int:
 
 
 @pytest.mark.skipif(not all(map(shutil.which, PROGRAMS)), reason="the synthesizers are not installed")
+@pytest.mark.slow
 def test_every_step_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -112,6 +112,7 @@ def test_one_rank_resumes_what_two_ranks_wrote(folder: Path, tmp_path: Path) -> 
         torch.testing.assert_close(value, resumed[name], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_killed_rank_stops_the_others_with_a_sentence(folder: Path, tmp_path: Path) -> None:
     (first, text), (second, _) = two_ranks(folder, tmp_path, killed_at=1)
     assert second == -signal.SIGKILL

@@ -18,6 +18,7 @@ VOCABULARY = Path(duologue.__file__).parent / "pocket" / "vocabulary"
 
 
 @pytest.mark.skipif(shutil.which("flite") is None, reason="flite is not installed")
+@pytest.mark.slow
 def test_a_run_of_text_takes_longer_to_say_than_a_run_of_speech_lasts() -> None:
     assert SAMPLES_PER_TOKEN * INTERLEAVED.speech_run / LISTEN_SAMPLE_RATE == pytest.approx(2.08)
     vocabulary = Vocabulary.load(VOCABULARY)

@@ -413,6 +413,7 @@ def test_both_stages_train_and_write_what_the_next_one_reads(
     load_language(tmp_path / "chat" / "final" / "language")
 
 
+@pytest.mark.slow
 def test_a_text_to_token_model_learns_to_read_aloud(vocabulary: Vocabulary, folder: Path, tmp_path: Path) -> None:
     loop = LoopConfig(150, 1e-2, warmup_steps=5, evaluate_every=10**6, sample_every=10**6, log_every=50)
     parts = {"corpus": str(folder / "tokens"), "vocabulary": str(folder / "vocabulary"), "language": TINY}

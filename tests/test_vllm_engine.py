@@ -152,13 +152,14 @@ def test_a_server_that_dies_later_is_named(engine: VllmEngine, server: FakeVllm)
 
 @pytest.mark.parametrize("way", ["cancel", "leave"])
 def test_barge_in_closes_the_connection(engine: VllmEngine, server: FakeVllm, way: str) -> None:
+    server.hold_after = 2  # a fast server would have sent everything before the client reads its third id
+
     async def run() -> list[int]:
         read = []
         stream = engine.generate(*JOBS[0], "talk")
         async for token in stream:
             read.append(token)
             if len(read) == 3:
-                server.hold.clear()
                 if way == "cancel":
                     engine.cancel("talk")
                 else:

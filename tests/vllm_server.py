@@ -28,6 +28,7 @@ class FakeVllm:
         requests: bodies of the completions.
         aborted: set when a client leaves in mid-reply.
         hold: replies wait for it before each id.
+        hold_after: pairs of ids after which a reply clears `hold` itself; None for never.
     """
 
     def __init__(self, engine: PlainEngine, url: str) -> None:
@@ -38,6 +39,7 @@ class FakeVllm:
         self.headers: list[dict[str, str]] = []
         self.aborted, self.hold = threading.Event(), threading.Event()
         self.hold.set()
+        self.hold_after: int | None = None
 
 
 @contextmanager
@@ -124,6 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
         yield b": a comment\n\n"
         with _closing(self._ids(body)) as ids:
             for count, pair in enumerate(_pairs(ids)):
+                if count == state.hold_after:
+                    state.hold.clear()
                 state.hold.wait(30.0)
                 choice: dict[str, Any] = {"index": 0, "text": TEXT, "finish_reason": None, "token_ids": [*pair]}
                 if count == 0:
