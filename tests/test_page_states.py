@@ -203,7 +203,7 @@ def violations(page: Page) -> list[str]:
 @pytest.mark.skipif(
     not AXE.is_file(), reason="axe-core is not there: npm install --no-package-lock --prefix tests/node"
 )
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_no_rule_of_axe_is_broken(visit: Open, page_server: PageServer, scheme: str) -> None:
     page_server.script.about = {**MODEL, "voices": ["anna", "ben"], "follows_instructions": True}
     one = visit(script=WRITTEN, color_scheme=scheme)
