@@ -447,10 +447,22 @@ class Attack:
             writer.close()
 
 
-def errors_in_log(server: ServerProcess) -> list[str]:
-    """Lines of the server's log that are errors of its own. uvicorn reports text that is not UTF-8 as an error."""
-    lines = server.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [line for line in lines if (" ERROR " in line or "Traceback" in line) and "Invalid UTF-8" not in line]
+def log_size(server: ServerProcess) -> int:
+    """Bytes of the server's log so far."""
+    return server.log.stat().st_size
+
+
+def errors_in_log(server: ServerProcess, since: int = 0) -> list[str]:
+    """Errors of the server's own in its log after `since` bytes, each with the lines that follow.
+
+    uvicorn reports text that is not UTF-8 as an error.
+    """
+    lines = server.log.read_bytes()[since:].decode("utf-8", "replace").splitlines()
+    return [
+        "\n".join(lines[number : number + 30])
+        for number, line in enumerate(lines)
+        if (" ERROR " in line or "Traceback" in line) and "Invalid UTF-8" not in line
+    ]
 
 
 def main() -> None:
