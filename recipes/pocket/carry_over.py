@@ -21,15 +21,16 @@ from tqdm import tqdm
 
 from duologue import rates
 from duologue.checkpoint import file_hash, load_component, save_component
+from duologue.config import load_config
 from duologue.decoder.flow import Flow, FlowConfig
 from duologue.language.backbone import Provenance, load_language, save_language
 from duologue.layers import Padded
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.training.data import Clips
+from duologue.training.pretrain import PretrainRecipe
 from duologue.vocabulary import Vocabulary
 
 _BATCH_CLIPS = 16
-MAX_POSITIONS = 1536  # of the language model, as in pretrain.yaml
 
 
 @torch.no_grad()
@@ -82,7 +83,8 @@ def carry_language(model: Path, runs: Path, out: Path, counts: Tensor) -> None:
     language = load_language(model / "language")
     table = language.get_input_embeddings().weight.detach().clone()
     language.resize_token_embeddings(after.size, mean_resizing=False)
-    language.config.max_position_embeddings = MAX_POSITIONS
+    recipe = load_config(Path(__file__).with_name("pretrain.yaml"), PretrainRecipe)
+    language.config.max_position_embeddings = recipe.language.max_positions
     rows = language.get_input_embeddings().weight
     old_speech = table[before.speech_offset : before.speech_offset + before.codebook_size]
     rows[after.speech_offset : after.speech_offset + after.codebook_size] = translate_rows(old_speech, counts)

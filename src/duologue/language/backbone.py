@@ -205,14 +205,23 @@ def save_language(
     """
     folder = Path(folder)
     if dtype == "int8":
-        with quiet_transformers():
-            model.config.save_pretrained(folder)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(folder)
-        weights = {tensor.data_ptr(): (key, tensor) for key, tensor in reversed(merged_state(model).items())}
-        save_tensors(folder, in_int8(dict(reversed(weights.values()))), max_shard_bytes=max_shard_bytes)
-        write_json(folder / PROVENANCE_FILE, {"version": 1, **asdict(provenance)})
-        return
+        _save_int8(folder, model, max_shard_bytes)
+    else:
+        _save_floats(folder, model, dtype, max_shard_bytes)
+    write_json(folder / PROVENANCE_FILE, {"version": 1, **asdict(provenance)})
+
+
+def _save_int8(folder: Path, model: PreTrainedModel, max_shard_bytes: int) -> None:
+    with quiet_transformers():
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+    # Tied embeddings are written once, under their first name.
+    weights = {tensor.data_ptr(): (key, tensor) for key, tensor in reversed(merged_state(model).items())}
+    save_tensors(folder, in_int8(dict(reversed(weights.values()))), max_shard_bytes=max_shard_bytes)
+
+
+def _save_floats(folder: Path, model: PreTrainedModel, dtype: Dtype, max_shard_bytes: int) -> None:
     cast: dict[tuple[int, torch.Size], Tensor] = {}  # tied embeddings are written once
     own = {
         name: cast.setdefault((value.data_ptr(), value.shape), value.to(DTYPES[dtype]))
@@ -226,7 +235,6 @@ def save_language(
             model.save_pretrained(folder, state_dict=own, max_shard_size=max_shard_bytes)
     finally:
         model.config.dtype = kept
-    write_json(folder / PROVENANCE_FILE, {"version": 1, **asdict(provenance)})
 
 
 def load_provenance(folder: str | Path) -> Provenance:
