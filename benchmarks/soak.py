@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import random
 import sys
 import time
 import urllib.error
 import urllib.request
-import wave
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -35,9 +33,10 @@ from duologue.audio import resample
 from duologue.client.connection import WIRE_RATE, Connection, ConnectionLost, open_connection
 from duologue.client.conversation import TalkSettings
 from duologue.evaluation.report import Row
-from duologue.pcm import to_int16
+from duologue.pcm import from_int16, to_int16
 from duologue.progress import bar
 from duologue.rates import LISTEN_SAMPLE_RATE
+from duologue.sound_files import wav_bytes
 
 MAX_GROWTH_MB = 30.0
 WARM_UP_SHARE = 1 / 6  # of the duration; the server first fills its caches
@@ -281,12 +280,15 @@ class Visitor:
 
     async def _transcription(self) -> None:
         head = 'Content-Disposition: form-data; name="file"; filename="question.wav"'
-        sound = _wav(self._random.choice(self._said))
+        sound = wav_bytes(from_int16(self._random.choice(self._said)), WIRE_RATE)
         body = f"--soak\r\n{head}\r\n\r\n".encode() + sound + b"\r\n--soak--\r\n"
         await self._post("/v1/audio/transcriptions", body, "multipart/form-data; boundary=soak")
 
     async def _chat(self) -> None:
-        sound = {"data": base64.b64encode(_wav(self._said[0])).decode("ascii"), "format": "wav"}
+        sound = {
+            "data": base64.b64encode(wav_bytes(from_int16(self._said[0]), WIRE_RATE)).decode("ascii"),
+            "format": "wav",
+        }
         message = {"role": "user", "content": [{"type": "input_audio", "input_audio": sound}]}
         body = {"model": "any", "messages": [message], "max_completion_tokens": MAX_TOKENS}
         spoken = {"modalities": ["text", "audio"], "audio": {"voice": "alloy", "format": "wav"}}
@@ -319,12 +321,3 @@ async def _ask(connection: Connection, text: str, until: str = "response.done") 
         raise ConnectionLost(last["error"]["message"])
     if last["type"] == "response.done" and last["response"]["status"] == "failed":
         raise ConnectionLost("the answer failed")
-
-
-def _wav(pcm: NDArray[np.int16]) -> bytes:
-    """A WAV file of pcm (S,) at `WIRE_RATE`."""
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setparams((1, 2, WIRE_RATE, 0, "NONE", ""))
-        file.writeframes(pcm.astype("<i2").tobytes())
-    return buffer.getvalue()

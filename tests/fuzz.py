@@ -13,12 +13,10 @@ import asyncio
 import base64
 import contextlib
 import copy
-import io
 import json
 import random
 import tempfile
 import time
-import wave
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,12 +24,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from duologue.client.connection import WIRE_RATE, Connection, encode_pcm, open_connection
 from duologue.client.process import ServerProcess, start_server
+from duologue.pcm import from_int16
 from duologue.serving.protocol import CLIENT_EVENTS
 from duologue.serving.settings import Settings
+from duologue.sound_files import wav_bytes
 from tests.live import GIVE_UP_S, MANUAL, question, settled, write_greedy_chatbot
 
 BATCH = 100  # events of one session
@@ -96,15 +94,7 @@ ODD: list[Any] = [
 ]
 
 
-def _wav(pcm: np.ndarray[Any, np.dtype[np.int16]]) -> bytes:
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setparams((1, 2, WIRE_RATE, 0, "NONE", ""))
-        file.writeframes(pcm.astype("<i2").tobytes())
-    return buffer.getvalue()
-
-
-WAV = _wav(question()[:12_000])
+WAV = wav_bytes(from_int16(question()[:12_000]), WIRE_RATE)
 INLINE = {"type": "input_audio", "input_audio": {"data": base64.b64encode(WAV).decode(), "format": "wav"}}
 BODIES: list[tuple[str, dict[str, Any]]] = [
     (
