@@ -47,7 +47,7 @@ help:
 	@echo "make test-oldest  the tests of the language model with the oldest transformers that is supported"
 	@echo "make test-vllm  the engine over a real vLLM server on the CPU (installs several GB first)"
 	@echo "make test-gguf  the engine over llama.cpp (compiles llama-cpp-python for minutes first)"
-	@echo "make test-scale  a killed cell of Ray Serve (installs 300 MB first)"
+	@echo "make test-scale  a killed cell of Ray Serve, a killed worker of the token corpus (installs 300 MB first)"
 	@echo "make check   ruff and mypy only"
 	@echo "make bench   every benchmark with the bundled model, into benchmarks/results/ (about ten minutes)"
 	@echo "make pocket  regenerate the corpus and train the bundled model from nothing (hours; stop and resume as you like)"
@@ -81,7 +81,7 @@ test-gguf: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/test_gguf.py
 
 test-scale: $(VENV)/.dev $(SCALE)/.installed
-	PYTHONPATH=src:$(SCALE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_scale_live.py tests/test_session_store.py
+	PYTHONPATH=src:$(SCALE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_scale_live.py tests/test_session_store.py tests/test_token_corpus.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

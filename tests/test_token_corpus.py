@@ -1,6 +1,11 @@
 """Token corpora: what is written is read, what belongs to another tokenizer is refused, audio becomes tokens once."""
 
+import importlib.util
 import json
+import os
+import shutil
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +13,14 @@ import pytest
 import torch
 
 from duologue.checkpoint import file_hash, load_component, save_component
+from duologue.config import to_mapping
 from duologue.interleave import Kind, split
 from duologue.language.backbone import Provenance
 from duologue.layers import Padded
 from duologue.tokenizer.encoder import EncoderConfig
 from duologue.tokenizer.quantizer import QuantizerConfig
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
+from duologue.training.cluster import run_on_ray
 from duologue.training.corpus import (
     CorpusSample,
     LabeledTurn,
@@ -23,6 +30,7 @@ from duologue.training.corpus import (
     write_manifest,
     write_shard,
 )
+from duologue.training.recipes import train as train_stage
 from duologue.training.tokenize import TokensRecipe, run_tokens
 from duologue.turns import Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
@@ -32,6 +40,10 @@ from recipes.pocket.writing import main as write_what_is_read
 OURS = Provenance("a" * 64, "b" * 64)
 OTHERS = Provenance("c" * 64, "b" * 64)
 OFFSET = 100
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="ray is not installed: run make test-scale"
+)
 
 
 def sample(number: int, task: Task = "chat", split: str = "train") -> CorpusSample:
@@ -245,3 +257,59 @@ def test_what_does_not_belong_together_is_refused(parts: Path, tmp_path: Path) -
         run_tokens(recipe(parts, tmp_path / "out", corpora=(str(tmp_path / "other"),)))
     with pytest.raises(ValueError, match="names of their own"):
         recipe(parts, tmp_path, corpora=("a/free", "b/free"))
+
+
+# Over a cluster.
+
+
+def test_without_ray_the_command_names_the_extra(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RuntimeError, match=r'ray is not installed: run pip install -e "\.\[scale\]"'):
+        run_tokens(recipe(parts, tmp_path), ray="local")
+
+
+def kill_first_worker(item: str) -> None:
+    """Writes a file for the item; the first worker that is asked dies in the middle of it."""
+    folder, name = Path(item).parent, Path(item).name
+    try:
+        (folder / "died").touch(exist_ok=False)
+    except FileExistsError:
+        (folder / f"{name}.txt").write_text(name)
+    else:
+        (folder / f"{name}.{os.getpid()}.part").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@needs_ray
+def test_a_killed_worker_leaves_no_gap(tmp_path: Path) -> None:
+    run_on_ray(kill_first_worker, [str(tmp_path / f"item{number}") for number in range(5)], "local")
+    assert (tmp_path / "died").exists()
+    assert sorted(path.name for path in tmp_path.glob("*.txt")) == [f"item{number}.txt" for number in range(5)]
+
+
+@needs_ray
+def test_workers_make_the_same_corpus(parts: Path, tmp_path: Path) -> None:
+    run_tokens(recipe(parts, tmp_path / "here"))
+    made = train_stage("tokens", write_recipe(recipe(parts, tmp_path / "spread"), tmp_path), ray="local")
+    assert made.folder == tmp_path / "spread"
+    assert list(TokenCorpus(tmp_path / "spread")) == list(TokenCorpus(tmp_path / "here"))
+    assert not list((tmp_path / "spread").glob("*.part"))
+
+
+@needs_ray
+def test_a_fault_in_a_worker_is_its_own_sentence(parts: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts / "talk", tmp_path / "talk")
+    (tmp_path / "talk" / "clips-00001.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"clips-00001\.jsonl"):
+        run_tokens(recipe(parts, tmp_path / "out", corpora=(str(tmp_path / "talk"),)), ray="local")
+
+
+def test_another_stage_refuses_ray(parts: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stage 'vocoder' does not run on Ray; tokens and interleave do"):
+        train_stage("vocoder", write_recipe(recipe(parts, tmp_path), tmp_path), ray="local")
+
+
+def write_recipe(recipe: TokensRecipe, folder: Path) -> Path:
+    path = folder / "tokens.yaml"
+    path.write_text(json.dumps(to_mapping(recipe)))
+    return path

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -349,10 +350,11 @@ def test_reading_aloud_is_learned_from_the_reply_voice_alone(vocabulary: Vocabul
         for one in corpus
         if one.task == "clip" and one.turns[0].turn.role is Role.ASSISTANT
     }
-    for _ in range(40):
-        example = jobs(rng)
+    for example in islice(jobs.draws(rng), 40):
         said = tuple(t for t, what in zip(example.ids, example.trains, strict=True) if what == SPEECH)[:-1]
         assert said in replies
+    with pytest.raises(ValueError, match="no sample for the job 'tts' fits a row of 3 ids"):
+        next(Jobs(corpus, vocabulary, only, 3).draws(rng))
     with pytest.raises(ValueError, match="at least one share"):
         Jobs(corpus, vocabulary, Mixture(0, 0, 0, 0, 0, 0, 0), LENGTH)
 

@@ -32,6 +32,12 @@ def add(commands: Any) -> None:
         metavar="KEY=VALUE",
         help="override values, such as loop.num_steps=20",
     )
+    train.add_argument(
+        "--ray",
+        default="",
+        metavar="ADDRESS",
+        help="stages tokens and interleave: Ray cluster whose workers do it, such as auto; local starts one here",
+    )
     add_device(train)
 
     plot = add_command(commands, "plot", _plot, "plot the curves of a training run", examples=PLOT_EXAMPLES)
@@ -42,7 +48,7 @@ def add(commands: Any) -> None:
 def _train(args: argparse.Namespace) -> None:
     from duologue.training.recipes import train
 
-    trained = train(args.stage, args.recipe, args.out, args.set, args.device)
+    trained = train(args.stage, args.recipe, args.out, args.set, args.device, args.ray)
     if args.json:
         print(json.dumps({"stage": trained.stage, "folder": str(trained.folder), "metrics": trained.metrics}))
     else:

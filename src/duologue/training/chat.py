@@ -240,10 +240,11 @@ class ChatStage(LanguageStage):
 
     def batch(self, index: int) -> Batch:
         rng = np.random.default_rng((self.recipe.loop.seed, index))
+        jobs = None if self._jobs is None else self._jobs.draws(rng)
 
         def draw() -> Example:
-            jobs = self._jobs if self._jobs is not None and rng.random() < self.recipe.pretrain_share else None
-            example = self._chats(rng) if jobs is None else jobs(rng)
+            is_job = jobs is not None and rng.random() < self.recipe.pretrain_share
+            example = next(jobs) if jobs is not None and is_job else self._chats(rng)
             return corrupt_heard_speech(example, self.recipe.corrupt_heard_speech, self.vocabulary, rng)
 
         return pack(fill(draw, self.recipe.num_rows, self.recipe.length), self.recipe.length, self._padding_id)

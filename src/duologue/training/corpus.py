@@ -4,15 +4,16 @@
     <name>.parquet           one sample a row: {id, task, split, intent, answers, turns: [{role, modality, ids,
                              transcript, loss, language, voice, style}]}
 
-A sample is a spoken dialogue (`task` "chat"), one clip with its transcript ("clip"), or a written text or dialogue
-("text"). The modality of a turn tells whether its ids are text, speech, or both in the runs of a reply. `transcript`
-holds the text ids of a turn of pure speech. The whole corpus is read at once into flat arrays: an hour of speech is
-45000 numbers.
+A sample is a spoken dialogue (`task` "chat"), one clip with its transcript ("clip"), a written text or dialogue
+("text"), or a text with spoken spans ("document"). The modality of a turn tells whether its ids are text, speech, or
+both in the runs of a reply. `transcript` holds the text ids of a turn of pure speech. The whole corpus is read at once
+into flat arrays: an hour of speech is 45000 numbers.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -31,7 +32,7 @@ from duologue.turns import Modality, Role, Turn
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-Task = Literal["chat", "clip", "text"]
+Task = Literal["chat", "clip", "text", "document"]
 
 TURN_TYPE = pa.struct(
     [
@@ -122,7 +123,7 @@ def write_shard(
     }
     about = {"siblings": asdict(provenance), "counts": counts}
     table = pa.Table.from_pylist(rows, SCHEMA.with_metadata({"duologue": json.dumps(about)}))
-    part = folder / f"{name}.parquet.part"
+    part = folder / f"{name}.{os.getpid()}.part"  # a worker that is thought dead may still write
     pq.write_table(table, part, compression="zstd")
     part.rename(folder / f"{name}.parquet")
 

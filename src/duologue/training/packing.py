@@ -9,7 +9,7 @@ Shapes: B rows, L ids of a row, D width, N trained ids of a batch, V ids of the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -38,10 +38,12 @@ class Example:
     Attributes:
         ids: ids of the joint vocabulary.
         trains: for each id, the loss of predicting it from the earlier ones: UNTRAINED, TEXT or SPEECH.
+        job: what is learned from it, where a mixture has several jobs.
     """
 
     ids: Sequence[int]
     trains: Sequence[int]
+    job: str = ""
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.trains)
@@ -74,7 +76,7 @@ def corrupt_heard_speech(example: Example, share: float, vocabulary: Vocabulary,
     heard = (vocabulary.kinds[ids] == Kind.SPEECH) & (np.array(example.trains) == UNTRAINED)
     wrong = heard & (rng.random(len(ids)) < share)
     ids[wrong] = vocabulary.speech_offset + rng.integers(vocabulary.codebook_size, size=int(wrong.sum()))
-    return Example(ids.tolist(), example.trains)
+    return replace(example, ids=ids.tolist())
 
 
 def fill(draw: Callable[[], Example], num_rows: int, length: int, patience: int = 3) -> list[list[Example]]:

@@ -7,13 +7,15 @@ learned from the reply voice alone, because the model answers in it. Listening (
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from duologue.checkpoint import file_hash
 from duologue.interleave import TEXT_ONLY, Kind, weave
@@ -45,11 +47,15 @@ from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import Sample, Task, Vocabulary
 
 NUM_SAMPLES = 8
+TRIALS = 4
+TRIAL_IDS = 200_000  # of a trial, which keep the error of a share under 1 %
+MAX_TRIES = 100  # samples of a job that are looked at for one that fits a row
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of the jobs, as numbers of examples; they need not add up to one.
+    """Shares of the jobs, see `PretrainRecipe.mixture_of`; they need not add up to one.
 
     Attributes:
         asr: speech of any voice -> its text.
@@ -59,6 +65,7 @@ class Mixture:
         speech: speech of any voice by itself.
         text: writing by itself.
         written: dialogues as text, in the chat template.
+        interleaved: text with spoken spans, of the step `interleave`.
     """
 
     asr: float = 0.40
@@ -68,6 +75,7 @@ class Mixture:
     speech: float = 0.02
     text: float = 0.08
     written: float = 0.15
+    interleaved: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ class PretrainRecipe(LanguageOptions):
         start_from: folder of a causal LM of any architecture; empty for a new Glm of the sizes in `language`.
         tokenizer: folder of the frozen tokenizer; its codebook initializes the speech embeddings of a new Glm or of a
             backbone. May be empty.
+        mixture_of: whether shares of the mixture count examples or ids. The log has the shares of ids as `share_<job>`.
         length, num_rows: ids in a row, rows in a batch; `num_valid_rows` in the one validation batch of each job.
         text_weight, speech_weight: loss weight of every text id and every speech id.
         corrupt_heard_speech: share of the speech ids without a loss that are replaced by random ones.
@@ -91,6 +100,7 @@ class PretrainRecipe(LanguageOptions):
     tokenizer: str = ""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     mixture: Mixture = field(default_factory=Mixture)
+    mixture_of: Literal["examples", "ids"] = "examples"
     length: int = 512
     num_rows: int = 12
     text_weight: float = 1.0
@@ -104,6 +114,9 @@ class PretrainRecipe(LanguageOptions):
 
 class Jobs:
     """Random examples of the mixture, without samples that do not fit a row of `length` ids.
+
+    Attributes:
+        names: the jobs with a share.
 
     Raises:
         ValueError: the mixture asks for a job that the corpus has no sample for.
@@ -124,26 +137,59 @@ class Jobs:
             "speech": clips,
             "text": texts[alone],
             "written": np.concatenate([chats, texts[~alone]]),
+            "interleaved": corpus.where("task", "document"),
         }
         shares = asdict(mixture)
-        self._names = [name for name, share in shares.items() if share > 0]
-        if not self._names:
+        self.names = [name for name, share in shares.items() if share > 0]
+        if not self.names:
             raise ValueError("the mixture has no job: at least one share must be above 0")
-        for name in self._names:
+        for name in self.names:
             if not len(pools[name]):
                 raise ValueError(f"the mixture asks for {name!r}, but the corpus has no sample for it")
-        total = sum(shares.values())
-        self._shares = [shares[name] / total for name in self._names]
+        self._shares = np.array([shares[name] for name in self.names], float)
+        self._shares /= self._shares.sum()
+        self._chances = self._shares  # of an example to be of each job
         self._pools: dict[str, NDArray[np.int64]] = pools
 
-    def __call__(self, rng: np.random.Generator) -> Example:
-        """An example of a job that is drawn by its share."""
+    def count_ids(self, num_rows: int) -> None:
+        """Makes the shares those of ids instead of examples, in batches of `num_rows` rows.
+
+        Jobs differ in the length of their examples, and long examples more often find no room in a row. The chances of
+        the jobs are therefore corrected by the shares of trial batches.
+        """
+        for trial in range(TRIALS):
+            rng = np.random.default_rng((trial, len(self.names)))
+            found = np.zeros(len(self.names))
+            while found.sum() < TRIAL_IDS:
+                found += self.num_ids(fill(self.draws(rng).__next__, num_rows, self._length))
+            chances = self._chances * self._shares / np.maximum(found / found.sum(), 1e-6)
+            self._chances = chances / chances.sum()
+
+    def num_ids(self, rows: Sequence[Sequence[Example]]) -> NDArray[np.int64]:
+        """Number of ids of each job of `names` in the rows of a batch."""
+        counts = np.zeros(len(self.names), np.int64)
+        for example in (example for row in rows for example in row):
+            counts[self.names.index(example.job)] += len(example.ids)
+        return counts
+
+    def draws(self, rng: np.random.Generator) -> Iterator[Example]:
+        """Yields examples of a batch without end.
+
+        The jobs come by their chances, in steps of the golden ratio: every batch has nearly the same share of each.
+        """
+        edges = np.cumsum(self._chances)
+        at = rng.random()
         while True:
-            name = self._names[int(rng.choice(len(self._names), p=self._shares))]
+            name = self.names[min(int(np.searchsorted(edges, at, side="right")), len(edges) - 1)]
+            at = (at + GOLDEN_RATIO) % 1.0
             pool = self._pools[name]
-            example = self.example(name, self._corpus[int(pool[rng.integers(len(pool))])], rng)
-            if example is not None and len(example.ids) <= self._length:
-                return example
+            for _ in range(MAX_TRIES):
+                example = self.example(name, self._corpus[int(pool[rng.integers(len(pool))])], rng)
+                if example is not None and len(example.ids) <= self._length:
+                    yield example
+                    break
+            else:
+                raise ValueError(f"no sample for the job {name!r} fits a row of {self._length} ids; raise `length`")
 
     def example(self, name: str, sample: CorpusSample, rng: np.random.Generator) -> Example | None:
         """One job on one sample; None for a clip too fast to be woven."""
@@ -172,9 +218,11 @@ class Jobs:
                     for labeled, (written, _) in zip(sample.turns, parts, strict=True)
                 ]
                 made = vocabulary.chat_sample(Conversation(tuple(turns)))
+            case "interleaved":
+                made = vocabulary.document_sample([token for labeled in sample.turns for token in labeled.turn.ids])
             case _:
                 raise ValueError(f"unknown job {name!r}; the jobs are {', '.join(self._pools)}")
-        return by_kind(made, vocabulary)
+        return replace(by_kind(made, vocabulary), job=name)
 
     def _spans(self, parts: list[tuple[Sequence[int], Sequence[int]]], rng: np.random.Generator) -> list[int]:
         """The turns in order, each in one modality; adjacent turns differ in modality where possible."""
@@ -220,15 +268,27 @@ class PretrainStage(LanguageStage):
         extend(start.model, start.vocabulary)
         super().__init__(recipe, start, recipe.text_weight, recipe.speech_weight)
         self._jobs = Jobs(start.train, self.vocabulary, recipe.mixture, recipe.length)
+        if recipe.mixture_of == "ids":
+            self._jobs.count_ids(recipe.num_rows)
+        self.weights = {**self.weights, **{f"share_{name}": 0.0 for name in self._jobs.names}}
 
     def batch(self, index: int) -> Batch:
         rng = np.random.default_rng((self.recipe.loop.seed, index))
+        examples = self._jobs.draws(rng)
 
         def draw() -> Example:
-            return corrupt_heard_speech(self._jobs(rng), self.recipe.corrupt_heard_speech, self.vocabulary, rng)
+            return corrupt_heard_speech(next(examples), self.recipe.corrupt_heard_speech, self.vocabulary, rng)
 
         rows = fill(draw, self.recipe.num_rows, self.recipe.length)
-        return pack(rows, self.recipe.length, self._padding_id)
+        counts = torch.from_numpy(self._jobs.num_ids(rows))
+        return {**pack(rows, self.recipe.length, self._padding_id), "num_ids_of_jobs": counts}
+
+    def losses(self, phase: str, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """The losses, and the share of each job in the ids of the batch."""
+        counts = batch["num_ids_of_jobs"]
+        shares = counts / counts.sum()
+        values = super().losses(phase, batch, progress)
+        return {**values, **{f"share_{name}": shares[at] for at, name in enumerate(self._jobs.names)}}
 
     def evaluate(self) -> dict[str, float]:
         """Nats per id on validation samples of each job, by kind of id; perplexity of the text file."""
@@ -238,7 +298,7 @@ class PretrainStage(LanguageStage):
                 jobs = Jobs(self.valid, self.vocabulary, Mixture(**{**_NO_JOB, name: 1.0}), self.recipe.length)
             except ValueError:  # a small validation split may hold no sample of a kind
                 continue
-            rows = fill(partial(jobs, np.random.default_rng(0)), self.recipe.num_valid_rows, self.recipe.length)
+            rows = fill(jobs.draws(np.random.default_rng(0)).__next__, self.recipe.num_valid_rows, self.recipe.length)
             values = mean_losses(self.model, [pack(rows, self.recipe.length, self._padding_id)])
             metrics.update({f"{name}/{kind}": value for kind, value in values.items()})
         return metrics

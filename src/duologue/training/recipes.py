@@ -20,11 +20,19 @@ if TYPE_CHECKING:  # torch is not needed to name the stages
 STAGES = {
     "tokenizer": "speech recognition through a vector quantizer",
     "tokens": "an audio corpus becomes a token corpus, by the frozen tokenizer",
+    "interleave": "text with spans that a text-to-token model speaks, a token corpus",
     "vocoder": "mel -> wave, against discriminators",
     "flow": "speech tokens -> mel",
     "pretrain": "the language model, stage 1: speech and text become one language",
     "text-to-token": "a text-to-token model, which reads the text of another model aloud",
     "chat": "the language model, stage 2: spoken questions are answered aloud",
+}
+
+
+# Steps that make a token corpus: module, recipe and function.
+CORPUS_STEPS = {
+    "tokens": ("tokenize", "TokensRecipe", "run_tokens"),
+    "interleave": ("synthetic", "InterleaveRecipe", "run_interleave"),
 }
 
 
@@ -64,15 +72,21 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
 
 
 def train(
-    stage: str, recipe: str | Path, out: str | Path | None = None, overrides: Sequence[str] = (), device: str = "cpu"
+    stage: str,
+    recipe: str | Path,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    device: str = "cpu",
+    ray: str = "",
 ) -> Trained:
     """Runs a stage to its end, resuming from its last checkpoint.
 
     Args:
         stage: one of `STAGES`.
         recipe: the YAML file.
-        out: folder of the run; "runs/<stage>" by default. `tokens` writes where its recipe says.
+        out: folder of the run; "runs/<stage>" by default. `tokens` and `interleave` write where their recipes say.
         overrides: see `read_recipe`.
+        ray: address of a Ray cluster for `tokens` or `interleave`, see `cluster.run_on_ray`.
 
     Raises:
         ValueError: unknown stage, a recipe that is not as its dataclass describes, a corpus or model that is missing or
@@ -81,10 +95,13 @@ def train(
     if stage not in STAGES:
         raise ValueError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
     mapping = read_recipe(recipe, overrides)
-    if stage == "tokens":
+    if stage in CORPUS_STEPS:
         if out is not None:
             mapping["out"] = str(out)
-        return _make_tokens(mapping, str(recipe), device)
+        return _make_corpus(stage, mapping, str(recipe), device, ray)
+    if ray:
+        makers = " and ".join(CORPUS_STEPS)
+        raise ValueError(f"stage {stage!r} does not run on Ray; {makers} do. Use torchrun for several processes")
     folder = Path(out) if out is not None else Path("runs") / stage
     from duologue.training.loop import run
 
@@ -101,10 +118,10 @@ def _make(name: str, mapping: dict[str, Any], where: str) -> tuple[TrainingStage
     return getattr(module, f"{title}Stage")(recipe), recipe.loop, recipe
 
 
-def _make_tokens(mapping: dict[str, Any], where: str, device: str) -> Trained:
-    from duologue.training.tokenize import TokensRecipe, run_tokens
-
-    recipe = parse_config(TokensRecipe, mapping, where)
-    manifest = run_tokens(recipe, device)
+def _make_corpus(stage: str, mapping: dict[str, Any], where: str, device: str, ray: str) -> Trained:
+    name, recipe_name, function = CORPUS_STEPS[stage]
+    module = importlib.import_module(f"duologue.training.{name}")
+    recipe = parse_config(getattr(module, recipe_name), mapping, where)
+    manifest = getattr(module, function)(recipe, device, ray)
     counts = ("num_samples", "num_text_tokens", "num_speech_tokens")
-    return Trained("tokens", Path(recipe.out), {name: float(getattr(manifest, name)) for name in counts})
+    return Trained(stage, Path(recipe.out), {name: float(getattr(manifest, name)) for name in counts})

@@ -2,7 +2,8 @@
 
 Every shard of clips becomes a shard of samples of one turn. Every table of dialogues becomes a shard of chat samples
 made of those clips, or of written ones where nothing is spoken. Text files become a shard of written samples. Existing
-shards are kept, so a stopped run resumes. Ids are computed in float32, as in a conversation.
+shards are kept, so a stopped run resumes. Ids are computed in float32, as in a conversation. The shards of clips may be
+spread over a Ray cluster.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from duologue.interleave import weave
 from duologue.language.backbone import Provenance
 from duologue.layers import Padded
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
+from duologue.training.cluster import run_on_ray, with_absolute_paths
 from duologue.training.corpus import (
     CorpusSample,
     LabeledTurn,
@@ -78,45 +80,81 @@ class TokensRecipe:
             raise ValueError(f"variants must be at least 1, got {self.variants}")
 
 
-def run_tokens(recipe: TokensRecipe, device: str = "cpu") -> Manifest:
+def run_tokens(recipe: TokensRecipe, device: str = "cpu", ray: str = "") -> Manifest:
     """Makes or completes the token corpus of a recipe.
 
     Args:
         device: of the tokenizer. On CUDA its codes are those of the CPU, up to rounding: TF32 is off.
+        ray: address of the Ray cluster whose workers tokenize the clips, see `cluster.run_on_ray`; empty for none.
 
     Raises:
         ValueError: a folder is missing or of another kind; the codebook of the vocabulary is not the tokenizer's. Or
             the existing corpus was made with another tokenizer or vocabulary.
+        RuntimeError: as `cluster.run_on_ray`.
     """
-    set_float32_precision(device)
-    tokenizer = load_component(recipe.tokenizer, SpeechTokenizer, SpeechTokenizerConfig).to(device)
-    vocabulary = Vocabulary.load(recipe.vocabulary)
-    if (codes := tokenizer.config.quantizer.codebook_size) != vocabulary.codebook_size:
-        raise ValueError(
-            f"{recipe.tokenizer} has {codes} speech tokens, {recipe.vocabulary} is made for {vocabulary.codebook_size}"
-        )
-    provenance = Provenance(file_hash(recipe.tokenizer), vocabulary.hash)
-    out = Path(recipe.out)
-
-    def make(name: str, samples: Callable[[], list[CorpusSample]]) -> None:
-        path = out / f"{name}.parquet"
-        if path.exists():
-            read_provenance(path).check(provenance, str(path), "this run")
-        else:
-            write_shard(out, name, samples(), provenance, vocabulary.speech_offset)
-
-    for folder in map(Path, recipe.corpora):
-        shards, tables = sorted(folder.glob("clips*.jsonl")), sorted(folder.glob("dialogues*.jsonl"))
-        if not shards and not tables:
-            raise ValueError(f"{folder} holds no clips*.jsonl and no dialogues*.jsonl, so it is no corpus")
-        for shard in shards:
-            make(f"{folder.name}-{shard.stem}", partial(_clips, shard, tokenizer, vocabulary, recipe))
-        spoken = _Spoken([out / f"{folder.name}-{shard.stem}.parquet" for shard in shards])
+    if ray:
+        recipe = with_absolute_paths(recipe, "corpora", "tokenizer", "vocabulary", "out", "texts")
+    _open_parts.cache_clear()  # the folders may hold other parts than at the last run
+    _, vocabulary, provenance = _open_parts(recipe.tokenizer, recipe.vocabulary, "cpu" if ray else device)
+    corpora = [_shards(Path(folder)) for folder in recipe.corpora]
+    write = partial(_write_clips, recipe=recipe, device=device)
+    clips = [shard for shards, _ in corpora for shard in shards]
+    if ray:
+        run_on_ray(write, clips, ray, num_gpus=float(device.startswith("cuda")), description="tokens")
+    else:
+        for shard in clips:
+            write(shard)
+    for shards, tables in corpora:
+        spoken = _Spoken([Path(recipe.out) / f"{_name(shard)}.parquet" for shard in shards])
         for table in tables:
-            make(f"{folder.name}-{table.stem}", partial(_dialogues, table, spoken, vocabulary, recipe))
+            samples = partial(_dialogues, table, spoken, vocabulary, recipe)
+            _write(recipe, _name(table), provenance, vocabulary, samples)
     for file in map(Path, recipe.texts):
-        make(f"text-{file.stem}", partial(_texts, file, vocabulary))
-    return write_manifest(out, provenance)
+        _write(recipe, f"text-{file.stem}", provenance, vocabulary, partial(_texts, file, vocabulary))
+    return write_manifest(recipe.out, provenance)
+
+
+def _shards(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The shards of clips and the tables of dialogues in a folder."""
+    clips, tables = sorted(folder.glob("clips*.jsonl")), sorted(folder.glob("dialogues*.jsonl"))
+    if not clips and not tables:
+        raise ValueError(f"{folder} holds no clips*.jsonl and no dialogues*.jsonl, so it is no corpus")
+    return clips, tables
+
+
+@lru_cache(maxsize=1)  # a worker of a cluster opens them once for all its shards
+def _open_parts(tokenizer: str, vocabulary: str, device: str) -> tuple[SpeechTokenizer, Vocabulary, Provenance]:
+    set_float32_precision(device)
+    model = load_component(tokenizer, SpeechTokenizer, SpeechTokenizerConfig).to(device)
+    words = Vocabulary.load(vocabulary)
+    if (codes := model.config.quantizer.codebook_size) != words.codebook_size:
+        raise ValueError(f"{tokenizer} has {codes} speech tokens, {vocabulary} is made for {words.codebook_size}")
+    return model, words, Provenance(file_hash(tokenizer), words.hash)
+
+
+def _name(shard: Path) -> str:
+    return f"{shard.parent.name}-{shard.stem}"
+
+
+def _write(
+    recipe: TokensRecipe,
+    name: str,
+    provenance: Provenance,
+    vocabulary: Vocabulary,
+    samples: Callable[[], list[CorpusSample]],
+) -> None:
+    """Writes one shard of the token corpus unless it exists."""
+    path = Path(recipe.out) / f"{name}.parquet"
+    if path.exists():
+        read_provenance(path).check(provenance, str(path), "this run")
+    else:
+        write_shard(recipe.out, name, samples(), provenance, vocabulary.speech_offset)
+
+
+def _write_clips(shard: Path, recipe: TokensRecipe, device: str) -> None:
+    """Tokenizes one shard of clips unless its result exists."""
+    tokenizer, vocabulary, provenance = _open_parts(recipe.tokenizer, recipe.vocabulary, device)
+    _write(recipe, _name(shard), provenance, vocabulary, partial(_clips, shard, tokenizer, vocabulary, recipe))
 
 
 def _clips(shard: Path, tokenizer: SpeechTokenizer, vocabulary: Vocabulary, recipe: TokensRecipe) -> list[CorpusSample]:
