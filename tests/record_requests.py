@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import json
 import subprocess
-import wave
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+from duologue.sound_files import wav_bytes
 
 FOLDER = Path(__file__).parent
 DROPPED = ("host", "content-length", "connection", "authorization", "accept-encoding", "expect")
@@ -28,6 +30,7 @@ def python_requests(base_url: str) -> None:
     session: Any = {"type": "realtime", "model": "gpt-realtime"}
     tool: Any = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
     audio: Any = {"voice": "fable", "format": "wav"}
+    silence = wav_bytes(np.zeros(1600, np.float32), 16_000)
     neutral: Any = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": None, "stop": None, "tools": []}
     calls = (
         lambda: client.models.list(),
@@ -38,7 +41,7 @@ def python_requests(base_url: str) -> None:
         ),
         lambda: client.chat.completions.create(model="gpt-audio", messages=QUESTION, tools=[tool]),
         lambda: client.audio.speech.create(model="tts-1", voice="nova", input="Hi", response_format="pcm"),
-        lambda: client.audio.transcriptions.create(model="whisper-1", file=("silence.wav", _silence()), language="en"),
+        lambda: client.audio.transcriptions.create(model="whisper-1", file=("silence.wav", silence), language="en"),
         lambda: client.realtime.client_secrets.create(session=session),
     )
     for call in calls:
@@ -47,15 +50,6 @@ def python_requests(base_url: str) -> None:
         except openai.APIStatusError:
             continue
         raise AssertionError("a recorded request was answered")
-
-
-def _silence() -> bytes:
-    """A WAV file of 0.1 s."""
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setparams((1, 2, 16_000, 0, "NONE", ""))
-        file.writeframes(bytes(3200))
-    return buffer.getvalue()
 
 
 async def record() -> list[dict[str, Any]]:

@@ -169,12 +169,12 @@ def test_the_reply_of_another_session_that_begins_alike_is_not_taken(bot: Chatbo
         mine = reply(engine, prompt(vocabulary, "Count."))
         heard = Turn(Role.ASSISTANT, Modality.INTERLEAVED, tuple(mine[: INTERLEAVED.text_run + 20]), interrupted=True)
         turns = [Turn(Role.USER, Modality.TEXT, tuple(vocabulary.encode_text(text))) for text in ("Count.", "Go on.")]
-        ids = vocabulary.prompt_ids(Conversation((turns[0], heard, turns[1])))
-        shown, _ = asyncio.run(engine.messages(ids))
+        asked = read_turns(vocabulary.prompt_ids(Conversation((turns[0], heard, turns[1]))), vocabulary)
+        shown, _ = asyncio.run(engine.messages(asked))
         theirs = reply(dataclasses.replace(engine, text_model=open_text_model(other.url)), prompt(vocabulary, "Hello?"))
         assert theirs[: len(heard.ids)] == list(heard.ids)
         assert len(theirs) < len(mine)
-        assert asyncio.run(engine.messages(ids))[0] == shown
+        assert asyncio.run(engine.messages(asked))[0] == shown
     assert LONG.startswith(str(shown[2]["content"]))
 
 

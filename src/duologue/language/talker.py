@@ -260,7 +260,7 @@ class TalkerEngine:
         while len(memory) > MAX_REMEMBERED:
             memory.popitem(last=False)
         try:
-            async for token in reply.ids(list(prompt_ids)):
+            async for token in reply.ids(asked):
                 if self.vocabulary.kind(token) is Kind.END:
                     said.finished = True
                 else:
@@ -270,14 +270,13 @@ class TalkerEngine:
             self._running.pop(reply.request_id, None)
             await reply.close()
 
-    async def messages(self, prompt_ids: Sequence[int]) -> tuple[list[ChatMessage], bool]:
-        """Returns the messages of a prompt: what was heard of the user, and what the user heard. The second value is
-        false if the last turn is speech without words.
+    async def messages(self, turns: Sequence[Turn]) -> tuple[list[ChatMessage], bool]:
+        """Returns the messages of a conversation: what was heard of the user, and what the user heard. The second value
+        is false if the last turn is speech without words.
 
         Raises:
-            ValueError: the prompt holds no turn.
+            ValueError: there is no turn.
         """
-        turns = read_turns(prompt_ids, self.vocabulary)
         if not turns:
             raise ValueError("the prompt holds no turn to answer")
         messages = await chat_messages(turns, self.vocabulary, self._transcript, self._heard)
@@ -344,10 +343,10 @@ class _Reply:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def ids(self, prompt: list[int]) -> AsyncGenerator[int, None]:
-        """Yields the reply's ids in the order of the schedule."""
+    async def ids(self, turns: Sequence[Turn]) -> AsyncGenerator[int, None]:
+        """Yields the ids of the reply to these turns in the order of the schedule."""
         engine, has_speech = self._engine, self._schedule.speech_run > 0
-        messages, was_heard = await engine.messages(prompt)
+        messages, was_heard = await engine.messages(turns)
         self._start(self._write(messages) if was_heard else self._say_not_heard(), self._text)
         if has_speech:
             self._start(self._speak(), self._speech)

@@ -121,7 +121,7 @@ def speech_routes(service: Service) -> APIRouter:
         },
     )
     async def speech(body: SpeechRequest, request: Request) -> Response:
-        narrator = Narrator(service, body)
+        narrator = await asyncio.to_thread(Narrator, service, body)  # a long text takes seconds to cut
         if body.stream_format == "sse":
             events = sse_with_errors(narrator.events(), service.metrics, type="error")
             return await stream_response(service.admitted(events), "text/event-stream")

@@ -132,9 +132,11 @@ class WholeCopies:
         """Holds the copies on the device for as long as they are evaluated."""
         for module in self.modules.values():
             module.to(self._device).eval()
-        yield
-        for module in self.modules.values():
-            module.to("cpu")
+        try:
+            yield
+        finally:
+            for module in self.modules.values():
+                module.to("cpu")
 
 
 def average_gradients(module: nn.Module) -> None:
