@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 from transformers import PreTrainedModel
 
+from duologue.cli import main
 from duologue.config import load_config
 from duologue.interleave import Kind
 from duologue.language.adapters import LoraOptions, add_lora, merged_state, train_rows
-from duologue.language.backbone import load_language, new_glm
+from duologue.language.backbone import Provenance, load_language, new_glm, save_language
+from duologue.training.adapter_folder import merge_adapter, save_adapter, whole_language
 from duologue.training.chat import ChatRecipe
 from duologue.training.loop import LoopConfig, run
 from duologue.training.pretrain import PretrainRecipe, PretrainStage
@@ -81,6 +84,65 @@ def test_lora_is_merged_into_what_is_saved(tmp_path: Path) -> None:
     run(resumed, LOOP, tmp_path / "run")
     for name, parameter in stage.model.named_parameters():
         assert torch.equal(parameter, resumed.model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("rows", ["speech", "all", "none"])
+def test_a_kept_adapter_merges_into_the_same_weights(
+    rows: Literal["speech", "all", "none"], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft", reason="peft is not installed (extra lora)")
+    run(start := PretrainStage(small_corpus(tmp_path, PretrainRecipe, loop=LOOP)), LOOP, tmp_path / "base")
+    base = tmp_path / "base" / "final" / "language"
+    kept = LoraOptions(rank=4, alpha=6.0, train_embeddings=rows, merge=False)
+    recipe = small_corpus(tmp_path, PretrainRecipe, loop=LOOP, start_from=str(base), lora=kept)
+    stage = PretrainStage(recipe)
+    run(stage, LOOP, tmp_path / "run")
+    final = tmp_path / "run" / "final"
+    assert sorted(path.name for path in final.iterdir()) == ["adapter"]
+    assert ((final / "adapter" / "rows.safetensors").exists()) is (rows != "none")
+    wanted = merged_state(stage.model)
+    # The base has moved since.
+    base.rename(tmp_path / "moved")
+    assert main(["export", str(final), "-o", str(tmp_path / "x"), "--format", "transformers"]) != 0
+    assert "does not exist; name its place with --base" in capsys.readouterr().err
+    place = str(tmp_path / "moved")
+    assert main(["export", str(final), "-o", str(tmp_path / "out"), "--format", "transformers", "--base", place]) == 0
+    merged = load_language(tmp_path / "out").state_dict()
+    assert merged.keys() == wanted.keys()
+    for key, value in wanted.items():
+        torch.testing.assert_close(merged[key], value, atol=1e-6, rtol=1e-6)
+    moved = [key for key, value in start.model.state_dict().items() if not torch.equal(value, merged[key])]
+    assert any("proj" in key for key in moved)
+    if rows == "none":
+        import peft
+
+        model = peft.PeftModel.from_pretrained(load_language(tmp_path / "moved"), str(final / "adapter"))
+        own = model.merge_and_unload().state_dict()
+        for key, value in wanted.items():
+            torch.testing.assert_close(own[key], value, atol=1e-6, rtol=1e-6)
+
+
+def test_an_adapter_without_its_base_is_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="peft is not installed (extra lora)")
+    kept = LoraOptions(rank=4, merge=False)
+    with pytest.raises(ValueError, match="there is no base to keep: give start_from or backbone"):
+        PretrainStage(small_corpus(tmp_path, PretrainRecipe, loop=LOOP, lora=kept))
+    model = new_glm(vocabulary, TINY)
+    provenance = Provenance("f" * 64, vocabulary.hash)
+    save_language(tmp_path / "base", model, provenance)
+    save_language(tmp_path / "other", new_glm(vocabulary, replace(TINY, width=48)), provenance)
+    add_lora(model, vocabulary, kept, torch.device("cpu"))
+    save_adapter(tmp_path / "adapter", model, kept, str(tmp_path / "base"), vocabulary, provenance)
+    with pytest.raises(ValueError, match="it is not the base"):
+        merge_adapter(tmp_path / "adapter", base=tmp_path / "other")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors cannot be read"):
+        merge_adapter(tmp_path / "adapter")
+    with (
+        pytest.raises(ValueError, match="holds no adapter, so it has no base"),
+        whole_language(tmp_path / "base", base=tmp_path / "other"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "qlora"])

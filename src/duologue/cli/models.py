@@ -58,6 +58,7 @@ def add(commands: Any) -> None:
     export.add_argument("-o", "--output", type=Path, required=True, metavar="OUT", help="a new folder or file")
     export.add_argument("--format", choices=EXPORT_FORMATS, default=EXPORT_FORMATS[0], help="default: released")
     export.add_argument("--dtype", choices=DTYPES, help="dtype of the language model (default: unchanged)")
+    export.add_argument("--base", type=Path, help="where the base of a LoRA adapter is now (default: where it was)")
     export.add_argument("--decoder", type=Path, help="a released decoder, whose vocoder stands beside a trained flow")
 
     text = "write a released set with random weights, for load tests"
@@ -191,14 +192,16 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
+    from duologue.training.adapter_folder import whole_language
     from duologue.training.export import export_gguf, export_released, export_transformers
 
-    if args.format != "released":
-        write = export_gguf if args.format == "gguf" else export_transformers
-        write(args.folder, args.output, args.dtype)
-        parts = ["language"]
-    else:
-        parts = export_released(args.folder, args.output, args.dtype, args.decoder)
+    with whole_language(args.folder, args.dtype, args.base) as folder:
+        if args.format != "released":
+            write = export_gguf if args.format == "gguf" else export_transformers
+            write(folder, args.output, args.dtype)
+            parts = ["language"]
+        else:
+            parts = export_released(folder, args.output, args.dtype, args.decoder)
     if args.json:
         print(json.dumps({"folder": str(args.output), "format": args.format, "parts": parts}))
     else:

@@ -31,6 +31,7 @@ class LoraOptions:
         targets: names of the adapted layers, or "all-linear" for all but the output head.
         train_embeddings: rows of embedding and head that are trained beside: all, those of speech and controls, or
             none.
+        merge: whether the result is the whole model; else it is the adapter alone, beside its base.
         quantization: "int4" (QLoRA, arXiv:2305.14314) or "int8" for the frozen matrices; needs bitsandbytes on CUDA.
     """
 
@@ -39,6 +40,7 @@ class LoraOptions:
     dropout: float = 0.0
     targets: str | tuple[str, ...] = "all-linear"
     train_embeddings: Literal["speech", "all", "none"] = "speech"
+    merge: bool = True
     quantization: Scheme | None = None
 
     def __post_init__(self) -> None:
@@ -71,20 +73,25 @@ def add_lora(model: PreTrainedModel, vocabulary: Vocabulary, options: LoraOption
         quantize(model.to(device).base_model, options.quantization)
         # peft looks here for the kind of adapter layer
         setattr(model, "is_loaded_in_4bit" if options.quantization == "int4" else "is_loaded_in_8bit", True)
-    targets = options.targets if isinstance(options.targets, str) else list(options.targets)
-    config = peft.LoraConfig(
-        r=options.rank,
-        lora_alpha=2 * options.rank if options.alpha is None else options.alpha,  # type: ignore[arg-type]
-        lora_dropout=options.dropout,
-        target_modules=targets,
-        task_type="CAUSAL_LM",
-    )
-    peft.inject_adapter_in_model(config, model)
+    peft.inject_adapter_in_model(lora_config(options), model)
     if options.train_embeddings == "speech":
         train_rows(model, vocabulary)
     elif options.train_embeddings == "all":
         for table in (model.get_input_embeddings(), model.get_output_embeddings()):
             table.requires_grad_(True)
+
+
+def lora_config(options: LoraOptions) -> Any:
+    """The settings as a `peft.LoraConfig`."""
+    import peft
+
+    return peft.LoraConfig(
+        r=options.rank,
+        lora_alpha=2 * options.rank if options.alpha is None else options.alpha,  # type: ignore[arg-type]
+        lora_dropout=options.dropout,
+        target_modules=options.targets if isinstance(options.targets, str) else list(options.targets),
+        task_type="CAUSAL_LM",
+    )
 
 
 def train_rows(model: PreTrainedModel, vocabulary: Vocabulary) -> None:

@@ -33,6 +33,7 @@ from duologue.models import ModelFolder, PocketFolder, open_folder
 from duologue.released.language import is_released, load_released_language
 from duologue.released.text import load_released_vocabulary, save_for_transformers
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
+from duologue.training.adapter_folder import save_adapter
 from duologue.training.corpus import TokenCorpus
 from duologue.training.loop import Batch, LoopConfig
 from duologue.training.packing import TEXT, UNTRAINED, Example, LanguageObjective, mean_losses, pack
@@ -205,6 +206,11 @@ class LanguageStage:
         self._options = recipe
         self.model, self.vocabulary, self.provenance = start.model, start.vocabulary, start.provenance
         self.valid = start.valid
+        if recipe.lora is not None and not recipe.lora.merge:
+            if not (recipe.backbone or recipe.start_from):
+                raise ValueError("lora.merge is false, but there is no base to keep: give start_from or backbone")
+            if recipe.parts_from:
+                raise ValueError("lora.merge is false, so the result is no complete model: leave parts_from out")
         self._padding_id = self.vocabulary.control_id(END_OF_TEXT)
         self._parts = _check_parts(recipe.parts_from, self.provenance) if recipe.parts_from else None
         self._text_rows = text_rows(recipe.text_file, self.vocabulary, recipe.length) if recipe.text_file else []
@@ -242,7 +248,15 @@ class LanguageStage:
         return {"perplexity": math.exp(mean_losses(self.model, batches)["text_nll"])}
 
     def save(self, folder: Path) -> None:
-        """Writes `folder/language` with its vocabulary; with `parts_from`, `folder` becomes a complete model."""
+        """Writes `folder/language` with its vocabulary; with `parts_from`, `folder` becomes a complete model.
+
+        With `lora.merge: false` it writes `folder/adapter` instead, see `adapter_folder.py`.
+        """
+        options = self._options
+        if options.lora is not None and not options.lora.merge:
+            base = options.backbone or options.start_from
+            save_adapter(folder / "adapter", self.model, options.lora, base, self.vocabulary, self.provenance)
+            return
         place = folder / "language"
         shard_bytes = self._options.loop.max_shard_bytes
         save_language(place, self.model, self.provenance, self._options.dtype, shard_bytes)
