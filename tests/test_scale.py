@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from duologue.cli import main
 from duologue.cli.scale import CELL_ARGUMENTS, ServedCell, build_cell, cell_settings, read_arguments
 from duologue.cli.serve import KEYS_VARIABLE
+from duologue.language.talker import TalkerEngine
 from duologue.scale.expositions import join_expositions
 from duologue.scale.settings import CellSettings
 from duologue.serving.app import create_app
@@ -24,6 +25,7 @@ from duologue.serving.metrics import Metrics
 from duologue.serving.settings import Settings
 from tests.live_server import scripted_bot
 from tests.serving import running
+from tests.text_model_server import endpoint, words
 
 ROOT = Path(__file__).parent.parent
 KEY = "a-key-of-the-tests"
@@ -126,6 +128,7 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     for argv, sentence in (
         (["--replicas", "0"], "not a positive whole number"),
         (["--host", "0.0.0.0"], "needs API keys"),
+        (["--talker", "runs/talker"], "--talker needs --text-model"),
         (["--replicas", "3", "--max-replicas", "2"], "maximum of 2 replicas is below the 3"),
     ):
         assert main(["scale", *argv]) == 2
@@ -151,6 +154,15 @@ def test_a_cell_is_loaded_as_the_server_loads_it(tiny_folder: Path) -> None:
     cell = build_cell(args, Settings(max_sessions=3))
     bot = cell.asgi.state.service.bot
     assert (bot.models.card.name, bot.models.engine.max_sessions) == ("tiny", 3)
+
+
+def test_a_cell_with_a_text_model() -> None:
+    args = {**dict.fromkeys(CELL_ARGUMENTS), "model": "pocket", "device": "cpu", "engine": "plain"}
+    with endpoint(words("It is Paris.")) as script:
+        cell = build_cell({**args, "text_model": script.url, "text_model_name": "scripted"}, Settings(max_sessions=1))
+        engine = cell.asgi.state.service.bot.models.engine
+    assert isinstance(engine, TalkerEngine)
+    assert engine.text_model.name == "scripted"
 
 
 # The manifest.

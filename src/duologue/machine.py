@@ -42,6 +42,12 @@ def resident_mb() -> float:
     return int(size.split()[0]) * 1024 / 1e6 if size else math.nan
 
 
+def peak_resident_mb() -> float:
+    """Returns the most memory that this process had resident, in 10^6 bytes; NaN if unknown."""
+    size = _first("/proc/self/status", "VmHWM")
+    return int(size.split()[0]) * 1024 / 1e6 if size else math.nan
+
+
 def load() -> float | None:
     """Returns the mean number of running processes in the last minute, or None if unknown."""
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from duologue.cli import serve
-from duologue.cli.parser import add_command, positive
+from duologue.cli.parser import add_command, add_text_model, positive, text_model_options
 from duologue.scale.settings import CellSettings
 from duologue.serving.session_store import REDIS_SCHEMES
 from duologue.serving.settings import Settings
@@ -29,6 +29,9 @@ CELL_ARGUMENTS = (
     "cached_tokens",
     "engine_url",
     "gguf",
+    "text_model",
+    "text_model_name",
+    "talker",
 )
 
 
@@ -52,10 +55,12 @@ def add(commands: Any) -> None:
     scale.add_argument(
         "--address", metavar="ADDRESS", help="running Ray cluster, such as auto (default: start Ray here)"
     )
+    add_text_model(scale)
     serve.add_settings(scale)
 
 
 def _scale(args: argparse.Namespace) -> None:
+    text_model_options(args)  # refuses a talker alone
     settings = Settings(**serve.given_settings(args))
     if args.until_stdin_ends:
         serve.stop_when_stdin_ends()

@@ -1,13 +1,15 @@
-"""The curves of a training run, drawn from its `log.csv`."""
+"""The curves of training runs, drawn from their `log.csv`."""
 
 from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+LOG_FILE = "log.csv"
 Curve = list[tuple[int, float]]
 _VALID = "valid/"
 
@@ -18,7 +20,7 @@ def read_log(folder: str | Path) -> dict[str, Curve]:
     Raises:
         ValueError: the folder holds no log, or it is damaged or empty.
     """
-    path = Path(folder) / "log.csv"
+    path = Path(folder) / LOG_FILE
     if not path.is_file():
         raise ValueError(f"{path} does not exist: give the folder of a training run")
     curves: dict[str, Curve] = {}
@@ -42,29 +44,41 @@ def plot(folder: str | Path, out: str | Path | None = None) -> Path:
     Raises:
         ValueError: see `read_log`.
     """
+    return plot_runs([folder], Path(folder) / "curves.png" if out is None else out)
+
+
+def plot_runs(folders: Sequence[str | Path], out: str | Path) -> Path:
+    """Draws the curves of several runs into the same panels, one color for each run; returns the PNG's path.
+
+    Raises:
+        ValueError: see `read_log`.
+    """
     from matplotlib.figure import Figure  # of the extra `train`
 
-    curves = read_log(folder)
-    panels = sorted({name.removeprefix(_VALID) for name in curves})
+    runs = [(Path(folder).name, read_log(folder)) for folder in folders]
+    panels = sorted({name.removeprefix(_VALID) for _, curves in runs for name in curves})
     num_columns = min(len(panels), 3)
     num_rows = math.ceil(len(panels) / num_columns)
     figure = Figure(figsize=(5 * num_columns, 3 * num_rows), layout="constrained")
     axes = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     for axis, panel in zip(axes, panels, strict=False):
-        if panel in curves:
-            steps, values = np.array(curves[panel]).T
-            axis.plot(steps, values, alpha=0.35, color="tab:blue")
-            axis.plot(steps, _smooth(values), color="tab:blue", label="training")
-        if _VALID + panel in curves:
-            steps, values = np.array(curves[_VALID + panel]).T
-            axis.plot(steps, values, "o-", color="tab:orange", markersize=3, label="held out")
+        for number, (run, curves) in enumerate(runs):
+            color, of_run = f"C{number}", f"{run}, " if len(runs) > 1 else ""
+            if panel in curves:
+                steps, values = np.array(curves[panel]).T
+                axis.plot(steps, values, alpha=0.35, color=color)
+                axis.plot(steps, _smooth(values), color=color, label=f"{of_run}training")
+            if _VALID + panel in curves:
+                steps, values = np.array(curves[_VALID + panel]).T
+                held_out = "C1" if len(runs) == 1 else color
+                axis.plot(steps, values, "o-", color=held_out, markersize=3, label=f"{of_run}held out")
         axis.set_title(panel, fontsize=9)
         axis.set_xlabel("step", fontsize=8)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
-    path = Path(out) if out is not None else Path(folder) / "curves.png"
+    path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     return path

@@ -6,7 +6,6 @@ run therefore needs only weights, optimizer and step to equal an uninterrupted o
 
 from __future__ import annotations
 
-import csv
 import math
 import sys
 import time
@@ -25,6 +24,7 @@ from tqdm import tqdm
 
 from duologue.cuda import set_float32_precision
 from duologue.training.checkpoints import Checkpoints
+from duologue.training.log import RunLog, check_wandb
 from duologue.training.sharding import (
     ShardedStage,
     WholeCopies,
@@ -53,6 +53,7 @@ class LoopConfig:
         num_workers: processes that prepare batches; 0 for one thread of this process.
         evaluate_first: whether to evaluate before the first step as well.
         checkpoint_every_s: seconds between checkpoints.
+        wandb_project: project of Weights & Biases that also gets the log; needs the package wandb. Empty for none.
     """
 
     num_steps: int
@@ -74,6 +75,7 @@ class LoopConfig:
     sample_every: int = 1000
     checkpoint_every_s: float = 600.0
     max_shard_bytes: int = 2**31
+    wandb_project: str = ""
 
     def lr_at(self, step: int, progress: float) -> float:
         """Learning rate of optimizer step `step`, counted from 0, at a share `progress` of the training."""
@@ -161,7 +163,9 @@ def run(stage: TrainingStage, config: LoopConfig, out: Path, device: str = "cpu"
     Raises:
         NonFiniteLoss: a loss is not a number.
         RankLost: another process ended.
+        ValueError: `wandb_project` is given and wandb is not installed.
     """
+    check_wandb(config.wandb_project)
     rank, world, device = start_distributed(device)
     with lost_ranks():
         return _run(stage, config, out, device, rank, world)
@@ -177,12 +181,12 @@ def _run(stage: TrainingStage, config: LoopConfig, out: Path, device: str, rank:
         whole = WholeCopies(stage, stage.phases, device, config.precision == "bf16")
     for module in stage.phases.values():
         module.to(device).train()
-    optimizers = {name: _optimizer(module, config) for name, module in stage.phases.items()}
+    optimizers = {name: make_optimizer(module, config) for name, module in stage.phases.items()}
     on_cuda = torch.device(device).type == "cuda"
     checkpoints = Checkpoints(out / "checkpoints", stage.phases, optimizers, in_background=on_cuda)
     step, done = checkpoints.resume()
     progress = _Progress(config, done)
-    log = _Log(out, step) if rank == 0 else None
+    log = RunLog(out, step, config.wandb_project) if rank == 0 else None
     saved_at = time.monotonic()
     metrics: dict[str, float] = {}
     total = config.num_steps if config.minutes is None else None
@@ -197,7 +201,7 @@ def _run(stage: TrainingStage, config: LoopConfig, out: Path, device: str, rank:
             values: dict[str, float] = {}
             micro = [next(batches) for _ in range(config.accumulate)]
             for phase, module in stage.phases.items():
-                values |= _optimize(stage, phase, module, optimizers[phase], micro, step, done, config, device)
+                values |= optimize(stage, phase, module, optimizers[phase], micro, step, done, config, device)
             if isinstance(stage, MeasuredStage):
                 for _, batch in micro:
                     throughput.add(stage.work(batch), world)
@@ -212,7 +216,10 @@ def _run(stage: TrainingStage, config: LoopConfig, out: Path, device: str, rank:
             if evaluates:
                 metrics = _evaluate(stage, out.name, step, log, whole)
             if step % config.sample_every == 0 or is_last:
-                _sample(stage, out / "samples" / f"step-{step:07d}", rank, whole, update=not evaluates)
+                samples = out / "samples" / f"step-{step:07d}"
+                _sample(stage, samples, rank, whole, update=not evaluates)
+                if log:
+                    log.add_sounds(step, samples)
             if agreed(time.monotonic() - saved_at > config.checkpoint_every_s, device) or is_last:
                 checkpoints.save(step, progress.at(step))
                 saved_at = time.monotonic()
@@ -227,7 +234,7 @@ def _run(stage: TrainingStage, config: LoopConfig, out: Path, device: str, rank:
     return metrics
 
 
-def _optimize(
+def optimize(
     stage: TrainingStage,
     phase: str,
     module: nn.Module,
@@ -279,7 +286,7 @@ def _optimize(
 
 
 def _evaluate(
-    stage: TrainingStage, name: str, step: int, log: _Log | None, whole: WholeCopies | None
+    stage: TrainingStage, name: str, step: int, log: RunLog | None, whole: WholeCopies | None
 ) -> dict[str, float]:
     """Evaluates on the first rank; the others take part in gathering the weights and return nothing."""
     if whole is not None:
@@ -349,48 +356,10 @@ def _prefetch(
             yield index, batch
 
 
-def _optimizer(module: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
+def make_optimizer(module: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)
-
-
-class _Log:
-    """`log.csv` with a row per step and name, and TensorBoard events where that is installed."""
-
-    def __init__(self, out: Path, step: int) -> None:
-        path = out / "log.csv"
-        kept = [row for row in _read_log(path) if int(row["step"]) <= step]
-        self._file = path.open("w", newline="")
-        self._writer = csv.DictWriter(self._file, ["step", "name", "value", "time"])
-        self._writer.writeheader()
-        self._writer.writerows(kept)
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self._board = None
-        else:
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step)
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        now = round(time.time(), 1)
-        for name, value in values.items():
-            self._writer.writerow({"step": step, "name": name, "value": f"{value:.6g}", "time": now})
-            if self._board:
-                self._board.add_scalar(name, value, step)
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-        if self._board:
-            self._board.close()
-
-
-def _read_log(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))

@@ -7,14 +7,17 @@ executed.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duologue.config import parse_config, parse_value, read_yaml, to_mapping, write_json
+from duologue.training.tracking import RECIPE_FILE, record_start
 
 if TYPE_CHECKING:  # torch is not needed to name the stages
+    from duologue.training.dry_run import RunCost
     from duologue.training.loop import LoopConfig, TrainingStage
 
 STAGES = {
@@ -106,8 +109,24 @@ def train(
     from duologue.training.loop import run
 
     made, loop, parsed = _make(stage, mapping, str(recipe))
-    write_json(folder / "recipe.json", {"stage": stage, **to_mapping(parsed)})
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_json(folder / RECIPE_FILE, {"stage": stage, **to_mapping(parsed)})
+        record_start(folder, to_mapping(parsed))
     return Trained(stage, folder / "final", run(made, loop, folder, device))
+
+
+def estimate(stage: str, recipe: str | Path, overrides: Sequence[str] = (), device: str = "cpu") -> RunCost:
+    """Returns what a training would cost, from a few of its steps; nothing is written.
+
+    Raises:
+        ValueError: as `train`, or the stage makes a corpus.
+    """
+    if stage not in STAGES or stage in CORPUS_STEPS:
+        raise ValueError(f"stage {stage!r} has no optimizer steps to try")
+    from duologue.training.dry_run import dry_run
+
+    made, loop, _ = _make(stage, read_recipe(recipe, overrides), str(recipe))
+    return dry_run(made, loop, device)
 
 
 def _make(name: str, mapping: dict[str, Any], where: str) -> tuple[TrainingStage, LoopConfig, object]:
