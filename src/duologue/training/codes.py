@@ -13,7 +13,8 @@ Shapes: S samples, T tokens, F mel frames, M mels.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,7 @@ def build_store(
     roles: Collection[str] | None = None,
     max_hours: float | None = None,
     device: str = "cpu",
+    load_tokenizer: Callable[[], SpeechTokenizer] | None = None,
 ) -> CodeStore:
     """Completes the store of a corpus and opens it.
 
@@ -83,6 +85,7 @@ def build_store(
         roles: only clips of these roles; a folder is for one choice of roles.
         max_hours: maximum duration of the first clips to take, in hours.
         device: where the tokenizer runs.
+        load_tokenizer: loads the tokenizer where its folder is of another format.
 
     Raises:
         ValueError: the store was made with another tokenizer.
@@ -100,7 +103,9 @@ def build_store(
         name = folder / f"part-{first // PART_CLIPS:05d}.json"
         if _is_complete(name, [clips.records[i].id for i in chosen]):
             continue
-        model = model or load_component(tokenizer, SpeechTokenizer, SpeechTokenizerConfig).to(device)
+        if model is None:
+            load = load_tokenizer or partial(load_component, tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
+            model = load().to(device)
         _write_part(name, clips, chosen, model)
     return CodeStore(folder, wanted)
 

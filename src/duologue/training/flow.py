@@ -233,14 +233,27 @@ class FlowStage:
             table = self.model.speakers.weight.detach()
             save_tensors(folder / "speakers", {name: table[i].clone() for i, name in enumerate(self.voices)})
 
+    def load_tokenizer(self) -> SpeechTokenizer:
+        """Loads the frozen tokenizer."""
+        return load_component(self.recipe.tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
+
     def _open_corpora(self) -> tuple[list[CodeStore], list[TrainingUtterance]]:
         recipe = self.recipe
         stores, utterances = [], []
+        self.clips: list[Clips] = []
         for number, corpus in enumerate(recipe.corpora):
             roles = recipe.roles or None
             clips = Clips(corpus, roles=roles)
             folder = Path(recipe.store) / "-".join([Path(corpus).name, *sorted(recipe.roles)])
-            store = build_store(corpus, recipe.tokenizer, folder, roles=roles, max_hours=recipe.max_hours)
+            store = build_store(
+                corpus,
+                recipe.tokenizer,
+                folder,
+                roles=roles,
+                max_hours=recipe.max_hours,
+                load_tokenizer=self.load_tokenizer,
+            )
+            self.clips.append(clips)
             stores.append(store)
             for i, name in enumerate(store.ids):
                 clip = clips.records[i]
@@ -252,7 +265,6 @@ class FlowStage:
 
     def _make_flow(self) -> Flow | ReleasedFlow:
         recipe = self.recipe
-        tokenizer = load_component(recipe.tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
         if recipe.start_from:
             start = Path(recipe.start_from) / "flow"
             if read_extra(start).get("tokenizer") != self.tokenizer_hash:
@@ -260,7 +272,7 @@ class FlowStage:
             if recipe.released is not None:
                 return load_component(start, ReleasedFlow, ReleasedFlowConfig)
             return load_component(start, Flow, FlowConfig)
-        size = tokenizer.config.quantizer.codebook_size
+        size = self.load_tokenizer().config.quantizer.codebook_size
         mels = np.concatenate([self._mel(one).numpy() for one in self.train[:_STATISTICS_CLIPS]])
         torch.manual_seed(recipe.loop.seed)
         if recipe.released is not None:

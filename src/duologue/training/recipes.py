@@ -26,6 +26,7 @@ STAGES = {
     "interleave": "text with spans that a text-to-token model speaks, a token corpus",
     "vocoder": "mel -> wave, against discriminators",
     "flow": "speech tokens -> mel",
+    "voice": "a new voice for a trained model, from recordings of one speaker",
     "pretrain": "the language model, stage 1: speech and text become one language",
     "text-to-token": "a text-to-token model, which reads the text of another model aloud",
     "chat": "the language model, stage 2: spoken questions are answered aloud",
