@@ -69,14 +69,15 @@ class RunLog:
 
     def add_sounds(self, step: int, folder: Path) -> None:
         """Adds the sound files of a folder of samples to TensorBoard and Weights & Biases."""
-        for path in sorted((*folder.glob("*.wav"), *folder.glob("*.flac"))):
+        for path in sorted((*folder.rglob("*.wav"), *folder.rglob("*.flac"))):
             wav, sample_rate = load_audio(path)
+            name = f"samples/{path.relative_to(folder).with_suffix('').as_posix()}"
             if self._board:
-                self._board.add_audio(f"samples/{path.stem}", torch.from_numpy(wav)[None], step, sample_rate)
+                self._board.add_audio(name, torch.from_numpy(wav)[None], step, sample_rate)
             if self._wandb:
                 import wandb
 
-                self._wandb.log({f"samples/{path.stem}": wandb.Audio(wav, sample_rate)}, step=step)
+                self._wandb.log({name: wandb.Audio(wav, sample_rate)}, step=step)
 
     def close(self) -> None:
         self._file.close()
