@@ -28,6 +28,9 @@ EXAMPLES = (
     "duologue evaluate --compare runs/a runs/b",
 )
 POCKET_EXAMPLES = ("duologue evaluate pocket -o report", "duologue evaluate pocket --limit 20 --json")
+VOICE_EXAMPLES = (
+    "duologue evaluate voice --model runs/voice/final/model --before pocket --data runs/my-voice/corpus -o report",
+)
 RESULTS = "report"  # report.json, report.png, report.html
 
 
@@ -47,6 +50,20 @@ def add(commands: Any) -> None:
     )
     add_benchmarks(suites)
     add_conversation(suites)
+    _add_voice(suites)
+
+
+def _add_voice(suites: Any) -> None:
+    text = "a voice beside recordings of its speaker"
+    voice = add_command(suites, "voice", _voice, text, model=True, examples=VOICE_EXAMPLES)
+    voice.add_argument("--before", metavar="MODEL", help="model without the voice, to compare")
+    voice.add_argument("--data", type=Path, required=True, help="audio corpus; its validation clips are spoken")
+    voice.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER", help="of the report and its page")
+    voice.add_argument("--recognizer", type=Path, metavar="FOLDER", help=RECOGNIZER_HELP)
+    voice.add_argument(
+        "--speaker-model", type=Path, metavar="FILE", help="ONNX file of a speaker embedder, for likeness"
+    )
+    voice.add_argument("--limit", type=positive, default=20, metavar="N", help="clips at most (default: 20)")
 
 
 def _add(suites: Any, name: str, evaluate: Callable[[argparse.Namespace, TestSet], Result], text: str) -> Parser:
@@ -107,6 +124,23 @@ def _pocket(args: argparse.Namespace, test_set: TestSet) -> Result:
         num_variants=min(NUM_VARIANTS, args.limit or NUM_VARIANTS),
     )
     return evaluated.report, evaluated.shown
+
+
+def _voice(args: argparse.Namespace) -> None:
+    from duologue.evaluation.page import write_rows
+    from duologue.evaluation.recognition import open_recognizer
+    from duologue.evaluation.report import format_table
+    from duologue.evaluation.voices import VoiceJudges, evaluate_voice
+
+    judges = VoiceJudges.open(*open_recognizer(args.recognizer), args.speaker_model)
+    report, shown = evaluate_voice(args.model, args.before, args.data, judges, args.limit, args.device)
+    written = [*report.save(args.output, RESULTS), write_rows(args.output, report, shown, len(shown))]
+    if args.json:
+        print(json.dumps(report.to_json()))
+        return
+    print(format_table(report))
+    for path in written:
+        print(f"-> {path}")
 
 
 def _about(folder: Path, card: Card, parts: tuple[str, ...]) -> dict[str, Any]:

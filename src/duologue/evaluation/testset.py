@@ -119,7 +119,7 @@ def load_test_set(folder: str | Path) -> TestSet:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder with a test set; make one with: {HOW_TO_MAKE}")
-    clips = {clip.id: clip for shard in sorted(folder.glob("clips*.jsonl")) for clip in _read_clips(shard)}
+    clips = {clip.id: clip for clip in read_clips(folder)}
     dialogues = tuple(
         _dialogue(row, where, clips)
         for shard in sorted(folder.glob("dialogues*.jsonl"))
@@ -131,7 +131,13 @@ def load_test_set(folder: str | Path) -> TestSet:
     return TestSet(clips, dialogues)
 
 
-def _read_clips(shard: Path) -> Iterator[TestClip]:
+def read_clips(folder: Path) -> Iterator[TestClip]:
+    """Yields the clips of an audio corpus. Raises ValueError for a missing file or a line that describes no clip."""
+    for shard in sorted(folder.glob("clips*.jsonl")):
+        yield from _read_shard(shard)
+
+
+def _read_shard(shard: Path) -> Iterator[TestClip]:
     path = shard.with_suffix(".pcm")
     if not path.is_file():
         raise ValueError(f"{path} is missing, which {shard.name} describes")

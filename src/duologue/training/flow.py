@@ -240,7 +240,6 @@ class FlowStage:
     def _open_corpora(self) -> tuple[list[CodeStore], list[TrainingUtterance]]:
         recipe = self.recipe
         stores, utterances = [], []
-        self.clips: list[Clips] = []
         for number, corpus in enumerate(recipe.corpora):
             roles = recipe.roles or None
             clips = Clips(corpus, roles=roles)
@@ -253,7 +252,6 @@ class FlowStage:
                 max_hours=recipe.max_hours,
                 load_tokenizer=self.load_tokenizer,
             )
-            self.clips.append(clips)
             stores.append(store)
             for i, name in enumerate(store.ids):
                 clip = clips.records[i]

@@ -1,38 +1,32 @@
 """Stage `voice`: a new voice for a trained model, from recordings of one speaker.
 
 The flow of the model goes on training on the recordings alone, as the voice without a speaker vector. The result is the
-flow, a copy of the model with it, and a report with a page of players: recordings, vocoder alone, voice before and
-after. Tokenizer, language model and vocoder stay as they are.
+flow and a copy of the model with it. Tokenizer, language model and vocoder stay as they are. `duologue evaluate voice`
+compares the result with the recordings.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from duologue import machine
+from duologue import rates
 from duologue.checkpoint import save_component
 from duologue.conversation.chatbot import model_folder
 from duologue.decoder.flow import Flow
-from duologue.evaluation.page import write_rows
-from duologue.evaluation.report import Report, format_table
-from duologue.evaluation.testset import spread
-from duologue.evaluation.voices import Judges, Synthesis, VoiceClip, compare_voices, open_judges
-from duologue.layers import Padded
 from duologue.models import Decoder, PocketFolder, open_folder
 from duologue.released.decoder.flow import ReleasedFlow
+from duologue.sound_files import save_audio
 from duologue.tokenizer.tokenizer import SpeechTokenizer
 from duologue.training.codes import CodeStore
 from duologue.training.export import export_flow
 from duologue.training.flow import FlowRecipe, FlowStage, TrainingUtterance
+
+NUM_SAMPLES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,17 +36,11 @@ class VoiceRecipe(FlowRecipe):
     Attributes:
         model: preset or model folder that gets the voice: of our own format, or a released set.
         voice: name of the voice.
-        recognizer: CTranslate2 folder of the Whisper that reads the report's sounds; empty for the usual places.
-        speaker_model: ONNX file of a speaker embedder for the report; may be empty.
-        num_compared: validation clips of the report.
     """
 
     model: str = "pocket"
     voice: str = "default"
     tokenizer: str = ""
-    recognizer: str = ""
-    speaker_model: str = ""
-    num_compared: int = 20
     max_tokens: int = 30
     prefix_probability: float = 0.3
 
@@ -66,28 +54,37 @@ class VoiceStage(FlowStage):
     """Training of a model's flow on one speaker."""
 
     def __init__(self, recipe: VoiceRecipe) -> None:
-        self._voice_recipe = recipe
+        self._voice = recipe.voice
         self._model = open_folder(model_folder(recipe.model))
         self._model.check()
-        # Opened before any training: a report that cannot be written is known at once.
-        self._judges = open_judges(recipe.recognizer, recipe.speaker_model)
         self._decoder: Decoder = self._model.load_decoder().requires_grad_(False)
-        self._before: Decoder = copy.deepcopy(self._decoder)
         of_flow = {key.name: getattr(recipe, key.name) for key in dataclasses.fields(FlowRecipe)}
         super().__init__(FlowRecipe(**{**of_flow, "tokenizer": str(self._model.tokenizer_path)}))
 
+    @torch.inference_mode()
     def sample(self, folder: Path) -> None:
-        """Writes pictures of mels, and three validation clips as recorded and as spoken from their tokens."""
+        """Writes pictures of mels, and the words of three validation clips in the voice."""
         super().sample(folder)
-        self._compare(self._clips(3), folder, Judges(None, "of samples", None, "of samples", None))
+        device = next(self.flow.parameters()).device
+        self._decoder.vocoder.to(device)
+        for number, one in enumerate(self.valid[:NUM_SAMPLES]):
+            tokens, _ = self.whole([one])
+            state = self._decoder.init_state(1, self._model.card.num_steps, self._model.card.guidance_scale)
+            wav = self._decoder(dataclasses.replace(tokens, values=tokens.values.to(device)), state)
+            save_audio(folder / f"{number}.wav", wav.rows()[0].cpu().numpy(), rates.SPEAK_SAMPLE_RATE)
 
     def save(self, folder: Path) -> None:
-        """Writes `flow`, `model` and the report: report.json, report.html and its sounds."""
+        """Writes `flow` and `model`, a copy of the model with it; of a released set only its decoder."""
         super().save(folder)
-        self._write_model(folder / "flow", folder / "model")
-        report = self._compare(self._clips(self._voice_recipe.num_compared), folder, self._judges)
-        report.save(folder, "report")
-        print(format_table(report))
+        out = folder / "model"
+        if not isinstance(self._model, PocketFolder):
+            export_flow(folder / "flow", self._model.path / "decoder", out / "decoder")
+            return
+        shutil.copytree(self._model.path, out, dirs_exist_ok=True)
+        extra = {"tokenizer": self.tokenizer_hash}
+        save_component(out / "decoder" / "flow", self.flow, self.flow.config, extra=extra, dtype=torch.float16)
+        card = self._model.card
+        dataclasses.replace(card, name=f"{card.name}-{self._voice}", voices=(self._voice,)).save(out)
 
     def load_tokenizer(self) -> SpeechTokenizer:
         """Loads the tokenizer of the model."""
@@ -106,55 +103,3 @@ class VoiceStage(FlowStage):
     def _make_flow(self) -> Flow | ReleasedFlow:
         flow: Flow | ReleasedFlow = self._decoder.flow
         return flow.requires_grad_(True)
-
-    def _clips(self, num: int) -> list[VoiceClip]:
-        clips = []
-        for index in spread(range(len(self.valid)), num):
-            one = self.valid[index]
-            wav = self.clips[one.store].wav(one.indices[0])
-            clips.append(VoiceClip(one.clip.id, one.clip.text, wav, index))
-        return clips
-
-    def _compare(self, clips: list[VoiceClip], folder: Path, judges: Judges) -> Report:
-        syntheses: dict[str, Synthesis] = {
-            "vocoder": self._from_mel,
-            "before": partial(self._from_tokens, self._before),
-            "after": partial(self._from_tokens, self._decoder),
-        }
-        rows, shown = compare_voices(clips, syntheses, judges)
-        model = {"name": self._voice_recipe.voice, "model": self._voice_recipe.model}
-        report = Report("voice", model, machine.describe(), tuple(rows))
-        write_rows(folder, report, shown, len(shown))
-        return report
-
-    @torch.inference_mode()
-    def _from_mel(self, clip: VoiceClip) -> NDArray[np.float32]:
-        mel = self._mel(self.valid[clip.index])
-        vocoder = self._before.vocoder
-        state = vocoder.init_state(1)
-        mels = Padded.full(mel[None])
-        wav = Padded.concat([vocoder.step(mels, state), vocoder.flush(state)])
-        return wav.rows()[0].numpy()
-
-    @torch.inference_mode()
-    def _from_tokens(self, decoder: Decoder, clip: VoiceClip) -> NDArray[np.float32]:
-        tokens, _ = self.whole([self.valid[clip.index]])
-        device = next(decoder.flow.parameters()).device
-        decoder.vocoder.to(device)
-        card = self._model.card
-        state = decoder.init_state(1, card.num_steps, card.guidance_scale)
-        wav: Padded = decoder(Padded(tokens.values.to(device), tokens.lengths.to(device)), state)
-        return wav.rows()[0].cpu().numpy()
-
-    def _write_model(self, flow: Path, out: Path) -> None:
-        """Copies the model with the new flow; of a released set only its decoder."""
-        if not isinstance(self._model, PocketFolder):
-            export_flow(flow, self._model.path / "decoder", out / "decoder")
-            return
-        shutil.copytree(self._model.path, out, dirs_exist_ok=True)
-        extra = {"tokenizer": self.tokenizer_hash}
-        save_component(out / "decoder" / "flow", self.flow, self.flow.config, extra=extra, dtype=torch.float16)
-        card = self._model.card
-        dataclasses.replace(
-            card, name=f"{card.name}-{self._voice_recipe.voice}", voices=(self._voice_recipe.voice,)
-        ).save(out)
