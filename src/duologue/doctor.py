@@ -23,7 +23,7 @@ EXTRAS = {
         "duologue serve",
         ("fastapi", "uvicorn", "websockets", "python-multipart", "prometheus-client", "onnxruntime"),
     ),
-    "talk": ("duologue talk", ("websockets", "sounddevice", "rich")),
+    "talk": ("duologue talk", ("websockets", "sounddevice", "rich", "livekit")),
     "train": ("training", ("tensorboard", "matplotlib", "pyarrow", "whisper_normalizer")),
     "eval": (
         "evaluation",

@@ -53,6 +53,11 @@ def add(commands: Any) -> None:
         action="store_true",
         help="do not listen while an answer plays (prevents echo)",
     )
+    talk.add_argument(
+        "--no-echo-cancellation",
+        action="store_true",
+        help="leave the microphone as it is, for instance with headphones",
+    )
 
 
 def _talk(args: argparse.Namespace) -> int:
@@ -69,7 +74,7 @@ def _talk(args: argparse.Namespace) -> int:
     from duologue.client.process import start_server
     from duologue.talk.terminal import AudioEndpoints, converse
 
-    endpoints = AudioEndpoints(args.input, args.output)
+    endpoints = AudioEndpoints(args.input, args.output, not args.no_echo_cancellation)
     endpoints.check()  # before a model is loaded
     settings = TalkSettings(
         voice=args.voice,

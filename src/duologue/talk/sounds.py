@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from duologue.client.connection import WIRE_RATE
 from duologue.client.playback import Playback
+from duologue.talk.echo import EchoCanceller
 
 CHUNK_S = 0.02
 MAX_WAITING = 100  # microphone chunks: 2 s
@@ -49,12 +50,15 @@ def devices(*kinds: Literal["microphone", "loudspeaker"]) -> Any:
 class Microphone:
     """A source of 20 ms chunks at `WIRE_RATE`. When the queue is full, the oldest chunk is dropped.
 
+    Args:
+        echo: takes the loudspeaker's sound out of the chunks; None leaves them as they are.
+
     Attributes:
         num_lost: chunks dropped by the queue or the device.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, echo: EchoCanceller | None = None) -> None:
+        self._loop, self._echo = loop, echo
         self._waiting: asyncio.Queue[NDArray[np.int16]] = asyncio.Queue(MAX_WAITING)
         self._resampler: soxr.ResampleStream | None = None
         self.num_lost = 0
@@ -83,6 +87,8 @@ class Microphone:
         pcm = samples[:, 0].copy()
         if self._resampler is not None:
             pcm = self._resampler.resample_chunk(pcm)
+        if self._echo is not None:
+            pcm = self._echo.clean(pcm)
         lost = bool(status and status.input_overflow)
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._put, pcm, lost)
@@ -101,10 +107,14 @@ class Microphone:
 
 
 class Loudspeaker:
-    """Plays the queue of a `Playback`."""
+    """Plays the queue of a `Playback`.
 
-    def __init__(self, playback: Playback) -> None:
-        self._playback = playback
+    Args:
+        echo: gets what is played; None for no echo cancellation.
+    """
+
+    def __init__(self, playback: Playback, echo: EchoCanceller | None = None) -> None:
+        self._playback, self._echo = playback, echo
         self._resampler: soxr.ResampleStream | None = None
         self._rest = np.zeros(0, np.int16)  # resampled samples for the next call
         self._rate = WIRE_RATE
@@ -133,13 +143,19 @@ class Loudspeaker:
         """Fills out (S, 1) on the device's thread."""
         delay_s = max(0.0, when.outputBufferDacTime - when.currentTime)
         if self._resampler is None:
-            out[:, 0] = self._playback.take(num, delay_s)
+            out[:, 0] = self._take(num, delay_s)
             return
         while len(self._rest) < num:
             later_s = delay_s + len(self._rest) / self._rate
-            pcm = self._playback.take(round(WIRE_RATE * CHUNK_S), later_s)
+            pcm = self._take(round(WIRE_RATE * CHUNK_S), later_s)
             self._rest = np.concatenate([self._rest, self._resampler.resample_chunk(pcm)])
         out[:, 0], self._rest = self._rest[:num], self._rest[num:]
+
+    def _take(self, num: int, delay_s: float) -> NDArray[np.int16]:
+        pcm = self._playback.take(num, delay_s)
+        if self._echo is not None:
+            self._echo.play(pcm)
+        return pcm
 
 
 def _rate(sounddevice: Any, kind: str) -> int:

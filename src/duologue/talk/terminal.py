@@ -17,6 +17,7 @@ from duologue.client.conversation import TalkClient, TalkSettings, TalkSummary
 from duologue.client.playback import CHUNK, Playback, Ticker, in_real_time, silence
 from duologue.pcm import from_int16, to_int16
 from duologue.sound_files import load_audio, save_audio
+from duologue.talk.echo import open_echo_canceller
 from duologue.talk.screen import Display, JsonDisplay, LevelMeter, TerminalDisplay
 from duologue.talk.sounds import Loudspeaker, Microphone, devices
 
@@ -58,10 +59,12 @@ class AudioEndpoints:
     Attributes:
         source: an audio file, or None for the microphone.
         target: an audio file, or None for the loudspeaker.
+        cancels_echo: whether the loudspeaker's sound is taken out of the microphone, where livekit is installed.
     """
 
     source: Path | None = None
     target: Path | None = None
+    cancels_echo: bool = True
 
     def check(self) -> None:
         """Raises ValueError if a file is unreadable or a device is missing."""
@@ -97,11 +100,13 @@ async def converse(
     display: Display = JsonDisplay() if as_json else TerminalDisplay(model, lambda: meter.level, lambda: playback.level)
     heard = read_pcm(endpoints.source) if endpoints.source is not None else None
     recorder = PlaybackRecorder(playback)
+    in_the_air = endpoints.source is None and endpoints.target is None
+    echo = open_echo_canceller() if endpoints.cancels_echo and in_the_air else None
     async with open_connection(server, model, key, reconnect) as connection:
         talk = TalkClient(connection, playback, settings, display.observe)
         with contextlib.ExitStack() as stack:
             if endpoints.target is None:
-                stack.enter_context(Loudspeaker(playback).open(devices("loudspeaker")))
+                stack.enter_context(Loudspeaker(playback, echo).open(devices("loudspeaker")))
             else:
                 playing = asyncio.create_task(recorder.run(Ticker()))
                 stack.callback(playing.cancel)
@@ -111,7 +116,7 @@ async def converse(
                 ticker = Ticker()
                 summary = await talk.run(meter.through(in_real_time(heard, ticker)), silence(ticker))
             else:
-                microphone = Microphone(asyncio.get_running_loop())
+                microphone = Microphone(asyncio.get_running_loop(), echo)
                 stack.enter_context(microphone.open(devices("microphone")))
                 summary = await talk.run(meter.through(microphone.chunks()))
                 summary.num_lost = microphone.num_lost
