@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,7 +38,9 @@ def measure(recipes: Path) -> list[dict[str, float | str]]:
     """One row a part: name, parameters, bytes in half precision, multiply-adds for a second of speech."""
     shipped = open_folder(model_folder("pocket"))  # the sizes of the tokenizer are Whisper's, not its recipe's
     tokenizer, recognizer = shipped.load_tokenizer(), shipped.load_recognizer()
-    flow = Flow(load_config(recipes / "flow.yaml", FlowRecipe).flow).eval()
+    sizes = load_config(recipes / "flow.yaml", FlowRecipe).flow
+    encoder = replace(sizes.encoder, codebook_size=shipped.vocabulary.codebook_size)  # as the training does
+    flow = Flow(replace(sizes, encoder=encoder)).eval()
     vocoder = Vocoder(load_config(recipes / "vocoder.yaml", VocoderRecipe).vocoder).eval()
     vocabulary = shipped.vocabulary
     language = new_glm(vocabulary, load_config(recipes / "pretrain.yaml", PretrainRecipe).language)

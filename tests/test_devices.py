@@ -111,7 +111,7 @@ def test_tokens_are_made_on_the_device(monkeypatch: pytest.MonkeyPatch, tmp_path
     """The command's device reaches the tokenizer, and clips follow it."""
     asked: list[object] = []
 
-    def watched(made: TokensRecipe, device: str) -> None:
+    def watched(made: TokensRecipe, device: str, ray: str) -> None:
         asked.append(device)
         raise KeyboardInterrupt
 
