@@ -38,14 +38,12 @@ def free_memory_gb() -> float | None:
 
 def resident_mb() -> float:
     """Returns the memory that this process has resident now, in 10^6 bytes; NaN if unknown."""
-    size = _first("/proc/self/status", "VmRSS")
-    return int(size.split()[0]) * 1024 / 1e6 if size else math.nan
+    return _memory_mb("VmRSS")
 
 
 def peak_resident_mb() -> float:
     """Returns the most memory that this process had resident, in 10^6 bytes; NaN if unknown."""
-    size = _first("/proc/self/status", "VmHWM")
-    return int(size.split()[0]) * 1024 / 1e6 if size else math.nan
+    return _memory_mb("VmHWM")
 
 
 def load() -> float | None:
@@ -94,6 +92,11 @@ def source_commit() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return found[0].stdout.strip() + ("+" if found[1].stdout.strip() else "")
+
+
+def _memory_mb(key: str) -> float:
+    size = _first("/proc/self/status", key)
+    return int(size.split()[0]) * 1024 / 1e6 if size else math.nan
 
 
 def _first(path: str, key: str) -> str:

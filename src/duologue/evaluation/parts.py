@@ -16,7 +16,7 @@ from duologue.evaluation.recognition import SoundRecognizer
 from duologue.evaluation.report import Row, difference_row
 from duologue.evaluation.testset import SEEN, SPLIT_NAMES, SPLITS, UNSEEN, WARPED, TestClip, TestSet, spread
 from duologue.layers import Padded
-from duologue.models import Models
+from duologue.models import Card, Decoder, Models
 from duologue.progress import steps
 from duologue.tokenizer.recognizer import Recognizer
 from duologue.tokenizer.speech_recognizer import SpeechRecognizer
@@ -85,7 +85,10 @@ def decoder_rows(
     group = "decoder"
     clips = plain_replies(test_set)
     codes, _ = tokenize(models.tokenizer, clips)
-    made = {c.id: _resynthesize(models, codes[c.id]) for c in steps(clips, "part 2 of 5, resynthesis", "clips")}
+    made = {
+        c.id: resynthesize(models.decoder, models.card, codes[c.id])
+        for c in steps(clips, "part 2 of 5, resynthesis", "clips")
+    }
     rows = []
     if recognizer is None:
         rows.append(Row(group, "WER after resynthesis", None, "%", skipped=why_not))
@@ -143,11 +146,11 @@ def tokenize(
 
 
 @torch.inference_mode()
-def _resynthesize(models: Models, codes: NDArray[np.int64]) -> NDArray[np.float32]:
+def resynthesize(decoder: Decoder, card: Card, codes: NDArray[np.int64]) -> NDArray[np.float32]:
     """(T,) codes -> wav (S,) at the reply's sample rate, with the settings of a conversation."""
-    state = models.decoder.init_state(1, models.card.num_steps, models.card.guidance_scale)
-    device = next(models.decoder.parameters()).device
-    wav: Padded = models.decoder(Padded.full(torch.from_numpy(codes)[None].to(device)), state)
+    state = decoder.init_state(1, card.num_steps, card.guidance_scale)
+    device = next(decoder.parameters()).device
+    wav: Padded = decoder(Padded.full(torch.from_numpy(codes)[None].to(device)), state)
     made: NDArray[np.float32] = wav.rows()[0].clamp(-1.0, 1.0).float().cpu().numpy()
     return made
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,13 @@ from duologue.evaluation.conversations import Waveform
 from duologue.evaluation.intelligibility import Naturalness, error_row, if_available, quality_row
 from duologue.evaluation.intervals import bootstrap
 from duologue.evaluation.page import PageRow
-from duologue.evaluation.parts import tokenize
+from duologue.evaluation.parts import resynthesize, tokenize
 from duologue.evaluation.recognition import SoundRecognizer
 from duologue.evaluation.report import Report, Row, difference_row
 from duologue.evaluation.sound_quality import SpeakerEmbedder
 from duologue.evaluation.testset import TestClip, read_clips, spread
 from duologue.layers import Padded
-from duologue.models import Decoder, ModelFolder, open_folder
+from duologue.models import Card, Decoder, open_folder
 from duologue.progress import steps
 
 RECORDING, VOCODER, BEFORE, AFTER = "recording", "vocoder", "before", "after"
@@ -82,7 +83,7 @@ def evaluate_voice(
     decoders = {name: folder.load_decoder(device) for name, folder in folders.items()}
     syntheses: dict[str, Synthesis] = {VOCODER: _vocoder_alone(decoders[AFTER])}
     for name, folder in folders.items():
-        syntheses[name] = _voice(folder, decoders[name], codes)
+        syntheses[name] = partial(_from_tokens, decoders[name], folder.card, codes)
     rows, shown = compare_voices(clips, syntheses, judges)
     about: dict[str, Any] = {"name": folders[AFTER].card.name, "before": before, "tokenizer": hashes[AFTER]}
     settings = {"corpus": str(corpus), "num_clips": len(clips)}
@@ -146,17 +147,10 @@ def _likeness_row(
     return Row(name, LIKENESS, float(np.mean(values)), aim_is="at least", num=len(values), interval=interval)
 
 
-def _voice(folder: ModelFolder, decoder: Decoder, codes: Mapping[str, NDArray[np.int64]]) -> Synthesis:
-    """Tokens of a recording -> speech, with the settings of a conversation."""
-
-    @torch.inference_mode()
-    def speak(clip: TestClip) -> NDArray[np.float32]:
-        device = next(decoder.parameters()).device
-        state = decoder.init_state(1, folder.card.num_steps, folder.card.guidance_scale)
-        wav: Padded = decoder(Padded.full(torch.from_numpy(codes[clip.id])[None].to(device)), state)
-        return wav.rows()[0].cpu().numpy()
-
-    return speak
+def _from_tokens(
+    decoder: Decoder, card: Card, codes: Mapping[str, NDArray[np.int64]], clip: TestClip
+) -> NDArray[np.float32]:
+    return resynthesize(decoder, card, codes[clip.id])
 
 
 def _vocoder_alone(decoder: Decoder) -> Synthesis:

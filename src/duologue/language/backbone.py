@@ -208,7 +208,7 @@ def save_language(
         _save_int8(folder, model, max_shard_bytes)
     else:
         _save_floats(folder, model, dtype, max_shard_bytes)
-    write_json(folder / PROVENANCE_FILE, {"version": 1, **asdict(provenance)})
+    save_provenance(folder, provenance)
 
 
 def _save_int8(folder: Path, model: PreTrainedModel, max_shard_bytes: int) -> None:
@@ -235,6 +235,11 @@ def _save_floats(folder: Path, model: PreTrainedModel, dtype: Dtype, max_shard_b
             model.save_pretrained(folder, state_dict=own, max_shard_size=max_shard_bytes)
     finally:
         model.config.dtype = kept
+
+
+def save_provenance(folder: str | Path, provenance: Provenance) -> None:
+    """Writes the provenance of a language model's folder."""
+    write_json(Path(folder) / PROVENANCE_FILE, {"version": 1, **asdict(provenance)})
 
 
 def load_provenance(folder: str | Path) -> Provenance:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -24,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from duologue.checkpoint import DTYPES, Dtype
-from duologue.config import read_json, write_json
+from duologue.config import read_json
 from duologue.language.adapters import LoraOptions, RowsEmbedding, RowsHead, lora_config
 from duologue.language.backbone import (
     PROVENANCE_FILE,
@@ -33,6 +32,7 @@ from duologue.language.backbone import (
     load_language,
     load_provenance,
     save_language,
+    save_provenance,
 )
 from duologue.language.pretrained import load_backbone
 from duologue.released.language import is_released, load_released_language
@@ -78,7 +78,7 @@ def save_adapter(
     config.inference_mode = True
     config.save_pretrained(str(folder))
     save_for_transformers(vocabulary, folder)
-    write_json(folder / PROVENANCE_FILE, {"version": 1, **asdict(provenance)})
+    save_provenance(folder, provenance)
 
 
 def merge_adapter(

@@ -66,6 +66,19 @@ def run_on_ray(
         ray.shutdown()
 
 
+def run_jobs(job: Callable[[Item], object], items: Sequence[Item], address: str, device: str, description: str) -> None:
+    """Runs `job` for every item: here one after another, or on the Ray cluster of an address.
+
+    Raises:
+        RuntimeError: as `run_on_ray`.
+    """
+    if address:
+        run_on_ray(job, items, address, num_gpus=float(device.startswith("cuda")), description=description)
+        return
+    for item in items:
+        job(item)
+
+
 def with_absolute_paths(recipe: Recipe, *names: str) -> Recipe:
     """The recipe with absolute paths under these keys, a path or several each: workers have other working folders."""
 

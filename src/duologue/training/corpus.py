@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -126,6 +126,25 @@ def write_shard(
     part = folder / f"{name}.{os.getpid()}.part"  # a worker that is thought dead may still write
     pq.write_table(table, part, compression="zstd")
     part.rename(folder / f"{name}.parquet")
+
+
+def complete_shard(
+    folder: str | Path,
+    name: str,
+    samples: Callable[[], Iterable[CorpusSample]],
+    provenance: Provenance,
+    speech_offset: int,
+) -> None:
+    """Writes a shard as `write_shard` unless it exists.
+
+    Raises:
+        ValueError: the existing one was made with another tokenizer or vocabulary.
+    """
+    path = Path(folder) / f"{name}.parquet"
+    if path.exists():
+        read_provenance(path).check(provenance, str(path), "this run")
+    else:
+        write_shard(folder, name, samples(), provenance, speech_offset)
 
 
 def write_manifest(folder: str | Path, provenance: Provenance) -> Manifest:

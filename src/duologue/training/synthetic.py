@@ -12,7 +12,7 @@ import asyncio
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -25,14 +25,13 @@ from duologue.language.backbone import load_language, load_provenance
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
 from duologue.language.talker import TextToTokenTalker
-from duologue.training.cluster import run_on_ray, with_absolute_paths
+from duologue.training.cluster import run_jobs, with_absolute_paths
 from duologue.training.corpus import (
     CorpusSample,
     LabeledTurn,
     Manifest,
-    read_provenance,
+    complete_shard,
     write_manifest,
-    write_shard,
 )
 from duologue.turns import Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
@@ -87,12 +86,12 @@ def run_interleave(recipe: InterleaveRecipe, device: str = "cpu", ray: str = "")
 
     Args:
         device: of the text-to-token model.
-        ray: address of the Ray cluster whose workers take one file of texts each, see `cluster.run_on_ray`.
+        ray: address of the Ray cluster whose workers take one file of texts each, see `cluster.run_jobs`.
 
     Raises:
         ValueError: a file is missing or of another kind, or no document is long enough; or the existing corpus was made
             with another tokenizer or vocabulary.
-        RuntimeError: as `cluster.run_on_ray`.
+        RuntimeError: as `cluster.run_jobs`.
     """
     if ray:
         recipe = with_absolute_paths(recipe, "texts", "text_to_token", "vocabulary", "out")
@@ -103,11 +102,7 @@ def run_interleave(recipe: InterleaveRecipe, device: str = "cpu", ray: str = "")
         f"the vocabulary {recipe.vocabulary}",
     )
     job = partial(_write_file, recipe=recipe, device=device)
-    if ray:
-        run_on_ray(job, recipe.texts, ray, num_gpus=float(device.startswith("cuda")), description="texts")
-    else:
-        for file in recipe.texts:
-            job(file)
+    run_jobs(job, recipe.texts, ray, device, "texts")
     return write_manifest(recipe.out, provenance)
 
 
@@ -135,22 +130,23 @@ def _write_file(file: str, recipe: InterleaveRecipe, device: str) -> None:
     """Writes the missing shards of one file of texts."""
     vocabulary, provenance = Vocabulary.load(recipe.vocabulary), load_provenance(recipe.text_to_token)
     documents, stem = _documents(file, recipe, vocabulary), Path(file).stem
-    talker = None
+    talker = cache(partial(_open_talker, recipe, vocabulary, device))  # only if a shard is missing
     number = 0
     while shard := list(islice(documents, recipe.documents_per_shard)):
         name = f"interleaved-{stem}-{number:05d}"
-        path = Path(recipe.out) / f"{name}.parquet"
-        if path.exists():
-            read_provenance(path).check(provenance, str(path), "this run")
-        else:
-            if talker is None:
-                model = load_language(recipe.text_to_token).to(device)
-                talker = TextToTokenTalker(PlainEngine(model, vocabulary, recipe.num_rows), vocabulary)
-            samples = asyncio.run(_spoken(shard, name, recipe, talker, vocabulary))
-            write_shard(recipe.out, name, samples, provenance, vocabulary.speech_offset)
+
+        def speak(shard: list[list[int]] = shard, name: str = name) -> list[CorpusSample]:
+            return asyncio.run(_spoken(shard, name, recipe, talker(), vocabulary))
+
+        complete_shard(recipe.out, name, speak, provenance, vocabulary.speech_offset)
         number += 1
     if not number:
         raise ValueError(f"{file} holds no text of at least {recipe.min_ids} ids")
+
+
+def _open_talker(recipe: InterleaveRecipe, vocabulary: Vocabulary, device: str) -> TextToTokenTalker:
+    model = load_language(recipe.text_to_token).to(device)
+    return TextToTokenTalker(PlainEngine(model, vocabulary, recipe.num_rows), vocabulary)
 
 
 def _documents(file: str, recipe: InterleaveRecipe, vocabulary: Vocabulary) -> Iterator[list[int]]:

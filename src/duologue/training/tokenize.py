@@ -8,7 +8,7 @@ spread over a Ray cluster.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -29,15 +29,14 @@ from duologue.interleave import weave
 from duologue.language.backbone import Provenance
 from duologue.layers import Padded
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
-from duologue.training.cluster import run_on_ray, with_absolute_paths
+from duologue.training.cluster import run_jobs, with_absolute_paths
 from duologue.training.corpus import (
     CorpusSample,
     LabeledTurn,
     Manifest,
     Task,
-    read_provenance,
+    complete_shard,
     write_manifest,
-    write_shard,
 )
 from duologue.training.data import Clip, Clips, Wav
 from duologue.turns import Modality, Role, Turn
@@ -85,12 +84,12 @@ def run_tokens(recipe: TokensRecipe, device: str = "cpu", ray: str = "") -> Mani
 
     Args:
         device: of the tokenizer. On CUDA its codes are those of the CPU, up to rounding: TF32 is off.
-        ray: address of the Ray cluster whose workers tokenize the clips, see `cluster.run_on_ray`; empty for none.
+        ray: address of the Ray cluster whose workers tokenize the clips, see `cluster.run_jobs`; empty for none.
 
     Raises:
         ValueError: a folder is missing or of another kind; the codebook of the vocabulary is not the tokenizer's. Or
             the existing corpus was made with another tokenizer or vocabulary.
-        RuntimeError: as `cluster.run_on_ray`.
+        RuntimeError: as `cluster.run_jobs`.
     """
     if ray:
         recipe = with_absolute_paths(recipe, "corpora", "tokenizer", "vocabulary", "out", "texts")
@@ -99,18 +98,15 @@ def run_tokens(recipe: TokensRecipe, device: str = "cpu", ray: str = "") -> Mani
     corpora = [_shards(Path(folder)) for folder in recipe.corpora]
     write = partial(_write_clips, recipe=recipe, device=device)
     clips = [shard for shards, _ in corpora for shard in shards]
-    if ray:
-        run_on_ray(write, clips, ray, num_gpus=float(device.startswith("cuda")), description="tokens")
-    else:
-        for shard in clips:
-            write(shard)
+    run_jobs(write, clips, ray, device, "tokens")
     for shards, tables in corpora:
         spoken = _Spoken([Path(recipe.out) / f"{_name(shard)}.parquet" for shard in shards])
         for table in tables:
             samples = partial(_dialogues, table, spoken, vocabulary, recipe)
-            _write(recipe, _name(table), provenance, vocabulary, samples)
+            complete_shard(recipe.out, _name(table), samples, provenance, vocabulary.speech_offset)
     for file in map(Path, recipe.texts):
-        _write(recipe, f"text-{file.stem}", provenance, vocabulary, partial(_texts, file, vocabulary))
+        texts = partial(_texts, file, vocabulary)
+        complete_shard(recipe.out, f"text-{file.stem}", texts, provenance, vocabulary.speech_offset)
     return write_manifest(recipe.out, provenance)
 
 
@@ -136,25 +132,11 @@ def _name(shard: Path) -> str:
     return f"{shard.parent.name}-{shard.stem}"
 
 
-def _write(
-    recipe: TokensRecipe,
-    name: str,
-    provenance: Provenance,
-    vocabulary: Vocabulary,
-    samples: Callable[[], list[CorpusSample]],
-) -> None:
-    """Writes one shard of the token corpus unless it exists."""
-    path = Path(recipe.out) / f"{name}.parquet"
-    if path.exists():
-        read_provenance(path).check(provenance, str(path), "this run")
-    else:
-        write_shard(recipe.out, name, samples(), provenance, vocabulary.speech_offset)
-
-
 def _write_clips(shard: Path, recipe: TokensRecipe, device: str) -> None:
     """Tokenizes one shard of clips unless its result exists."""
     tokenizer, vocabulary, provenance = _open_parts(recipe.tokenizer, recipe.vocabulary, device)
-    _write(recipe, _name(shard), provenance, vocabulary, partial(_clips, shard, tokenizer, vocabulary, recipe))
+    samples = partial(_clips, shard, tokenizer, vocabulary, recipe)
+    complete_shard(recipe.out, _name(shard), samples, provenance, vocabulary.speech_offset)
 
 
 def _clips(shard: Path, tokenizer: SpeechTokenizer, vocabulary: Vocabulary, recipe: TokensRecipe) -> list[CorpusSample]:
