@@ -72,7 +72,7 @@ class ScriptedEngine:
         if not schedule.speech_run:
             return text
         codes = [index % self._vocabulary.codebook_size for index in range(NUM_SPEECH)]
-        return weave(text, self._vocabulary.speech_ids(codes), schedule)
+        return weave(text if schedule.text_run else [], self._vocabulary.speech_ids(codes), schedule)
 
     async def generate(
         self,

@@ -1,4 +1,4 @@
-"""Records the real-time events that pipecat and LiveKit Agents send: python -m tests.record_sessions.
+"""Records the real-time events that pipecat, LiveKit Agents and speech-to-speech send: python -m tests.record_sessions.
 
 Writes tests/golden/client_sessions.json. The number of its samples replaces sound, and `item:3` the id of the server's
 fourth item. The clients run against the
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
+import importlib
 import importlib.metadata
 import json
 import tempfile
@@ -73,19 +75,25 @@ def joined(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    from tests import livekit_client, pipecat_client
-
+    """Records the clients that are installed; what others sent earlier stays."""
     pcm = question(after_s=1.5).tobytes()
     seconds = rates.speak_samples_for_tokens(NUM_SPEECH) / rates.SPEAK_SAMPLE_RATE - 0.1
-    clients: dict[str, Callable[[str], Any]] = {
-        "livekit-plugins-openai": lambda url: livekit_client.talk(url, KEY, pcm),
-        "pipecat-ai": lambda url: pipecat_client.ask(url, KEY, pcm, seconds),
+    # Package -> its module here, and what runs it.
+    clients: dict[str, tuple[str, Callable[[Any, str], Any]]] = {
+        "livekit-plugins-openai": ("livekit_client", lambda module, url: module.talk(url, KEY, pcm)),
+        "speech-to-speech": ("speech_to_speech_client", lambda module, url: module.talk(url, KEY, pcm)),
+        "pipecat-ai": ("pipecat_client", lambda module, url: module.ask(url, KEY, pcm, seconds)),
     }
-    recorded = {}
+    recorded = json.loads(GOLDEN.read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as folder:
         model = write_tiny_chatbot(Path(folder) / "tiny", max_positions=512, max_tokens=60)
-        for name, client in clients.items():
-            events = joined(record(model, client))
+        for name, (module_name, client) in clients.items():
+            try:
+                module = importlib.import_module(f"tests.{module_name}")
+            except ImportError as error:
+                print(f"{name}: kept as it was ({error})")
+                continue
+            events = joined(record(model, functools.partial(client, module)))
             recorded[name] = {"version": importlib.metadata.version(name), "events": events}
             print(f"{name}: {len(events)} events")
     GOLDEN.write_text(json.dumps(recorded, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -162,7 +162,20 @@ def test_livekit_speaks_hears_writes_and_truncates(server: LiveServer) -> None:
     assert [len(pcm) / 48_000 for pcm in heard.sounds] == pytest.approx([expected_seconds()] * 2, abs=0.02)
 
 
-# What the two send, where they are not installed; recorded by `python -m tests.record_sessions`.
+# speech-to-speech of Hugging Face, where it is installed: pip install speech-to-speech.
+
+
+def test_speech_to_speech_speaks_and_hears(server: LiveServer) -> None:
+    pytest.importorskip("speech_to_speech")
+    from tests.speech_to_speech_client import talk
+
+    heard = asyncio.run(asyncio.wait_for(talk(server.url, KEY, question(after_s=1.0).tobytes()), TIMEOUT_S))
+    assert heard.errors == []
+    assert heard.texts == [TEXT]
+    assert len(heard.sound) / 48_000 == pytest.approx(expected_seconds(), abs=0.3)
+
+
+# What the three send, where they are not installed; recorded by `python -m tests.record_sessions`.
 
 RECORDED: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "client_sessions.json").read_text())
 

@@ -13,6 +13,7 @@ import duologue
 from duologue.vocabulary import Vocabulary
 from recipes.pocket import run
 from recipes.pocket.run import main, steps
+from recipes.pocket.take_apart import PLACES, take_apart
 from recipes.pocket.text import main as write_vocabulary
 
 PROGRAMS = ("flite", "espeak-ng", "text2wave")
@@ -54,6 +55,26 @@ def test_a_step_that_fails_says_which(
     (run.RUNS / "texts.txt").write_bytes(b"\xff")  # not UTF-8
     assert main([]) == 1
     assert "vocabulary stopped with exit code 1" in capfd.readouterr().err
+
+
+def test_a_trained_model_is_trained_further(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = steps(1, 1, 1, further=str(tiny_folder))
+    assert [step.name for step in wanted[:3]] == ["take-apart", "free", "dialogues"]
+    assert not {"tokenizer", "vocoder", "pretrain"} & {step.name for step in wanted}
+    take_apart(tiny_folder, run.RUNS)
+    assert wanted[0].done.exists()
+    for part, place in PLACES.items():
+        assert {file.name for file in (tiny_folder / part).iterdir()} == {
+            file.name for file in (run.RUNS / place).iterdir()
+        }
+    for name, start in (("chat", "pretrain/final/language"), ("flow-voice", "flow/final")):
+        recipe = yaml.safe_load((run.RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+        assert recipe["start_from"] == str(run.RUNS / start)
+    shutil.copytree(tiny_folder, "model")
+    shutil.rmtree("model/recognizer")
+    with pytest.raises(ValueError, match="model has no recognizer"):
+        take_apart(Path("model"), run.RUNS)
 
 
 def test_the_vocabulary_has_the_codes_of_the_tokenizer(tmp_path: Path) -> None:

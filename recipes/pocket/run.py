@@ -1,12 +1,13 @@
 """All of pocket, from nothing to the folder that ships: corpus, vocabulary, trainings, evaluation.
 
     python -m recipes.pocket.run [--hours 100] [--turns 72000] [--workers 2] [--device cuda] [--list] [--smoke]
-        [--carry-over src/duologue/pocket]
+        [--carry-over src/duologue/pocket | --further src/duologue/pocket --seed 2]
 
 It can be stopped and started again at any time: finished steps are skipped, and a training resumes from its last
 checkpoint. All results are under `runs/pocket`; delete a step's folder to repeat the step. `--smoke` runs every step
 for moments on minimal data. It shows whether everything works on this machine, and the tests use it. `--carry-over`
-starts flow and language model from those of a trained pocket with another tokenizer, see `carry_over.py`.
+starts flow and language model from those of a trained pocket with another tokenizer, see `carry_over.py`. `--further`
+trains a pocket on with its own tokenizer, on a corpus of another seed: hours in place of a day.
 """
 
 from __future__ import annotations
@@ -33,11 +34,14 @@ class Step:
     done: Path
 
 
-def steps(hours: float, turns: int, workers: int, carry_over: str = "") -> list[Step]:
+def steps(hours: float, turns: int, workers: int, seed: int = 1, carry_over: str = "", further: str = "") -> list[Step]:
     """All steps in order.
 
     Args:
+        seed: of what the training hears; the test is always the same.
         carry_over: folder of a trained pocket whose flow and language model are the start; empty for random weights.
+        further: folder of a trained pocket whose training goes on, with its tokenizer; empty for a training from
+            nothing.
     """
     corpus, texts, writing = RUNS / "corpus", RUNS / "texts.txt", RUNS / "writing"
     vocabulary, pocket, report = RUNS / "vocabulary", RUNS / "pocket", RUNS / "evaluation"
@@ -55,10 +59,11 @@ def steps(hours: float, turns: int, workers: int, carry_over: str = "") -> list[
         pretrain = [_train("pretrain", "pretrain", RUNS / "pretrain" / "final" / "language" / "siblings.json")]
     from_carried = ("--set", f"start_from={carried}") if carry_over else ()
     from_carried_language = ("--set", f"start_from={carried / 'language'}") if carry_over else ()
-    return [
-        _step("free", corpus / "free" / "done", *make, "free", "--hours", hours),
+    take_apart = ("recipes.pocket.take_apart", "--model", further, "--runs", RUNS)
+    all_steps = [
+        _step("free", corpus / "free" / "done", *make, "free", "--hours", hours, "--seed", seed),
         _step("valid", corpus / "valid-unseen" / "done", *make, "valid"),
-        _step("dialogues", corpus / "dialogues" / "done", *make, "dialogues", "--turns", turns),
+        _step("dialogues", corpus / "dialogues" / "done", *make, "dialogues", "--turns", turns, "--seed", seed),
         _step("test", corpus / "test" / "done", *make, "test"),
         _step("writing", writing / "facts.txt", "recipes.pocket.writing", "--out", writing),
         _step("texts", texts, "recipes.pocket.corpus", "--texts", texts),
@@ -75,6 +80,10 @@ def steps(hours: float, turns: int, workers: int, carry_over: str = "") -> list[
         _step("assemble", pocket / "duologue.json", "recipes.pocket.assemble", "--out", pocket),
         _step("evaluate", report / "done", "duologue.cli", *evaluate),
     ]
+    if not further:
+        return all_steps
+    first = _step("take-apart", RUNS / "pretrain" / "final" / "language" / "siblings.json", *take_apart)
+    return [first, *(step for step in all_steps if step.name not in IN_THE_POCKET)]
 
 
 def _step(name: str, done: Path, *command: object) -> Step:
@@ -116,6 +125,17 @@ SMOKE = {
 }
 
 
+# Steps that a trained pocket makes unnecessary.
+IN_THE_POCKET = {"valid", "texts", "vocabulary", "whisper", "tokenizer", "freeze", "vocoder", "flow", "pretrain"}
+# What `--further` adds: shorter trainings at lower rates, and more reading aloud, which is learned last.
+FURTHER = {
+    "flow-voice": "--set loop.num_steps=1600 loop.learning_rate=1e-3",
+    "tokens": "--set variants=1",
+    "chat": """--set loop.num_steps=1200 loop.learning_rate=8e-4 loop.evaluate_every=400
+        mixture={asr:0.45,tts:0.35,woven:0.0,spans:0.0,speech:0.0,text:0.0,written:0.2}""",
+}
+
+
 # What `--device cuda` adds: trainings by the clock, with batches that fill a GPU and processes that fill the batches.
 # No run with these has been made yet.
 CUDA = {
@@ -136,15 +156,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="of the trainings; cuda trains by the clock, see CUDA here")
     parser.add_argument("--smoke", action="store_true", help="run every step for moments on next to nothing")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not")
-    parser.add_argument("--carry-over", default="", metavar="FOLDER", help="start from the pocket in this folder")
+    parser.add_argument("--seed", type=int, default=1, help="of what the training hears")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument(
+        "--carry-over", default="", metavar="FOLDER", help="start from this pocket, with a new tokenizer"
+    )
+    start.add_argument("--further", default="", metavar="FOLDER", help="train this pocket on, with its tokenizer")
     args = parser.parse_args(arguments)
-    for step in steps(args.hours, args.turns, args.workers, args.carry_over):
+    for step in steps(args.hours, args.turns, args.workers, args.seed, args.carry_over, args.further):
         if args.list:
             print(f"{'done' if step.done.exists() else 'to do':6}{step.name}")
             continue
         if step.done.exists():
             continue
-        command = [*step.command, *_options(step, args.device, args.smoke)]
+        command = [*step.command, *_options(step, args.device, args.smoke, bool(args.further))]
         print(f"--- {step.name}: python {' '.join(command)}", flush=True)
         if result := run_python(command):
             print(f"{step.name} stopped with exit code {result}; mend it and run this again", file=sys.stderr)
@@ -161,9 +186,11 @@ def run_python(command: Sequence[str]) -> int:
     return subprocess.run([sys.executable, *command], env={**os.environ, "PYTHONPATH": path}, check=False).returncode
 
 
-def _options(step: Step, device: str, smoke: bool) -> list[str]:
+def _options(step: Step, device: str, smoke: bool, further: bool) -> list[str]:
     """What this run adds to the command of a step."""
     added = SMOKE.get(step.name, "").split() if smoke else []
+    if further and not smoke:
+        added += FURTHER.get(step.name, "").split()
     if device != "cpu" and "train" in step.command:
         added += [*("--device", device), *(() if smoke else CUDA.get(step.name, "").split())]
     return added

@@ -43,7 +43,9 @@ FOREIGN_VOICES = (
 # Fields where null means "off"; elsewhere null keeps the value.
 _MAY_BE_NULL = {"turn_detection", "transcription", "noise_reduction", "idle_timeout_ms", "include", "tracing", "prompt"}
 _MERGED = {"audio", "input", "output", "format", "turn_detection", "transcription", "noise_reduction"}
-_SERVER_FIELDS = {"id", "object", "expires_at"}  # clients that send a whole session back include them
+# Clients that send a whole session back include the server's own fields. `extensions` is an offer of events beyond the
+# protocol, which a server may leave out (speech-to-speech).
+_LEFT_OUT = {"id", "object", "expires_at", "extensions"}
 
 
 class ProtocolError(Exception):
@@ -260,7 +262,7 @@ class SessionConfig(Strict):
         Raises:
             ProtocolError: a field is unknown or has an unsupported value; names the first one.
         """
-        changes = {name: value for name, value in changes.items() if name not in _SERVER_FIELDS}
+        changes = {name: value for name, value in changes.items() if name not in _LEFT_OUT}
         merged = _merge(self.model_dump(), changes)
         return read(SessionConfig, merged, "session")
 
