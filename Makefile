@@ -78,7 +78,7 @@ test-vllm: $(VENV)/.dev $(VLLM)/.installed
 
 test-gguf: $(VENV)/.dev
 	$(PIP_INSTALL) -c constraints.txt -e ".[gguf]"
-	$(BIN)/python -m pytest tests/test_gguf.py
+	$(BIN)/python -m pytest tests/test_gguf.py tests/test_bench_commands.py -k "gguf"
 
 test-scale: $(VENV)/.dev $(SCALE)/.installed
 	PYTHONPATH=src:$(SCALE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_scale_live.py tests/test_session_store.py tests/test_token_corpus.py

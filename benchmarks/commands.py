@@ -210,6 +210,18 @@ def _engine(args: argparse.Namespace) -> None:
     _run(args, model, lambda: measure_engine(language, vocabulary, *sizes))
 
 
+def _gguf(args: argparse.Namespace) -> None:
+    from benchmarks.gguf import measure_gguf
+    from duologue.conversation.chatbot import model_folder
+    from duologue.models import open_folder
+
+    if args.gguf is None:
+        raise ValueError("bench gguf needs a file: duologue convert FOLDER -o x.gguf --gguf q4_0, then --gguf x.gguf")
+    folder = open_folder(model_folder(args.model))
+    model = {"name": folder.card.name, "trained": folder.card.trained, "file": args.gguf.name}
+    _run(args, model, lambda: measure_gguf(args.gguf, folder.vocabulary, args.prompt, args.repetitions))
+
+
 def _server(args: argparse.Namespace) -> None:
     from benchmarks.server import measure_server
     from duologue.client.process import start_server
@@ -359,6 +371,16 @@ BENCHES = (
             Option("--repetitions", positive, 3, ""),
         ),
         random_weights=True,
+    ),
+    Bench(
+        "gguf",
+        "steps of a GGUF file in llama.cpp, against the memory bandwidth",
+        _gguf,
+        (
+            Option("--gguf", Path, None, "of the language model of --model", "FILE"),
+            Option("--prompt", positive, 64, "ids of a prompt"),
+            Option("--repetitions", positive, 3, ""),
+        ),
     ),
     Bench(
         "server",

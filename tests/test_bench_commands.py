@@ -21,7 +21,7 @@ def bench(capsys: Capture, name: str, model: Path, *argv: str | Path) -> dict[st
     record: dict[str, Any] = json.loads(out)
     assert record["bench"] == name
     assert record["command"].startswith(f"duologue bench {name} ")
-    assert record["model"] == {"name": "tiny", "trained": False}
+    assert record["model"].items() >= {"name": "tiny", "trained": False}.items()
     assert record["machine"]["cores"] >= 1
     assert set(record["machine"]) >= {"processor", "torch", "transformers", "duologue", "threads"}
     assert record["peak_memory_mb"] > 50
@@ -87,6 +87,18 @@ def test_bench_sessions_as_a_table(tiny_folder: Path, tmp_path: Path, capsys: Ca
     assert [crowd["num_sessions"] for crowd in record["results"]["crowds"]] == [1]
 
 
+def test_bench_gguf(tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (make test-gguf)")
+    file = tmp_path / "x.gguf"
+    assert main(["convert", str(tiny_folder / "language"), "-o", str(file), "--gguf", "f16"]) == 0
+    capsys.readouterr()
+    record = bench(capsys, "gguf", tiny_folder, "--gguf", file, "--prompt", "40", "--repetitions", "1")
+    result = record["results"]
+    assert result["weight_gb"] * 1e9 < 2.5 * result["num_parameters"]
+    assert [count for count, _ in result["step_ms"]] == [1, 4, 8]
+    assert record["checks"][0]["value"] == pytest.approx(result["step_ms"][0][1]["median"] / result["floor_ms"])
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -96,6 +108,7 @@ def test_bench_sessions_as_a_table(tiny_folder: Path, tmp_path: Path, capsys: Ca
         (("tokenizer", "--seconds", "1"), "at least four blocks"),
         (("tokenizer", "--preset", "glm-5"), "glm-4-voice-9b"),
         (("latency", "--repetitions", "1", "--warm-up", "-1"), "warm_up"),
+        (("gguf",), "duologue convert FOLDER -o x.gguf"),
         (("nothing",), "is not one of its values"),
     ],
 )

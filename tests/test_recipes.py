@@ -10,9 +10,12 @@ import pytest
 import yaml
 
 import duologue
+from duologue.config import parse_config
+from duologue.training.pretrain import Mixture
+from duologue.training.recipes import read_recipe
 from duologue.vocabulary import Vocabulary
 from recipes.pocket import run
-from recipes.pocket.run import main, steps
+from recipes.pocket.run import FURTHER, main, steps
 from recipes.pocket.take_apart import PLACES, take_apart
 from recipes.pocket.text import main as write_vocabulary
 
@@ -71,6 +74,10 @@ def test_a_trained_model_is_trained_further(tiny_folder: Path, tmp_path: Path, m
     for name, start in (("chat", "pretrain/final/language"), ("flow-voice", "flow/final")):
         recipe = yaml.safe_load((run.RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
         assert recipe["start_from"] == str(run.RUNS / start)
+        changed = read_recipe(run.RECIPES / f"{name}.yaml", FURTHER[name].split()[1:])
+        assert changed["loop"]["num_steps"] < recipe["loop"]["num_steps"]
+    changed = read_recipe(run.RECIPES / "chat.yaml", FURTHER["chat"].split()[1:])
+    assert parse_config(Mixture, changed["mixture"]).tts == 0.35
     shutil.copytree(tiny_folder, "model")
     shutil.rmtree("model/recognizer")
     with pytest.raises(ValueError, match="model has no recognizer"):
