@@ -275,3 +275,22 @@ def test_a_bad_offer_is_refused(server: LiveServer, content: str) -> None:
 def test_a_call_needs_the_key(server: LiveServer) -> None:
     response = asyncio.run(post(server, headers={"Content-Type": "application/sdp"}, content="v=0"))
     assert response.status_code == 401
+
+
+def test_a_call_that_cannot_be_answered_stops_listening(monkeypatch: pytest.MonkeyPatch) -> None:
+    from duologue.serving.call import Call
+    from duologue.serving.errors import ApiError
+
+    async def fail(*_: object) -> None:
+        raise ValueError("no answer")
+
+    async def work(caller: Caller) -> None:
+        call = Call()
+        monkeypatch.setattr(call._peer, "createAnswer", fail)
+        with pytest.raises(ApiError, match="the SDP offer cannot be read"):
+            await call.answer(await caller.offer())
+        assert call._listening is not None
+        with pytest.raises(asyncio.CancelledError):
+            await call._listening
+
+    hold(work)

@@ -108,7 +108,7 @@ class Call:
             await self._peer.setLocalDescription(await self._peer.createAnswer())
         except Exception as error:  # aiortc raises many types for a text that is no SDP
             with suppress(Exception):  # a data channel without a transport cannot be closed
-                await self._peer.close()
+                await self.close()
             raise ApiError(f"the SDP offer cannot be read ({type(error).__name__})", "invalid_sdp", "sdp") from None
         return str(self._peer.localDescription.sdp)
 
