@@ -92,7 +92,7 @@ async def talk(url: str, key: str, pcm: bytes) -> Heard:
         elif event.type == "error":
             heard.errors.append(event.error.message)
         elif event.type == "response.done":
-            threading.Thread(target=lambda: (_wait_for_silence(playback), stop.set()), daemon=True).start()
+            threading.Thread(target=_stop_after, args=(playback, stop), daemon=True).start()
 
     config = audio_client.RealtimeAudioClientConfig(
         url=f"{url}/realtime", api_key=key, send_rate=SAMPLE_RATE, recv_rate=SAMPLE_RATE, instructions="You are brief."
@@ -110,6 +110,7 @@ async def talk(url: str, key: str, pcm: bytes) -> Heard:
     return heard
 
 
-def _wait_for_silence(playback: Any) -> None:
+def _stop_after(playback: Any, stop: threading.Event) -> None:
     while playback.buffered_bytes:
         time.sleep(0.02)
+    stop.set()

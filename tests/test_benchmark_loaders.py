@@ -162,5 +162,5 @@ def test_seed_tts_eval(tmp_path: Path) -> None:
     own = write_results(benchmark, items, tmp_path)
     assert sorted(str(path.relative_to(own)) for path in own.rglob("*.wav"))[:1] == ["en/utt-en.wav"]
     (tmp_path / "data" / "en" / "meta.lst").write_text("only|three|fields\n")
-    with pytest.raises(ValueError, match="line 1 is not utt|prompt_text|prompt_wav|text"):
+    with pytest.raises(ValueError, match="line 1, is not utt|prompt_text|prompt_wav|text"):
         benchmark.load(tmp_path / "data")

@@ -1,5 +1,6 @@
 """Configuration files are read strictly into dataclasses."""
 
+import json
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -7,7 +8,16 @@ from typing import Any, Literal
 
 import pytest
 
-from duologue.config import load_config, parse_config, read_json, read_yaml, to_mapping, write_json
+from duologue.config import (
+    load_config,
+    parse_config,
+    read_json,
+    read_json_lines,
+    read_lines,
+    read_yaml,
+    to_mapping,
+    write_json,
+)
 
 
 class Colour(StrEnum):
@@ -137,6 +147,15 @@ def test_bad_files_are_one_sentence(tmp_path: Path) -> None:
         read_json(tmp_path / "bytes.json")
     with pytest.raises(ValueError, match="must end in .json, .yaml or .yml"):
         load_config(tmp_path / "recipe.txt", Outer)
+
+
+def test_lines_end_where_the_file_ends_them(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    rows = [{"text": "one\u2028two"}, {"text": "three\x85\x1efour"}, {"text": "字"}]
+    lines = "\r\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    file.write_text("\ufeff" + lines, encoding="utf-8", newline="")
+    assert [row for _, row in read_json_lines(file)] == rows
+    assert next(read_lines(file)) == (f"{file}, line 1,", '{"text": "one\u2028two"}')
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_what_cannot_be_read_is_one_sentence(folder: Path, tmp_path: Path) -> No
         with pytest.raises(ValueError, match=message):
             run_interleave(recipe(folder, tmp_path / "out", texts=(str(tmp_path / name),)))
 
-    refused("nowhere.txt", None, "nowhere.txt cannot be read as text")
+    refused("nowhere.txt", None, "nowhere.txt does not exist")
     refused("a.csv", "a,b", "a.csv is no .txt, .jsonl or .parquet file")
     refused("a.jsonl", "{", "a.jsonl, line 1, is not JSON")
     refused("b.jsonl", '\n{"text": 1}', "b.jsonl, line 2, has no text under 'body'")

@@ -241,6 +241,16 @@ def test_a_text_model_that_fails(bot: Chatbot, vocabulary: Vocabulary) -> None:
             reply(engine, prompt(vocabulary))
 
 
+def test_line_separators_of_unicode_are_part_of_the_text() -> None:
+    text = "one\u2028two\x85three 字"
+    with endpoint([{"content": text}]) as script:
+
+        async def read() -> list[object]:
+            return [part async for part in EndpointTextModel(script.url).stream([{"role": "user", "content": "Hi"}])]
+
+        assert asyncio.run(read()) == [text]
+
+
 def test_numbers_and_marks_are_spoken_as_words(bot: Chatbot, vocabulary: Vocabulary) -> None:
     with endpoint(words("It is **12** degrees.")) as script:
         _, engine = talking(bot, script.url)

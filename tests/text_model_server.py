@@ -66,7 +66,8 @@ def endpoint(*answers: list[Any]) -> Iterator[ScriptedEndpoint]:
                         while not script.go_on.wait(0.05):
                             self._write(": still here\n\n")
                     else:
-                        self._write(f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta}]})}\n\n")
+                        chunk = {"choices": [{"index": 0, "delta": delta}]}
+                        self._write(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n")
                 self._write("data: [DONE]\n\n")
             except OSError:
                 script.left.set()

@@ -68,10 +68,27 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return _object(path, data)
 
 
+def read_lines(path: str | Path) -> Iterator[tuple[str, str]]:
+    """Yields the place (file and line) and the text of each line that is not blank, without reading the file whole.
+
+    A line ends with a line feed or a carriage return. `str.splitlines` would also end it at separators that Unicode has
+    and that texts hold.
+
+    Raises:
+        ValueError: the file is missing or is no text file.
+    """
+    try:
+        with Path(path).open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                if text := line.strip():
+                    yield f"{path}, line {number},", text
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(Path(path), error) from None
+
+
 def read_json_lines(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the place (file and line) and the JSON object of each line. Raises ValueError if there is none."""
-    for number, line in enumerate(_read_text(Path(path)).splitlines(), start=1):
-        where = f"{path}, line {number},"
+    for where, line in read_lines(path):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -126,14 +143,18 @@ PlainLoader.add_implicit_resolver(
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path} is a folder, not a file") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text file") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> ValueError:
+    if isinstance(error, FileNotFoundError):
+        return ValueError(f"{path} does not exist")
+    if isinstance(error, IsADirectoryError):
+        return ValueError(f"{path} is a folder, not a file")
+    if isinstance(error, UnicodeDecodeError):
+        return ValueError(f"{path} is not a text file")
+    return ValueError(f"{path} cannot be read: {error.strerror}")
 
 
 def _object(path: str | Path, data: object) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 from urllib.parse import urlsplit
 
+from duologue.language.event_stream import event_data
 from duologue.language.tools import ToolCall, ToolUse
 
 ChatMessage: TypeAlias = dict[str, Any]
@@ -111,11 +112,7 @@ class EndpointTextModel:
                     if response.status_code != 200:
                         text = " ".join((await response.aread()).decode("utf-8", "replace").split())[:300]
                         raise TextModelError(f"the text model answered with status {response.status_code}: {text}")
-                    async for line in response.aiter_lines():
-                        if not line.startswith("data:"):
-                            continue
-                        if (data := line[5:].strip()) == "[DONE]":
-                            break
+                    async for data in event_data(response.aiter_bytes()):
                         delta = _delta(data)
                         if delta.get("content"):
                             yield str(delta["content"])
@@ -124,6 +121,8 @@ class EndpointTextModel:
         except httpx.HTTPError as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise TextModelError(f"the text model at {self._base} did not answer: {reason}") from None
+        except ValueError as error:
+            raise TextModelError(f"the text model at {self._base} sent something else than events: {error}") from None
         for call in calls.values():
             yield ToolCall(call["id"] or _call_id(), call["name"], call["arguments"])
 
@@ -135,7 +134,7 @@ class EndpointTextModel:
             raise TextModelError(f"{self._base}/models lists no model: name one with --text-model-name") from None
 
 
-def _delta(data: str) -> dict[str, Any]:
+def _delta(data: bytes) -> dict[str, Any]:
     """Returns the delta of a chunk. Raises TextModelError for an error or something else."""
     try:
         chunk = json.loads(data)
@@ -145,7 +144,7 @@ def _delta(data: str) -> dict[str, Any]:
         return dict(choices[0].get("delta") or {})
     except (ValueError, AttributeError, IndexError, TypeError):
         raise TextModelError(
-            f"the text model sent something else than chunks of a chat completion: {data[:80]}"
+            f"the text model sent something else than chunks of a chat completion: {data[:80].decode(errors='replace')}"
         ) from None
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from duologue.interleave import SPEECH_ONLY, TEXT_ONLY, Kind, Schedule
 from duologue.language.engine import MAX_SESSIONS, common_prefix
+from duologue.language.event_stream import event_data
 from duologue.language.requests import Request, RequestEngine, RunningRequests, engine_failed
 from duologue.language.sampling import Sampling
 from duologue.language.scripts import language_mask
@@ -38,7 +39,6 @@ BLOCK = 16
 CONNECT_S = 5.0
 SILENCE_S = 120.0  # a server with a long queue sends nothing until it begins the reply
 KEY_VARIABLE = "VLLM_API_KEY"  # vLLM's own name
-_MAX_EVENT_BYTES = 2**24
 T = TypeVar("T")
 
 
@@ -224,23 +224,16 @@ class VllmEngine(RequestEngine):
         return tokens, choice.get("finish_reason")
 
     async def _events(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """Posts a completion and yields its server-sent events until `[DONE]`.
-
-        Lines are split as bytes: a text in JSON may hold Unicode line separators, and a chunk may end anywhere.
-        """
+        """Posts a completion and yields its server-sent events until `[DONE]`."""
         async with self._answer("POST", "/v1/completions", body) as response:
-            left, done = b"", False
-            async for chunk in response.aiter_bytes():
-                *lines, left = (left + chunk).split(b"\n")
-                if len(left) > _MAX_EVENT_BYTES:
-                    raise VllmError(f"the vLLM server at {self.url} sent an event without an end")
-                for line in lines:
-                    name, _, data = line.strip().partition(b":")
-                    if done or name != b"data":
-                        continue
-                    done = (data := data.strip()) == b"[DONE]"  # reads on to the end, which keeps the connection
-                    if not done:
-                        yield self._object(data)
+            chunks = response.aiter_bytes()
+            try:
+                async for data in event_data(chunks):
+                    yield self._object(data)
+                async for _ in chunks:  # an answer that was read to its end keeps the connection
+                    pass
+            except ValueError as error:
+                raise VllmError(f"the vLLM server at {self.url} sent something else than events: {error}") from None
 
     def _answer(self, method: str, path: str, body: dict[str, Any] | None = None) -> _Answer:
         return _Answer(self._client, self.url, method, path, body)

@@ -9,7 +9,6 @@ resumes. With the folder of a token corpus as `out`, the shards join that corpus
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -21,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from duologue.config import read_json_lines, read_lines
 from duologue.language.backbone import load_language, load_provenance
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
@@ -175,22 +175,15 @@ def read_texts(file: Path, key: str = "text") -> Iterator[str]:
             return
         if file.suffix not in (".txt", ".jsonl"):
             raise ValueError(f"{file} is no .txt, .jsonl or .parquet file")
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield line.strip() if file.suffix == ".txt" else _text_of(line, key, f"{file}, line {number}")
-    except (OSError, UnicodeDecodeError, pa.ArrowInvalid) as error:
+        if file.suffix == ".txt":
+            yield from (line for _, line in read_lines(file))
+            return
+        for where, row in read_json_lines(file):
+            if not isinstance(row.get(key), str):
+                raise ValueError(f"{where} has no text under {key!r}")
+            yield row[key]
+    except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(f"{file} cannot be read as text: {error}") from None
-
-
-def _text_of(line: str, key: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}, is not JSON: {error}") from None
-    if not isinstance(row, dict) or not isinstance(row.get(key), str):
-        raise ValueError(f"{where}, has no text under {key!r}")
-    return str(row[key])
 
 
 async def _spoken(

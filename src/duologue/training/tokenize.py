@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from duologue.augmentation import AugmentConfig, augment
 from duologue.checkpoint import file_hash, load_component
-from duologue.config import read_json_lines
+from duologue.config import read_json_lines, read_lines
 from duologue.cuda import set_float32_precision
 from duologue.interleave import weave
 from duologue.language.backbone import Provenance
@@ -286,11 +286,7 @@ def _labeled(turn: Mapping[str, Any], clip: Mapping[str, Any], language: str, vo
 
 def _texts(file: Path, vocabulary: Vocabulary) -> list[CorpusSample]:
     """The lines of a text file as written samples."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} cannot be read as text: {error}") from None
-    turns = [Turn(Role.ASSISTANT, Modality.TEXT, tuple(vocabulary.encode_text(line))) for line in lines if line.strip()]
+    turns = [Turn(Role.ASSISTANT, Modality.TEXT, tuple(vocabulary.encode_text(line))) for _, line in read_lines(file)]
     return [
         CorpusSample(f"text-{file.stem}-{number:06d}", "text", "train", "text", (LabeledTurn(turn),))
         for number, turn in enumerate(turns)

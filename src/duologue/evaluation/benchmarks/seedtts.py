@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from duologue.config import read_lines
 from duologue.evaluation.benchmarks.items import (
     Benchmark,
     BenchmarkItem,
@@ -33,12 +34,10 @@ def load(folder: Path) -> list[BenchmarkItem]:
 
 def _items(language: str, path: Path) -> list[BenchmarkItem]:
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for where, line in read_lines(path):
         parts = [part.strip() for part in line.split("|")]
         if len(parts) not in (4, 5) or not parts[0] or not parts[3]:
-            raise ValueError(f"{path}, line {number} is not utt|prompt_text|prompt_wav|text")
+            raise ValueError(f"{where} is not utt|prompt_text|prompt_wav|text")
         question, voice = BenchmarkQuestion(None, parts[3], (parts[3],)), SoundPlace(path.parent / parts[2])
         name, fields = f"{language}/{parts[0]}", {"utt": parts[0]}
         items.append(BenchmarkItem(name, language, (question,), Scoring.READ, language, fields, voice))

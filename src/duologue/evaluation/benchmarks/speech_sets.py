@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from duologue.config import read_lines
 from duologue.evaluation.benchmarks.items import BenchmarkItem, BenchmarkQuestion, Scoring, existing, read_rows, texts
 
 LIBRISPEECH, AISHELL, LIBRITTS, CHAT = "LibriSpeech", "data_aishell", "LibriTTS", "chat"
@@ -55,7 +56,7 @@ def read_librispeech(folder: Path) -> list[TranscribedSound]:
     """Raises ValueError if a recording is missing."""
     found = []
     for path in sorted(folder.glob("*/*/*.trans.txt")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for _, line in read_lines(path):
             key, _, text = line.partition(" ")
             found.append(TranscribedSound(key, existing(path.parent / f"{key}.flac", str(path)).path, text, "en"))
     return found
@@ -66,7 +67,7 @@ def read_aishell(folder: Path) -> list[TranscribedSound]:
     path = folder / "transcript" / "aishell_transcript_v0.8.txt"
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    lines = (line.partition(" ") for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (line.partition(" ") for _, line in read_lines(path))
     transcripts = {key: text.strip() for key, _, text in lines}
     sounds = sorted((folder / "wav" / "test").glob("*/*.wav"))
     known = [sound for sound in sounds if sound.stem in transcripts]

@@ -110,7 +110,7 @@ def _rows(path: Path) -> list[Any]:
                 continue
         except ValueError as error:
             raise ValueError(f"{file} is not JSON: {error}") from None
-        for line in text.splitlines():
+        for line in text.split("\n"):  # `splitlines` would also cut texts at separators of Unicode
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from duologue.config import read_lines
 from duologue.training.sources.items import (
     SOUND_SUFFIXES,
     ImportOptions,
@@ -26,11 +27,7 @@ def read_ljspeech(path: Path, options: ImportOptions) -> Source:
         path: metadata.csv or its folder.
     """
     table = path / "metadata.csv" if path.is_dir() else path
-    try:
-        lines = table.read_text(encoding="utf-8-sig").splitlines()
-    except (FileNotFoundError, UnicodeDecodeError):
-        raise ValueError(f"{table} is missing or is no text file") from None
-    rows = [line.split("|") for line in lines if line.strip()]
+    rows = [line.split("|") for _, line in read_lines(table)]
 
     def read(row: list[str]) -> Utterance:
         name, *rest = row
