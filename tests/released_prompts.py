@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable
 
+from duologue.released.text import RELEASED_TEMPLATE
 from duologue.turns import Role
-from duologue.vocabulary import BEGIN_OF_AUDIO, END_OF_AUDIO, RELEASED_TEMPLATE, ROLE_TOKENS, ChatTemplate, Vocabulary
+from duologue.vocabulary import BEGIN_OF_AUDIO, END_OF_AUDIO, ROLE_TOKENS, ChatTemplate, Vocabulary
 
 
 def user_string(user: str | Iterable[int]) -> str:

@@ -18,10 +18,10 @@ from duologue.interleave import Kind
 from duologue.layers import Padded
 from duologue.released.convert import convert
 from duologue.released.language import load_released_language
-from duologue.released.text import load_released_vocabulary
+from duologue.released.text import RELEASED_TEMPLATE, load_released_vocabulary
 from duologue.released.tokenizer import ReleasedSpeechTokenizer, load_released_tokenizer, resample_released
 from duologue.turns import Conversation, Modality, Role, Turn
-from duologue.vocabulary import RELEASED_TEMPLATE, Vocabulary
+from duologue.vocabulary import Vocabulary
 from tests.parity import PARITY, RELEASED, assert_close, facts, params, tensors
 from tests.released_prompts import released_ids, released_prompt
 

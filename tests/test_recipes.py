@@ -11,11 +11,13 @@ import yaml
 
 import duologue
 from duologue.config import parse_config
+from duologue.language.backbone import load_provenance
 from duologue.training.pretrain import Mixture
 from duologue.training.recipes import read_recipe
 from duologue.vocabulary import Vocabulary
 from recipes.pocket import run
 from recipes.pocket.run import FURTHER, main, steps
+from recipes.pocket.synthesis import STYLE_NAMES
 from recipes.pocket.take_apart import PLACES, take_apart
 from recipes.pocket.text import main as write_vocabulary
 
@@ -60,17 +62,19 @@ def test_a_step_that_fails_says_which(
     assert "vocabulary stopped with exit code 1" in capfd.readouterr().err
 
 
-def test_a_trained_model_is_trained_further(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trained_model_is_trained_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    wanted = steps(1, 1, 1, further=str(tiny_folder))
+    pocket = Path(duologue.__file__).parent / "pocket"
+    wanted = steps(1, 1, 1, further=str(pocket))
     assert [step.name for step in wanted[:3]] == ["take-apart", "free", "dialogues"]
     assert not {"tokenizer", "vocoder", "pretrain"} & {step.name for step in wanted}
-    take_apart(tiny_folder, run.RUNS)
+    take_apart(pocket, run.RUNS)
     assert wanted[0].done.exists()
     for part, place in PLACES.items():
-        assert {file.name for file in (tiny_folder / part).iterdir()} == {
-            file.name for file in (run.RUNS / place).iterdir()
-        }
+        assert {file.name for file in (pocket / part).iterdir()} == {file.name for file in (run.RUNS / place).iterdir()}
+    vocabulary = Vocabulary.load(run.RUNS / "vocabulary")
+    assert set(vocabulary.config.styles) == set(STYLE_NAMES)
+    assert load_provenance(run.RUNS / "pretrain/final/language").vocabulary == vocabulary.hash
     for name, start in (("chat", "pretrain/final/language"), ("flow-voice", "flow/final")):
         recipe = yaml.safe_load((run.RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
         assert recipe["start_from"] == str(run.RUNS / start)
@@ -78,10 +82,8 @@ def test_a_trained_model_is_trained_further(tiny_folder: Path, tmp_path: Path, m
         assert changed["loop"]["num_steps"] < recipe["loop"]["num_steps"]
     changed = read_recipe(run.RECIPES / "chat.yaml", FURTHER["chat"].split()[1:])
     assert parse_config(Mixture, changed["mixture"]).tts == 0.35
-    shutil.copytree(tiny_folder, "model")
-    shutil.rmtree("model/recognizer")
-    with pytest.raises(ValueError, match="model has no recognizer"):
-        take_apart(Path("model"), run.RUNS)
+    with pytest.raises(ValueError, match="nowhere has no tokenizer"):
+        take_apart(Path("nowhere"), run.RUNS)
 
 
 def test_the_vocabulary_has_the_codes_of_the_tokenizer(tmp_path: Path) -> None:

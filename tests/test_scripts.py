@@ -12,7 +12,8 @@ from duologue.interleave import Kind
 from duologue.language.drawing import DrawMasks
 from duologue.language.sampling import Sampling
 from duologue.language.scripts import fits, language_mask
-from duologue.vocabulary import Vocabulary, byte_letters
+from duologue.text import byte_letters
+from duologue.vocabulary import Vocabulary
 
 SAMPLES = {
     "hello": ("Latin",),

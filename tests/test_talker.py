@@ -21,8 +21,9 @@ from duologue.language.talker import NOT_HEARD, TalkerEngine, TextToTokenTalker,
 from duologue.language.text_models import CallReader, EndpointTextModel, TextModelError, open_text_model
 from duologue.language.tools import ToolCall, ToolResult, ToolUse, read_tool_text
 from duologue.rates import SPEAK_SAMPLE_RATE
+from duologue.released.text import RELEASED_TEMPLATE
 from duologue.turns import Conversation, Modality, Role, Turn
-from duologue.vocabulary import RELEASED_TEMPLATE, Vocabulary
+from duologue.vocabulary import Vocabulary
 from tests.text_model_server import call, endpoint, words
 from tests.tiny import write_tiny_chatbot
 

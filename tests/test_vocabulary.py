@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 
 from duologue.interleave import SPEECH_ONLY, Allowed, InterleaveState, Kind, weave
+from duologue.released.text import RELEASED_TEMPLATE
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import (
     ALL_CONTROLS,
     BEGIN_OF_AUDIO,
     CHAT_CONTROLS,
     END_OF_AUDIO,
-    RELEASED_TEMPLATE,
     ChatTemplate,
     Task,
     TextStream,

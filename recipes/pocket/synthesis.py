@@ -124,6 +124,7 @@ STYLES: dict[str, tuple[float, float, float]] = {
     "louder": (1.0, 0.0, 5.0),
     "softer": (1.0, 0.0, -9.0),
 }
+STYLE_NAMES = tuple(name for name in STYLES if name != "plain")
 
 
 def reply_request(text: str, style: str = "plain", voice: str = REPLY_VOICE.id) -> Request:

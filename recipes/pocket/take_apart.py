@@ -3,14 +3,20 @@
     python -m recipes.pocket.take_apart --model src/duologue/pocket --runs runs/pocket
 
 It undoes `assemble.py`: the frozen tokenizer and its recognition head, the vocabulary and the vocoder are final; flow
-and language model are the start of the steps `flow-voice` and `chat`. `recipes.pocket.run --further` runs it first.
+and language model are the start of the steps `flow-voice` and `chat`. A vocabulary without styles gets those of the
+curriculum. `recipes.pocket.run --further` runs it first.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
+
+from duologue.language.backbone import load_provenance, save_provenance
+from duologue.vocabulary import Vocabulary
+from recipes.pocket.synthesis import STYLE_NAMES
 
 # Folder of the model -> folder of the runs.
 PLACES = {
@@ -24,16 +30,21 @@ PLACES = {
 
 
 def take_apart(model: Path, runs: Path) -> None:
-    """Copies the parts, byte for byte.
+    """Copies the parts, byte for byte, and adds the styles.
 
     Raises:
-        ValueError: the model lacks a part.
+        ValueError: the model lacks a part, or its vocabulary has no room for the styles.
     """
     for part in PLACES:
         if not (model / part).is_dir():
             raise ValueError(f"{model} has no {part}; give a folder that recipes.pocket.assemble made")
     for part, place in PLACES.items():
         shutil.copytree(model / part, runs / place, dirs_exist_ok=True)
+    vocabulary, language = Vocabulary.load(model / "vocabulary"), runs / PLACES["language"]
+    if not vocabulary.config.styles:
+        vocabulary = vocabulary.with_styles(STYLE_NAMES)
+        vocabulary.save(runs / PLACES["vocabulary"])
+        save_provenance(language, replace(load_provenance(language), vocabulary=vocabulary.hash))
 
 
 def main() -> None:

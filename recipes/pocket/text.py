@@ -18,6 +18,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from duologue.vocabulary import Vocabulary
+from recipes.pocket.synthesis import STYLE_NAMES
 
 VOCAB_SIZE = 5120
 MAX_TOKEN_BYTES = 24
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     lines = (line.rstrip("\n") for path in options.texts for line in path.open(encoding="utf-8"))
     tokenizer = train_text_tokenizer(lines, options.vocab_size)
-    vocabulary = Vocabulary.extend(tokenizer, options.codebook_size, multiple_of=64)
+    vocabulary = Vocabulary.extend(tokenizer, options.codebook_size, multiple_of=64).with_styles(STYLE_NAMES)
     vocabulary.save(options.out)
     print(f"{options.out}: {tokenizer.get_vocab_size()} text ids, {vocabulary.size} in all")
 

@@ -43,3 +43,10 @@ def heard_text(text: str, share: float) -> str:
 def _in_word(character: str) -> bool:
     """Returns whether a character belongs to a script that separates words by spaces."""
     return character == "'" or (character.isalnum() and ord(character) < 0x2E80)
+
+
+def byte_letters() -> list[str]:
+    """Returns the character of each byte in byte-level BPE: itself if printable, else one from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

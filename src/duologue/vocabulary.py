@@ -13,6 +13,7 @@ A prompt, with the fields of `ChatTemplate` in braces (docs/checkpoints.md 2.1):
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -21,13 +22,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from duologue.config import parse_config, read_json, to_mapping, write_json
-from duologue.interleave import INTERLEAVED, Allowed, Kind
+from duologue.interleave import Allowed, Kind
 from duologue.turns import Conversation, Modality, Role, Turn
 
 VOCABULARY_VERSION = 1
@@ -68,23 +70,6 @@ class ChatTemplate:
     reply_marker: str = ""
 
 
-def _released_instruction(modality: str, ending: str) -> str:
-    return (
-        f"User will provide you with a {modality} instruction. Do it step by step. First, think about the instruction "
-        f"and respond in a interleaved manner, with {INTERLEAVED.text_run} text token followed by "
-        f"{INTERLEAVED.speech_run} audio tokens.{ending}"
-    )
-
-
-# As web_demo.py of the release has them: the first ends with a blank, the second does not.
-RELEASED_TEMPLATE = ChatTemplate(
-    role_break="\n",
-    speech_instruction=_released_instruction("speech", " "),
-    text_instruction=_released_instruction("text", ""),
-    reply_marker="streaming_transcription\n",
-)
-
-
 @dataclass(frozen=True)
 class VocabularyConfig:
     """The layout of the joint vocabulary.
@@ -95,6 +80,8 @@ class VocabularyConfig:
         size: number of rows, padding included.
         controls: control tokens by name; special tokens of the text tokenizer need not be listed.
         ends: controls that end a reply; training writes the first.
+        styles: text ids without characters, by name. As first id of a reply, one chooses how it sounds. The released
+            format has none.
     """
 
     codebook_size: int
@@ -103,6 +90,7 @@ class VocabularyConfig:
     controls: dict[str, int]
     ends: tuple[str, ...] = ("<|user|>",)
     template: ChatTemplate = field(default_factory=ChatTemplate)
+    styles: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,6 +124,7 @@ class Vocabulary:
             raise ValueError("a vocabulary needs at least one control that ends a reply")
         self.end_ids = tuple(self.control_id(name) for name in config.ends)
         self.end_id = self.end_ids[0]
+        self._styles = {token: name for name, token in config.styles.items()}
         self._text_only = _without_added(tokenizer)
         self._prefix = [self.control_id(name) for name in config.template.prefix]
         self._role_break = self.encode_text(config.template.role_break)
@@ -182,12 +171,27 @@ class Vocabulary:
         )
         return cls(tokenizer, config)
 
+    def with_styles(self, names: Sequence[str]) -> Vocabulary:
+        """Returns this vocabulary with styles in its padding rows.
+
+        Raises:
+            ValueError: it has styles, or too few padding rows.
+        """
+        rows = np.flatnonzero(self.kinds == Kind.PADDING).tolist()
+        if self.config.styles or len(names) > len(rows):
+            raise ValueError(
+                f"{len(names)} styles need a vocabulary without styles and as many padding rows; this one has "
+                f"{len(self.config.styles)} styles and {len(rows)} rows"
+            )
+        styles = dict(zip(names, rows, strict=False))
+        return Vocabulary(self.tokenizer, dataclasses.replace(self.config, styles=styles))
+
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `vocabulary.json`."""
         folder = Path(folder)
         write_json(folder / "tokenizer.json", json.loads(self.tokenizer.to_str()))
         head = {"kind": "Vocabulary", "version": VOCABULARY_VERSION}
-        write_json(folder / "vocabulary.json", {**head, **to_mapping(self.config)})
+        write_json(folder / "vocabulary.json", {**head, **self._layout})
 
     @classmethod
     def load(cls, folder: str | Path) -> Vocabulary:
@@ -209,8 +213,14 @@ class Vocabulary:
     @functools.cached_property
     def hash(self) -> str:
         """SHA-256 (hex) of tokenizer and layout; saved conversations and token corpora record it."""
-        whole = json.dumps([json.loads(self.tokenizer.to_str()), to_mapping(self.config)], sort_keys=True)
+        whole = json.dumps([json.loads(self.tokenizer.to_str()), self._layout], sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()
+
+    @property
+    def _layout(self) -> dict[str, Any]:
+        """The config as plain values; without styles as vocabularies had it before there were any."""
+        layout = to_mapping(self.config)
+        return layout if self.config.styles else {key: value for key, value in layout.items() if key != "styles"}
 
     def kind(self, token: int) -> Kind:
         """Returns the kind of an id. Raises ValueError for an id outside the vocabulary."""
@@ -242,7 +252,16 @@ class Vocabulary:
         for token in ids:
             if self.kind(token) is not Kind.TEXT:
                 raise ValueError(f"token id {token} is {self.kind(token).name.lower()}, not text")
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+        spelled = [token for token in ids if token not in self._styles]
+        return str(self.tokenizer.decode(spelled, skip_special_tokens=False))
+
+    def style_ids(self, style: str) -> list[int]:
+        """Returns what begins the text ids of a reply in a style; nothing for a style without an id."""
+        return [self.config.styles[style]] if style in self.config.styles else []
+
+    def style(self, ids: Sequence[int]) -> str:
+        """Returns the style that the ids of a reply begin with; "" without one."""
+        return self._styles.get(ids[0], "") if ids else ""
 
     def speech_id(self, code: int) -> int:
         """Returns the joint id of a speech code. Raises ValueError outside the codebook."""
@@ -429,13 +448,6 @@ class TextStream:
         return text
 
 
-def byte_letters() -> list[str]:
-    """Returns the character of each byte in byte-level BPE: itself if printable, else one from U+0100 on."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
 def _read_tokenizer(path: Path) -> Tokenizer:
     read_json(path)  # reports faults of the file itself
     try:
@@ -458,7 +470,8 @@ def _kinds(tokenizer: Tokenizer, config: VocabularyConfig) -> npt.NDArray[np.uin
     """Returns the Kind of every row, uint8 (size,)."""
     text = tokenizer.get_vocab(with_added_tokens=False).values()
     added = {token: entry.content for token, entry in tokenizer.get_added_tokens_decoder().items()}
-    top = max([*text, *added, *config.controls.values(), config.speech_offset + config.codebook_size - 1])
+    named = [*config.controls.values(), *config.styles.values()]
+    top = max([*text, *added, *named, config.speech_offset + config.codebook_size - 1])
     if top >= config.size:
         raise ValueError(f"the vocabulary has {config.size} rows, but its ids reach {top}")
     kinds = np.full(config.size, Kind.PADDING, dtype=np.uint8)
@@ -472,6 +485,10 @@ def _kinds(tokenizer: Tokenizer, config: VocabularyConfig) -> npt.NDArray[np.uin
             kind = Kind(int(kinds[token])).name.lower()
             raise ValueError(f"speech token {code} would be id {token}, which is a {kind} token already")
     kinds[block.start : block.stop] = Kind.SPEECH
+    for name, token in config.styles.items():
+        if kinds[token] != Kind.PADDING:
+            raise ValueError(f"style {name} would be id {token}, which is in use already")
+        kinds[token] = Kind.TEXT
     for name in config.ends:
         if name in config.controls:
             kinds[config.controls[name]] = Kind.END

@@ -123,7 +123,7 @@ def answer(
     times.append(time.perf_counter())
 
     with step_threads(models.decoder.flow, models.decoder.vocoder):
-        audio = decode(models, codes, sampling.seed)
+        audio = decode(models, codes, sampling.seed, vocabulary.style(said.text))
     times.append(time.perf_counter())
 
     seconds = [end - start for start, end in pairwise(times)]
@@ -177,12 +177,12 @@ def generate(
         yield ids[0]
 
 
-def decode(models: Models, codes: Sequence[int], seed: int = 0) -> NDArray[np.float32]:
+def decode(models: Models, codes: Sequence[int], seed: int = 0, style: str = "") -> NDArray[np.float32]:
     """Decodes speech tokens to audio (S,) float32 in [-1, 1] at 22.05 kHz."""
     if not codes:
         return np.zeros(0, np.float32)
     device, card = next(models.decoder.parameters()).device, models.card
-    state = models.decoder.init_state(1, card.num_steps, card.guidance_scale, seed)
+    state = models.decoder.init_state(1, card.num_steps, card.guidance_scale, seed, style=style)
     wav = models.decoder(Padded.full(torch.tensor([codes], device=device)), state).rows()[0]
     audio: NDArray[np.float32] = wav.clamp(-1.0, 1.0).float().cpu().numpy()
     return audio

@@ -25,6 +25,7 @@ from duologue.conversation.events import (
 )
 from duologue.conversation.history import HeardPart, heard_part
 from duologue.conversation.worker import StepResult, Worker
+from duologue.decoder.decoder import SpeechDecoderState
 from duologue.interleave import INTERLEAVED, TEXT_ONLY, InterleaveState, Kind
 from duologue.language.sampling import Sampling
 from duologue.models import Models
@@ -66,7 +67,8 @@ class Mouth:
         self._start = self._loop.time() if asked_at is None else asked_at
         self._stopped: asyncio.Future[None] = self._loop.create_future()
         self._block: asyncio.Future[StepResult] | None = None  # with the worker
-        self._num_decoded = self._num_samples = 0
+        self._state: SpeechDecoderState | None = None
+        self._seed = self._num_decoded = self._num_samples = 0
         self._is_flushed = False
         self._request_id = f"reply-{next(self._request_ids)}"
         self._is_asked = False
@@ -108,11 +110,10 @@ class Mouth:
         Raises:
             ValueError, EngineFull, RuntimeError, WorkerFull: as `Engine.generate` and `Worker.step`.
         """
-        models, card = self.models, self.models.card
+        models = self.models
         self._stages["tokenizer"] = question_s
         self._note(tokenize_s=question_s)
-        with torch.inference_mode(), self._worker.on_stream():
-            self._state = models.decoder.init_state(1, card.num_steps, card.guidance_scale, sampling.seed)
+        self._seed = sampling.seed
         stream = models.engine.generate(prompt, sampling, self._interleave.schedule, self._request_id)
         self._is_asked = not self._stopped.done()
         coming = asyncio.create_task(_next(stream)) if self._is_asked else None
@@ -228,11 +229,20 @@ class Mouth:
         codes = torch.tensor(self.codes[self._num_decoded : self._num_decoded + size], dtype=torch.int64)
         runs_dry_at = self._policy.runs_dry_at
         due = self._start + RESPONSE_S if runs_dry_at is None else runs_dry_at
+        if self._state is None:
+            self._state = self._new_state()
         step = self._worker.step(self.models.decoder, codes, self._state, last, due)
         self._block = asyncio.wrap_future(step)
         self._policy.gave_block(size)
         self._num_decoded += size
         self._is_flushed = last
+
+    def _new_state(self) -> SpeechDecoderState:
+        """Returns the decoder's state for this reply, whose first id may choose a style."""
+        models, card = self.models, self.models.card
+        style = models.vocabulary.style(self._ids)
+        with torch.inference_mode(), self._worker.on_stream():
+            return models.decoder.init_state(1, card.num_steps, card.guidance_scale, self._seed, style=style)
 
     def _take_sound(self, block: asyncio.Future[StepResult]) -> AudioDelta:
         self._block = None

@@ -47,8 +47,14 @@ class SpeechDecoder(nn.Module, Generic[FlowT, VocoderT]):
         guidance_scale: float | None = None,
         seed: int = 0,
         speaker: Tensor | None = None,
+        style: str = "",
     ) -> SpeechDecoderState:
-        """Returns a fresh state; the settings are those of the flow's `init_state`."""
+        """Returns a fresh state; the settings are those of the flow's `init_state`.
+
+        Args:
+            style: of the reply, whose speaker vector is taken without a `speaker`; one that the flow lacks is ignored.
+        """
+        speaker = self.flow.style_speaker(style) if speaker is None else speaker
         flow = self.flow.init_state(batch_size, num_steps, guidance_scale, seed, speaker)
         return SpeechDecoderState(flow, self.vocoder.init_state(batch_size))
 

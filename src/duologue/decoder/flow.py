@@ -42,6 +42,7 @@ class FlowConfig:
         condition_dim: channels between encoder and estimator; the first num_mels are a first guess of the mel.
         speaker_dim: size of the speaker vector; zeros are the reply voice.
         num_steps, guidance_scale: defaults of the solver.
+        styles: names of reply styles that have a speaker vector of their own; the released flow has none.
         RETIRED: keys of older folders, with the only values still supported.
     """
 
@@ -54,6 +55,7 @@ class FlowConfig:
     speaker_dim: int = 32
     num_steps: int = 3
     guidance_scale: float = 0.7
+    styles: tuple[str, ...] = ()
     RETIRED: ClassVar[Mapping[str, object]] = {"solver": "euler", "sway": -1.0}
 
     def __post_init__(self) -> None:
@@ -142,6 +144,13 @@ class Flow(nn.Module):
         self.config = config
         self.encoder = TokenEncoder(config.encoder, config.speaker_dim, config.condition_dim)
         self.estimator = CausalTransformer(config.estimator, config.num_mels, config.condition_dim, config.speaker_dim)
+        if config.styles:
+            self.styles = nn.Parameter(torch.zeros(len(config.styles), config.speaker_dim))
+
+    def style_speaker(self, style: str) -> Tensor | None:
+        """Returns the speaker vector (1, S) of a reply style; None for a style without one."""
+        styles = self.config.styles
+        return self.styles[styles.index(style)][None] if style in styles else None
 
     def init_state(
         self,

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from duologue.interleave import Kind
-from duologue.vocabulary import Vocabulary, byte_letters
+from duologue.text import byte_letters
+from duologue.vocabulary import Vocabulary
 
 TextLanguage = Literal["en", "zh"]
 TEXT_LANGUAGES = {"en": "Latin", "zh": "Han"}
@@ -45,7 +46,8 @@ def language_mask(vocabulary: Vocabulary, language: str) -> npt.NDArray[np.bool_
     script = TEXT_LANGUAGES[language]
     mask = np.ones(vocabulary.size, dtype=np.bool_)
     spell = _speller(vocabulary)
-    for token in np.flatnonzero(vocabulary.kinds == Kind.TEXT):
+    styles = vocabulary.config.styles.values()
+    for token in set(np.flatnonzero(vocabulary.kinds == Kind.TEXT).tolist()) - set(styles):
         mask[token] = fits(spell(int(token)), script)
     return mask
 

@@ -20,15 +20,16 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from duologue.config import read_json, write_json
+from duologue.interleave import INTERLEAVED
+from duologue.text import byte_letters
 from duologue.turns import Role
 from duologue.vocabulary import (
     CHAT_CONTROLS,
     END_OF_TEXT,
-    RELEASED_TEMPLATE,
     ROLE_TOKENS,
+    ChatTemplate,
     Vocabulary,
     VocabularyConfig,
-    byte_letters,
 )
 
 RANKS_FILE = "tokenizer.model"
@@ -38,6 +39,23 @@ SPLIT_PATTERN = (
     r"|\s+(?!\S)|\s+"
 )
 ENDS = (ROLE_TOKENS[Role.USER], END_OF_TEXT, ROLE_TOKENS[Role.OBSERVATION])  # the eos list of the checkpoint
+
+
+def _released_instruction(modality: str, ending: str) -> str:
+    return (
+        f"User will provide you with a {modality} instruction. Do it step by step. First, think about the instruction "
+        f"and respond in a interleaved manner, with {INTERLEAVED.text_run} text token followed by "
+        f"{INTERLEAVED.speech_run} audio tokens.{ending}"
+    )
+
+
+# As web_demo.py of the release has them: the first ends with a blank, the second does not.
+RELEASED_TEMPLATE = ChatTemplate(
+    role_break="\n",
+    speech_instruction=_released_instruction("speech", " "),
+    text_instruction=_released_instruction("text", ""),
+    reply_marker="streaming_transcription\n",
+)
 
 
 def load_released_vocabulary(folder: str | Path) -> Vocabulary:

@@ -27,7 +27,8 @@ from duologue.released.gguf import GgufType, write_gguf
 from duologue.released.language import NativeWeight, chatglm_shapes, is_released, native_weights, read_config
 from duologue.released.text import RANKS_FILE, load_released_vocabulary, save_for_transformers
 from duologue.released.weights import write_stream
-from duologue.vocabulary import Vocabulary, byte_letters
+from duologue.text import byte_letters
+from duologue.vocabulary import Vocabulary
 
 MAX_SHARD_BYTES = 2 * 10**9
 _GGUF_TYPES: dict[Dtype, GgufType] = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}

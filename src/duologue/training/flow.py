@@ -33,7 +33,7 @@ from duologue.training.codes import CodeStore, build_store
 from duologue.training.data import Clip, Clips, LengthBatches
 from duologue.training.loop import Batch, LoopConfig
 
-REPLY = -1  # in place of a voice's number: the zero speaker
+REPLY = -1  # in place of a voice's number: the zero speaker; below it are the styles of the reply voice
 _STATISTICS_CLIPS = 500
 
 
@@ -52,6 +52,7 @@ class FlowRecipe:
             likewise.
         joined_tokens: clips of one voice are joined to utterances of at most this many tokens; 0 for no joining.
         roles: roles of the clips; empty for all.
+        styles: styles of replies that get a speaker vector of their own; replies in others share the zero vector.
         max_hours: maximum hours of each corpus and these roles; None for all.
         batch_s: seconds of speech in a batch.
         max_tokens: longer clips are cut to this length, from a random block on.
@@ -73,6 +74,7 @@ class FlowRecipe:
     released: ReleasedFlowConfig | None = None
     joined_tokens: int = 0
     roles: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
     max_hours: float | None = None
     batch_s: float = 120.0
     max_tokens: int = 50
@@ -106,8 +108,11 @@ class FlowModel(nn.Module):
         self.speakers = nn.Embedding(max(num_voices, 1), flow.speaker_dim)
 
     def speaker(self, voice: Tensor) -> Tensor:
-        """Voice numbers (B,), or REPLY -> (B, S)."""
-        return self.speakers(voice.clamp(min=0)) * (voice != REPLY)[:, None]  # type: ignore[no-any-return]
+        """Voice numbers (B,), REPLY, or REPLY - 1 - i for style i -> (B, S)."""
+        vectors: Tensor = self.speakers(voice.clamp(min=0)) * (voice > REPLY)[:, None]
+        if not isinstance(self.flow, Flow) or not self.flow.config.styles:
+            return vectors
+        return vectors + self.flow.styles[(REPLY - 1 - voice).clamp(min=0)] * (voice < REPLY)[:, None]
 
 
 @dataclass(frozen=True)
@@ -165,7 +170,7 @@ class FlowStage:
         batch["prompt"] = prompts.long() * given
         batch["keep"] = torch.from_numpy(rng.random(size) >= self.recipe.guidance_dropout)
         unnamed = torch.from_numpy(rng.random(size) < self.recipe.speaker_dropout)
-        batch["voice"] = torch.where(unnamed, REPLY, batch["voice"])
+        batch["voice"] = torch.where(unnamed & (batch["voice"] > REPLY), REPLY, batch["voice"])
         return batch
 
     def losses(self, phase: str, batch: Batch, progress: float) -> dict[str, Tensor]:
@@ -269,7 +274,7 @@ class FlowStage:
                 raise ValueError(f"{start} was trained with another tokenizer than {recipe.tokenizer}")
             if recipe.released is not None:
                 return load_component(start, ReleasedFlow, ReleasedFlowConfig)
-            return load_component(start, Flow, FlowConfig)
+            return _with_styles(load_component(start, Flow, FlowConfig), recipe.styles)
         size = self.load_tokenizer().config.quantizer.codebook_size
         mels = np.concatenate([self._mel(one).numpy() for one in self.train[:_STATISTICS_CLIPS]])
         torch.manual_seed(recipe.loop.seed)
@@ -280,6 +285,7 @@ class FlowStage:
         return Flow(
             dataclasses.replace(
                 recipe.flow,
+                styles=recipe.styles,
                 encoder=dataclasses.replace(recipe.flow.encoder, codebook_size=size),
                 mel_mean=round(float(mels.mean()), 4),
                 mel_std=round(float(mels.std()), 4),
@@ -294,8 +300,7 @@ class FlowStage:
             codes = np.concatenate([self.stores[one.store].codes(index) for index in one.indices])
             tokens.append(torch.from_numpy(codes[start:end]))
             mels.append(self._mel(one)[rates.frames_for_tokens(start) : rates.frames_for_tokens(end)])
-            known = one.clip.voice in self.voices
-            voices.append(self.voices.index(one.clip.voice) if known else REPLY)
+            voices.append(self._voice_number(one.clip))
         padded, mel = Padded.stack(tokens), Padded.stack(mels)
         return {
             "tokens": padded.values,
@@ -305,6 +310,13 @@ class FlowStage:
             "start": torch.tensor(starts),
             "voice": torch.tensor(voices),
         }
+
+    def _voice_number(self, clip: Clip) -> int:
+        """Returns the number that `FlowModel.speaker` takes for the voice or the reply style of a clip."""
+        if clip.voice in self.voices:
+            return self.voices.index(clip.voice)
+        styles = self.recipe.styles
+        return REPLY - 1 - styles.index(clip.style) if clip.style in styles else REPLY
 
     def _generate(self, utterances: Sequence[TrainingUtterance], guidance_scale: float | None) -> list[Tensor]:
         """Whole clips from their tokens: natural-log mels (F, M)."""
@@ -334,11 +346,11 @@ class FlowStage:
 
 
 def join(utterances: Sequence[TrainingUtterance], max_tokens: int) -> list[TrainingUtterance]:
-    """Joins clips of one corpus, voice, role and split, in their order, up to a maximum number of tokens."""
+    """Joins clips of one corpus, voice, role, style and split, in their order, up to a maximum number of tokens."""
     open_ones: dict[tuple[object, ...], TrainingUtterance] = {}
     joined = []
     for one in utterances:
-        key = one.store, one.clip.voice, one.clip.role, one.clip.split
+        key = one.store, one.clip.voice, one.clip.role, one.clip.style, one.clip.split
         before = open_ones.get(key)
         if before is not None and before.num_tokens + one.num_tokens <= max_tokens:
             one = dataclasses.replace(
@@ -348,6 +360,21 @@ def join(utterances: Sequence[TrainingUtterance], max_tokens: int) -> list[Train
             joined.append(before)
         open_ones[key] = one
     return [*joined, *open_ones.values()]
+
+
+def _with_styles(flow: Flow, styles: tuple[str, ...]) -> Flow:
+    """Returns the flow with a speaker vector for each style; new ones are zero, the plain voice."""
+    if styles in ((), flow.config.styles):
+        return flow
+    wider = Flow(dataclasses.replace(flow.config, styles=styles))
+    vectors = torch.stack(
+        [
+            torch.zeros(1, flow.speaker_dim) if (known := flow.style_speaker(style)) is None else known
+            for style in styles
+        ]
+    )
+    wider.load_state_dict({**flow.state_dict(), "styles": vectors[:, 0]})
+    return wider
 
 
 def _begin_released(config: ReleasedFlowConfig, mean: Tensor) -> ReleasedFlow:

@@ -270,9 +270,14 @@ class _TooFast(ValueError):
 
 
 def _labeled(turn: Mapping[str, Any], clip: Mapping[str, Any], language: str, vocabulary: Vocabulary) -> LabeledTurn:
-    """One turn of a dialogue: a user's as speech with its transcript, a reply interleaved; text without a clip."""
+    """One turn of a dialogue: a user's as speech with its transcript, a reply interleaved; text without a clip.
+
+    A reply in a style of the vocabulary begins with the style's id.
+    """
     role, text = Role(turn["role"]), vocabulary.encode_text(turn["text"])
     style = turn.get("style") or clip.get("style", "")
+    if role is Role.ASSISTANT:
+        text = [*vocabulary.style_ids(style), *text]
     if not clip:
         return LabeledTurn(Turn(role, Modality.TEXT, tuple(text), language, style=style))
     if role is not Role.ASSISTANT:

@@ -62,7 +62,8 @@ class TranslatedCorpus(TokenCorpus):
         )
 
     def _text(self, ids: Sequence[int]) -> tuple[int, ...]:
-        return tuple(self._target.encode_text(self._source.decode_text(ids))) if ids else ()
+        style = self._target.style_ids(self._source.style(ids))
+        return (*style, *self._target.encode_text(self._source.decode_text(ids))) if ids else ()
 
     def _speech(self, ids: Sequence[int]) -> tuple[int, ...]:
         return tuple(token - self._source.speech_offset + self._target.speech_offset for token in ids)

@@ -39,9 +39,10 @@ class ReleasedDecoder(SpeechDecoder[ReleasedFlow, HiFTVocoder]):
         guidance_scale: float | None = None,
         seed: int = 0,
         speaker: Tensor | None = None,
+        style: str = "",
         streaming: Streaming | None = None,
     ) -> SpeechDecoderState:
-        """Returns a fresh state; the settings are those of `ReleasedFlow.init_state`."""
+        """Returns a fresh state; the settings are those of `ReleasedFlow.init_state`, which knows no styles."""
         flow = self.flow.init_state(batch_size, num_steps, guidance_scale, seed, speaker, streaming)
         return SpeechDecoderState(flow, self.vocoder.init_state(batch_size, seed))
 
