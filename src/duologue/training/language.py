@@ -142,6 +142,7 @@ def open_corpora(
     valid = TokenCorpus(corpus, splits=("valid",))
     if own is None or own.hash == owner.hash:
         return owner, provenance, train, valid
+    print(f"{model_folder} has a vocabulary of its own: the text of {corpus} is read in it, without styles it lacks")
     train, valid = _translated(owner, own, train, valid)
     return own, Provenance(provenance.tokenizer, own.hash), train, valid
 
