@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import duologue
 from duologue.cli import main
 from duologue.client.connection import WIRE_RATE
+from duologue.conversation.block_policy import BlockPolicy
+from duologue.conversation.mouth import Mouth
 from duologue.evaluation import turn_taking
 from duologue.evaluation.bundled import load_bundled
 from duologue.evaluation.disturbances import DISTURBANCES, cough
@@ -19,7 +22,10 @@ from duologue.evaluation.long_talk import TalkedTurn, talk_scores
 from duologue.evaluation.scores import read_scores
 from duologue.evaluation.simulated_time import run_simulated
 from duologue.evaluation.turn_taking import Question
+from duologue.language.engine import PlainEngine
+from duologue.language.sampling import Sampling
 from duologue.pcm import from_int16
+from duologue.turns import Conversation, Modality, Role, Turn
 
 
 def test_an_hour_passes_at_once_and_computation_takes_no_time() -> None:
@@ -64,6 +70,33 @@ def test_the_clock_waits_for_the_threads_that_are_named() -> None:
         return loop.time() - start
 
     assert run_simulated(work(), lambda: busy[0]) == 0
+
+
+def test_a_hold_shorter_than_the_clock_can_tell_ends(tiny_folder: Path) -> None:
+    """Times near 1000 s are 1e-13 s apart, so a shorter wait ends at the time at which it began."""
+
+    class Policy(BlockPolicy):
+        num_asked = 0
+
+        def hold_s(self, num_waiting: int) -> float:
+            self.num_asked += 1
+            assert self.num_asked < 10_000, "the reply is held for ever"
+            self.since = getattr(self, "since", self._clock())
+            return 1e-15 if self._clock() == self.since else 0.0
+
+    bot = duologue.load(tiny_folder)
+    engine = bot.models.engine
+    assert isinstance(engine, PlainEngine)
+    prompt = bot.models.vocabulary.prompt_ids(
+        Conversation((Turn(Role.USER, Modality.TEXT, (5, 6, 7)),), bot.models.vocabulary.hash)
+    )
+
+    async def work() -> str:
+        mouth = Mouth(bot.models, bot.worker, policy=Policy(asyncio.get_running_loop().time))
+        events = [event async for event in mouth.speak(prompt, Sampling(max_tokens=60))]
+        return type(events[-1]).__name__
+
+    assert run_simulated(work(), lambda: engine.busy or bot.worker.busy) == "ReplyDone"
 
 
 def test_a_pause_is_put_into_the_question_at_a_quiet_place() -> None:

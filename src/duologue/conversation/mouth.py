@@ -32,6 +32,8 @@ from duologue.models import Models
 from duologue.turns import Modality, Role, Turn
 from duologue.vocabulary import TextStream
 
+_LEAST_WAIT_S = 0.001  # a clock may not move within a shorter wait, which would be asked for again and again
+
 
 class Mouth:
     """One reply: a stream of events, and finally the assistant's turn.
@@ -164,13 +166,13 @@ class Mouth:
         waited: set[asyncio.Future[Any]] = {self._stopped}
         timeout = None
         if coming is not None and (hold_s := self._hold_s) > 0:
-            timeout = hold_s
+            timeout = max(hold_s, _LEAST_WAIT_S)
         elif coming is not None:
             waited.add(coming)
         if self._block is not None:
             waited.add(self._block)
         elif coming is not None and self._num_waiting >= rates.BLOCK_TOKENS:
-            wait_s = max(self._policy.wait_s(self._num_waiting, self._num_ids_to_next), 0.001)
+            wait_s = max(self._policy.wait_s(self._num_waiting, self._num_ids_to_next), _LEAST_WAIT_S)
             timeout = wait_s if timeout is None else min(wait_s, timeout)
         await asyncio.wait(waited, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
 
