@@ -177,6 +177,7 @@ def generate(
         yield ids[0]
 
 
+@torch.inference_mode()
 def decode(models: Models, codes: Sequence[int], seed: int = 0, style: str = "") -> NDArray[np.float32]:
     """Decodes speech tokens to audio (S,) float32 in [-1, 1] at 22.05 kHz."""
     if not codes:
