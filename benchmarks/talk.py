@@ -32,6 +32,7 @@ from duologue.evaluation.report import Row
 from duologue.language.engine import PlainEngine
 from duologue.language.stepping import Stepped, StepRow
 from duologue.machine import resident_mb
+from duologue.progress import bar, steps
 
 CHUNK_MS = 40
 NUM_COMPARED = 15  # turns at either end of the hour
@@ -145,9 +146,13 @@ def measure_talk(
     if not isinstance(bot.models.engine, PlainEngine):
         raise ValueError("this bench counts the ids of the plain engine")
     turns, session = asyncio.run(_talk(bot, minutes, questions(), seed))
-    interrupted = [asyncio.run(_interrupted(bot, bot.models.engine, limit, replies, seed)) for limit in (None, *limits)]
+    engine = bot.models.engine
+    interrupted = [
+        asyncio.run(_interrupted(bot, engine, limit, replies, seed))
+        for limit in steps((None, *limits), "part 2 of 2, interrupted replies", "limits")
+    ]
     history = sum(len(turn.ids) for turn in session.conversation)
-    return TalkBench(tuple(turns), history, bot.models.engine.max_positions, tuple(interrupted))
+    return TalkBench(tuple(turns), history, engine.max_positions, tuple(interrupted))
 
 
 async def _talk(
@@ -155,6 +160,7 @@ async def _talk(
 ) -> tuple[list[TalkTurn], Session]:
     rng = np.random.default_rng(seed)
     session, turns, seconds = bot.session(), list[TalkTurn](), 0.0
+    progress = bar(minutes, "part 1 of 2, long talk", "minutes")
     while seconds < 60 * minutes:
         question = asked[int(rng.integers(len(asked)))]
         for chunk in chunks(question, CHUNK_MS):
@@ -166,6 +172,8 @@ async def _talk(
                 num_samples += len(event.wav)
         seconds += len(question) / rates.LISTEN_SAMPLE_RATE + num_samples / rates.SPEAK_SAMPLE_RATE
         turns.append(TalkTurn(seconds / 60, first, resident_mb(), bot.models.engine.cached_tokens))
+        progress.update(round(seconds / 60 - progress.n, 1))
+    progress.close()
     return turns, session
 
 

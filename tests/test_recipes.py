@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import duologue
 from duologue.config import parse_config
-from duologue.language.backbone import load_provenance
+from duologue.language.backbone import load_language, load_provenance
 from duologue.training.pretrain import Mixture
 from duologue.training.recipes import read_recipe
 from duologue.vocabulary import Vocabulary
@@ -74,7 +75,11 @@ def test_a_trained_model_is_trained_further(tmp_path: Path, monkeypatch: pytest.
         assert {file.name for file in (pocket / part).iterdir()} == {file.name for file in (run.RUNS / place).iterdir()}
     vocabulary = Vocabulary.load(run.RUNS / "vocabulary")
     assert set(vocabulary.config.styles) == set(STYLE_NAMES)
-    assert load_provenance(run.RUNS / "pretrain/final/language").vocabulary == vocabulary.hash
+    language = run.RUNS / "pretrain/final/language"
+    assert load_provenance(language).vocabulary == vocabulary.hash
+    rows = load_language(language).get_input_embeddings().weight
+    for style, words in (("softer", " softer"), ("higher2", " even higher")):
+        assert torch.equal(rows[vocabulary.config.styles[style]], rows[vocabulary.encode_text(words)].mean(0))
     for name, start in (("chat", "pretrain/final/language"), ("flow-voice", "flow/final")):
         recipe = yaml.safe_load((run.RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
         assert recipe["start_from"] == str(run.RUNS / start)

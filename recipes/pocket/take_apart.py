@@ -14,7 +14,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from duologue.language.backbone import load_provenance, save_provenance
+import torch
+
+from duologue.language.backbone import load_language, load_provenance, save_language
 from duologue.vocabulary import Vocabulary
 from recipes.pocket.synthesis import STYLE_NAMES
 
@@ -30,7 +32,7 @@ PLACES = {
 
 
 def take_apart(model: Path, runs: Path) -> None:
-    """Copies the parts, byte for byte, and adds the styles.
+    """Copies the parts, byte for byte, and adds the styles to vocabulary and language model.
 
     Raises:
         ValueError: the model lacks a part, or its vocabulary has no room for the styles.
@@ -44,7 +46,22 @@ def take_apart(model: Path, runs: Path) -> None:
     if not vocabulary.config.styles:
         vocabulary = vocabulary.with_styles(STYLE_NAMES)
         vocabulary.save(runs / PLACES["vocabulary"])
-        save_provenance(language, replace(load_provenance(language), vocabulary=vocabulary.hash))
+        start_styles(language, vocabulary)
+
+
+@torch.no_grad()
+def start_styles(folder: Path, vocabulary: Vocabulary) -> None:
+    """Starts the row of each style from the words for it. Rows that are alike are told apart only after long training.
+
+    Args:
+        folder: language model, which is written anew for this vocabulary.
+    """
+    model, provenance = load_language(folder), load_provenance(folder)
+    rows = model.get_input_embeddings().weight
+    for name, row in vocabulary.config.styles.items():
+        words = f" even {name[:-1]}" if name.endswith("2") else f" {name}"
+        rows[row] = rows[vocabulary.encode_text(words)].mean(0)
+    save_language(folder, model, replace(provenance, vocabulary=vocabulary.hash))
 
 
 def main() -> None:
