@@ -111,10 +111,12 @@ class TalkBench:
         for one in self.interruptions:
             limit = "no limit" if one.ahead_s is None else f"at most {one.ahead_s:g} s ahead"
             note = f"{one.generated} ids of {one.num_interrupted} of {one.num_replies} replies"
-            rows.append(Row("interrupted", f"ids never heard, {limit}", 100 * one.wasted, "%", note=note))
-        growth = last[-1].memory_mb - first[-1].memory_mb
+            rows.append(Row("interrupted", f"ids never heard, {limit}", one.wasted, "%", note=note))
+        middle = self.turns[len(self.turns) // 2].memory_mb  # the engine's caches are full by then
+        growth = last[-1].memory_mb - middle
         return [
             *rows,
+            Row("middle", "memory", middle, "MB"),
             Row(AIMS, "talk.slower_at_the_end", medians[1] / medians[0], aim=MAX_SLOWER, aim_is="below"),
             Row(AIMS, "talk.memory_growth_mb", growth, "MB", aim=MAX_GROWTH_MB, aim_is="below"),
         ]
