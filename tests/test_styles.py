@@ -15,7 +15,7 @@ from duologue.interleave import Kind, split, weave
 from duologue.language.sampling import GREEDY
 from duologue.language.scripts import language_mask
 from duologue.models import Models
-from duologue.training.flow import REPLY, FlowModel, _with_styles
+from duologue.training.flow import REPLY, FlowModel, with_styles
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
 from recipes.pocket.text import train_text_tokenizer
@@ -39,7 +39,7 @@ def vocabulary(plain: Vocabulary) -> Vocabulary:
 @pytest.fixture(scope="module")
 def flow(tiny_folder: Path) -> Flow:
     """A flow whose styles are far from its plain voice."""
-    flow = _with_styles(Models.load(tiny_folder).decoder.flow, STYLES)
+    flow = with_styles(Models.load(tiny_folder).decoder.flow, STYLES)
     with torch.no_grad():
         flow.styles.normal_(0.0, 3.0, generator=torch.Generator().manual_seed(0))
     return flow.eval()
@@ -124,12 +124,15 @@ def test_a_reply_is_spoken_in_the_style_that_it_begins_with(
 
 def test_a_flow_gets_styles_that_sound_plain_before_they_are_trained(tiny_folder: Path, flow: Flow) -> None:
     before = Models.load(tiny_folder).decoder.flow
-    fresh = _with_styles(before, ("louder",))
+    fresh = with_styles(before, ("louder",))
     assert torch.equal(fresh.styles, torch.zeros(1, before.speaker_dim))
-    wider = _with_styles(flow, ("louder", "slower"))
+    wider = with_styles(flow, ("louder", "slower"))
     assert torch.equal(wider.styles[1], flow.styles[1])
-    assert _with_styles(flow, ()) is flow
+    assert with_styles(flow, ()) is flow
     assert before.style_speaker("louder") is None
+    decoder = SpeechDecoder(flow, Models.load(tiny_folder).decoder.vocoder)
+    assert torch.equal(decoder.init_state(2, style="slower").flow.speaker, flow.styles[[1, 1]])
+    assert not decoder.init_state(2, style="louder").flow.speaker.any()
 
 
 def test_the_speaker_of_a_training_clip(flow: Flow) -> None:

@@ -52,9 +52,11 @@ class SpeechDecoder(nn.Module, Generic[FlowT, VocoderT]):
         """Returns a fresh state; the settings are those of the flow's `init_state`.
 
         Args:
-            style: of the reply, whose speaker vector is taken without a `speaker`; one that the flow lacks is ignored.
+            style: of all replies, whose speaker vector is taken without a `speaker`; one that the flow lacks is
+                ignored.
         """
-        speaker = self.flow.style_speaker(style) if speaker is None else speaker
+        if speaker is None and (styled := self.flow.style_speaker(style)) is not None:
+            speaker = styled.expand(batch_size, -1)
         flow = self.flow.init_state(batch_size, num_steps, guidance_scale, seed, speaker)
         return SpeechDecoderState(flow, self.vocoder.init_state(batch_size))
 

@@ -274,7 +274,7 @@ class FlowStage:
                 raise ValueError(f"{start} was trained with another tokenizer than {recipe.tokenizer}")
             if recipe.released is not None:
                 return load_component(start, ReleasedFlow, ReleasedFlowConfig)
-            return _with_styles(load_component(start, Flow, FlowConfig), recipe.styles)
+            return with_styles(load_component(start, Flow, FlowConfig), recipe.styles)
         size = self.load_tokenizer().config.quantizer.codebook_size
         mels = np.concatenate([self._mel(one).numpy() for one in self.train[:_STATISTICS_CLIPS]])
         torch.manual_seed(recipe.loop.seed)
@@ -362,7 +362,7 @@ def join(utterances: Sequence[TrainingUtterance], max_tokens: int) -> list[Train
     return [*joined, *open_ones.values()]
 
 
-def _with_styles(flow: Flow, styles: tuple[str, ...]) -> Flow:
+def with_styles(flow: Flow, styles: tuple[str, ...]) -> Flow:
     """Returns the flow with a speaker vector for each style; new ones are zero, the plain voice."""
     if styles in ((), flow.config.styles):
         return flow
