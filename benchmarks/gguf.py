@@ -16,8 +16,9 @@ import torch
 
 from benchmarks.harness import AIMS, Spread, repeat
 from benchmarks.plots import draw_lines
+from duologue import rates
 from duologue.evaluation.report import Row
-from duologue.interleave import SPEECH_ONLY
+from duologue.interleave import INTERLEAVED, SPEECH_ONLY
 from duologue.language.drawing import DrawState
 from duologue.language.llama import LlamaStepper
 from duologue.language.sampling import Sampling
@@ -26,7 +27,7 @@ from duologue.progress import steps
 from duologue.vocabulary import Vocabulary
 
 ROWS = (1, 4, 8)
-FIRST_SOUND_IDS = 23  # 13 text and 10 speech ids
+FIRST_SOUND_IDS = INTERLEAVED.text_run + rates.BLOCK_TOKENS
 FEW_IDS, STEPS_EACH = 32, 4
 BANDWIDTH_BYTES = 2**30
 MAX_OVER_FLOOR = 2.0
@@ -36,7 +37,7 @@ MAX_OVER_FLOOR = 2.0
 class GgufBench:
     """Attributes:
     num_parameters: of the file; `weight_gb` of its weights, in 10^9 bytes, without the embedding.
-    threads: of llama.cpp and of the sum.
+    threads: of the sum, and of llama.cpp with a large model.
     bandwidth_gb_s: of the memory.
     floor_ms: time in which the memory gives all weights.
     prompt_ms: of the ids of a prompt, in one step.

@@ -367,13 +367,9 @@ def with_styles(flow: Flow, styles: tuple[str, ...]) -> Flow:
     if styles in ((), flow.config.styles):
         return flow
     wider = Flow(dataclasses.replace(flow.config, styles=styles))
-    vectors = torch.stack(
-        [
-            torch.zeros(1, flow.speaker_dim) if (known := flow.style_speaker(style)) is None else known
-            for style in styles
-        ]
-    )
-    wider.load_state_dict({**flow.state_dict(), "styles": vectors[:, 0]})
+    known = [flow.style_speaker(style) for style in styles]
+    vectors = torch.cat([torch.zeros(1, flow.speaker_dim) if vector is None else vector for vector in known])
+    wider.load_state_dict({**flow.state_dict(), "styles": vectors})
     return wider
 
 
