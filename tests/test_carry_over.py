@@ -56,7 +56,8 @@ def _runs(tiny_folder: Path, folder: Path) -> Path:
 @torch.no_grad()
 def test_language_model_answers_as_before(tiny_folder: Path, tmp_path: Path) -> None:
     runs = _runs(tiny_folder, tmp_path)
-    carry_language(tiny_folder, runs, runs / "carried", COUNTS)
+    vocabulary, out = Vocabulary.load(runs / "vocabulary"), runs / "carried" / "language"
+    carry_language(tiny_folder, vocabulary, runs / "frozen" / "tokenizer", out, COUNTS)
     before, after = Vocabulary.load(tiny_folder / "vocabulary"), Vocabulary.load(runs / "vocabulary")
     old, new = load_language(tiny_folder / "language"), load_language(runs / "carried" / "language")
     assert load_provenance(runs / "carried" / "language").vocabulary == after.hash
@@ -72,6 +73,19 @@ def test_language_model_answers_as_before(tiny_folder: Path, tmp_path: Path) -> 
     carried = new(torch.tensor([same])).logits[0, :, after.speech_ids(range(32))]
     correlation = torch.corrcoef(torch.stack([speech.flatten(), carried.flatten()]))[0, 1]
     assert correlation > 0.9
+
+
+@torch.no_grad()
+def test_other_text_leaves_the_speech_as_it_was(tiny_folder: Path, tmp_path: Path) -> None:
+    """Without counts, speech tokens stay the same: as for another language."""
+    before = Vocabulary.load(tiny_folder / "vocabulary")
+    after = Vocabulary.extend(train_text_tokenizer(["你好，再见。"] * 2, 270), before.codebook_size)
+    carry_language(tiny_folder, after, tiny_folder / "tokenizer", tmp_path)
+    old, new = (load_language(folder).get_input_embeddings().weight for folder in (tiny_folder / "language", tmp_path))
+    assert torch.equal(new[after.speech_ids(range(32))], old[before.speech_ids(range(32))])
+    [word] = after.encode_text("你好")
+    torch.testing.assert_close(new[word], old[before.encode_text("你好")].mean(0))
+    assert load_provenance(tmp_path).tokenizer == load_provenance(tiny_folder / "language").tokenizer
 
 
 @torch.no_grad()

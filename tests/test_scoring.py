@@ -116,4 +116,6 @@ def test_chinese_is_compared_by_characters() -> None:
     assert word_errors("今天天气很好。", "今天 天汽很好", "zh") == (1, 6)
     assert word_errors("今天天气很好。", "", "zh") == (6, 6)
     assert is_correct("中国的首都是北京。", ["北京"], "zh")
+    assert word_errors("法国有十二个。", "法國有12個", "zh") == (0, 6)
+    assert is_correct("等于20。", ["二十"], "zh")
     assert not is_correct("中国的首都是南京。", ["北京"], "zh")

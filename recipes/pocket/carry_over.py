@@ -77,9 +77,16 @@ def translate_rows(table: Tensor, counts: Tensor, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def carry_language(model: Path, runs: Path, out: Path, counts: Tensor) -> None:
-    """Writes the language model of a pocket folder with the vocabulary of `runs`."""
-    before, after = Vocabulary.load(model / "vocabulary"), Vocabulary.load(runs / "vocabulary")
+def carry_language(model: Path, after: Vocabulary, tokenizer: Path, out: Path, counts: Tensor | None = None) -> None:
+    """Writes the language model of a pocket folder for another vocabulary.
+
+    Args:
+        after: the vocabulary.
+        tokenizer: folder of the speech tokenizer that the new model hears with.
+        out: folder of the new model.
+        counts: from `count_pairs`; None if the speech tokens stay the same.
+    """
+    before = Vocabulary.load(model / "vocabulary")
     language = load_language(model / "language")
     table = language.get_input_embeddings().weight.detach().clone()
     language.resize_token_embeddings(after.size, mean_resizing=False)
@@ -87,13 +94,14 @@ def carry_language(model: Path, runs: Path, out: Path, counts: Tensor) -> None:
     language.config.max_position_embeddings = recipe.language.max_positions
     rows = language.get_input_embeddings().weight
     old_speech = table[before.speech_offset : before.speech_offset + before.codebook_size]
-    rows[after.speech_offset : after.speech_offset + after.codebook_size] = translate_rows(old_speech, counts)
+    new_speech = old_speech if counts is None else translate_rows(old_speech, counts)
+    rows[after.speech_offset : after.speech_offset + after.codebook_size] = new_speech
     known = before.tokenizer.get_vocab()
     for token, place in after.tokenizer.get_vocab().items():
         rows[place] = table[known[token]] if token in known else _mean_of(place, before, after, table)
     for name, place in after.config.controls.items():
         rows[place] = table[before.control_id(name)]
-    save_language(out / "language", language, Provenance(file_hash(runs / "frozen" / "tokenizer"), after.hash))
+    save_language(out, language, Provenance(file_hash(tokenizer), after.hash))
 
 
 def _mean_of(token: int, before: Vocabulary, after: Vocabulary, table: Tensor) -> Tensor:
@@ -128,7 +136,8 @@ def main() -> None:
     counts = count_pairs(old, new, clips, args.hours)
     out = args.runs / "carried"
     carry_flow(args.model, args.runs, out, counts)
-    carry_language(args.model, args.runs, out, counts)
+    vocabulary, tokenizer = Vocabulary.load(args.runs / "vocabulary"), args.runs / "frozen" / "tokenizer"
+    carry_language(args.model, vocabulary, tokenizer, out / "language", counts)
     seen, share = int((counts.sum(1) > 0).sum()), counts.max(1).values.sum() / counts.sum()
     print(f"{out}: {seen} of {len(counts)} codes seen; the likeliest old code of each covers {share:.0%} of its places")
 

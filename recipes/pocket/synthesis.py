@@ -93,6 +93,20 @@ UNSEEN_VOICES = tuple(voice for voice in VOICES if voice.held_out)
 TRAINING_VOICES = (*USER_VOICES, *MORE_VOICES)
 
 
+def find_voice(voice_id: str) -> Voice:
+    """The voice with this id: one of this module, or any language and variant of espeak-ng as "espeak-NAME".
+
+    Raises:
+        ValueError: there is no such voice.
+    """
+    if voice_id in VOICE_BY_ID:
+        return VOICE_BY_ID[voice_id]
+    engine, _, name = voice_id.partition("-")
+    if engine != "espeak":
+        raise ValueError(f"unknown voice {voice_id!r}; the voices are {', '.join(VOICE_BY_ID)}")
+    return Voice(voice_id, engine, name)
+
+
 @dataclass(frozen=True)
 class Request:
     """What to say and how. `voice` is the id of a voice, or "sound-" and a sound for what is no speech.
@@ -160,10 +174,8 @@ def render_chunk(requests: list[Request]) -> list[NDArray[np.int16]]:
             if request.voice.startswith("sound-"):
                 clips[index] = _no_speech(request)
                 continue
-            if request.voice not in VOICE_BY_ID:
-                raise ValueError(f"unknown voice {request.voice!r}; the voices are {', '.join(VOICE_BY_ID)}")
             own = own_manner(request)
-            engine = VOICE_BY_ID[request.voice].engine
+            engine = find_voice(request.voice).engine
             if engine == "festival":
                 batch.append((own, file))
             elif engine == "hibari":
@@ -268,7 +280,7 @@ def trim(samples: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _command(request: Request, file: Path) -> list[str]:
-    voice = VOICE_BY_ID[request.voice]
+    voice = find_voice(request.voice)
     if voice.engine == "flite":
         command = ["flite", "-voice", voice.name, "--setf", f"duration_stretch={1 / request.rate:.4f}"]
         if request.pitch != 0:

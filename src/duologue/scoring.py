@@ -40,13 +40,15 @@ def _normalizers() -> tuple[Callable[[str], str], Callable[[str], str]]:
 def normalize(text: str, language: str = "en") -> str:
     """Words with single spaces as recognizers are compared: Whisper's normalizer, but with English numbers in words.
 
-    "It's 3,021 km!" -> "it is three thousand twenty one km"; "one hundred and five" -> "one hundred five". Characters
-    of other scripts stay as they are.
+    "It's 3,021 km!" -> "it is three thousand twenty one km"; "one hundred and five" -> "one hundred five". Chinese
+    becomes simplified, with its numbers in characters: "10和15" -> "十和十五".
 
     Source: whisper-normalizer's `EnglishTextNormalizer` (arXiv 2212.04356, appendix C), for other languages than "en"
     its `BasicTextNormalizer`.
     """
     english, basic = _normalizers()
+    if language == "zh":
+        text = _chinese(unicodedata.normalize("NFKC", text))
     if language != "en":
         return str(basic(text)).strip()
     text = unicodedata.normalize("NFKC", text).lower().replace("’", "'").replace("_", " ")
@@ -101,6 +103,15 @@ def _tokens(text: str, language: str) -> list[str]:
     """The normalized text in what is compared: characters of Chinese, words of other languages."""
     normalized = normalize(text, language)
     return list(normalized.replace(" ", "")) if language == "zh" else normalized.split()
+
+
+def _chinese(text: str) -> str:
+    """Simplified characters, with numbers in characters. Whisper writes "10" and traditional characters at will."""
+    from cn2an import transform
+    from opencc import OpenCC
+
+    simplified: str = OpenCC("t2s").convert(text)
+    return str(transform(simplified, "an2cn"))
 
 
 def _ordinal(words: str) -> str:

@@ -48,6 +48,8 @@ class SpeechRecognizerConfig:
         rescale: one scale and offset per channel before the first layer, for a quantizer that normalizes its input.
         num_end: learned vectors that the text decoder reads after the last speech token. They stand for the silence
             with which Whisper pads every clip to 30 s; without it the decoder repeats itself at the end of a clip.
+        ids_per_token: maximum text ids for each speech token, beside eight for the clip. A decoder that repeats itself
+            is stopped there. Fast English has less than 2/3; scripts that are written in single bytes need up to 2.
     """
 
     width: int
@@ -62,6 +64,7 @@ class SpeechRecognizerConfig:
     max_text: int = 448
     rescale: bool = False
     num_end: int = 0
+    ids_per_token: float = 2 / 3
 
 
 class TextDecoderLayer(nn.Module):
@@ -261,8 +264,7 @@ class SpeechRecognizer(nn.Module):
     def transcribe_tokens(self, values: Padded, language: str = "en") -> list[list[HeardToken]]:
         """Greedy pieces of text of quantized vectors (B, T, D) with their log probabilities."""
         memory, text = self.memory(values), self.text
-        # Fast speech has fewer than eight ids a second: a decoder that repeats itself is stopped there.
-        limits = torch.where(values.lengths > 0, 8 + values.lengths * 2 // 3, 0)
+        limits = torch.where(values.lengths > 0, 8 + (values.lengths * self.config.ids_per_token).long(), 0)
         prompt, suppressed = (torch.tensor(ids, device=limits.device) for ids in (text.prompt(language), text.special))
         rows = self.decoder.greedy(prompt, self.readable(memory), text.end, suppressed[suppressed != text.end], limits)
         return [text.pieces(row) for row in rows]

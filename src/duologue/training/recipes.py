@@ -24,6 +24,7 @@ STAGES = {
     "tokenizer": "speech recognition through a vector quantizer",
     "tokens": "an audio corpus becomes a token corpus, by the frozen tokenizer",
     "interleave": "text with spans that a text-to-token model speaks, a token corpus",
+    "recognizer": "a smaller recognizer for a frozen tokenizer, distilled from a larger one",
     "vocoder": "mel -> wave, against discriminators",
     "flow": "speech tokens -> mel",
     "voice": "a new voice for a trained model, from recordings of one speaker",
