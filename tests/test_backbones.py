@@ -1,5 +1,6 @@
 """A text model as a backbone: translation of the corpus, both stages, and the complete model folder."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,8 +164,9 @@ def test_scores_in_chunks_give_the_same_loss_and_gradient(folder: Path) -> None:
         gradients.append(
             [parameter.grad.clone() for parameter in stage.model.parameters() if parameter.grad is not None]
         )
+    # Sums over all positions in another order: elements that cancel out differ by more than their own rounding.
     for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(one, other, atol=1e-4 * float(one.abs().max()), rtol=1e-4)
 
 
 def test_what_cannot_start_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -181,3 +183,61 @@ def test_what_cannot_start_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.gguf"):
         load_backbone(tmp_path, 64)
     assert np.isfinite(PretrainStage(recipe(folder)).evaluate()["text/text_nll"])
+
+
+def write_gguf(path: Path, llama: Path) -> Path:
+    """A Llama of transformers in the layout of llama.cpp, in float32."""
+    import gguf
+
+    model = LlamaForCausalLM.from_pretrained(llama)
+    config, weights = model.config, model.state_dict()
+    bpe = json.loads((llama / "tokenizer.json").read_text())["model"]
+    tokens = [token for token, _ in sorted(bpe["vocab"].items(), key=lambda pair: pair[1])]
+    tokens += ["<|endoftext|>", *(f"<|{number}|>" for number in range(config.vocab_size - len(tokens) - 1))]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * len(tokens))
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in bpe["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, tensor in weights.items():
+        if "q_proj" in key or "k_proj" in key:  # llama.cpp turns the rotary halves of a head into pairs
+            heads = tensor.view(config.num_attention_heads, 2, -1, config.hidden_size)
+            tensor = heads.transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(str(names.get_name(key, try_suffixes=(".weight",))), tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_goes_through_both_stages(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    file = write_gguf(tmp_path / "llama.gguf", folder / "llama")
+    model, _ = load_backbone(file, 60)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        wanted = LlamaForCausalLM.from_pretrained(folder / "llama")(ids).logits
+        torch.testing.assert_close(model(ids).logits[..., : wanted.shape[-1]], wanted, atol=1e-5, rtol=1e-4)
+
+    pretrain = recipe(folder, backbone=str(file), tokenizer=str(model_folder("pocket") / "tokenizer"))
+    run(PretrainStage(pretrain), LOOP, tmp_path / "pretrain")
+    trained = str(tmp_path / "pretrain" / "final" / "language")
+    sizes = {"mixture": MIXTURE, "length": 128, "num_rows": 2, "num_questions": 1, "loop": LOOP}
+    chat = ChatRecipe(pretrain.corpus, pretrain.vocabulary, trained, parts_from="pocket", **sizes)  # type: ignore[arg-type]
+    run(ChatStage(chat), LOOP, tmp_path / "chat")
+    reply = load(tmp_path / "chat" / "final").chat(text="one", sampling=Sampling(max_tokens=30))
+    assert reply.text or reply.speech_tokens

@@ -28,6 +28,7 @@ from duologue.language.backbone import (
 )
 from duologue.language.sampling import Sampling
 from duologue.models import Card
+from duologue.tokenizer.speech_recognizer import load_speech_recognizer, save_speech_recognizer
 from duologue.vocabulary import Vocabulary
 
 QUESTIONS = (
@@ -50,12 +51,13 @@ def assemble(runs: Path, out: Path, untrained: bool = False, max_tokens: int = 6
     Raises:
         ValueError: a part is missing or damaged, or their total size exceeds 42 MB.
     """
-    for part in (
-        "tokenizer",
-        "recognizer",
-    ):  # as they were frozen, byte for byte: the provenance of the other parts has their hash
+    for part in ("tokenizer", "recognizer"):
         shutil.rmtree(out / part, ignore_errors=True)
-        shutil.copytree(runs / "frozen" / part, out / part)
+    # As it was frozen, byte for byte: the provenance of the other parts has its hash.
+    shutil.copytree(runs / "frozen" / "tokenizer", out / "tokenizer")
+    distilled = runs / "recognizer" / "final" / "recognizer"
+    recognizer = load_speech_recognizer(distilled if distilled.is_dir() else runs / "frozen" / "recognizer")
+    save_speech_recognizer(out / "recognizer", recognizer, torch.int8)
     vocabulary = Vocabulary.load(runs / "vocabulary")
     vocabulary.save(out / "vocabulary")
     provenance = Provenance(file_hash(out / "tokenizer"), vocabulary.hash)

@@ -75,6 +75,7 @@ def steps(hours: float, turns: int, workers: int, seed: int = 1, carry_over: str
         *flow,
         _train("flow-voice", "flow", RUNS / "flow-voice" / "final" / "flow" / "config.json", *from_carried),
         _train("tokens", "tokens", RUNS / "tokens" / "manifest.json"),
+        _train("recognizer", "recognizer", RUNS / "recognizer" / "final" / "recognizer" / "config.json"),
         *pretrain,
         _train("chat", "chat", RUNS / "chat" / "final" / "language" / "siblings.json", *from_carried_language),
         _step("assemble", pocket / "duologue.json", "recipes.pocket.assemble", "--out", pocket),
@@ -116,6 +117,7 @@ SMOKE = {
         flow.estimator.num_layers=1 batch_s=10 num_valid_clips=2 num_generated=1""",
     "flow-voice": f"--set {_MOMENT} batch_s=10 num_valid_clips=2 num_generated=1",
     "tokens": "--set variants=1",
+    "recognizer": f"--set {_MOMENT} decoder_layers=[0] batch_s=10 num_valid_clips=2",
     "pretrain": f"""--set {_MOMENT} {_FEW} language.width=32 language.num_heads=2 language.head_dim=16
         language.ffn_dim=64""",
     "chat": f"--set {_MOMENT} {_FEW} num_questions=2",
@@ -126,7 +128,9 @@ SMOKE = {
 
 
 # Steps that a trained pocket makes unnecessary.
-IN_THE_POCKET = {"valid", "texts", "vocabulary", "whisper", "tokenizer", "freeze", "vocoder", "flow", "pretrain"}
+IN_THE_POCKET = {
+    *("valid", "texts", "vocabulary", "whisper", "tokenizer", "freeze", "vocoder", "flow", "recognizer", "pretrain")
+}
 # What `--further` adds: shorter trainings at lower rates, and more reading aloud, which is learned last.
 FURTHER = {
     "flow-voice": "--set loop.num_steps=1600 loop.learning_rate=1e-3",
@@ -143,6 +147,7 @@ CUDA = {
     "vocoder": "--set batch_size=48 loop.minutes=4 loop.num_workers=2",
     "flow": "--set batch_s=400 loop.minutes=1 loop.num_workers=6",
     "flow-voice": "--set batch_s=400 loop.minutes=2 loop.num_workers=6",
+    "recognizer": "--set batch_s=2000 loop.minutes=1 loop.num_workers=4",
     "pretrain": "--set num_rows=64 loop.minutes=1 loop.num_workers=12",
     "chat": "--set num_rows=64 loop.minutes=3 loop.num_workers=12",
 }
