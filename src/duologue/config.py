@@ -115,12 +115,17 @@ def parse_value(text: str) -> Any:
         raise ValueError(f"{text!r} is not a value in plain YAML") from None
 
 
-def write_json(path: str | Path, data: Mapping[str, Any]) -> None:
-    """Writes a JSON object atomically: readers see the old file or the new one."""
+def write_json(path: str | Path, data: Mapping[str, Any], compact: bool = False) -> None:
+    """Writes a JSON object atomically: readers see the old file or the new one.
+
+    Args:
+        compact: on one line, for long tables that nobody reads.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.new")
-    scratch.write_text(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    layout: dict[str, Any] = {"separators": (",", ":")} if compact else {"indent": 2}
+    scratch.write_text(json.dumps(data, ensure_ascii=False, allow_nan=False, **layout) + "\n", encoding="utf-8")
     scratch.replace(path)
 
 

@@ -189,7 +189,7 @@ class Vocabulary:
     def save(self, folder: str | Path) -> None:
         """Writes `tokenizer.json` and `vocabulary.json`."""
         folder = Path(folder)
-        write_json(folder / "tokenizer.json", json.loads(self.tokenizer.to_str()))
+        write_json(folder / "tokenizer.json", json.loads(self.tokenizer.to_str()), compact=True)
         head = {"kind": "Vocabulary", "version": VOCABULARY_VERSION}
         write_json(folder / "vocabulary.json", {**head, **self._layout})
 

@@ -395,7 +395,7 @@ class WhisperText:
             self._bpe.save(str(folder / TEXT_FILE))
         else:
             (folder / TEXT_FILE).write_text(_with_ids(self._bpe, self.kept), encoding="utf-8")
-            write_json(folder / KEPT_FILE, {"vocab_size": self._vocab_size, "kept": self.kept})
+            write_json(folder / KEPT_FILE, {"vocab_size": self._vocab_size, "kept": self.kept}, compact=True)
 
     def _id(self, name: str) -> int:
         found = self._bpe.token_to_id(name)
