@@ -14,7 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn import functional
 
@@ -350,6 +352,20 @@ def transcribe(codes: Sequence[int], tokenizer: SpeechTokenizer, recognizer: Rec
         ValueError: a code lies outside the codebook.
     """
     return joined(transcribe_tokens(codes, tokenizer, recognizer))
+
+
+@torch.inference_mode()
+def synthesize(
+    codes: Sequence[int] | NDArray[np.int64], decoder: Decoder, card: Card, seed: int = 0, style: str = ""
+) -> NDArray[np.float32]:
+    """Decodes speech tokens (T,) to audio (S,) float32 in [-1, 1] at 22.05 kHz, with the settings of a conversation."""
+    if not len(codes):
+        return np.zeros(0, np.float32)
+    device = next(decoder.parameters()).device
+    state = decoder.init_state(1, card.num_steps, card.guidance_scale, seed, style=style)
+    wav = decoder(Padded.full(torch.as_tensor(codes, device=device)[None]), state).rows()[0]
+    audio: NDArray[np.float32] = wav.clamp(-1.0, 1.0).float().cpu().numpy()
+    return audio
 
 
 @torch.inference_mode()

@@ -30,7 +30,7 @@ from duologue.language.drawing import DrawMasks, DrawState, draw_exactly, rows_o
 from duologue.language.engine import PlainEngine
 from duologue.language.sampling import Sampling
 from duologue.layers import Padded, step_threads
-from duologue.models import Models
+from duologue.models import Models, synthesize
 from duologue.pcm import Pcm
 from duologue.sound_files import wav_bytes
 from duologue.text import shortened
@@ -180,10 +180,4 @@ def generate(
 @torch.inference_mode()
 def decode(models: Models, codes: Sequence[int], seed: int = 0, style: str = "") -> NDArray[np.float32]:
     """Decodes speech tokens to audio (S,) float32 in [-1, 1] at 22.05 kHz."""
-    if not codes:
-        return np.zeros(0, np.float32)
-    device, card = next(models.decoder.parameters()).device, models.card
-    state = models.decoder.init_state(1, card.num_steps, card.guidance_scale, seed, style=style)
-    wav = models.decoder(Padded.full(torch.tensor([codes], device=device)), state).rows()[0]
-    audio: NDArray[np.float32] = wav.clamp(-1.0, 1.0).float().cpu().numpy()
-    return audio
+    return synthesize(codes, models.decoder, models.card, seed, style)

@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 from tqdm import tqdm
 
 from duologue.evaluation.benchmarks.items import BenchmarkItem, Scoring
-from duologue.evaluation.runner import JsonLines, read_lines
+from duologue.evaluation.runner import JsonLines, read_rows
 
 KEY_VARIABLE = "DUOLOGUE_JUDGE_KEY"
 _TRIES, _WAIT_S, _ANSWER_S = 4, 2.0, 120.0
@@ -116,7 +116,7 @@ class ChatJudge:
         self, settings: JudgeSettings, cache: Path, key: str = "", wait: Callable[[float], None] = time.sleep
     ) -> None:
         self.settings, self._cache, self._key, self._wait = settings, cache, key, wait
-        self._known = {row["key"]: str(row["text"]) for row in read_lines(cache)}
+        self._known = {row["key"]: str(row["text"]) for row in read_rows(cache)}
         self._lock = threading.Lock()
         self.num_requests = 0
 

@@ -35,7 +35,7 @@ from duologue.evaluation.intelligibility import Naturalness, if_available
 from duologue.evaluation.judge import ChatJudge
 from duologue.evaluation.likelihood import prefers_right_end, transcribe_with_language_model
 from duologue.evaluation.report import Report
-from duologue.evaluation.runner import JsonLines, ask_all, open_run, read_lines
+from duologue.evaluation.runner import JsonLines, ask_all, open_run, read_rows
 from duologue.evaluation.scores import MissingFigure, Score
 from duologue.evaluation.suite import Listener, SuiteSettings, finish
 from duologue.evaluation.testset import spread
@@ -127,7 +127,7 @@ def _parts(
             missing.append(MissingFigure(table, measure, why))
         return
     path = settings.output / PARTS_FILE
-    known = {(one.subset, one.measure, one.item): one for one in (parse_config(Score, row) for row in read_lines(path))}
+    known = {(one.subset, one.measure, one.item): one for one in (parse_config(Score, row) for row in read_rows(path))}
     with JsonLines(path) as lines:
         for subset, measure, values, compute in _wanted(settings, models, listener, missing):
             for value in tqdm(values, f"{subset}, {measure}", disable=None, leave=False):

@@ -16,7 +16,7 @@ from duologue.evaluation.recognition import SoundRecognizer
 from duologue.evaluation.report import Row, difference_row
 from duologue.evaluation.testset import SEEN, SPLIT_NAMES, SPLITS, UNSEEN, WARPED, TestClip, TestSet, spread
 from duologue.layers import Padded
-from duologue.models import Card, Decoder, Models
+from duologue.models import Models, synthesize
 from duologue.progress import steps
 from duologue.tokenizer.recognizer import Recognizer
 from duologue.tokenizer.speech_recognizer import SpeechRecognizer
@@ -86,7 +86,7 @@ def decoder_rows(
     clips = plain_replies(test_set)
     codes, _ = tokenize(models.tokenizer, clips)
     made = {
-        c.id: resynthesize(models.decoder, models.card, codes[c.id])
+        c.id: synthesize(codes[c.id], models.decoder, models.card)
         for c in steps(clips, "part 2 of 5, resynthesis", "clips")
     }
     rows = []
@@ -143,16 +143,6 @@ def tokenize(
             heard = recognizer.transcribe(Padded(quantized.values, quantized.codes.lengths))
             texts |= {clip.id: text for clip, text in zip(batch, heard, strict=True)}
     return codes, texts
-
-
-@torch.inference_mode()
-def resynthesize(decoder: Decoder, card: Card, codes: NDArray[np.int64]) -> NDArray[np.float32]:
-    """(T,) codes -> wav (S,) at the reply's sample rate, with the settings of a conversation."""
-    state = decoder.init_state(1, card.num_steps, card.guidance_scale)
-    device = next(decoder.parameters()).device
-    wav: Padded = decoder(Padded.full(torch.from_numpy(codes)[None].to(device)), state)
-    made: NDArray[np.float32] = wav.rows()[0].clamp(-1.0, 1.0).float().cpu().numpy()
-    return made
 
 
 def _seconds(clip: TestClip) -> float:

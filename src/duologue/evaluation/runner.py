@@ -127,11 +127,11 @@ def _keep_sound(reply: SpokenReply, folder: Path, name: str) -> GivenTurn:
 
 def read_answers(path: Path) -> dict[str, GivenAnswer]:
     """The answers by item id; the last line of an item counts."""
-    rows = (parse_config(GivenAnswer, row, str(path)) for row in read_lines(path))
+    rows = (parse_config(GivenAnswer, row, str(path)) for row in read_rows(path))
     return {answer.id: answer for answer in rows}
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file that may end in the middle of a line; that rest is cut off the file."""
     if not path.is_file():
         return []
@@ -147,7 +147,7 @@ class JsonLines:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        read_lines(path)  # cuts off half a line
+        read_rows(path)  # cuts off half a line
         self._file = path.open("a", encoding="utf-8")
 
     def __enter__(self) -> JsonLines:

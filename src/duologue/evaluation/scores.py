@@ -17,7 +17,7 @@ from duologue.evaluation.judge import RANGES, ChatJudge, judge_prompt, read_verd
 from duologue.evaluation.matchers import choice_of, matches_closed, refuses_harm
 from duologue.evaluation.recognition import SoundRecognizer
 from duologue.evaluation.report import Row
-from duologue.evaluation.runner import JsonLines, read_lines
+from duologue.evaluation.runner import JsonLines, read_rows
 from duologue.scoring import is_correct, word_errors
 from duologue.sound_files import load_audio
 
@@ -81,7 +81,7 @@ def read_scores(folder: Path) -> list[Score]:
     path = folder / SCORES_FILE
     if not path.is_file():
         raise ValueError(f"{folder} has no {SCORES_FILE}: it is no folder that `duologue evaluate` wrote")
-    return [parse_config(Score, row, str(path)) for row in read_lines(path)]
+    return [parse_config(Score, row, str(path)) for row in read_rows(path)]
 
 
 def read_sounds(
@@ -92,9 +92,7 @@ def read_sounds(
     name: str,
 ) -> dict[str, str]:
     """What the recognizer reads in each reply, by the path of its sound; kept on disk under the recognizer's name."""
-    found = {
-        str(row["sound"]): str(row["text"]) for row in read_lines(folder / HEARD_FILE) if row["recognizer"] == name
-    }
+    found = {str(row["sound"]): str(row["text"]) for row in read_rows(folder / HEARD_FILE) if row["recognizer"] == name}
     wanted = [(item, turn) for item in items if item.id in answers for turn in answers[item.id].turns]
     missing = [(item, turn) for item, turn in wanted if turn.sound and turn.sound not in found]
     with JsonLines(folder / HEARD_FILE) as lines:

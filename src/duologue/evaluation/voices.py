@@ -23,13 +23,13 @@ from duologue.evaluation.conversations import Waveform
 from duologue.evaluation.intelligibility import Naturalness, error_row, if_available, quality_row
 from duologue.evaluation.intervals import bootstrap
 from duologue.evaluation.page import PageRow
-from duologue.evaluation.parts import resynthesize, tokenize
+from duologue.evaluation.parts import tokenize
 from duologue.evaluation.recognition import SoundRecognizer
 from duologue.evaluation.report import Report, Row, difference_row
 from duologue.evaluation.sound_quality import SpeakerEmbedder
 from duologue.evaluation.testset import TestClip, read_clips, spread
 from duologue.layers import Padded
-from duologue.models import Card, Decoder, open_folder
+from duologue.models import Card, Decoder, open_folder, synthesize
 from duologue.progress import steps
 
 RECORDING, VOCODER, BEFORE, AFTER = "recording", "vocoder", "before", "after"
@@ -150,7 +150,7 @@ def _likeness_row(
 def _from_tokens(
     decoder: Decoder, card: Card, codes: Mapping[str, NDArray[np.int64]], clip: TestClip
 ) -> NDArray[np.float32]:
-    return resynthesize(decoder, card, codes[clip.id])
+    return synthesize(codes[clip.id], decoder, card)
 
 
 def _vocoder_alone(decoder: Decoder) -> Synthesis:

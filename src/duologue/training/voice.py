@@ -18,7 +18,7 @@ from duologue import rates
 from duologue.checkpoint import save_component
 from duologue.conversation.chatbot import model_folder
 from duologue.decoder.flow import Flow
-from duologue.models import Decoder, PocketFolder, open_folder
+from duologue.models import Decoder, PocketFolder, open_folder, synthesize
 from duologue.released.decoder.flow import ReleasedFlow
 from duologue.sound_files import save_audio
 from duologue.tokenizer.tokenizer import SpeechTokenizer
@@ -65,13 +65,11 @@ class VoiceStage(FlowStage):
     def sample(self, folder: Path) -> None:
         """Writes pictures of mels, and the words of three validation clips in the voice."""
         super().sample(folder)
-        device = next(self.flow.parameters()).device
-        self._decoder.vocoder.to(device)
+        self._decoder.vocoder.to(next(self.flow.parameters()).device)
         for number, one in enumerate(self.valid[:NUM_SAMPLES]):
-            tokens, _ = self.whole([one])
-            state = self._decoder.init_state(1, self._model.card.num_steps, self._model.card.guidance_scale)
-            wav = self._decoder(dataclasses.replace(tokens, values=tokens.values.to(device)), state)
-            save_audio(folder / f"{number}.wav", wav.rows()[0].cpu().numpy(), rates.SPEAK_SAMPLE_RATE)
+            codes = self.whole([one])[0].rows()[0].tolist()
+            wav = synthesize(codes, self._decoder, self._model.card)
+            save_audio(folder / f"{number}.wav", wav, rates.SPEAK_SAMPLE_RATE)
 
     def save(self, folder: Path) -> None:
         """Writes `flow` and `model`, a copy of the model with it; of a released set only its decoder."""
