@@ -339,12 +339,12 @@ class Talk:
         tasks = [asyncio.create_task(client.run()) for client in self.clients]
         try:
             await self._until(lambda: all(len(client.answers) >= self.rounds for client in self.clients))
-            self.sessions_per_cell = await self._sessions()
+            self.sessions_per_cell = await sessions_per_cell(self.server)
             (victim, *_) = processes(self.server.pid, CELL)
             self.killed_at = time.monotonic()
             os.kill(victim, signal.SIGKILL)
             await self._until(self._all_answered)
-            while len(await self._sessions()) < self.replicas:
+            while len(await sessions_per_cell(self.server)) < self.replicas:
                 await asyncio.sleep(RETRY_S)
             self.replaced_s = time.monotonic() - self.killed_at
             self.over.set()
@@ -362,18 +362,19 @@ class Talk:
             while not true():
                 await asyncio.sleep(0.02)
 
-    async def _sessions(self) -> list[int]:
-        """Conversations of each cell."""
 
-        def read() -> str:
-            with urllib.request.urlopen(f"{self.server.url}/metrics", timeout=PATIENCE_S) as page:
-                text: str = page.read().decode()
-                return text
+async def sessions_per_cell(server: ServerProcess) -> list[int]:
+    """Conversations of each cell, from the joined metrics; empty while these cannot be had."""
 
-        with contextlib.suppress(OSError):
-            page = await asyncio.to_thread(read)
-            return [int(float(value)) for value in re.findall(r'^duologue_sessions\{cell="\S+"\} (\S+)$', page, re.M)]
-        return []
+    def read() -> str:
+        with urllib.request.urlopen(f"{server.url}/metrics", timeout=PATIENCE_S) as page:
+            text: str = page.read().decode()
+            return text
+
+    with contextlib.suppress(OSError):
+        page = await asyncio.to_thread(read)
+        return [int(float(value)) for value in re.findall(r'^duologue_sessions\{cell="\S+"\} (\S+)$', page, re.M)]
+    return []
 
 
 # Processes.
