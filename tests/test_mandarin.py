@@ -41,7 +41,8 @@ def test_recordings_become_a_corpus(tmp_path: Path) -> None:
     except (RuntimeError, FileNotFoundError) as error:
         pytest.skip(f"no espeak-ng: {error}")
     test = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
-    assert [sorted(line) for line in test] == [["answer", "kind", "text", "voice", "wav"]] * 2
+    assert [sorted(line) for line in test] == [["answer", "kind", "new", "text", "voice", "wav"]] * 3
+    assert [line["new"] for line in test] == [True, True, False]
     source = ["data", "import", "llama-omni", str(tmp_path / "train.json")]
     assert main([*source, "-o", str(tmp_path / "corpus"), "--language", "zh", "--transcripts", "--valid", "0"]) == 0
     [table] = (tmp_path / "corpus").glob("dialogues-*.jsonl")

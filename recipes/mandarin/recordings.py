@@ -31,13 +31,19 @@ _RATE, _PITCH = (0.85, 1.15), (-3.0, 3.0)
 
 
 def write_source(out: Path, num_turns: int, num_test: int, seed: int, workers: int) -> None:
-    """Renders the questions of training and test with all replies."""
+    """Renders the questions of training and test with all replies.
+
+    Args:
+        num_test: new questions. Half as many of the training are asked again, by voices that it has not heard.
+    """
     rng = Random(f"mandarin|{seed}")
-    train = [_asked(question, VOICES, rng) for question in _drawn(questions(test=False), num_turns, rng)]
+    train = [_asked(question, VOICES, rng) for question in _drawn(questions(test=False), num_turns, rng, again=True)]
     test = [
         _asked(question, UNSEEN_VOICES if place % 2 else VOICES, rng)
-        for place, question in enumerate(_drawn(questions(test=True), num_test, rng))
+        for place, question in enumerate(_drawn(questions(test=True), num_test, rng, again=False))
     ]
+    known = _drawn(questions(test=False), num_test // 2, rng, again=True)
+    test += [_asked(question, UNSEEN_VOICES, rng) for question in known]
     replies = sorted({question.reply for question, _ in train})
     requests = [request for _, request in chain(train, test)]
     paths = [f"questions/{place:05d}.wav" for place in range(len(requests))]
@@ -63,8 +69,15 @@ def write_source(out: Path, num_turns: int, num_test: int, seed: int, workers: i
     ]
     (out / "train.json").write_text(json.dumps(dialogues, ensure_ascii=False), encoding="utf-8")
     lines = [
-        {"kind": question.kind, "text": question.text, "answer": question.answer, "voice": request.voice, "wav": path}
-        for (question, request), path in zip(test, paths[len(train) :], strict=False)
+        {
+            "kind": question.kind,
+            "new": place < num_test,
+            "text": question.text,
+            "answer": question.answer,
+            "voice": request.voice,
+            "wav": path,
+        }
+        for place, ((question, request), path) in enumerate(zip(test, paths[len(train) :], strict=False))
     ]
     (out / "test.jsonl").write_text(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
@@ -73,15 +86,17 @@ def write_source(out: Path, num_turns: int, num_test: int, seed: int, workers: i
     (out / "texts.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
 
 
-def _drawn(kinds: dict[str, list[Question]], count: int, rng: Random) -> list[Question]:
-    """Questions of all kinds in turn, without doubles until a kind is used up."""
-    left: dict[str, list[Question]] = {}
-    drawn = []
-    for place in range(count):
-        kind = list(kinds)[place % len(kinds)]
-        if not left.get(kind):
-            left[kind] = rng.sample(kinds[kind], len(kinds[kind]))
-        drawn.append(left[kind].pop())
+def _drawn(kinds: dict[str, list[Question]], count: int, rng: Random, again: bool) -> list[Question]:
+    """Questions of all kinds in turn. A kind that is used up begins `again` or is left out."""
+    left = {kind: rng.sample(found, len(found)) for kind, found in kinds.items()}
+    drawn: list[Question] = []
+    while len(drawn) < count and left:
+        for kind in list(left)[: count - len(drawn)]:
+            drawn.append(left[kind].pop())
+            if not left[kind] and again:
+                left[kind] = rng.sample(kinds[kind], len(kinds[kind]))
+            elif not left[kind]:
+                del left[kind]
     return drawn
 
 
@@ -99,7 +114,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/mandarin/source"))
     parser.add_argument("--turns", type=int, default=4000, help="questions of the training, each with its reply")
-    parser.add_argument("--test-turns", type=int, default=200, help="questions of the test")
+    parser.add_argument(
+        "--test-turns", type=int, default=200, help="new questions of the test; half as many known ones"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="processes that synthesize")
     args = parser.parse_args()
