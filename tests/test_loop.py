@@ -71,7 +71,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, in_background: bool, monke
     """With checkpoints written in the background, too, as on CUDA."""
     made = partial(Checkpoints, in_background=in_background)
     monkeypatch.setattr("duologue.training.loop.Checkpoints", lambda *parts, **_: made(*parts))
-    config = replace(CONFIG, checkpoint_every_s=0.0)
+    config = replace(CONFIG, checkpoint_every_s=0.0, average_decay=0.5, average_from=0.3)
     run(Line(), config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(Line(stop_at=7), config, tmp_path / "cut")
@@ -81,6 +81,28 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, in_background: bool, monke
     logs = [list(csv.DictReader((tmp_path / name / "log.csv").open())) for name in ("whole", "cut")]
     first, second = ([(row["step"], row["name"], row["value"]) for row in log] for log in logs)
     assert first == second
+
+
+def test_the_average_of_the_weights_is_evaluated_and_saved(tmp_path: Path) -> None:
+    """It begins with the weights after the seventh of twelve steps; the training itself knows nothing of it."""
+    trail: list[Tensor] = []
+
+    class Trailing(Line):
+        def losses(self, phase: str, batch: Batch, progress: float) -> dict[str, Tensor]:
+            trail.append(weights_in(self).clone())
+            return super().losses(phase, batch, progress)
+
+    stage, decay = Trailing(), 0.6
+    metrics = run(stage, replace(CONFIG, average_decay=decay, average_from=0.5), tmp_path / "averaged")
+    run(Line(), CONFIG, tmp_path / "plain")
+    assert torch.equal(weights_in(stage), weights_of(tmp_path / "plain"))
+    average = trail[7]
+    for weights in (*trail[8:], weights_in(stage)):
+        average = decay * average + (1 - decay) * weights
+    torch.testing.assert_close(weights_of(tmp_path / "averaged"), average)
+    assert metrics["bias"] == pytest.approx(float(average[-9:].sum()), rel=1e-5)
+    with pytest.raises(ValueError, match="from 0 to below 1"):
+        replace(CONFIG, average_decay=1.0)
 
 
 def test_a_checkpoint_of_an_earlier_release_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,14 @@ from tests.tiny_language import small_corpus
 
 ROOT = Path(__file__).parent.parent
 LOOP = LoopConfig(
-    3, 1e-3, schedule="constant", warmup_steps=1, precision="fp32", evaluate_every=10**6, sample_every=10**6
+    3,
+    1e-3,
+    schedule="constant",
+    warmup_steps=1,
+    precision="fp32",
+    evaluate_every=10**6,
+    sample_every=10**6,
+    average_decay=0.7,
 )
 SCRIPT = """
 import os, signal, sys

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from duologue.cuda import set_float32_precision
+from duologue.training.averaging import WeightAverage
 from duologue.training.checkpoints import Checkpoints
 from duologue.training.log import RunLog, check_wandb
 from duologue.training.sharding import (
@@ -50,6 +51,10 @@ class LoopConfig:
         schedule: decay of the learning rate after the warm-up, down to `learning_rate * min_lr_ratio`.
         accumulate: batches per optimizer step and process.
         precision: of the computation; weights stay in their own dtype.
+        average_decay: share of the moving average of the weights that a step keeps, such as 0.998; 0 for no average.
+            Evaluations, samples and `final` then have the average.
+        average_from: share of the training after which the average begins. A training from nothing leaves its beginning
+            out; one from a trained model takes it in.
         num_workers: processes that prepare batches; 0 for one thread of this process.
         evaluate_first: whether to evaluate before the first step as well.
         checkpoint_every_s: seconds between checkpoints.
@@ -67,6 +72,8 @@ class LoopConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
     accumulate: int = 1
+    average_decay: float = 0.0
+    average_from: float = 0.0
     num_workers: int = 0
     precision: Literal["bf16", "fp32"] = "bf16"
     log_every: int = 10
@@ -76,6 +83,10 @@ class LoopConfig:
     checkpoint_every_s: float = 600.0
     max_shard_bytes: int = 2**31
     wandb_project: str = ""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"average_decay is {self.average_decay}; it must be from 0 to below 1")
 
     def lr_at(self, step: int, progress: float) -> float:
         """Learning rate of optimizer step `step`, counted from 0, at a share `progress` of the training."""
@@ -182,6 +193,7 @@ def _run(stage: TrainingStage, config: LoopConfig, out: Path, device: str, rank:
     for module in stage.phases.values():
         module.to(device).train()
     optimizers = {name: make_optimizer(module, config) for name, module in stage.phases.items()}
+    average = WeightAverage(optimizers, config.average_decay, config.average_from)
     on_cuda = torch.device(device).type == "cuda"
     checkpoints = Checkpoints(out / "checkpoints", stage.phases, optimizers, in_background=on_cuda)
     step, done = checkpoints.resume()
@@ -193,7 +205,7 @@ def _run(stage: TrainingStage, config: LoopConfig, out: Path, device: str, rank:
     bar = tqdm(total=total, initial=step, desc=out.name, disable=rank > 0, mininterval=5.0, smoothing=0.05)
     batches = _prefetch(stage, config, step, rank, world, device)
     if step == 0 and config.evaluate_first:
-        _evaluate(stage, out.name, step, log, whole)
+        _evaluate(stage, out.name, step, log, whole, average)
     peak = peak_flops(device)
     throughput = Throughput(None if peak is None else peak * world)
     try:
@@ -202,6 +214,7 @@ def _run(stage: TrainingStage, config: LoopConfig, out: Path, device: str, rank:
             micro = [next(batches) for _ in range(config.accumulate)]
             for phase, module in stage.phases.items():
                 values |= optimize(stage, phase, module, optimizers[phase], micro, step, done, config, device)
+            average.update(done)
             if isinstance(stage, MeasuredStage):
                 for _, batch in micro:
                     throughput.add(stage.work(batch), world)
@@ -214,10 +227,10 @@ def _run(stage: TrainingStage, config: LoopConfig, out: Path, device: str, rank:
                 log.write(step, values)
             evaluates = step % config.evaluate_every == 0 or is_last
             if evaluates:
-                metrics = _evaluate(stage, out.name, step, log, whole)
+                metrics = _evaluate(stage, out.name, step, log, whole, average)
             if step % config.sample_every == 0 or is_last:
                 samples = out / "samples" / f"step-{step:07d}"
-                _sample(stage, samples, rank, whole, update=not evaluates)
+                _sample(stage, samples, rank, whole, average, update=not evaluates)
                 if log:
                     log.add_sounds(step, samples)
             if agreed(time.monotonic() - saved_at > config.checkpoint_every_s, device) or is_last:
@@ -227,7 +240,8 @@ def _run(stage: TrainingStage, config: LoopConfig, out: Path, device: str, rank:
         checkpoints.finish()
     bar.close()
     if log:
-        stage.save(out / "final")
+        with average.applied():
+            stage.save(out / "final")
         log.close()
     if distributed.is_initialized():
         distributed.barrier()  # torchrun ends all processes when one has left
@@ -286,26 +300,30 @@ def optimize(
 
 
 def _evaluate(
-    stage: TrainingStage, name: str, step: int, log: RunLog | None, whole: WholeCopies | None
+    stage: TrainingStage, name: str, step: int, log: RunLog | None, whole: WholeCopies | None, average: WeightAverage
 ) -> dict[str, float]:
     """Evaluates on the first rank; the others take part in gathering the weights and return nothing."""
-    if whole is not None:
-        whole.update()
-    if log is None:
-        return {}
-    metrics: dict[str, float] = _quiet(stage, stage.evaluate, whole)
+    with average.applied():
+        if whole is not None:
+            whole.update()
+        if log is None:
+            return {}
+        metrics: dict[str, float] = _quiet(stage, stage.evaluate, whole)
     shown = ", ".join(f"{k} {v:.4f}" for k, v in metrics.items())
     tqdm.write(f"{name} step {step}: {shown}", file=sys.stderr)
     log.write(step, {f"valid/{key}": value for key, value in metrics.items()})
     return metrics
 
 
-def _sample(stage: TrainingStage, folder: Path, rank: int, whole: WholeCopies | None, update: bool) -> None:
-    if whole is not None and update:
-        whole.update()
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        _quiet(stage, lambda: stage.sample(folder), whole)
+def _sample(
+    stage: TrainingStage, folder: Path, rank: int, whole: WholeCopies | None, average: WeightAverage, update: bool
+) -> None:
+    with average.applied():
+        if whole is not None and update:
+            whole.update()
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            _quiet(stage, lambda: stage.sample(folder), whole)
 
 
 def _quiet(stage: TrainingStage, work: Any, whole: WholeCopies | None) -> Any:
