@@ -198,3 +198,18 @@ def test_speech_embeddings_start_from_the_codebook(vocabulary: Vocabulary, codeb
     assert torch.equal(table[untouched], before[untouched])
     with pytest.raises(ValueError, match="codebook has"):
         start_speech_embeddings(model, vocabulary, codebook[1:])
+
+
+@torch.no_grad()
+def test_speech_embeddings_of_a_trained_model_stay_near_its_mean(vocabulary: Vocabulary) -> None:
+    """Trained rows have a mean far from zero. With a tied output layer, rows without it would take all probability."""
+    model = new_glm(vocabulary, TINY)
+    table = model.get_input_embeddings().weight
+    speech = slice(vocabulary.speech_offset, vocabulary.speech_offset + vocabulary.codebook_size)
+    mean = torch.linspace(-1, 1, table.shape[1])
+    table += mean
+    table[speech] = mean
+    std = float((table - table.mean(0)).std())
+    start_speech_embeddings(model, vocabulary, torch.randn(vocabulary.codebook_size, 12), 0.25)
+    torch.testing.assert_close(table[speech].mean(0), mean, atol=0.25 * std, rtol=0.0)
+    assert float((table[speech] - mean).std()) == pytest.approx(0.25 * std, rel=0.2)

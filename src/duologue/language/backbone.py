@@ -101,12 +101,18 @@ def new_glm(vocabulary: Vocabulary, config: LanguageConfig, seed: int = 0) -> Pr
 
 
 @torch.no_grad()
-def start_speech_embeddings(model: PreTrainedModel, vocabulary: Vocabulary, codebook: Tensor, seed: int = 0) -> None:
+def start_speech_embeddings(
+    model: PreTrainedModel, vocabulary: Vocabulary, codebook: Tensor, spread: float = 1.0, seed: int = 0
+) -> None:
     """Initializes the embeddings of speech tokens from the tokenizer's codebook (codes, D), so that similar codes begin
     alike.
 
-    The vectors are centered, half whitened and mapped to the model's width by a random orthogonal matrix. They get the
-    standard deviation of the embeddings and a quarter of noise.
+    The vectors are centered, half whitened and mapped to the model's width by a random orthogonal matrix. They get a
+    quarter of noise, and lie around the present mean of the rows.
+
+    Args:
+        spread: their standard deviation, as a multiple of that of the embeddings. In a trained model whose output layer
+            is tied, rows far from the mean would be likelier than all text.
 
     Raises:
         ValueError: codebook and vocabulary have different numbers of codes.
@@ -124,8 +130,9 @@ def start_speech_embeddings(model: PreTrainedModel, vocabulary: Vocabulary, code
     turn = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0]
     turned = scaled @ turn[: scaled.shape[1], :width]
     noise = torch.randn(turned.shape, generator=generator, dtype=torch.float64)
-    std = float(table.float().std())
-    table[rows] = (turned / turned.std() * std + 0.25 * std * noise).to(table)
+    std = spread * float((table.float() - table.float().mean(0)).std())
+    center = table[rows].double().mean(0).cpu()
+    table[rows] = (center + turned / turned.std() * std + 0.25 * std * noise).to(table)
 
 
 def load_language(folder: str | Path, dtype: Dtype = "float32") -> PreTrainedModel:

@@ -42,6 +42,8 @@ from duologue.training.translation import TranslatedCorpus
 from duologue.vocabulary import END_OF_TEXT, Vocabulary
 
 MAX_TEXT_ROWS = 64  # rows of `text_file` that are measured
+# Spread of the speech embeddings in a text model. With 1.0 the perplexity of SmolLM2-135M rose from 9.8 to 16 000.
+TRAINED_SPREAD = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +165,7 @@ def open_start(recipe: LanguageRecipe, tokenizer: str = "") -> LanguageStart | N
     if recipe.backbone:
         model, own = load_backbone(recipe.backbone, owner.codebook_size, recipe.dtype)
         if tokenizer:
-            start_from_codebook(model, own, tokenizer)
+            start_from_codebook(model, own, tokenizer, TRAINED_SPREAD)
         provenance = Provenance(provenance.tokenizer, own.hash)
         return LanguageStart(model, own, provenance, *_translated(owner, own, train, valid))
     if not recipe.start_from:
@@ -175,10 +177,10 @@ def open_start(recipe: LanguageRecipe, tokenizer: str = "") -> LanguageStart | N
     return LanguageStart(model, owner, provenance, train, valid)
 
 
-def start_from_codebook(model: PreTrainedModel, vocabulary: Vocabulary, tokenizer: str) -> None:
-    """Initializes the speech embeddings from the codebook of the tokenizer in a folder."""
+def start_from_codebook(model: PreTrainedModel, vocabulary: Vocabulary, tokenizer: str, spread: float = 1.0) -> None:
+    """Initializes the speech embeddings from the codebook of the tokenizer in a folder (`start_speech_embeddings`)."""
     owner = load_component(tokenizer, SpeechTokenizer, SpeechTokenizerConfig)
-    start_speech_embeddings(model, vocabulary, owner.quantizer.codebook.weight)
+    start_speech_embeddings(model, vocabulary, owner.quantizer.codebook.weight, spread)
 
 
 def _own_vocabulary(folder: str) -> Vocabulary | None:
