@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duologue.scoring import is_correct, normalize, word_errors
+from duologue.scoring import error_rate, is_correct, normalize, word_errors
 from recipes.pocket.everything import KINDS, dialogue
 from recipes.pocket.numbers import spell
 
@@ -116,6 +116,8 @@ def test_chinese_is_compared_by_characters() -> None:
     assert word_errors("今天天气很好。", "今天 天汽很好", "zh") == (1, 6)
     assert word_errors("今天天气很好。", "", "zh") == (6, 6)
     assert is_correct("中国的首都是北京。", ["北京"], "zh")
+    assert error_rate([("one two", "one", "en"), ("...", "more", "en"), ("一二", "一三", "zh")]) == 0.5
+    assert error_rate([]) == 0.0
     assert word_errors("法国有十二个。", "法國有12個", "zh") == (0, 6)
     assert is_correct("等于20。", ["二十"], "zh")
     assert not is_correct("中国的首都是南京。", ["北京"], "zh")

@@ -10,7 +10,6 @@ the recognizer reads. It is no independent judge, but Whisper base does not unde
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from duologue.config import read_json_lines
 from duologue.conversation.answer import answer, tokenize
 from duologue.evaluation.intervals import wilson
 from duologue.models import Models
-from duologue.scoring import is_correct, word_errors
+from duologue.scoring import error_rate, is_correct
 from duologue.sound_files import load_audio
+from duologue.training.pretrain import write_lines
 from recipes.mandarin.recordings import UNSEEN_VOICES, VOICES
 
 
@@ -36,8 +36,7 @@ def main() -> None:
         parser.exit(1, f"{args.model} has no recognizer; docs/new-language.md says how to make one\n")
     questions = [line for _, line in read_json_lines(args.source / "test.jsonl")]
     lines = [_ask(models, question, args.source) for question in tqdm(questions, desc="questions")]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (args.model / "replies.jsonl").write_text(text, encoding="utf-8")
+    write_lines(args.model / "replies.jsonl", lines)
     new = [line for line in lines if line["new"]]
     for name, asked in (
         ("new questions, voices heard in training", [line for line in new if line["voice"] in VOICES]),
@@ -49,8 +48,7 @@ def main() -> None:
     for kind in dict.fromkeys(line["kind"] for line in new):
         print(f"  {kind}, new: {_share_right([line for line in new if line['kind'] == kind], 'reply')}")
     for name, said, heard in (("questions", "text", "heard"), ("replies", "reply", "sound")):
-        errors = [word_errors(line[said], line[heard], "zh") for line in lines]
-        rate = sum(wrong for wrong, _ in errors) / sum(of for _, of in errors)
+        rate = error_rate((line[said], line[heard], "zh") for line in lines)
         print(f"character errors of the recognizer on the {name}: {rate:.1%}")
 
 

@@ -19,6 +19,7 @@ import soundfile
 from pypinyin import Style, lazy_pinyin
 from tqdm import tqdm
 
+from duologue.training.pretrain import write_lines
 from recipes.mandarin.questions import Question, questions
 from recipes.pocket.synthesis import SAMPLE_RATE, Request, render
 
@@ -79,9 +80,7 @@ def write_source(out: Path, num_turns: int, num_test: int, seed: int, workers: i
         }
         for place, ((question, request), path) in enumerate(zip(test, paths[len(train) :], strict=False))
     ]
-    (out / "test.jsonl").write_text(
-        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-    )
+    write_lines(out / "test.jsonl", lines)
     texts = chain.from_iterable((question.text, question.reply) for question, _ in train)
     (out / "texts.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
 

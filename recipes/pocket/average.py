@@ -2,8 +2,8 @@
 
     python -m recipes.pocket.average --out OUT FOLDER FOLDER=2 ...
 
-The average of a start and of what trainings made of it is often better than all of them, because each training walks
-around in the same valley at a high learning rate. A number behind a folder is its weight, 1 by default.
+The average of a start and of what trainings made of it is often better than all of them: each ends at some distance
+from one minimum, and the average lies closer to it. A number behind a folder is its weight, 1 by default.
 """
 
 from __future__ import annotations

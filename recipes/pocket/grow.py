@@ -10,6 +10,7 @@ reaches all new weights within two steps.
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def grow(model: PreTrainedModel, growth: Growth, seed: int = 0) -> PreTrainedMod
     Raises:
         ValueError: a size is below the present one, or the heads cannot be shared evenly.
     """
-    config = model.config.__class__.from_dict(model.config.to_dict())
+    config = copy.deepcopy(model.config)
     sizes = (config.num_hidden_layers, config.num_key_value_heads, config.intermediate_size)
     larger = (growth.num_layers, growth.num_kv_heads, growth.ffn_dim)
     if any(new < old for new, old in zip(larger, sizes, strict=True)):
@@ -49,10 +50,11 @@ def grow(model: PreTrainedModel, growth: Growth, seed: int = 0) -> PreTrainedMod
         torch.manual_seed(seed)
         grown = GlmForCausalLM(config)
     old, new = model.state_dict(), grown.state_dict()
-    for name in new.keys() - {key for key in new if ".layers." in key}:
+    for name in (key for key in new if ".layers." not in key):
         new[name].copy_(old[name])
-    for layer, source in enumerate(layer_sources(sizes[0], growth.num_layers)):
-        is_copy = source in layer_sources(sizes[0], growth.num_layers)[:layer]
+    sources = layer_sources(sizes[0], growth.num_layers)
+    for layer, source in enumerate(sources):
+        is_copy = source in sources[:layer]
         for name in (key for key in new if key.startswith(f"model.layers.{layer}.")):
             weight = old[name.replace(f".layers.{layer}.", f".layers.{source}.")]
             _fill(new[name], weight, name, copies, config.head_dim)

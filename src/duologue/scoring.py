@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 
 _SMALL = (
@@ -99,6 +99,15 @@ def word_errors(reference: str, hypothesis: str, language: str = "en") -> tuple[
     return row[-1], len(expected)
 
 
+def error_rate(texts: Iterable[tuple[str, str, str]]) -> float:
+    """Errors over the reference words of all (reference, hypothesis, language): WER, for Chinese CER.
+
+    References without words do not count; without any word the rate is 0.
+    """
+    counts = [(edits, words) for edits, words in (word_errors(*one) for one in texts) if words]
+    return sum(edits for edits, _ in counts) / max(sum(words for _, words in counts), 1)
+
+
 def _tokens(text: str, language: str) -> list[str]:
     """The normalized text in what is compared: characters of Chinese, words of other languages."""
     normalized = normalize(text, language)
@@ -108,10 +117,17 @@ def _tokens(text: str, language: str) -> list[str]:
 def _chinese(text: str) -> str:
     """Simplified characters, with numbers in characters. Whisper writes "10" and traditional characters at will."""
     from cn2an import transform
+
+    return str(transform(_simplifier()(text), "an2cn"))
+
+
+@cache
+def _simplifier() -> Callable[[str], str]:
+    """Traditional to simplified characters; its tables are read once."""
     from opencc import OpenCC
 
-    simplified: str = OpenCC("t2s").convert(text)
-    return str(transform(simplified, "an2cn"))
+    convert: Callable[[str], str] = OpenCC("t2s").convert
+    return convert
 
 
 def _ordinal(words: str) -> str:

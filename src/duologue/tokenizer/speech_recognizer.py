@@ -247,13 +247,20 @@ class SpeechRecognizer(nn.Module):
         num_prompt: (B,) ids of the prompt, which are not trained.
         prosody: (B, T, 3) level in bels, log2 of F0 over 100 Hz, and voicing (0 or 1; F0 counts where it is 1).
         """
-        hidden = self.decoder(text.values[:, :-1], self.readable(memory))
-        place = torch.arange(text.values.shape[1] - 1, device=hidden.device)
-        trained = (place >= num_prompt[:, None] - 1) & (place < text.lengths[:, None] - 1)
-        asr = functional.cross_entropy(self.decoder.logits(hidden[trained]), text.values[:, 1:][trained])
+        asr = functional.cross_entropy(*self.text_logits(memory, text, num_prompt))
         error = (self.prosody(values.values).float() - prosody).square()
         error = torch.stack([error[..., 0], error[..., 1] * prosody[..., 2], error[..., 2]], -1)
         return RecognitionLosses(asr, error[values.mask].mean())
+
+    def text_logits(self, memory: Padded, text: Padded, num_prompt: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, V) float32 of all text ids behind the prompts, the end included, and these ids (N,).
+
+        The arguments are those of `losses`.
+        """
+        hidden = self.decoder(text.values[:, :-1], self.readable(memory))
+        place = torch.arange(text.values.shape[1] - 1, device=hidden.device)
+        trained = (place >= num_prompt[:, None] - 1) & (place < text.lengths[:, None] - 1)
+        return self.decoder.logits(hidden[trained]), text.values[:, 1:][trained]
 
     @torch.inference_mode()
     def transcribe(self, values: Padded, language: str = "en") -> list[str]:

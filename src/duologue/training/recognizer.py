@@ -6,7 +6,6 @@ Distil-Whisper does (arXiv 2311.00430). It reads the ids of a token corpus, so n
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,15 +17,16 @@ from torch.nn import functional
 
 from duologue import rates
 from duologue.checkpoint import file_hash, load_component
+from duologue.language.backbone import Provenance
 from duologue.layers import Padded
-from duologue.scoring import normalize, word_errors
+from duologue.scoring import error_rate
 from duologue.tokenizer.speech_recognizer import SpeechRecognizer, load_speech_recognizer, save_speech_recognizer
 from duologue.tokenizer.tokenizer import SpeechTokenizer, SpeechTokenizerConfig
 from duologue.training.corpus import TokenCorpus
 from duologue.training.data import LengthBatches
 from duologue.training.language import open_corpora
 from duologue.training.loop import Batch, LoopConfig
-from duologue.training.pretrain import both
+from duologue.training.pretrain import both, write_lines
 
 _VALID_BATCH = 16
 _DECODER_LAYERS = "decoder.layers."
@@ -90,11 +90,8 @@ class RecognizerStage:
         self.phases = {"recognizer": self.recognizer}
         self.weights = {"asr": recipe.asr_weight, "distill": recipe.distill_weight}
         self._vocabulary, provenance, train, valid = open_corpora(recipe.corpus, recipe.vocabulary, "")
-        if provenance.tokenizer != (own := file_hash(recipe.tokenizer)):
-            raise ValueError(
-                f"the corpus {recipe.corpus} was made with another tokenizer than {recipe.tokenizer} "
-                f"({provenance.tokenizer[:12]} and {own[:12]}): make both with the same tokenizer"
-            )
+        given = Provenance(file_hash(recipe.tokenizer), self._vocabulary.hash)
+        provenance.check(given, f"the corpus {recipe.corpus}", f"the tokenizer {recipe.tokenizer}")
         self.train, held_out = self._utterances(train), self._utterances(valid)
         self.valid = held_out[:: max(len(held_out) // recipe.num_valid_clips, 1)][: recipe.num_valid_clips]
         if not self.train or not self.valid:
@@ -120,22 +117,24 @@ class RecognizerStage:
 
     def losses(self, phase: str, batch: Batch, progress: float) -> dict[str, Tensor]:
         values = self._vectors(batch["codes"], batch["lengths"])
-        ids, lengths = batch["text"], batch["text_lengths"]
-        place = torch.arange(ids.shape[1] - 1, device=ids.device)
-        trained = (place >= batch["num_prompt"][:, None] - 1) & (place < lengths[:, None] - 1)
-        logits = _logits(self.recognizer, values, ids[:, :-1], trained)
-        losses = {"asr": functional.cross_entropy(logits, ids[:, 1:][trained])}
+        text, num_prompt = Padded(batch["text"], batch["text_lengths"]), batch["num_prompt"]
+        logits, ids = self.recognizer.text_logits(self.recognizer.memory(values), text, num_prompt)
+        losses = {"asr": functional.cross_entropy(logits, ids)}
         if self.recipe.distill_weight:
             with torch.no_grad():
-                wanted = _logits(self.teacher.to(ids.device), values, ids[:, :-1], trained).log_softmax(-1)
-            own = logits.log_softmax(-1)
+                teacher = self.teacher.to(ids.device)
+                wanted, _ = teacher.text_logits(teacher.memory(values), text, num_prompt)
+            own, wanted = logits.log_softmax(-1), wanted.log_softmax(-1)
             losses["distill"] = functional.kl_div(own, wanted, reduction="batchmean", log_target=True)
         return losses
 
     def evaluate(self) -> dict[str, float]:
         """Word error rates of student and teacher on validation clips."""
         return {
-            f"wer/{name}": _word_error_rate(self.valid, self._heard(recognizer, self.valid))
+            f"wer/{name}": error_rate(
+                (one.written, heard, one.language)
+                for one, heard in zip(self.valid, self._heard(recognizer, self.valid), strict=True)
+            )
             for name, recognizer in (("student", self.recognizer), ("teacher", self.teacher))
         }
 
@@ -146,7 +145,7 @@ class RecognizerStage:
             {"said": one.written, "heard": heard}
             for one, heard in zip(said, self._heard(self.recognizer, said), strict=True)
         ]
-        (folder / "transcripts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_lines(folder / "transcripts.jsonl", lines)
 
     def save(self, folder: Path) -> None:
         save_speech_recognizer(folder / "recognizer", self.recognizer)
@@ -206,18 +205,3 @@ def with_decoder_layers(
     smaller.load_state_dict({name: weights[name] for name in smaller.state_dict()})
     smaller.text = recognizer.text
     return smaller
-
-
-def _logits(recognizer: SpeechRecognizer, values: Padded, ids: Tensor, trained: Tensor) -> Tensor:
-    """Logits (positions of `trained`, V) float32 of the ids after each of `ids` (B, N)."""
-    hidden = recognizer.decoder(ids, recognizer.readable(recognizer.memory(values)))
-    return recognizer.decoder.logits(hidden[trained])
-
-
-def _word_error_rate(said: Sequence[_Utterance], heard: Sequence[str]) -> float:
-    edits, words = 0, 0
-    for one, text in zip(said, heard, strict=True):
-        if normalize(one.written, one.language):
-            wrong, of = word_errors(one.written, text, one.language)
-            edits, words = edits + wrong, words + of
-    return edits / max(words, 1)

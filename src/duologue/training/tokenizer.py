@@ -23,7 +23,7 @@ from duologue.augmentation import AugmentConfig, corrupt, place
 from duologue.checkpoint import load_component, save_component
 from duologue.layers import Padded
 from duologue.released.tokenizer import save_released_tokenizer
-from duologue.scoring import normalize, word_errors
+from duologue.scoring import error_rate
 from duologue.tokenizer.encoder import pool
 from duologue.tokenizer.quantizer import Quantized
 from duologue.tokenizer.speech_recognizer import SpeechRecognizer, load_speech_recognizer, save_speech_recognizer
@@ -210,18 +210,15 @@ class TokenizerStage:
         metrics: dict[str, float] = {}
         used = torch.zeros(self.tokenizer.config.quantizer.codebook_size, dtype=torch.int64)
         for name, clips in self.valid.items():
-            edits, words = 0, 0
+            read: list[tuple[str, str, str]] = []
             order = sorted(range(min(self.recipe.num_valid_clips, len(clips))), key=lambda i: -len(clips.wav(i)))
             for at in range(0, len(order), 16):
                 chosen = order[at : at + 16]
                 texts, codes = self._transcribe(clips, chosen)
-                for i, heard in zip(chosen, texts, strict=True):
-                    said = clips.records[i]
-                    if normalize(said.text, said.language):
-                        wrong, of = word_errors(said.text, heard, said.language)
-                        edits, words = edits + wrong, words + of
+                said = [clips.records[i] for i in chosen]
+                read += [(one.text, heard, one.language) for one, heard in zip(said, texts, strict=True)]
                 used += torch.bincount(codes, minlength=len(used)).cpu()
-            metrics[f"wer/{name}"] = edits / max(words, 1)
+            metrics[f"wer/{name}"] = error_rate(read)
         share = used / used.sum().clamp(min=1)
         recent = self.tokenizer.quantizer.ema_count
         metrics["codebook_usage"] = float((used > 0).float().mean())
