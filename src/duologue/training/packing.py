@@ -1,6 +1,7 @@
 """Training sequences of a language model: packed into rows of one length, and the loss over them.
 
-Several sequences share a row. The position ids of each start at 0, from which transformers makes a block-diagonal mask.
+Several sequences share a row. The position ids of each start at 0, from which transformers makes a block-diagonal mask;
+on a CPU `packed_attention.py` does without the mask.
 No sequence attends to another one, so packing equals separate runs.
 
 Shapes: B rows, L ids of a row, D width, N trained ids of a batch, V ids of the vocabulary.
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from duologue.interleave import InterleaveState, Kind, Schedule
 from duologue.training.loop import Batch
+from duologue.training.packed_attention import attention_of
 from duologue.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -135,9 +137,10 @@ def losses(model: PreTrainedModel, batch: Batch, chunk: int = 0) -> dict[str, Te
             the same weight.
         text_nll, speech_nll: nats per id without gradient, for the log.
     """
-    hidden = model.base_model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
-    ).last_hidden_state  # (B, L, D)
+    with attention_of(model, batch["position_ids"]) as arguments:
+        hidden = model.base_model(
+            input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **arguments
+        ).last_hidden_state  # (B, L, D)
     chosen = batch["trains"] > UNTRAINED
     # Only trained ids need logits over the whole vocabulary.
     trained, targets = hidden[chosen], batch["targets"][chosen]
