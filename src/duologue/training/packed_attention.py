@@ -3,8 +3,8 @@
 The usual attention computes the scores of whole rows and masks those between sequences, which are most of them. A
 training step of pocket's language model takes three quarters of the time without them (docs/log.md, 2026-11-29).
 
-Shapes: B rows, L ids of a row, T = B * L, P places with padding, H heads, N sequences of a group, M their padded
-length, E width of a head.
+Shapes: B rows, L ids of a row, T = B * L, P places with padding, H heads. A group has N sequences of the padded
+length M. A head has the width E.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ AttentionInterface.register(NAME, packed_attention)
 def attention_of(model: PreTrainedModel, position_ids: Tensor) -> Iterator[dict[str, PackedSequences]]:
     """Yields what a forward pass over packed rows gets as further arguments; inside, it attends as described above.
 
-    Nothing changes on other devices, for other attention than torch's or than plain causal one, and where activations
-    are computed again in the backward pass, which is outside of this context.
+    Nothing changes on other devices and for other attention than plain causal one of torch. Nor does it where
+    activations are computed again in the backward pass, because that is outside of this context.
     """
     if position_ids.device.type != "cpu" or not _has_plain_attention(model):
         yield {}
