@@ -17,9 +17,11 @@ from pathlib import Path
 
 import torch
 
-PARTS = Path("runs/pocket/parts")
-WEIGHTS = PARTS / "campplus" / "campplus_cn_en_common.pt"
-NUM_MELS, NUM_VALUES = 80, 192
+from duologue.evaluation.sound_quality import NUM_MELS
+
+FOLDER = Path("runs/pocket/parts")
+WEIGHTS = FOLDER / "campplus" / "campplus_cn_en_common.pt"
+NUM_VALUES = 192  # of a voice
 
 
 def export(network: torch.nn.Module, out: Path) -> None:
@@ -33,7 +35,7 @@ def export(network: torch.nn.Module, out: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="state dict of CAM++, as 3D-Speaker publishes it")
-    parser.add_argument("--out", type=Path, default=PARTS / "campplus.onnx")
+    parser.add_argument("--out", type=Path, default=FOLDER / "campplus.onnx")
     args = parser.parse_args(arguments)
     if not args.weights.is_file():
         parser.error(f"there is no {args.weights}; python -m recipes.pocket.parts campplus fetches it")
