@@ -22,8 +22,10 @@ from recipes.pocket.free_speech import (
     Texts,
     is_readable,
     natural_speaker,
+    num_clips,
     plan_check,
     plan_natural,
+    plan_words,
 )
 from recipes.pocket.natural_text import ChainedText, clean, clean_sentences, fortune_sentences, is_held_out
 from recipes.pocket.plans import PlannedClip, plan_dialogues, plan_test
@@ -215,6 +217,18 @@ def test_a_shard_is_a_function_of_seed_and_number_with_one_mixture() -> None:
     assert len(plan_natural(1, 0, TEXTS, scale=0.1)) == pytest.approx(74, abs=6)
 
 
+def test_words_come_in_random_order_in_all_voices() -> None:
+    planned = plan_words(1, 0)
+    assert planned == plan_words(1, 0) != plan_words(1, 1)
+    assert {clip.intent for clip in planned} == {"words"}
+    assert {clip.split for clip in planned} == {"train"}
+    assert not {clip.request.voice for clip in planned} & set(HELD_OUT_VOICES)
+    assert len(planned) == pytest.approx(num_clips(), rel=0.1)
+    said = Counter(word for clip in planned for word in clip.request.text.lower().rstrip(".").split())
+    assert len(said) > 1200
+    assert max(said.values()) < 60
+
+
 def test_what_whisper_does_not_read_is_left_out() -> None:
     assert not is_readable(Request("Hello.", "flite-kal", formants=1.1))
     assert is_readable(Request("Hello.", "flite-kal", pitch=1.0))
@@ -344,6 +358,10 @@ def test_only_missing_shards_are_written(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "clips-00001.jsonl").write_text("kept")
     corpus.write_natural(tmp_path, 1.8, 1, 1)
     assert made == [0, 2]
+    monkeypatch.setattr(corpus, "plan_words", lambda seed, shard, scale: plan(seed, shard, TEXTS, scale))
+    corpus.write_words(tmp_path / "words", 0.6, 1, 1)
+    assert made == [0, 2, 0]
+    assert len((tmp_path / "words" / "clips-00000.jsonl").read_text().splitlines()) > 100
     assert (tmp_path / "clips-00001.jsonl").read_text() == "kept"
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from duologue.training.checkpoints import Checkpoints
-from duologue.training.loop import Batch, LoopConfig, NonFiniteLoss, run
+from duologue.training.loop import Batch, LoopConfig, NonFiniteLoss, make_optimizer, run
 
 
 class Line:
@@ -52,6 +52,19 @@ class Line:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.model.state_dict(), folder / "model.pt")
+
+
+class Inner(nn.Linear):
+    """A layer that `repeated_layers` finds."""
+
+
+class Layer(nn.Module):
+    _no_split_modules = ("Inner",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.embedding = Inner(48, 24), nn.Embedding(5, 24)
 
 
 CONFIG = LoopConfig(num_steps=12, learning_rate=0.01, warmup_steps=3, log_every=1, evaluate_every=4, sample_every=6)
@@ -103,6 +116,28 @@ def test_the_average_of_the_weights_is_evaluated_and_saved(tmp_path: Path) -> No
     assert metrics["bias"] == pytest.approx(float(average[-9:].sum()), rel=1e-5)
     with pytest.raises(ValueError, match="from 0 to below 1"):
         replace(CONFIG, average_decay=1.0)
+
+
+def test_muon_moves_matrices_as_far_as_adamw() -> None:
+    """The first step of either has an RMS of about the learning rate on a matrix, however large its gradient is."""
+    moved = {}
+    for optimizer in ("adamw", "muon"):
+        layer = Layer()
+        before = [p.detach().clone() for p in layer.parameters()]
+        made = make_optimizer(layer, replace(CONFIG, optimizer=optimizer, weight_decay=0.0))
+        (100 * layer.inner.weight.square().sum() + layer.inner.bias.sum() + layer.embedding.weight.sum()).backward()
+        made.step()
+        moved[optimizer] = [
+            float((p.detach() - old).square().mean().sqrt()) for p, old in zip(layer.parameters(), before, strict=True)
+        ]
+    weight, *rest = moved["muon"]
+    assert weight == pytest.approx(0.2 * CONFIG.learning_rate, rel=0.25)
+    assert rest == moved["adamw"][1:]  # bias and embedding are AdamW's
+
+
+def test_muon_needs_layers() -> None:
+    with pytest.raises(ValueError, match="needs the layers of a language model"):
+        make_optimizer(nn.Linear(3, 3), replace(CONFIG, optimizer="muon"))
 
 
 def test_a_checkpoint_of_an_earlier_release_is_refused(tmp_path: Path) -> None:

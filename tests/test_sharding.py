@@ -15,6 +15,7 @@ import torch
 from duologue.language.backbone import load_language
 from duologue.training.loop import Batch, LoopConfig, run
 from duologue.training.pretrain import PretrainRecipe, PretrainStage
+from duologue.training.sharding import repeated_layers
 from tests.tiny_language import small_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -31,10 +32,13 @@ LOOP = LoopConfig(
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from tests.test_sharding import Killed, made
+from dataclasses import replace
+from tests.test_sharding import LOOP, Killed, made
 from duologue.training.loop import run
-folder, out, killed_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-stage = made(folder, kind=Killed) if killed_at and os.environ["RANK"] == "1" else made(folder)
+from duologue.training.pretrain import PretrainStage
+folder, out, optimizer, killed_at = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+kind = Killed if killed_at and os.environ["RANK"] == "1" else PretrainStage
+stage = made(folder, replace(LOOP, optimizer=optimizer), kind)
 run(stage, stage.recipe.loop, out)
 """
 
@@ -67,12 +71,12 @@ def start(rank: int, port: int, *arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
-def two_ranks(folder: Path, out: Path, killed_at: int = 0) -> list[tuple[int, str]]:
+def two_ranks(folder: Path, out: Path, optimizer: str = "adamw", killed_at: int = 0) -> list[tuple[int, str]]:
     """Runs two processes to their end; returns their exit codes and what they wrote."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start(rank, port, folder, out, killed_at) for rank in (0, 1)]
+    processes = [start(rank, port, folder, out, optimizer, killed_at) for rank in (0, 1)]
     try:
         written = [process.communicate(timeout=300)[1] for process in processes]
     finally:
@@ -88,15 +92,27 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus, and the run of two processes on it."""
-    folder = tmp_path_factory.mktemp("sharding")
+    return trained_by_two(tmp_path_factory.mktemp("sharding"), "adamw")
+
+
+def trained_by_two(folder: Path, optimizer: str) -> Path:
     small_corpus(folder, PretrainRecipe, loop=LOOP)
-    for code, text in two_ranks(folder, folder / "two"):
+    for code, text in two_ranks(folder, folder / "two", optimizer):
         assert code == 0, text[-2000:]
     return folder
 
 
 def test_two_ranks_equal_one(folder: Path, tmp_path: Path) -> None:
-    loop = replace(LOOP, accumulate=2)
+    assert_one_trains_alike(folder, replace(LOOP, accumulate=2), tmp_path)
+
+
+def test_two_ranks_equal_one_with_muon(tmp_path: Path) -> None:
+    """It needs whole matrices, which no process has."""
+    loop = replace(LOOP, accumulate=2, optimizer="muon")
+    assert_one_trains_alike(trained_by_two(tmp_path / "corpus", "muon"), loop, tmp_path / "one")
+
+
+def assert_one_trains_alike(folder: Path, loop: LoopConfig, tmp_path: Path) -> None:
     run(made(folder, loop), loop, tmp_path)
     one, two = weights(tmp_path), weights(folder / "two")
     assert one.keys() == two.keys()
@@ -117,6 +133,16 @@ def test_one_rank_resumes_what_two_ranks_wrote(folder: Path, tmp_path: Path) -> 
     resumed = weights(tmp_path / "rest")
     for name, value in weights(tmp_path / "whole").items():  # with the moments of the optimizer, too
         torch.testing.assert_close(value, resumed[name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_sharded_layer_is_still_one_of_the_repeated(folder: Path) -> None:
+    """Its class is another then, and a checkpoint leaves out frozen weights of what has such layers."""
+    model = load_language(folder / "two" / "final" / "language")
+    layers = repeated_layers(model)
+    assert len(layers) == model.config.num_hidden_layers
+    for layer in layers:
+        layer.__class__ = type(f"FSDP{type(layer).__name__}", (type(layer),), {})
+    assert repeated_layers(model) == layers
 
 
 @pytest.mark.slow

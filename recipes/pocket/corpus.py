@@ -1,8 +1,8 @@
 """Writes the audio of the pocket recipe: free speech, dialogues and the test set.
 
 Under `--out` there is one folder for each: `free`, `dialogues`, `test`, and three small ones that training never
-hears: `valid-natural`, `valid-warped`, `valid-unseen` (`free_speech.plan_check`). A folder holds shards, read in the
-order of their names:
+hears: `valid-natural`, `valid-warped`, `valid-unseen` (`free_speech.plan_check`). `--only words` adds `words`: free
+speech of random words, to learn to hear each of them. A folder holds shards, read in the order of their names:
 
 - `clips-00000.jsonl`: one clip a line {id, text, role, voice, language, style, split, intent, sample_rate, offset,
   num_samples, rate, pitch, level, seed, formants}
@@ -24,7 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import chain, islice
 from pathlib import Path
@@ -44,6 +44,7 @@ from recipes.pocket.free_speech import (
     num_clips,
     plan_check,
     plan_natural,
+    plan_words,
 )
 from recipes.pocket.plans import (
     DrawSpeaker,
@@ -81,11 +82,20 @@ def write_free(folder: Path, hours: float, seed: int, workers: int) -> None:
 
 def write_natural(folder: Path, hours: float, seed: int, workers: int) -> None:
     """Render free speech in natural voices, warps and the programs' voices, about `hours` in all."""
-    texts, scale = natural_texts(), min(1.0, hours / free_speech.SHARD_HOURS)
+    texts = natural_texts()
+    _write_hours(folder, hours, workers, lambda shard, scale: plan_natural(seed, shard, texts, scale))
+
+
+def write_words(folder: Path, hours: float, seed: int, workers: int) -> None:
+    """Render words in random order in the voices of `write_natural`, about `hours` in all."""
+    _write_hours(folder, hours, workers, lambda shard, scale: plan_words(seed, shard, scale))
+
+
+def _write_hours(folder: Path, hours: float, workers: int, plan: Callable[[int, float], list[PlannedClip]]) -> None:
+    scale = min(1.0, hours / free_speech.SHARD_HOURS)
     shards = range(max(1, math.ceil(hours / free_speech.SHARD_HOURS)))
     missing = [shard for shard in shards if not _complete(folder, shard)]
-    planned = ((shard, plan_natural(seed, shard, texts, scale)) for shard in missing)
-    write_planned(folder, planned, len(missing) * num_clips(scale), workers)
+    write_planned(folder, ((shard, plan(shard, scale)) for shard in missing), len(missing) * num_clips(scale), workers)
 
 
 def write_checks(folder: Path, seed: int, workers: int, count: int, programs_only: bool = False) -> None:
@@ -275,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m recipes.pocket.corpus", description="Write the audio of pocket.")
     parser.add_argument("--out", type=Path, help="folder of the corpus")
     parser.add_argument("--texts", type=Path, help="write all kinds of texts of the curriculum into this file")
-    parser.add_argument("--hours", type=float, default=100.0, help="of free speech")
+    parser.add_argument("--hours", type=float, default=100.0, help="of free speech, or of words with `--only words`")
     parser.add_argument(
         "--programs-only",
         action="store_true",
@@ -286,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--test-turns", type=int, default=600, help="questions in the test set")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=2, help="processes that render")
-    parser.add_argument("--only", choices=("free", "valid", "dialogues", "test"))
+    parser.add_argument("--only", choices=("free", "words", "valid", "dialogues", "test"))
     args = parser.parse_args(argv)
     if args.out is None and args.texts is None:
         parser.error("say where to write: --out FOLDER for audio, --texts FILE for texts")
@@ -311,6 +321,8 @@ def write_audio(args: argparse.Namespace) -> None:
     if args.only in (None, "free"):
         write = write_free if args.programs_only else write_natural
         write(args.out / "free", args.hours, args.seed, args.workers)
+    if args.only == "words":
+        write_words(args.out / "words", args.hours, args.seed, args.workers)
 
 
 if __name__ == "__main__":

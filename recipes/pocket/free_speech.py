@@ -18,7 +18,7 @@ from recipes.pocket.curriculum import sentence
 from recipes.pocket.everything import any_dialogue
 from recipes.pocket.natural_text import FORTUNES, ChainedText, fortune_sentences, is_held_out
 from recipes.pocket.plans import PlannedClip
-from recipes.pocket.repeating import free_text
+from recipes.pocket.repeating import free_text, free_words
 from recipes.pocket.synthesis import TRAINING_VOICES, UNSEEN_VOICES, Request
 from recipes.pocket.warps import Warp, draw_warp
 
@@ -92,6 +92,17 @@ def plan_natural(seed: int, shard: int, texts: Texts, scale: float = 1.0) -> lis
             if rng.random() < VALID_SHARE:
                 split, intent, text = "valid", "fortune", rng.choice(texts.valid)
             planned.append(_planned(text, intent, split, group, rng))
+    return [clip for clip in planned if is_readable(clip.request)]
+
+
+def plan_words(seed: int, shard: int, scale: float = 1.0) -> list[PlannedClip]:
+    """All clips of one shard of words in random order, which only a hearer of each word can write down."""
+    rng = Random(f"words|{seed}|{shard}")
+    planned = []
+    for group, share in SHARES.items():
+        for _ in range(round(share * scale)):
+            text = sentence(free_words(rng, 2, 12)) + "."
+            planned.append(_planned(text, "words", "train", group, rng))
     return [clip for clip in planned if is_readable(clip.request)]
 
 

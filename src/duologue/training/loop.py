@@ -26,6 +26,7 @@ from duologue.cuda import set_float32_precision
 from duologue.training.averaging import WeightAverage
 from duologue.training.checkpoints import Checkpoints
 from duologue.training.log import RunLog, check_wandb
+from duologue.training.optimizers import MuonAdamW
 from duologue.training.sharding import (
     ShardedStage,
     WholeCopies,
@@ -33,6 +34,7 @@ from duologue.training.sharding import (
     average_gradients,
     lost_ranks,
     mean_over_ranks,
+    repeated_layers,
     start_distributed,
 )
 from duologue.training.throughput import MeasuredStage, Throughput, peak_flops
@@ -50,6 +52,8 @@ class LoopConfig:
             rest of the time. For a machine whose speed is unknown; such a run cannot be repeated exactly.
         schedule: decay of the learning rate after the warm-up, down to `learning_rate * min_lr_ratio`.
         accumulate: batches per optimizer step and process.
+        optimizer: adamw, or muon for the matrices of the layers of a language model and adamw for the rest, see
+            `optimizers.MuonAdamW`.
         precision: of the computation; weights stay in their own dtype.
         average_decay: share of the moving average of the weights that a step keeps, such as 0.998; 0 for no average.
             Evaluations, samples and `final` then have the average.
@@ -71,6 +75,7 @@ class LoopConfig:
     weight_decay: float = 0.01
     betas: tuple[float, float] = (0.9, 0.98)
     clip_norm: float = 1.0
+    optimizer: Literal["adamw", "muon"] = "adamw"
     accumulate: int = 1
     average_decay: float = 0.0
     average_from: float = 0.0
@@ -375,9 +380,24 @@ def _prefetch(
 
 
 def make_optimizer(module: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
+    """Returns the optimizer of a module's trained parameters; weights without a second dimension do not decay.
+
+    Raises:
+        ValueError: Muon, and the module has no trained matrices in repeated layers.
+    """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices: list[nn.Parameter] = []
+    if config.optimizer == "muon":
+        matrices = [
+            p for layer in repeated_layers(module) for p in layer.parameters() if p.requires_grad and p.dim() == 2
+        ]
+        if not matrices:
+            raise ValueError("optimizer: muon needs the layers of a language model; this stage trains with adamw")
+    taken = set(map(id, matrices))
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() > 1 and id(p) not in taken], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
+    if matrices:
+        return MuonAdamW(matrices, groups, config.learning_rate, config.weight_decay, config.betas)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas)

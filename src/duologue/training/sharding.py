@@ -84,7 +84,8 @@ def repeated_layers(module: nn.Module) -> list[nn.Module]:
     names: set[str] = set()
     for inner in module.modules():
         names |= set(getattr(inner, "_no_split_modules", None) or ())
-    return [inner for inner in module.modules() if type(inner).__name__ in names]
+    # A sharded layer has a class of its own, derived from the layer's.
+    return [inner for inner in module.modules() if any(kind.__name__ in names for kind in type(inner).__mro__)]
 
 
 def shard(module: nn.Module, device: str, bf16: bool) -> None:
