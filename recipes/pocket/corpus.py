@@ -42,6 +42,7 @@ from recipes.pocket.free_speech import (
     natural_speaker,
     natural_texts,
     num_clips,
+    num_words,
     plan_check,
     plan_natural,
     plan_words,
@@ -83,19 +84,27 @@ def write_free(folder: Path, hours: float, seed: int, workers: int) -> None:
 def write_natural(folder: Path, hours: float, seed: int, workers: int) -> None:
     """Render free speech in natural voices, warps and the programs' voices, about `hours` in all."""
     texts = natural_texts()
-    _write_hours(folder, hours, workers, lambda shard, scale: plan_natural(seed, shard, texts, scale))
+    _write_hours(folder, hours, workers, lambda shard, scale: plan_natural(seed, shard, texts, scale), num_clips)
 
 
 def write_words(folder: Path, hours: float, seed: int, workers: int) -> None:
-    """Render words in random order in the voices of `write_natural`, about `hours` in all."""
-    _write_hours(folder, hours, workers, lambda shard, scale: plan_words(seed, shard, scale))
+    """Render words in random order, about `hours` in the voices of `write_natural` and half as many as replies."""
+    _write_hours(folder, hours, workers, lambda shard, scale: plan_words(seed, shard, scale), num_words)
 
 
-def _write_hours(folder: Path, hours: float, workers: int, plan: Callable[[int, float], list[PlannedClip]]) -> None:
+def _write_hours(
+    folder: Path,
+    hours: float,
+    workers: int,
+    plan: Callable[[int, float], list[PlannedClip]],
+    num_planned: Callable[[float], int],
+) -> None:
+    """Render the missing shards of `plan(shard, scale)`, of which each has at most `num_planned(scale)` clips."""
     scale = min(1.0, hours / free_speech.SHARD_HOURS)
     shards = range(max(1, math.ceil(hours / free_speech.SHARD_HOURS)))
     missing = [shard for shard in shards if not _complete(folder, shard)]
-    write_planned(folder, ((shard, plan(shard, scale)) for shard in missing), len(missing) * num_clips(scale), workers)
+    planned = ((shard, plan(shard, scale)) for shard in missing)
+    write_planned(folder, planned, len(missing) * num_planned(scale), workers)
 
 
 def write_checks(folder: Path, seed: int, workers: int, count: int, programs_only: bool = False) -> None:

@@ -19,7 +19,7 @@ from recipes.pocket.everything import any_dialogue
 from recipes.pocket.natural_text import FORTUNES, ChainedText, fortune_sentences, is_held_out
 from recipes.pocket.plans import PlannedClip
 from recipes.pocket.repeating import free_text, free_words
-from recipes.pocket.synthesis import TRAINING_VOICES, UNSEEN_VOICES, Request
+from recipes.pocket.synthesis import NATURAL_REPLY_VOICE, TRAINING_VOICES, UNSEEN_VOICES, Request
 from recipes.pocket.warps import Warp, draw_warp
 
 SHARD_HOURS = 0.6  # of the clips that `SHARES` counts
@@ -95,15 +95,29 @@ def plan_natural(seed: int, shard: int, texts: Texts, scale: float = 1.0) -> lis
     return [clip for clip in planned if is_readable(clip.request)]
 
 
+def num_words(scale: float = 1.0) -> int:
+    """Clips that are drawn for one shard of random words, as `num_clips`."""
+    return num_clips(scale) * 3 // 2
+
+
 def plan_words(seed: int, shard: int, scale: float = 1.0) -> list[PlannedClip]:
-    """All clips of one shard of words in random order, which only a hearer of each word can write down."""
+    """All clips of one shard of words in random order, which only a hearer of each word can write down.
+
+    Half as many clips again are in the voice of the replies as it is: repeating words aloud is learned from them.
+    """
     rng = Random(f"words|{seed}|{shard}")
     planned = []
     for group, share in SHARES.items():
         for _ in range(round(share * scale)):
-            text = sentence(free_words(rng, 2, 12)) + "."
-            planned.append(_planned(text, "words", "train", group, rng))
+            planned.append(_planned(_words(rng), "words", "train", group, rng))
+    for _ in range(num_words(scale) - num_clips(scale)):
+        request = Request(_words(rng), NATURAL_REPLY_VOICE.id, seed=rng.randrange(2**31))
+        planned.append(PlannedClip(request, "reply", "train", "words"))
     return [clip for clip in planned if is_readable(clip.request)]
+
+
+def _words(rng: Random) -> str:
+    return sentence(free_words(rng, 2, 12)) + "."
 
 
 def is_readable(request: Request) -> bool:
