@@ -177,10 +177,12 @@ def _released_decoder(args: argparse.Namespace, model: dict[str, Any], flow: Any
 
 def _sessions(args: argparse.Namespace) -> None:
     from benchmarks.sessions import measure_sessions
+    from benchmarks.speech import questions
 
     bot = _load(args)
     counts = args.sessions if args.sessions[0] == 1 else [1, *args.sessions]
-    _run(args, _model(bot), lambda: measure_sessions(bot, counts, args.seconds, args.seed))
+    asked = questions(args.questions)
+    _run(args, _model(bot), lambda: measure_sessions(bot, counts, args.seconds, args.seed, asked))
 
 
 def _talk(args: argparse.Namespace) -> None:
@@ -343,6 +345,7 @@ BENCHES = (
                 many=True,
             ),
             Option("--seconds", seconds, 45.0, "of the last run", "S"),
+            Option("--questions", Path, None, "recordings to ask (default: those of the package)", "FOLDER"),
             Option("--seed", int, 0, "of pauses, questions and sampling"),
         ),
         precision=True,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,10 +12,19 @@ from duologue.conversation.chatbot import model_folder
 from duologue.sound_files import load_audio
 
 
-def questions() -> list[NDArray[np.float32]]:
-    """All recorded questions of the package, each wav (S,) at 16 kHz."""
-    folder = model_folder()
-    paths = [folder / "question.wav", *sorted((folder / "questions").glob("*.flac"))]
+def questions(folder: Path | None = None) -> list[NDArray[np.float32]]:
+    """All recorded questions of the package, or the recordings in a folder, each wav (S,) at 16 kHz.
+
+    Raises:
+        ValueError: the folder has no recordings (.wav, .flac), or one cannot be read.
+    """
+    if folder is None:
+        package = model_folder()
+        paths = [package / "question.wav", *sorted((package / "questions").glob("*.flac"))]
+    else:
+        paths = sorted(path for path in folder.glob("*") if path.suffix in (".wav", ".flac"))
+    if not paths:
+        raise ValueError(f"{folder} has no recordings, which are files .wav or .flac")
     return [load_audio(path, rates.LISTEN_SAMPLE_RATE)[0] for path in paths]
 
 

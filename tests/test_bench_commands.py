@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.commit import CommitTimes
 from benchmarks.harness import Spread
 from duologue.cli import main
+from duologue.sound_files import save_audio
 
 Capture = pytest.CaptureFixture[str]
 
@@ -76,15 +78,23 @@ def test_bench_decoder(tiny_folder: Path, capsys: Capture) -> None:
 
 
 def test_bench_sessions_as_a_table(tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    asked = tmp_path / "asked"
+    asked.mkdir()
     argv = ["--sessions", "1", "--seconds", "0.2", "-o", str(tmp_path), "--plot", str(tmp_path / "s.svg")]
-    assert main(["bench", "sessions", *argv, "--model", str(tiny_folder)]) == 0
+    argv += ["--questions", str(asked), "--model", str(tiny_folder)]
+    assert main(["bench", "sessions", *argv]) == 2
+    assert "has no recordings" in capsys.readouterr().err
+    save_audio(asked / "long.wav", np.zeros(8000, np.float32), 16000)
+    assert main(["bench", "sessions", *argv]) == 0
     out, err = capsys.readouterr()
     assert "sessions.p95_ttfa_s" in out
     assert "peak memory" in out
     assert f"-> {tmp_path / 's.svg'}" in out
     assert "untrained" in err
     record = json.loads((tmp_path / "sessions.json").read_text())
-    assert [crowd["num_sessions"] for crowd in record["results"]["crowds"]] == [1]
+    (crowd,) = record["results"]["crowds"]
+    assert crowd["num_sessions"] == 1
+    assert crowd["exchanges"][0]["said_at"] - crowd["exchanges"][0]["asked_at"] == pytest.approx(0.5)
 
 
 def test_bench_gguf(tiny_folder: Path, tmp_path: Path, capsys: Capture) -> None:
