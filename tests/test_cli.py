@@ -210,6 +210,8 @@ def test_evaluate_pocket(
     assert len(report["samples"]) == 25
     assert rows["understanding", "S->T, warped voices"]["skipped"]
     assert rows["understanding", "S->T, typed"]["num"] == 4
+    assert rows["understanding", "single questions, in writing, seen voices"]["num"] == 3
+    assert rows["understanding", "single questions, in writing, unseen voices"]["num"] == 1
     assert rows["bundled questions", "right under gain, noise, room"]["num"] == 8
     assert set(report["model"]["hashes"]) == {"tokenizer", "vocabulary", "language", "decoder"}
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from duologue import machine
-from duologue.conversation.chatbot import model_folder
-from duologue.evaluation.conversations import ScoredExchange
+from duologue.conversation.chatbot import load, model_folder
+from duologue.evaluation.conversations import ScoredExchange, ask_singly
 from duologue.evaluation.intelligibility import Naturalness, codebook_usage, error_rate, error_row
 from duologue.evaluation.intervals import wilson
 from duologue.evaluation.measures import (
@@ -19,6 +19,7 @@ from duologue.evaluation.measures import (
     open_vocabulary_rows,
     refusal_rows,
     reply_quality_row,
+    single_question_rows,
     speaking_rows,
     style_rows,
     time_rows,
@@ -26,7 +27,7 @@ from duologue.evaluation.measures import (
 )
 from duologue.evaluation.prosody import Prosody, measure_prosody, probe, style_change, style_moved, token_prosody
 from duologue.evaluation.report import Report, Row, difference_row, format_table
-from duologue.evaluation.testset import load_test_set
+from duologue.evaluation.testset import SPLITS, load_test_set
 from duologue.sound_files import load_audio
 from duologue.training.curves import plot, read_log
 from duologue.training.recipes import read_recipe
@@ -182,6 +183,16 @@ def test_understanding_counts_last_replies_by_split_and_intent() -> None:
     assert (typed.name, typed.value, typed.note) == ("S->T, typed", 1.0, "")
     assert rows[0].note == "fewer than 300 questions"
     assert rows[0].interval == pytest.approx(wilson(1, 3))
+
+
+def test_single_questions_stand_alone(tiny_folder: Path, test_set_folder: Path) -> None:
+    """The first of each dialogue, without the ones before or after it."""
+    questions = load_test_set(test_set_folder)
+    asked = ask_singly(load(tiny_folder), questions)
+    assert [one.asked for one in asked] == [one.turns[0].question_text for one in questions.dialogues]
+    assert all(one.last and one.audio_s == 0 for one in asked)
+    rows = single_question_rows(asked)
+    assert [row.num for row in rows] == [sum(one.split == split for one in asked) for split in SPLITS]
 
 
 def test_speaking_is_judged_by_what_is_heard() -> None:

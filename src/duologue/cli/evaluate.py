@@ -46,6 +46,12 @@ def add(commands: Any) -> None:
     pocket = _add(suites, "pocket", _pocket, "the whole chatbot and its parts")
     pocket.add_argument("--limit", type=positive, metavar="N", help="evaluate only N dialogues and variants")
     pocket.add_argument(
+        "--single-questions",
+        type=positive,
+        metavar="N",
+        help="single questions answered in writing (default: as many as dialogues)",
+    )
+    pocket.add_argument(
         "--players", type=positive, default=60, metavar="N", help="questions at most on the page (default: 60)"
     )
     add_benchmarks(suites)
@@ -107,6 +113,7 @@ def _pocket(args: argparse.Namespace, test_set: TestSet) -> Result:
     from duologue.evaluation.pocket import evaluate_pocket
     from duologue.evaluation.recognition import open_recognizer
 
+    singles = test_set.limited(args.single_questions or args.limit)
     test_set = test_set.limited(args.limit)
     recognizer, why_not = open_recognizer(args.recognizer)
     folder = model_folder(args.model)
@@ -116,6 +123,7 @@ def _pocket(args: argparse.Namespace, test_set: TestSet) -> Result:
     evaluated = evaluate_pocket(
         bot,
         test_set,
+        singles,
         recognizer,
         why_not,
         model=_about(folder, bot.models.card, ("tokenizer", "vocabulary", "language", "decoder")),

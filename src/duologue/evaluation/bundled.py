@@ -106,7 +106,7 @@ def ask_variants(
 ) -> list[ScoredExchange]:
     """The recordings in turn, `num` times in all, each time at another level, in other noise and another room."""
     exchanges = []
-    for index in steps(range(num), "part 3 of 5, questions in noise", "questions"):
+    for index in steps(range(num), "part 3 of 6, questions in noise", "questions"):
         recording = recordings[index % len(recordings)]
         sound = vary(recording, recordings[(index + 1) % len(recordings)], np.random.default_rng((seed, index)))
         exchanges.append(_ask(bot, recording, VARIED, sound, None, None))

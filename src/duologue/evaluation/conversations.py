@@ -128,7 +128,7 @@ def converse(
         return references.get(clip.id)
 
     exchanges = []
-    for dialogue in steps(test_set.dialogues, "part 4 of 5, conversations", "dialogues"):
+    for dialogue in steps(test_set.dialogues, "part 4 of 6, conversations", "dialogues"):
         replies = list(_ask(bot, dialogue, test_set.clips))
         for index, (turn, reply) in enumerate(zip(dialogue.turns, replies, strict=True)):
             question, last = test_set.clips[turn.question], index == len(replies) - 1
@@ -154,7 +154,7 @@ def type_questions(bot: Chatbot, test_set: TestSet, keep_sound: Collection[str] 
     unlike = {tuple(turn.question_text for turn in one.turns): one for one in reversed(test_set.dialogues)}
     dialogues = [one for questions, one in unlike.items() if all(questions)][::-1]
     exchanges = []
-    for dialogue in steps(list(spread(dialogues, MAX_TYPED)), "part 5 of 5, typed questions", "dialogues"):
+    for dialogue in steps(list(spread(dialogues, MAX_TYPED)), "part 5 of 6, typed questions", "dialogues"):
         session = bot.session()
         for turn in dialogue.turns:
             session.write(turn.question_text)
@@ -169,6 +169,18 @@ def type_questions(bot: Chatbot, test_set: TestSet, keep_sound: Collection[str] 
                     reply_sound=Waveform(reply.audio, reply.sample_rate) if dialogue.id in keep_sound else None,
                 )
             )
+    return exchanges
+
+
+def ask_singly(bot: Chatbot, test_set: TestSet) -> list[ScoredExchange]:
+    """Asks the first question of each dialogue aloud, in a conversation of its own, and has it answered in writing."""
+    exchanges = []
+    for dialogue in steps(test_set.dialogues, "part 6 of 6, single questions", "questions"):
+        turn = dialogue.turns[0]
+        question = test_set.clips[turn.question]
+        reply = bot.chat(question.wav, question.sample_rate, text_only=True)
+        head = _head(dialogue, turn, True, reply)
+        exchanges.append(ScoredExchange(**head, split=dialogue.split, heard=None, heard_reference=None, change=None))
     return exchanges
 
 

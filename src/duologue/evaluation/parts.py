@@ -87,7 +87,7 @@ def decoder_rows(
     codes, _ = tokenize(models.tokenizer, clips)
     made = {
         c.id: synthesize(codes[c.id], models.decoder, models.card)
-        for c in steps(clips, "part 2 of 5, resynthesis", "clips")
+        for c in steps(clips, "part 2 of 6, resynthesis", "clips")
     }
     rows = []
     if recognizer is None:

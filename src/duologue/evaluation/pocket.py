@@ -9,13 +9,14 @@ from typing import Any
 from duologue import machine
 from duologue.conversation.chatbot import Chatbot
 from duologue.evaluation.bundled import NUM_VARIANTS, ask_bundled, ask_variants, bundled_rows, load_bundled
-from duologue.evaluation.conversations import ScoredExchange, converse, type_questions
+from duologue.evaluation.conversations import ScoredExchange, ask_singly, converse, type_questions
 from duologue.evaluation.intelligibility import Naturalness, if_available
 from duologue.evaluation.measures import (
     agreement_row,
     open_vocabulary_rows,
     refusal_rows,
     reply_quality_row,
+    single_question_rows,
     speaking_rows,
     style_rows,
     time_rows,
@@ -38,6 +39,7 @@ class Evaluated:
 def evaluate_pocket(
     bot: Chatbot,
     test_set: TestSet,
+    singles: TestSet,
     recognizer: SoundRecognizer | None,
     why_not: str,
     *,
@@ -49,6 +51,8 @@ def evaluate_pocket(
     """All rows.
 
     Args:
+        singles: dialogues whose first question is also asked by itself and answered in writing. That takes a moment
+            each, so there may be many.
         recognizer: reads the sound of the replies; None for the reason `why_not`, then rows that need it are skipped.
         model: name and hashes, for the report.
         num_players: exchanges at most whose sound is kept.
@@ -57,7 +61,7 @@ def evaluate_pocket(
     naturalness, why_no_mos = if_available(Naturalness)
     recordings = load_bundled()
     speech = short_speech(test_set)
-    codes, transcripts = tokenize(bot.models.tokenizer, speech, bot.models.recognizer, "part 1 of 5, speech tokens")
+    codes, transcripts = tokenize(bot.models.tokenizer, speech, bot.models.recognizer, "part 1 of 6, speech tokens")
     _, own_transcripts = tokenize(bot.models.tokenizer, [one.clip for one in recordings], bot.models.recognizer)
     rows = [
         *tokenizer_rows(bot.models, test_set, codes, transcripts),
@@ -72,6 +76,7 @@ def evaluate_pocket(
         *bundled_rows(bundled, varied, why_not),
         *open_vocabulary_rows(exchanges, why_not),
         *understanding_rows([*exchanges, *typed]),
+        *single_question_rows(ask_singly(bot, singles)),
         *speaking_rows(exchanges, why_not),
         agreement_row(exchanges, why_not),
         reply_quality_row(exchanges, why_no_mos),
