@@ -67,7 +67,7 @@ def test_a_trained_model_is_trained_further(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     pocket = Path(duologue.__file__).parent / "pocket"
     wanted = steps(1, 1, 1, further=str(pocket))
-    assert [step.name for step in wanted[:3]] == ["take-apart", "free", "dialogues"]
+    assert [step.name for step in wanted[:4]] == ["take-apart", "free", "words", "dialogues"]
     assert not {"tokenizer", "vocoder", "pretrain"} & {step.name for step in wanted}
     take_apart(pocket, run.RUNS)
     assert wanted[0].done.exists()

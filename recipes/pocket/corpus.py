@@ -77,7 +77,7 @@ def write_free(folder: Path, hours: float, seed: int, workers: int) -> None:
     for shard in range(max(1, round(hours / SHARD_HOURS))):
         if not _complete(folder, shard):
             seconds = min(SHARD_HOURS, hours) * 3600
-            ids = (f"free-{shard:05d}-{index:06d}" for index in range(10**6))
+            ids = (f"{folder.name}-{shard:05d}-{index:06d}" for index in range(10**6))
             write_clips(folder, shard, zip(ids, plan_free(seed, shard), strict=False), workers, seconds)
 
 
@@ -331,7 +331,8 @@ def write_audio(args: argparse.Namespace) -> None:
         write = write_free if args.programs_only else write_natural
         write(args.out / "free", args.hours, args.seed, args.workers)
     if args.only == "words":
-        write_words(args.out / "words", args.hours, args.seed, args.workers)
+        write = write_free if args.programs_only else write_words
+        write(args.out / "words", args.hours, args.seed, args.workers)
 
 
 if __name__ == "__main__":

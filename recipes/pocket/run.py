@@ -23,6 +23,7 @@ from pathlib import Path
 RUNS = Path("runs/pocket")
 RECIPES = Path(__file__).parent
 ROOT = RECIPES.parent.parent
+WORD_HOURS = 6.0  # of random words in the voices that ask, and half as many in the voice of the replies
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def steps(hours: float, turns: int, workers: int, seed: int = 1, carry_over: str
     take_apart = ("recipes.pocket.take_apart", "--model", further, "--runs", RUNS)
     all_steps = [
         _step("free", corpus / "free" / "done", *make, "free", "--hours", hours, "--seed", seed),
+        _step("words", corpus / "words" / "done", *make, "words", "--hours", WORD_HOURS, "--seed", seed),
         _step("valid", corpus / "valid-unseen" / "done", *make, "valid"),
         _step("dialogues", corpus / "dialogues" / "done", *make, "dialogues", "--turns", turns, "--seed", seed),
         _step("test", corpus / "test" / "done", *make, "test"),
@@ -101,6 +103,7 @@ _FEW = "num_rows=2 num_valid_rows=1"
 # What `--smoke` adds to the command of a step.
 SMOKE = {
     "free": "--hours 0.06 --programs-only",
+    "words": "--hours 0.02 --programs-only",
     "valid": "--valid-clips 6 --programs-only",
     "dialogues": "--turns 60 --programs-only",
     "test": "--test-turns 12 --programs-only",
