@@ -109,7 +109,9 @@ def test_two_ranks_equal_one(folder: Path, tmp_path: Path) -> None:
 def test_two_ranks_equal_one_with_muon(tmp_path: Path) -> None:
     """It needs whole matrices, which no process has."""
     loop = replace(LOOP, accumulate=2, optimizer="muon")
-    assert_one_trains_alike(trained_by_two(tmp_path / "corpus", "muon"), loop, tmp_path / "one")
+    folder = trained_by_two(tmp_path / "corpus", "muon")
+    assert_one_trains_alike(folder, loop, tmp_path / "one")
+    assert_one_goes_on(folder, replace(loop, num_steps=5), tmp_path)
 
 
 def assert_one_trains_alike(folder: Path, loop: LoopConfig, tmp_path: Path) -> None:
@@ -126,7 +128,10 @@ def test_one_rank_resumes_what_two_ranks_wrote(folder: Path, tmp_path: Path) -> 
     run(made(folder), LOOP, tmp_path)  # nothing is left to train, so the weights are those of the checkpoint
     for name, value in weights(folder / "two").items():
         assert torch.equal(value, weights(tmp_path)[name]), name
-    longer = replace(LOOP, num_steps=5, accumulate=2)
+    assert_one_goes_on(folder, replace(LOOP, num_steps=5, accumulate=2), tmp_path)
+
+
+def assert_one_goes_on(folder: Path, longer: LoopConfig, tmp_path: Path) -> None:
     run(made(folder, longer), longer, tmp_path / "whole")
     shutil.copytree(folder / "two" / "checkpoints", tmp_path / "rest" / "checkpoints")
     run(made(folder, longer), longer, tmp_path / "rest")
