@@ -1,6 +1,7 @@
 """Pocket's recipe from nothing to an evaluated model folder, every step for moments, and where it stopped."""
 
 import importlib
+import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -63,9 +64,19 @@ def test_a_step_that_fails_says_which(
     assert "vocabulary stopped with exit code 1" in capfd.readouterr().err
 
 
+def without_styles(pocket: Path, copy: Path) -> Path:
+    """A copy of pocket with the vocabulary that it had before it knew styles."""
+    shutil.copytree(pocket, copy)
+    file = copy / "vocabulary" / "vocabulary.json"
+    settings = json.loads(file.read_text())
+    del settings["styles"]
+    file.write_text(json.dumps(settings))
+    return copy
+
+
 def test_a_trained_model_is_trained_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    pocket = Path(duologue.__file__).parent / "pocket"
+    pocket = without_styles(Path(duologue.__file__).parent / "pocket", tmp_path / "pocket")
     wanted = steps(1, 1, 1, further=str(pocket))
     assert [step.name for step in wanted[:4]] == ["take-apart", "free", "words", "dialogues"]
     assert not {"tokenizer", "vocoder", "pretrain"} & {step.name for step in wanted}

@@ -12,6 +12,7 @@ from duologue.language.text_models import open_text_model
 from tests.live_server import LiveServer, question, scripted_bot, serving, talking
 from tests.test_talker import ScriptedTalker
 from tests.text_model_server import ScriptedEndpoint, call, endpoint, words
+from tests.tiny import write_tiny_chatbot
 
 WEATHER = {
     "type": "function",
@@ -28,9 +29,15 @@ def script() -> Iterator[ScriptedEndpoint]:
         yield running
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Replies so long that none ends by its length before it is interrupted."""
+    return write_tiny_chatbot(tmp_path_factory.mktemp("tiny"), max_tokens=600)
+
+
 @pytest.fixture
-def server(tiny_folder: Path, script: ScriptedEndpoint) -> Iterator[LiveServer]:
-    bot, engine = scripted_bot(tiny_folder)
+def server(folder: Path, script: ScriptedEndpoint) -> Iterator[LiveServer]:
+    bot, engine = scripted_bot(folder)
     made = bot.with_text_model(open_text_model(script.url), ScriptedTalker(bot.models.vocabulary))
     assert isinstance(made.models.engine, TalkerEngine)
 

@@ -1,6 +1,6 @@
 """Puts the trained parts of pocket into one model folder, which ships in the package.
 
-The decoder is stored in half precision. The other parts are in int8.
+All parts are stored in int8.
 
     python -m recipes.pocket.assemble --runs runs/pocket --out src/duologue/pocket
 """
@@ -62,7 +62,7 @@ def assemble(runs: Path, out: Path, untrained: bool = False, max_tokens: int = 6
     vocabulary.save(out / "vocabulary")
     provenance = Provenance(file_hash(out / "tokenizer"), vocabulary.hash)
     vocoder = load_component(runs / "vocoder" / "final" / "vocoder", Vocoder, VocoderConfig)
-    save_component(out / "decoder" / "vocoder", vocoder, vocoder.config, dtype=torch.float16)
+    save_component(out / "decoder" / "vocoder", vocoder, vocoder.config, dtype=torch.int8)
     missing = []
     trained = runs / "flow-voice" / "final" / "flow"
     if untrained and not trained.exists():
@@ -70,7 +70,7 @@ def assemble(runs: Path, out: Path, untrained: bool = False, max_tokens: int = 6
         flow, extra = _random_flow(vocabulary.codebook_size), {"tokenizer": provenance.tokenizer}
     else:
         flow, extra = load_component(trained, Flow, FlowConfig), read_extra(trained)
-    save_component(out / "decoder" / "flow", flow, flow.config, extra=extra, dtype=torch.float16)
+    save_component(out / "decoder" / "flow", flow, flow.config, extra=extra, dtype=torch.int8)
     language = runs / "chat" / "final" / "language"
     if untrained and not language.exists():
         missing.append("language")

@@ -138,7 +138,8 @@ IN_THE_POCKET = {
 FURTHER = {
     "flow-voice": "--set loop.num_steps=1600 loop.learning_rate=1e-3",
     "tokens": "--set variants=1",
-    "chat": """--set loop.num_steps=1200 loop.learning_rate=8e-4 loop.average_decay=0.998 loop.evaluate_every=400
+    "chat": """--set loop.num_steps=2400 loop.learning_rate=6e-4 loop.optimizer=muon loop.average_decay=0.998
+        loop.evaluate_every=800
         mixture={"asr":0.45,"tts":0.35,"woven":0.0,"spans":0.0,"speech":0.0,"text":0.0,"written":0.2}""",
 }
 

@@ -46,7 +46,8 @@ def understanding_rows(exchanges: Sequence[ScoredExchange]) -> list[Row]:
 def single_question_rows(exchanges: Sequence[ScoredExchange]) -> list[Row]:
     """The same of single questions, see `conversations.ask_singly`. They have no aim of their own."""
     name = "single questions, in writing"
-    return [_share_row(exchanges, "understanding", name, split, lambda one: one.correct) for split in SPLITS]
+    rows = [_share_row(exchanges, "understanding", name, split, lambda one: one.correct) for split in SPLITS]
+    return [replace(row, parts={}) for row in rows]
 
 
 def speaking_rows(exchanges: Sequence[ScoredExchange], why_not: str) -> list[Row]:
