@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duologue.spoken_text import chunks, speakable, write_out_numbers
+from duologue.spoken_text import chunks, speakable, with_end, write_out_numbers
 from duologue.text import printable, valid_strings, valid_unicode
 
 
@@ -126,3 +126,11 @@ def test_lone_surrogates_are_replaced_and_pairs_joined() -> None:
 
 def test_control_characters_are_blanks_on_a_terminal() -> None:
     assert printable("a\x1b[2Jb\n") == "a [2Jb "
+
+
+def test_text_without_an_end_gets_one() -> None:
+    assert with_end("yellow window river") == "yellow window river."
+    assert with_end("at 7") == "at 7."
+    assert with_end("今天天气很好") == "今天天气很好。"
+    for ended in ("", "It is three.", "Really?", 'He said "yes"', "first,", "很好。"):
+        assert with_end(ended) == ended

@@ -129,6 +129,13 @@ def write_out_numbers(text: str, language: str = "en") -> str:
     return str(_NUMBER.sub(words, _DATE.sub(date, text)))
 
 
+def with_end(text: str) -> str:
+    """Adds a full stop to text that ends in a letter or a digit. Without one, a model may not stop speaking."""
+    if not text or not text[-1].isalnum():
+        return text
+    return text + ("。" if regex.match(r"[\p{Han}\p{Hiragana}\p{Katakana}]", text[-1]) else ".")
+
+
 def chunks(text: str, count: Callable[[str], int], limit: int) -> list[str]:
     """Splits a text into spans of it, each as long as `limit` allows.
 

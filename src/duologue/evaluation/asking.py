@@ -30,6 +30,7 @@ from duologue.language.sampling import Sampling
 from duologue.language.scripts import TEXT_LANGUAGES
 from duologue.pcm import from_int16, to_int16
 from duologue.sound_files import load_audio
+from duologue.spoken_text import with_end
 from duologue.turns import Conversation, Modality, Role
 
 ANSWER_S = 300.0  # of one reply
@@ -105,6 +106,7 @@ class ChatbotAsker:
     async def _read_aloud(self, text: str, sampling: Sampling) -> AsyncIterator[Event]:
         """The reply to "say ..." whose text is given (`language/reading.py`)."""
         models, vocabulary = self.bot.models, self.bot.models.vocabulary
+        text = with_end(text)
         ids = tuple(vocabulary.encode_text(text))
         reading = dataclasses.replace(models, engine=ReadingEngine(models.engine, vocabulary, ids))
         asked = Conversation((turn_of(Role.USER, vocabulary.encode_text(f"say {text}"), vocabulary),), vocabulary.hash)

@@ -27,7 +27,7 @@ from duologue.language.reading import MAX_CHUNK_IDS, ReadingEngine, max_ids, say
 from duologue.language.sampling import Sampling
 from duologue.language.text_models import ChatMessage, TextModel, TextModelError
 from duologue.language.tools import ToolUse
-from duologue.spoken_text import chunks, speakable, write_out_numbers
+from duologue.spoken_text import chunks, speakable, with_end, write_out_numbers
 from duologue.text import heard_text
 from duologue.turns import Modality, Turn
 from duologue.vocabulary import Task, Vocabulary
@@ -60,6 +60,7 @@ class ReadingTalker:
     vocabulary: Vocabulary
 
     async def speak(self, text: str, sampling: Sampling, request_id: str) -> AsyncGenerator[int, None]:
+        text = with_end(text)
         ids = tuple(self.vocabulary.encode_text(text))
         reading = ReadingEngine(self.engine, self.vocabulary, ids)
         sampling = dataclasses.replace(sampling, max_tokens=max_ids(len(ids)))

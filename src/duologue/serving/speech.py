@@ -24,7 +24,7 @@ from duologue.serving.encoders import MEDIA_TYPES, FileEncoder, FileFormat
 from duologue.serving.errors import ApiError, documented, sse, sse_with_errors
 from duologue.serving.objects import Body, VoiceId, find_voice
 from duologue.serving.service import Service, stream_response
-from duologue.spoken_text import chunks, speakable, write_out_numbers
+from duologue.spoken_text import chunks, speakable, with_end, write_out_numbers
 
 
 class SpeechRequest(Body):
@@ -96,6 +96,7 @@ class Narrator:
     def _reply(self, chunk: str) -> AsyncGenerator[Event, None]:
         """Generates the reply to "say ..." with the chunk as its text."""
         bot, vocabulary = self._service.bot, self._models.vocabulary
+        chunk = with_end(chunk)
         ids = tuple(vocabulary.encode_text(chunk))
         engine = ReadingEngine(self._models.engine, vocabulary, ids)
         models = dataclasses.replace(self._models, engine=engine)
