@@ -22,7 +22,7 @@ from recipes.pocket.free_speech import (
     Texts,
     is_readable,
     natural_speaker,
-    num_words,
+    num_word_clips,
     plan_check,
     plan_natural,
     plan_words,
@@ -223,9 +223,9 @@ def test_words_come_in_random_order_in_all_voices() -> None:
     assert {clip.intent for clip in planned} == {"words"}
     assert {clip.split for clip in planned} == {"train"}
     assert not {clip.request.voice for clip in planned} & set(HELD_OUT_VOICES)
-    assert len(planned) == pytest.approx(num_words(), rel=0.1)
+    assert len(planned) == pytest.approx(num_word_clips(), rel=0.1)
     assert {clip.request.voice for clip in planned if clip.role == "reply"} == {"hibari"}
-    assert sum(clip.role == "reply" for clip in planned) > num_words() / 3
+    assert sum(clip.role == "reply" for clip in planned) > num_word_clips() / 3
     said = Counter(word for clip in planned for word in clip.request.text.lower().rstrip(".").split())
     assert len(said) > 1200
     assert max(said.values()) < 90

@@ -42,7 +42,7 @@ from recipes.pocket.free_speech import (
     natural_speaker,
     natural_texts,
     num_clips,
-    num_words,
+    num_word_clips,
     plan_check,
     plan_natural,
     plan_words,
@@ -89,7 +89,7 @@ def write_natural(folder: Path, hours: float, seed: int, workers: int) -> None:
 
 def write_words(folder: Path, hours: float, seed: int, workers: int) -> None:
     """Render words in random order, about `hours` in the voices of `write_natural` and half as many as replies."""
-    _write_hours(folder, hours, workers, lambda shard, scale: plan_words(seed, shard, scale), num_words)
+    _write_hours(folder, hours, workers, lambda shard, scale: plan_words(seed, shard, scale), num_word_clips)
 
 
 def _write_hours(

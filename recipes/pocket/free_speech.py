@@ -95,7 +95,7 @@ def plan_natural(seed: int, shard: int, texts: Texts, scale: float = 1.0) -> lis
     return [clip for clip in planned if is_readable(clip.request)]
 
 
-def num_words(scale: float = 1.0) -> int:
+def num_word_clips(scale: float = 1.0) -> int:
     """Clips that are drawn for one shard of random words, as `num_clips`."""
     return num_clips(scale) * 3 // 2
 
@@ -110,7 +110,7 @@ def plan_words(seed: int, shard: int, scale: float = 1.0) -> list[PlannedClip]:
     for group, share in SHARES.items():
         for _ in range(round(share * scale)):
             planned.append(_planned(_words(rng), "words", "train", group, rng))
-    for _ in range(num_words(scale) - num_clips(scale)):
+    for _ in range(num_word_clips(scale) - num_clips(scale)):
         request = Request(_words(rng), NATURAL_REPLY_VOICE.id, seed=rng.randrange(2**31))
         planned.append(PlannedClip(request, "reply", "train", "words"))
     return [clip for clip in planned if is_readable(clip.request)]

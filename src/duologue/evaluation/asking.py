@@ -22,16 +22,13 @@ from duologue.audio import resample
 from duologue.client.connection import WIRE_RATE, Connection, ConnectionLost, decode_pcm, open_connection, realtime_url
 from duologue.conversation.chatbot import Chatbot
 from duologue.conversation.events import AudioDelta, Event, ReplyDone
-from duologue.conversation.history import reply_prompt, turn_of
 from duologue.conversation.mouth import Mouth
 from duologue.evaluation.benchmarks.items import BenchmarkItem, BenchmarkQuestion, Scoring
-from duologue.language.reading import ReadingEngine, max_ids
+from duologue.language.reading import prepare_reading
 from duologue.language.sampling import Sampling
 from duologue.language.scripts import TEXT_LANGUAGES
 from duologue.pcm import from_int16, to_int16
 from duologue.sound_files import load_audio
-from duologue.spoken_text import with_end
-from duologue.turns import Conversation, Modality, Role
 
 ANSWER_S = 300.0  # of one reply
 _APPEND = WIRE_RATE // 10
@@ -105,14 +102,10 @@ class ChatbotAsker:
 
     async def _read_aloud(self, text: str, sampling: Sampling) -> AsyncIterator[Event]:
         """The reply to "say ..." whose text is given (`language/reading.py`)."""
-        models, vocabulary = self.bot.models, self.bot.models.vocabulary
-        text = with_end(text)
-        ids = tuple(vocabulary.encode_text(text))
-        reading = dataclasses.replace(models, engine=ReadingEngine(models.engine, vocabulary, ids))
-        asked = Conversation((turn_of(Role.USER, vocabulary.encode_text(f"say {text}"), vocabulary),), vocabulary.hash)
-        most = dataclasses.replace(sampling, max_tokens=max_ids(len(ids)))
-        prompt, limited = reply_prompt(reading, asked, Modality.INTERLEAVED, most)
-        async with aclosing(Mouth(reading, self.bot.worker).speak(prompt, limited)) as events:
+        models = self.bot.models
+        engine, prompt, limited = prepare_reading(models.engine, models.vocabulary, text, sampling)
+        mouth = Mouth(dataclasses.replace(models, engine=engine), self.bot.worker)
+        async with aclosing(mouth.speak(prompt, limited)) as events:
             async for event in events:
                 yield event
 

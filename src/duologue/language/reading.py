@@ -13,6 +13,7 @@ from contextlib import aclosing
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, InterleaveState, Kind, Schedule
 from duologue.language.engine import Engine
 from duologue.language.sampling import Sampling
+from duologue.spoken_text import with_end
 from duologue.turns import Conversation, Modality, Role, Turn
 from duologue.vocabulary import Vocabulary
 
@@ -133,3 +134,17 @@ class ReadingEngine:
         finally:
             self.engine.cancel(part)
             await stream.aclose()  # type: ignore[attr-defined]
+
+
+def prepare_reading(
+    engine: Engine, vocabulary: Vocabulary, text: str, sampling: Sampling, instructions: str = ""
+) -> tuple[ReadingEngine, list[int], Sampling]:
+    """Returns what reads a text aloud: the engine of the reply, its prompt, and the sampling with the room for it.
+
+    Text without an end gets one, see `spoken_text.with_end`.
+    """
+    text = with_end(text)
+    ids = tuple(vocabulary.encode_text(text))
+    prompt = say_prompt(text, vocabulary, instructions)
+    room = min(max_ids(len(ids)), engine.max_positions - len(prompt))
+    return ReadingEngine(engine, vocabulary, ids), prompt, dataclasses.replace(sampling, max_tokens=room)

@@ -23,11 +23,11 @@ import regex
 from duologue.interleave import INTERLEAVED, SPEECH_ONLY, InterleaveState, Kind, Schedule
 from duologue.language.engine import Engine
 from duologue.language.messages import chat_messages, read_turns
-from duologue.language.reading import MAX_CHUNK_IDS, ReadingEngine, max_ids, say_prompt
+from duologue.language.reading import MAX_CHUNK_IDS, max_ids, prepare_reading
 from duologue.language.sampling import Sampling
 from duologue.language.text_models import ChatMessage, TextModel, TextModelError
 from duologue.language.tools import ToolUse
-from duologue.spoken_text import chunks, speakable, with_end, write_out_numbers
+from duologue.spoken_text import chunks, speakable, write_out_numbers
 from duologue.text import heard_text
 from duologue.turns import Modality, Turn
 from duologue.vocabulary import Task, Vocabulary
@@ -60,11 +60,8 @@ class ReadingTalker:
     vocabulary: Vocabulary
 
     async def speak(self, text: str, sampling: Sampling, request_id: str) -> AsyncGenerator[int, None]:
-        text = with_end(text)
-        ids = tuple(self.vocabulary.encode_text(text))
-        reading = ReadingEngine(self.engine, self.vocabulary, ids)
-        sampling = dataclasses.replace(sampling, max_tokens=max_ids(len(ids)))
-        stream = reading.generate(say_prompt(text, self.vocabulary), sampling, INTERLEAVED, request_id)
+        reading, prompt, sampling = prepare_reading(self.engine, self.vocabulary, text, sampling)
+        stream = reading.generate(prompt, sampling, INTERLEAVED, request_id)
         async with aclosing(_speech(stream, self.vocabulary)) as speech:
             async for token in speech:
                 yield token

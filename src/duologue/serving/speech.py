@@ -19,12 +19,12 @@ from pydantic import Field
 
 from duologue.conversation.events import AudioDelta, Event, ReplyDone
 from duologue.conversation.mouth import Mouth
-from duologue.language.reading import MAX_CHUNK_IDS, SPARE_IDS, SPEECH_PER_TEXT, ReadingEngine, max_ids, say_prompt
+from duologue.language.reading import MAX_CHUNK_IDS, SPARE_IDS, SPEECH_PER_TEXT, prepare_reading
 from duologue.serving.encoders import MEDIA_TYPES, FileEncoder, FileFormat
 from duologue.serving.errors import ApiError, documented, sse, sse_with_errors
 from duologue.serving.objects import Body, VoiceId, find_voice
 from duologue.serving.service import Service, stream_response
-from duologue.spoken_text import chunks, speakable, with_end, write_out_numbers
+from duologue.spoken_text import chunks, speakable, write_out_numbers
 
 
 class SpeechRequest(Body):
@@ -95,15 +95,12 @@ class Narrator:
 
     def _reply(self, chunk: str) -> AsyncGenerator[Event, None]:
         """Generates the reply to "say ..." with the chunk as its text."""
-        bot, vocabulary = self._service.bot, self._models.vocabulary
-        chunk = with_end(chunk)
-        ids = tuple(vocabulary.encode_text(chunk))
-        engine = ReadingEngine(self._models.engine, vocabulary, ids)
-        models = dataclasses.replace(self._models, engine=engine)
-        prompt = say_prompt(chunk, vocabulary, self._instructions)
-        room = min(max_ids(len(ids)), engine.max_positions - len(prompt))
-        sampling = dataclasses.replace(models.card.sampling, max_tokens=room)
-        return self._service.generate_reply("speech", Mouth(models, bot.worker), prompt, sampling)
+        models = self._models
+        engine, prompt, sampling = prepare_reading(
+            models.engine, models.vocabulary, chunk, models.card.sampling, self._instructions
+        )
+        mouth = Mouth(dataclasses.replace(models, engine=engine), self._service.bot.worker)
+        return self._service.generate_reply("speech", mouth, prompt, sampling)
 
 
 def speech_routes(service: Service) -> APIRouter:
